@@ -20,7 +20,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from wsparse import trees
+from wsparse import files, trees
 from wsparse.errors import UserError
 
 _DIGESTS = "digests.json"
@@ -137,7 +137,7 @@ class Checkpointer:
     def _write_digests(self, step: int) -> None:
         folder = self._folder / str(step)
         if folder.is_dir():
-            write_json(folder / _DIGESTS, _digests(folder))
+            files.write_json(folder / _DIGESTS, _digests(folder))
 
 
 def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) -> tuple[int, Any]:
@@ -214,13 +214,6 @@ def _damage(folder: pathlib.Path) -> str | None:
         name for name in set(found) | set(expected) if found.get(name) != expected.get(name)
     )
     return f"{wrong[0]} is damaged ({len(wrong)} of {len(expected)} files)" if wrong else None
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON so that the file is either the old or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
+from wsparse import files
 from wsparse.errors import UserError
 
 
@@ -29,9 +29,8 @@ class MetricsWriter:
 
         self._path = workdir / "metrics.jsonl"
         kept = [record for record in read(workdir) if record["step"] <= start_step]
-        part = self._path.with_name(f".{self._path.name}.tmp")
-        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(part, self._path)
+        with files.replacing(self._path) as part:
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", buffering=1)
         self._events = tensorboardX.SummaryWriter(
             str(workdir), purge_step=start_step + 1, write_to_disk=True
@@ -147,7 +146,6 @@ def plot_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     nonzeros.set_xlabel("tokens seen")
     for axes in (loss, nonzeros):
         axes.spines[["top", "right"]].set_visible(False)
-    part = path.with_name(f".{path.name}.tmp")
-    figure.savefig(part, dpi=120, format="png")
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
-    os.replace(part, path)

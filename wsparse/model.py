@@ -97,7 +97,9 @@ def forward(
 
     if config.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
-    x_BTD, acts = lax.scan(layer, x_BTD, (params["blocks"], jnp.arange(config.n_layer)))
+    x_BTD, acts = lax.scan(
+        layer, x_BTD, (params["blocks"], jnp.arange(config.n_layer)), unroll=config.n_layer <= 2
+    )
     x_BTD = _recorder(config, tap, None, acts)("final_resid", None, x_BTD)
     if positions_BP is not None:
         x_BTD = jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)

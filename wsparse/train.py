@@ -27,7 +27,7 @@ from ml_collections import config_flags
 import numpy as np
 import optax
 
-from wsparse import checkpoint, metrics, model, sharding, sparsity, trees
+from wsparse import checkpoint, files, metrics, model, sharding, sparsity, trees
 from wsparse.config import ModelConfig, TrainConfig, differences, from_dict, to_dict
 from wsparse.data import pipeline
 from wsparse.errors import UserError, run_command
@@ -265,7 +265,7 @@ def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
     if not path.exists() and jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(path, to_dict(config))
+            files.write_json(path, to_dict(config))
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
 
@@ -505,7 +505,7 @@ class _Loop:
             "seconds": round(time.monotonic() - self.started, 1),
         }
         metrics.plot_curves(records, self.workdir / "curves.png")
-        checkpoint.write_json(self.workdir / "summary.json", summary)
+        files.write_json(self.workdir / "summary.json", summary)
         self.progress.say(
             f"done: held-out loss {summary['val_loss']:.4f}, {nonzeros} nonzero weights, "
             f"{summary['seconds']:.0f} s; see {self.workdir / 'curves.png'}"

@@ -6,11 +6,13 @@ of `(regular expression, value)`; the first expression that matches the whole pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import hashlib
 import re
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from wsparse.errors import UserError
 
@@ -28,6 +30,28 @@ def path_string(key_path: Sequence[Any]) -> str:
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of a tree by path, in tree order."""
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path; undoes `flatten` for trees that are nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def digest(tree: Any) -> str:
+    """Hex sha256 of a tree of arrays: paths, dtypes, shapes and contents."""
+    content = hashlib.sha256()
+    for path, leaf in sorted(flatten(tree).items()):
+        array = np.ascontiguousarray(leaf)
+        content.update(f"{path} {array.dtype} {array.shape}\0".encode())
+        content.update(array.tobytes())
+    return content.hexdigest()
 
 
 def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

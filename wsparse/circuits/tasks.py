@@ -276,6 +276,15 @@ def padded(batch: TaskBatch, length: int) -> TaskBatch:
     return dataclasses.replace(batch, tokens=tokens)
 
 
+def find(name: str) -> Task:
+    """The task of a name in `TASKS`, or of a .jsonl or .py file.
+
+    Raises:
+      UserError: there is none, or the file is not as it should be.
+    """
+    return load(name) if name.endswith((".jsonl", ".py")) else _named(name)
+
+
 def _named(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"no task {name!r}{closest(name, TASKS)}; tasks are {', '.join(TASKS)}")
@@ -383,15 +392,16 @@ def task_loss(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> 
     Returns:
       The mean of `softplus(other - answer)`, a float32 scalar.
     """
-    return jnp.mean(jax.nn.softplus(-_margins(logits_BV, answer_B, other_B)))
+    return jnp.mean(jax.nn.softplus(-margins(logits_BV, answer_B, other_B)))
 
 
 def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
     """Share of the rows whose answer has a larger logit than the other candidate, a float32."""
-    return jnp.mean(_margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)
+    return jnp.mean(margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)
 
 
-def _margins(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
+def margins(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
+    """`(B,)` logit of the answer less that of the other candidate, float32."""
     candidates_B2 = jnp.stack([jnp.asarray(answer_B), jnp.asarray(other_B)], axis=1)
     chosen_B2 = jnp.take_along_axis(logits_BV.astype(jnp.float32), candidates_B2, axis=1)
     return chosen_B2[:, 0] - chosen_B2[:, 1]
@@ -450,6 +460,8 @@ class _Draw:
         self.rng = rng
         self.split: Split = split
         self.taken: set[str] = set()
+        # Whether what stands around the core may hold strings.
+        self.strings = True
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -509,7 +521,7 @@ class _Draw:
 
     def statement(self) -> str:
         """A line that has nothing to do with the task."""
-        if self.chance(0.5):
+        if self.chance(0.5) or not self.strings:
             return f"{self.name()} = {self.number()}"
         return f"print({self.quoted(self.words(1, 2))})"
 
@@ -559,7 +571,7 @@ def _lead_import(d: _Draw) -> str:
 
 
 def _lead_print(d: _Draw) -> str:
-    return f"print({d.quoted(d.words(1, 3))})\n"
+    return f"print({d.quoted(d.words(1, 3)) if d.strings else d.number()})\n"
 
 
 def _lead_from(d: _Draw) -> str:
@@ -567,7 +579,8 @@ def _lead_from(d: _Draw) -> str:
 
 
 def _lead_docstring(d: _Draw) -> str:
-    return f'"""{d.one(idioms.VERBS).capitalize()} the {d.words(1, 2)}."""\n'
+    text = f"{d.one(idioms.VERBS).capitalize()} the {d.words(1, 2)}."
+    return f'"""{text}"""\n' if d.strings else f"# {text}\n"
 
 
 _LEADS: dict[Split, dict[str, Callable[[_Draw], str]]] = {
@@ -644,10 +657,10 @@ def _pairs(
 
 
 def _quotes(d: _Draw) -> _Core:
+    # The string that is still open is the prompt's only one: nothing but its first quote decides.
+    d.strings = False
     text, after = d.words(1, 4), d.statement()
-    # An earlier string in either style: not any quote decides, but the one that is still open.
-    before = f"{d.name()} = {d.quoted(d.words(1, 2))}\n" if d.chance(0.5) else ""
-    first, second = (f"{before}print({quote}{text}{_CUT}{quote})\n{after}\n" for quote in "'\"")
+    first, second = (f"print({quote}{text}{_CUT}{quote})\n{after}\n" for quote in "'\"")
     return _Core(first, second)
 
 
@@ -1210,10 +1223,7 @@ def _command(argv: Sequence[str]) -> None:
     from wsparse import runs  # Only the command reads run folders.
 
     values = flags.FLAGS
-    wanted = [
-        load(name) if name.endswith((".jsonl", ".py")) else _named(name)
-        for name in values.tasks or TASKS
-    ]
+    wanted = [find(name) for name in values.tasks or TASKS]
     print(
         report(
             runs.load(values.run),

@@ -620,18 +620,18 @@ IDIOMS: dict[str, Idiom] = {
         {
             "single": Side(partial(_string_call, quote="'")),
             "double": Side(partial(_string_call, quote='"')),
-        }
+        },
+        weight=2.5,
     ),
     "bracket_counting": Idiom(
         {
             "flat": Side(partial(_list, nested=False)),
             "nested": Side(partial(_list, nested=True)),
         },
-        weight=2.0,
+        weight=1.5,
     ),
     "set_or_string": Idiom(
-        {"set": Side(_accumulate_set), "string": Side(_accumulate_string)},
-        weight=2.0,
+        {"set": Side(_accumulate_set), "string": Side(_accumulate_string)}, weight=2.0
     ),
     "set_or_string_fixedvarname": Idiom(
         {
@@ -650,24 +650,27 @@ IDIOMS: dict[str, Idiom] = {
         {
             "in_order": Side(partial(_class, reverse=False), definition=True),
             "reversed": Side(partial(_class, reverse=True), definition=True),
-        }
+        },
+        weight=1.5,
     ),
     "with_as": Idiom(
         {"with": Side(partial(_file, block=True)), "assign": Side(partial(_file, block=False))}
     ),
     "with_open": Idiom(
-        {"read": Side(partial(_file, mode="r")), "write": Side(partial(_file, mode="w"))}
+        {"read": Side(partial(_file, mode="r")), "write": Side(partial(_file, mode="w"))},
+        weight=1.5,
     ),
     "bracket_brace": Idiom(
         {"list": Side(partial(_display, pairs=False)), "dict": Side(partial(_display, pairs=True))},
         weight=1.5,
     ),
-    "for_while": Idiom({"for": Side(_for), "while": Side(_while)}),
+    "for_while": Idiom({"for": Side(_for), "while": Side(_while)}, weight=0.5),
     "else_elif": Idiom(
         {
             "else": Side(partial(_else, condition=False)),
             "elif": Side(partial(_else, condition=True)),
-        }
+        },
+        weight=0.5,
     ),
     "fstring_brace": Idiom(
         {
@@ -687,10 +690,11 @@ IDIOMS: dict[str, Idiom] = {
         {
             "in_order": Side(partial(_swap, reverse=False)),
             "reversed": Side(partial(_swap, reverse=True)),
-        }
+        },
+        weight=1.5,
     ),
     "indent_for": Idiom(
-        {"block": Side(_nested_block), "plain": Side(_plain_statements)}, weight=0.5
+        {"block": Side(_nested_block), "plain": Side(_plain_statements)}, weight=0.25
     ),
     "lambda_func": Idiom({"lambda": Side(_lambda), "def": Side(_def, definition=True)}),
     "if_equals": Idiom(
@@ -698,17 +702,17 @@ IDIOMS: dict[str, Idiom] = {
             "compare": Side(partial(_compare_or_assign, compare=True)),
             "assign": Side(partial(_compare_or_assign, compare=False)),
         },
-        weight=0.5,
     ),
-    "enumerate_range": Idiom({"enumerate": Side(_enumerate), "range": Side(_range)}),
+    "enumerate_range": Idiom({"enumerate": Side(_enumerate), "range": Side(_range)}, weight=1.5),
     "var_if": Idiom(
         {
             "assign": Side(partial(_truth, compare=False)),
             "compare": Side(partial(_truth, compare=True)),
-        }
+        },
+        weight=0.5,
     ),
     "while_return_true": Idiom(
-        {"while": Side(_while_true), "return": Side(_return_true, definition=True)}
+        {"while": Side(_while_true), "return": Side(_return_true, definition=True)}, weight=0.5
     ),
 }
 

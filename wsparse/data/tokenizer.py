@@ -17,6 +17,7 @@ import pathlib
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from wsparse import files
 from wsparse.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -85,10 +86,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to `path`, replacing it only when the write is complete."""
-        path = pathlib.Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        part.write_text(self.to_json(), encoding="utf-8")
-        os.replace(part, path)
+        with files.replacing(path) as part:
+            part.write_text(self.to_json(), encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:

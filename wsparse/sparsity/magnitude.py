@@ -16,6 +16,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from wsparse.kernels import cpu
+
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
@@ -121,12 +123,22 @@ def largest_along(
     return _winners(keys, from_end, threshold, position, wanted)
 
 
-def largest_per_row(keys: jax.Array, k: int) -> jax.Array:
-    """`largest_along` the last axis, for activations `(..., width)`, by the way that suits the platform."""
+def largest_per_row(x: jax.Array, k: int) -> jax.Array:
+    """Mask of the `k` entries of largest magnitude of each row of activations `(..., width)`.
+
+    Zeros count (exactly `k` are kept), so that gradient may wake a channel that is at zero. The platform
+    chooses the way; the result is the same to the bit.
+    """
+    if k == 0:
+        return jnp.zeros(x.shape, bool)
+    half_or_single = jnp.dtype(x.dtype).itemsize <= 4
     return lax.platform_dependent(
-        keys,
-        cpu=functools.partial(_largest_per_row_blocked, k=k),
-        default=functools.partial(largest_along, k=k, axes=-1),
+        lax.stop_gradient(x),
+        cpu=functools.partial(
+            cpu.largest_per_row if half_or_single and cpu.available() else _largest_per_row_blocked,
+            k=k,
+        ),
+        default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),
     )
 
 
@@ -134,11 +146,12 @@ def largest_per_row(keys: jax.Array, k: int) -> jax.Array:
 _BLOCK_BYTES = 1 << 18
 
 
-def _largest_per_row_blocked(keys: jax.Array, k: int) -> jax.Array:
-    """`largest_along` the last axis in blocks of rows that stay in the cache.
+def _largest_per_row_blocked(x: jax.Array, k: int) -> jax.Array:
+    """The selection in blocks of rows that stay in the cache.
 
     Rows lie along the minor axis within a block, so that the CPU's vector lanes each count a row.
     """
+    keys = magnitude_keys(x) + 1
     width = keys.shape[-1]
     rows = jnp.reshape(keys, (-1, width))
     block = min(max(_BLOCK_BYTES // (width * keys.dtype.itemsize), 1), max(rows.shape[0], 1))

@@ -33,9 +33,7 @@ def abs_top_k(x: jax.Array, k: int) -> jax.Array:
         raise UserError(f"abs_top_k keeps between 0 and {width} of {width} channels, got k={k}")
     if k == width:
         return x
-    # Zeros count here (exactly k are kept), so that gradient may wake a channel that is at zero.
-    keys = magnitude.magnitude_keys(x) + 1
-    return jnp.where(magnitude.largest_per_row(keys, k), x, jnp.zeros_like(x))
+    return jnp.where(magnitude.largest_per_row(x, k), x, jnp.zeros_like(x))
 
 
 def keep_top_k(

@@ -1,0 +1,131 @@
+"""Two runs' circuits side by side: `python -m wsparse.circuits.compare --runs runs/small runs/small_dense`.
+
+Compares the tasks for which both runs have a circuit, at the same target, found by the same procedure: edges
+of each, their ratio, geometric means over tasks, and loss-against-edges curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import json
+import pathlib
+import sys
+from typing import Any
+
+from wsparse import files
+from wsparse.circuits import report
+from wsparse.errors import UserError
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The rows of a run by task, and its training summary.
+
+    Raises:
+      UserError: the run has no circuits.
+    """
+    rows = report.collect(folder / "circuits")
+    if not rows:
+        raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}")
+    path = folder / "summary.json"
+    return {r["task"]: r for r in rows}, json.loads(path.read_text()) if path.exists() else {}
+
+
+def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
+    """The comparison of two runs, as the command prints and writes it.
+
+    Raises:
+      UserError: a run has no circuits, or the two have none at the same target.
+    """
+    (a, a_summary), (b, b_summary) = read(first), read(second)
+    shared = [
+        task
+        for task in a
+        if task in b
+        and "edges" in a[task]
+        and "edges" in b[task]
+        and a[task]["target"] == b[task]["target"]
+    ]
+    if not shared:
+        raise UserError(
+            f"{first} and {second} have no task with a circuit at the same target in both"
+        )
+    tasks = [
+        {
+            "task": task,
+            "edges": [a[task]["edges"], b[task]["edges"]],
+            "edges_between_nodes": [a[task]["edges_between_nodes"], b[task]["edges_between_nodes"]],
+            "ratio": max(b[task]["edges"], 1) / max(a[task]["edges"], 1),
+            "loss": [a[task]["sufficiency"], b[task]["sufficiency"]],
+        }
+        for task in sorted(shared, key=lambda t: a[t]["edges"])
+    ]
+    result: dict[str, Any] = {
+        "runs": [str(first), str(second)],
+        "val_loss": [a_summary.get("val_loss"), b_summary.get("val_loss")],
+        "nonzeros": [a_summary.get("nonzeros"), b_summary.get("nonzeros")],
+        "target": a[shared[0]]["target"],
+        "tasks": tasks,
+        "only_first": sorted(t for t in a if "edges" in a[t] and t not in shared),
+        "only_second": sorted(t for t in b if "edges" in b[t] and t not in shared),
+    }
+    for key in ("edges", "edges_between_nodes"):
+        means = [report.geometric_mean([t[key][i] for t in tasks]) for i in (0, 1)]
+        result[f"geometric_mean_{key}"] = means
+        result[f"ratio_{key}"] = means[1] / means[0]
+    return result
+
+
+def text(result: dict[str, Any]) -> str:
+    """The comparison as a table."""
+    names = [pathlib.Path(run).name for run in result["runs"]]
+    lines = [
+        f"{'task':<28}{names[0]:>16}{names[1]:>16}{'ratio':>9}   edges at loss {result['target']}"
+    ]
+    lines += [
+        f"{t['task']:<28}{t['edges'][0]:>16}{t['edges'][1]:>16}{t['ratio']:>9.1f}"
+        for t in result["tasks"]
+    ]
+    for key, name in (
+        ("edges", "geometric mean of edges"),
+        ("edges_between_nodes", "with all between nodes"),
+    ):
+        means = result[f"geometric_mean_{key}"]
+        lines.append(f"{name:<28}{means[0]:>16.1f}{means[1]:>16.1f}{result[f'ratio_{key}']:>9.1f}")
+    for key, name in (("val_loss", "held-out loss"), ("nonzeros", "nonzero weights")):
+        values = [
+            "-" if v is None else f"{v:.4g}" if key == "val_loss" else f"{v}" for v in result[key]
+        ]
+        lines.append(f"{name:<28}{values[0]:>16}{values[1]:>16}")
+    for key, name in (("only_first", names[0]), ("only_second", names[1])):
+        if result[key]:
+            lines.append(f"a circuit only in {name}: {', '.join(result[key])}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m wsparse.circuits.compare", description=__doc__)
+    parser.add_argument("--runs", nargs=2, required=True, type=pathlib.Path, metavar=("A", "B"))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=None, help="folder for compare.json and .png"
+    )
+    options = parser.parse_args(argv[1:])
+    result = compare(*options.runs)
+    print(text(result))
+    out = options.out or options.runs[0] / "circuits"
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "compare.json", result)
+    shared = {t["task"] for t in result["tasks"]}
+    rows_of = {
+        run.name: [r for task, r in read(run)[0].items() if task in shared] for run in options.runs
+    }
+    report.plot_curves(rows_of, out / "compare.png")
+    print(f"written to {out / 'compare.json'} and {out / 'compare.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,211 @@
+"""Scoring circuits: many node and edge masks of a model, in one compiled function.
+
+Shapes: U nodes of the model in one vector (see `masks`), M masks scored in one call, B rows of pairs, L
+layer, N nodes of a location, W windows of T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import model, nodes, trees
+from wsparse.circuits import graph, masks, tasks
+from wsparse.circuits.learn import HasPairs, PairArrays, answer_logits, arrays
+from wsparse.config import ModelConfig
+
+# Rank of what is never removed, and of what always is; see `Ranks`.
+STAYS, GONE = np.int32(2**31 - 1), np.int32(-1)
+
+# Masks that one call scores. They are run one after the other: the rows of a batch fill a device, and its
+# activations stay in a CPU's cache.
+_MASKS = 16
+
+Means = dict[str, jax.Array]
+
+
+class Ranks(NamedTuple):
+    """An order in which nodes and edges are removed.
+
+    A span `(lo, hi)` names a mask: without everything whose rank is negative or in `[lo, hi)`. Prefixes
+    of an order and single removals are both spans, so one compiled function scores them all.
+    """
+
+    nodes: Any
+    """int32 `(U,)`."""
+    edges: dict[str, Any]
+    """Kernel path -> int32 `(L, in, out)`."""
+
+
+class Score(NamedTuple):
+    """Of one mask, or of many."""
+
+    loss: Any
+    """Task loss in nats; ln 2 is chance."""
+    accuracy: Any
+    """Share of prompts whose answer is preferred."""
+
+
+def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.ndarray) -> Means:
+    """The mean of every node, and of "attn.y", over tokens and documents of the pretraining text.
+
+    Args:
+      params: of the model.
+      config: of the model.
+      windows_WT: int tokens.
+
+    Returns:
+      Location -> float32 `(L, N)`.
+    """
+    sums, tokens = None, 0
+    for start in range(0, len(windows_WT), 32):
+        part = jnp.asarray(windows_WT[start : start + 32])
+        new = _summed_activations(params, part, config=config)
+        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+        tokens += part.size
+    if sums is None:
+        raise ValueError("no windows to take means over")
+    return {name: each / tokens for name, each in sums.items()}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _summed_activations(params, windows_WT, *, config):
+    _, acts = model.forward(params, windows_WT, config, positions_BP=windows_WT[:, :1] * 0)
+    return {
+        name: jnp.sum(acts[name].astype(jnp.float32), axis=(1, 2))
+        for name in [*nodes.NODES, "attn.y"]
+    }
+
+
+class Scorer:
+    """Scores masks of one model on pairs of one shape.
+
+    Attributes:
+      config: of the model, with biases.
+      params: of the model; where it has no biases, with zeros for them.
+      means: from `mean_activations`.
+      weights: which weights are not zero.
+    """
+
+    def __init__(self, params: model.Params, config: ModelConfig, means: Means):
+        self.config, self.params = with_biases(config, params)
+        self.means = means
+        self.weights = graph.nonzero(params)
+
+    def spans(self, pairs: HasPairs, ranks: Ranks, spans_M2: Any) -> Score:
+        """Score the masks of spans. Returns NumPy arrays `(M,)`."""
+        spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
+        pairs, parts = arrays(pairs), []
+        ranks = jax.tree.map(jnp.asarray, ranks)
+        for start in range(0, len(spans_M2), _MASKS):
+            part = spans_M2[start : start + _MASKS]
+            # Two shapes, so that at most two programs are compiled.
+            filled = part if len(part) == 1 else np.resize(part, (_MASKS, 2))
+            score = _score_spans(self.params, self.means, pairs, ranks, filled, config=self.config)
+            parts.append([np.asarray(each)[: len(part)] for each in score])
+        return Score(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+    def mask(
+        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
+    ) -> Score:
+        """Score one mask: nodes that stay, and weights that stay (None is all). Floats."""
+        score = self.spans(pairs, self.ranks(nodes_U, edges), [[0, 0]])
+        return Score(float(score.loss[0]), float(score.accuracy[0]))
+
+    def ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Ranks:
+        """Ranks in which what stays stays and everything else is gone."""
+        edges = self.weights if edges is None else edges
+        return Ranks(
+            np.where(nodes_U, STAYS, GONE),
+            {
+                path: np.where(edges[path] | ~self.weights[path], STAYS, GONE)
+                for path in self.weights
+            },
+        )
+
+    def attributions(
+        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
+    ) -> tuple[np.ndarray, graph.EdgeMask]:
+        """First-order change of the loss when a node, or an edge, of a circuit is removed.
+
+        For a node this is the sum of `(mean - value) * gradient`, the attribution baseline.
+
+        Returns:
+          `(U,)`, and kernel path -> `(L, in, out)`; both 0 for what is not in the circuit.
+        """
+        ranks = jax.tree.map(jnp.asarray, self.ranks(nodes_U, edges))
+        of_nodes, of_edges = _attributions(
+            self.params, self.means, arrays(pairs), ranks, config=self.config
+        )
+        return np.asarray(of_nodes), {path: np.asarray(each) for path, each in of_edges.items()}
+
+    def margins(
+        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
+    ) -> np.ndarray:
+        """`(B,)` logit of the answer less that of the other candidate."""
+        ranks = jax.tree.map(jnp.asarray, self.ranks(nodes_U, edges))
+        return np.asarray(
+            _margins(self.params, self.means, arrays(pairs), ranks, config=self.config)
+        )
+
+
+def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:
+    """The same model with a (zero) bias in every linear layer, so that edges can be cut."""
+    if config.bias:
+        return config, params
+    flat = dict(trees.flatten(params))
+    for c in graph.CONNECTIONS:
+        kernel = flat[c.kernel]
+        flat[c.kernel.removesuffix("kernel") + "bias"] = jnp.zeros(
+            (kernel.shape[0], kernel.shape[2]), kernel.dtype
+        )
+    return dataclasses.replace(config, bias=True), trees.unflatten(flat)
+
+
+def _kept(ranks: jax.Array, span_2: jax.Array) -> jax.Array:
+    return ((ranks >= 0) & ((ranks < span_2[0]) | (ranks >= span_2[1]))).astype(jnp.float32)
+
+
+def _run(params, means, pairs: PairArrays, gates_U, kept_edges, *, config) -> jax.Array:
+    gates = masks.unflatten(gates_U, config)
+    cut = graph.cut(params, kept_edges, means)
+    return answer_logits(cut, config, pairs, nodes.mask(gates, means))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, *, config) -> Score:
+    def score(span_2):
+        kept = {path: _kept(each, span_2) for path, each in ranks.edges.items()}
+        logits_BV = _run(params, means, pairs, _kept(ranks.nodes, span_2), kept, config=config)
+        chosen = (logits_BV, pairs.answer, pairs.other)
+        return Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
+
+    return lax.map(score, spans_M2)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _attributions(params, means, pairs, ranks: Ranks, *, config):
+    nothing = jnp.zeros(2, jnp.int32)
+    gates_U = _kept(ranks.nodes, nothing)
+    kept = {path: _kept(each, nothing) for path, each in ranks.edges.items()}
+
+    def loss(gates_U, kept):
+        logits_BV = _run(params, means, pairs, gates_U, kept, config=config)
+        return tasks.task_loss(logits_BV, pairs.answer, pairs.other)
+
+    of_nodes, of_edges = jax.grad(loss, argnums=(0, 1))(gates_U, kept)
+    return -of_nodes * gates_U, {path: -each * kept[path] for path, each in of_edges.items()}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _margins(params, means, pairs, ranks: Ranks, *, config) -> jax.Array:
+    nothing = jnp.zeros(2, jnp.int32)
+    kept = {path: _kept(each, nothing) for path, each in ranks.edges.items()}
+    logits_BV = _run(params, means, pairs, _kept(ranks.nodes, nothing), kept, config=config)
+    return tasks.margins(logits_BV, pairs.answer, pairs.other)

@@ -1,0 +1,419 @@
+"""One task's circuit in one model: search, cut, clean-up, evidence and controls.
+
+Three disjoint sets of prompt pairs are used: masks are learned on the first, circuits are chosen on the
+second, and every number that is reported comes from the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import time
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import model, sparsity, trees
+from wsparse.circuits import evaluate, graph, masks, shrink, tasks
+from wsparse.circuits.circuit import Circuit, Node, edge_list
+from wsparse.circuits.learn import HParams, PairArrays, arrays
+from wsparse.circuits.search import Pruner, Sampler, Trial, log_size, search
+from wsparse.config import ModelConfig
+from wsparse.data.tokenizer import Tokenizer
+from wsparse.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the procedure is run with; part of every circuit file.
+
+    Attributes:
+      target: task loss, in nats, that a circuit must reach.
+      margin: nats below the target that the chosen circuit must have on the pairs it is chosen on, where the
+        model itself allows it; other templates are a little harder.
+      sweep: other targets of the loss-against-edges curve.
+      trials: pruning runs of the search.
+      parallel: of them in one call.
+      sampler: "tpe" or "random".
+      steps: of a pruning run.
+      pairs_per_step: pairs drawn for a step.
+      search_pairs: pairs that steps draw from.
+      discretise_pairs: pairs that circuits are chosen on.
+      report_pairs: pairs that numbers are reported on.
+      finalists: trials whose circuits are cleaned up.
+      tie_qk: see `learn.prune`.
+      controls: whether to run the controls.
+      seed: of pairs, trials and the sampler.
+    """
+
+    target: float = 0.15
+    margin: float = 0.02
+    sweep: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+    trials: int = 8
+    parallel: int = 2
+    sampler: Sampler = "tpe"
+    steps: int = 100
+    pairs_per_step: int = 16
+    search_pairs: int = 256
+    discretise_pairs: int = 48
+    report_pairs: int = 96
+    finalists: int = 2
+    tie_qk: bool = True
+    controls: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("trials", "parallel", "steps", "pairs_per_step", "finalists"):
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
+        for name in ("search_pairs", "discretise_pairs", "report_pairs"):
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
+        for target in (self.target, *self.sweep):
+            _require(0 < target < np.log(2), f"a target must be between 0 and ln 2, got {target}")
+        _require(self.margin >= 0, f"margin must not be negative, got {self.margin}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pairs:
+    """A task's pairs, padded to one length.
+
+    Attributes:
+      task: name.
+      form: the candidates.
+      search: pairs that masks are learned on.
+      discretise: pairs that circuits are chosen on.
+      report: pairs that numbers are reported on.
+    """
+
+    task: str
+    form: str
+    search: PairArrays
+    discretise: PairArrays
+    report: PairArrays
+
+
+class Subject:
+    """A model in which circuits are looked for.
+
+    Attributes:
+      params: its parameters.
+      config: its config.
+      windows: `(W, T)` tokens of pretraining text.
+      means: mean activations over them.
+      scorer: scores its masks.
+      digest: of the parameters.
+    """
+
+    def __init__(self, params: model.Params, config: ModelConfig, windows: np.ndarray):
+        self.params, self.config, self.windows = params, config, windows
+        self.means = evaluate.mean_activations(params, config, windows)
+        self.scorer = evaluate.Scorer(params, config, self.means)
+        self.digest = trees.digest(params)
+
+    @property
+    def node_means(self) -> dict[str, jax.Array]:
+        return {name: self.means[name] for name in masks.shapes(self.config)}
+
+    def reinitialised(self, seed: int) -> Subject:
+        """The control: every matrix's entries at random places, so sparsity and scale stay as they are."""
+
+        def shuffled(path: str, leaf: jax.Array) -> jax.Array:
+            rule = trees.match(sparsity.DEFAULT_RULES, path)
+            if not isinstance(rule, sparsity.Sparse):
+                return leaf
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+            if not rule.stacked:
+                return jnp.reshape(jax.random.permutation(key, leaf.ravel()), leaf.shape)
+            rows = jnp.reshape(leaf, (leaf.shape[0], -1))
+            return jnp.reshape(
+                jax.random.permutation(key, rows, axis=1, independent=True), leaf.shape
+            )
+
+        params = trees.map_with_path(shuffled, self.params)
+        return Subject(params, self.config, self.windows)
+
+
+def build_pairs(
+    wanted: Sequence[tasks.Task],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    max_tokens: int,
+) -> tuple[list[Pairs], dict[str, str]]:
+    """The pairs of every task, all of one length, and why other tasks are refused."""
+    sizes: dict[tasks.Split, int] = {
+        "search": settings.search_pairs,
+        "discretise": settings.discretise_pairs,
+        "report": settings.report_pairs,
+    }
+    built: list[dict[tasks.Split, tasks.TaskBatch]] = []
+    refused: dict[str, str] = {}
+    for task in wanted:
+        try:
+            built.append(
+                {
+                    split: tasks.build(
+                        task, tokenizer, size, settings.seed, split=split, max_tokens=max_tokens
+                    )
+                    for split, size in sizes.items()
+                }
+            )
+        except UserError as error:
+            refused[task.name] = str(error)
+    length = max((b.tokens.shape[1] for splits in built for b in splits.values()), default=0)
+    return [
+        Pairs(
+            task=splits["search"].task,
+            form=splits["search"].form,
+            **{split: arrays(tasks.padded(batch, length)) for split, batch in splits.items()},
+        )
+        for splits in built
+    ], refused
+
+
+def model_score(subject: Subject, pairs: PairArrays) -> evaluate.Score:
+    """The whole model's loss and accuracy."""
+    return subject.scorer.mask(pairs, np.ones(masks.n_nodes(subject.config), bool))
+
+
+def find_circuit(
+    subject: Subject,
+    pairs: Pairs,
+    pruner: Pruner,
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: None,
+) -> Circuit | None:
+    """Search for the task's circuit, and measure it.
+
+    Returns:
+      The circuit, or None where no trial reached the target.
+    """
+    started = time.monotonic()
+    scorer = subject.scorer
+    whole = model_score(subject, pairs.discretise).loss
+    # Where the model itself is too close to the target, the margin shrinks to half of what there is.
+    goal = max(
+        settings.target - settings.margin, min(settings.target, (whole + settings.target) / 2)
+    )
+
+    def objective(tau_U: np.ndarray) -> tuple[float, shrink.Parts | None]:
+        parts, least = shrink.discretise(scorer, pairs.discretise, tau_U, goal)
+        edges = graph.count(parts.edges) if parts else 0
+        return log_size(edges, goal if parts else least, goal), parts
+
+    def said(trial: Trial) -> None:
+        parts: shrink.Parts | None = trial.result
+        found = (
+            f"{np.count_nonzero(parts.nodes)} nodes, {graph.count(parts.edges)} edges"
+            if parts
+            else f"target missed ({trial.value - 100:.3f})"
+        )
+        say(f"  trial {trial.number + 1}/{settings.trials}: {found}")
+
+    trials = search(
+        pruner,
+        subject.params,
+        pairs.search,
+        subject.node_means,
+        objective,
+        trials=settings.trials,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        said=said,
+    )
+    reached = sorted((t for t in trials if t.result is not None), key=lambda t: t.value)
+    if not reached:
+        return None
+    cleaned = [
+        (shrink.clean_up(scorer, pairs.discretise, trial.result, goal), trial)
+        for trial in reached[: settings.finalists]
+    ]
+    parts, best = min(cleaned, key=lambda pair: graph.count(pair[0].edges))
+    seconds_found = time.monotonic() - started
+    say(f"  cleaned up: {np.count_nonzero(parts.nodes)} nodes, {graph.count(parts.edges)} edges")
+    curve = _curve(subject, pairs, best.tau, parts, settings)
+    scores = measure(subject, pairs.report, parts)
+    scores["discretise_loss"] = parts.loss
+    scores["trials"] = [
+        {
+            "number": t.number,
+            "edges": graph.count(t.result.edges) if t.result else None,
+            "nodes": int(np.count_nonzero(t.result.nodes)) if t.result else None,
+        }
+        for t in trials
+    ]
+    scores["edges_before_clean_up"] = graph.count(best.result.edges)
+    scores["attribution_baseline"] = attribution_baseline(subject, pairs, goal)
+    controls = (
+        _controls(subject, pairs, pruner, best.hparams, goal, settings) if settings.controls else {}
+    )
+    counts = graph.count_all(parts.nodes, parts.edges, subject.params, subject.config)
+    between = graph.between(parts.nodes, scorer.weights, subject.config)
+    scores["seconds_to_find"] = round(seconds_found, 1)
+    scores["seconds"] = round(time.monotonic() - started, 1)
+    return Circuit(
+        task=pairs.task,
+        form=pairs.form,
+        model_digest=subject.digest,
+        config=subject.config,
+        target=settings.target,
+        nodes=_nodes(subject, pairs.report, parts, best.tau),
+        edges=edge_list(parts.edges, subject.params),
+        loss=scores["sufficiency"]["loss"],
+        scores=scores,
+        counts=counts._asdict() | {"edges_between_nodes": graph.count(between)},
+        controls=controls,
+        curve=curve,
+        hyperparameters={
+            "trial": best.number,
+            **best.hparams._asdict(),
+            "settings": dataclasses.asdict(settings),
+        },
+        means={name: np.asarray(each) for name, each in subject.means.items()},
+        tau={
+            name: np.asarray(each)
+            for name, each in masks.unflatten(best.tau, subject.config).items()
+        },
+        removed=parts.removed,
+    )
+
+
+def measure(subject: Subject, pairs: PairArrays, parts: shrink.Parts) -> dict[str, Any]:
+    """Sufficiency and necessity of a circuit, and the model beside it.
+
+    Sufficiency: everything but the circuit at its mean. Necessity: the circuit's own nodes at their means
+    and all else as it is; the task should be lost.
+    """
+    scorer = subject.scorer
+    margins = scorer.margins(pairs, parts.nodes, parts.stays(scorer))
+    return {
+        "model": model_score(subject, pairs)._asdict(),
+        "sufficiency": scorer.mask(pairs, parts.nodes, parts.stays(scorer))._asdict(),
+        "calibrated": shrink.calibrate(margins),
+        "necessity": scorer.mask(pairs, ~parts.nodes)._asdict(),
+    }
+
+
+def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> dict[str, Any]:
+    """Nodes ranked by gradient attribution in the whole model instead of by a learned mask."""
+    scorer = subject.scorer
+    everything = np.ones(masks.n_nodes(subject.config), bool)
+    effect = scorer.attributions(pairs.search, everything)[0]
+    parts, least = shrink.discretise(scorer, pairs.discretise, np.abs(effect), goal)
+    if parts is None:
+        return {"reached": False, "least_loss": least}
+    return {
+        "reached": True,
+        "nodes": int(np.count_nonzero(parts.nodes)),
+        "edges": graph.count(parts.edges),
+        "loss": scorer.mask(pairs.report, parts.nodes).loss,
+    }
+
+
+def _nodes(
+    subject: Subject, pairs: PairArrays, parts: shrink.Parts, tau_U: np.ndarray
+) -> list[Node]:
+    """The circuit's nodes with the growth of the loss when each is removed."""
+    scorer, chosen = subject.scorer, np.flatnonzero(parts.nodes)
+    order = scorer.ranks(parts.nodes, parts.stays(scorer))
+    order.nodes[chosen] = np.arange(chosen.size)
+    spans = [[0, 0], *([i, i + 1] for i in range(chosen.size))]
+    losses = scorer.spans(pairs, order, spans).loss
+    names = masks.names(subject.config)
+    return [
+        Node(names[i], float(tau_U[i]), float(loss - losses[0]))
+        for i, loss in zip(chosen, losses[1:], strict=True)
+    ]
+
+
+def _curve(
+    subject: Subject,
+    pairs: Pairs,
+    tau_U: np.ndarray,
+    found: shrink.Parts,
+    settings: Settings,
+) -> list[dict[str, float]]:
+    """Edges at every target of the sweep that can be reached.
+
+    Looser targets go on from the circuit that was found, tighter ones from cuts of their own.
+    """
+    scorer = subject.scorer
+    points = [(settings.target, found)]
+    at = found
+    for target in sorted(t for t in settings.sweep if t > settings.target):
+        goal = target - settings.margin
+        at = shrink.clean_up(scorer, pairs.discretise, at, goal, thorough=False)
+        points.append((target, at))
+    for target in sorted(t for t in settings.sweep if t < settings.target):
+        tight = target - settings.margin * target / settings.target
+        parts, _ = shrink.discretise(scorer, pairs.discretise, tau_U, tight)
+        if parts is not None:
+            parts = shrink.clean_up(scorer, pairs.discretise, parts, tight, thorough=False)
+            points.append((target, parts))
+    return [
+        {
+            "target": target,
+            "nodes": int(np.count_nonzero(parts.nodes)),
+            "edges": graph.count(parts.edges),
+            "loss": scorer.mask(pairs.report, parts.nodes, parts.stays(scorer)).loss,
+        }
+        for target, parts in sorted(points, key=lambda point: point[0])
+    ]
+
+
+def _controls(
+    subject: Subject,
+    pairs: Pairs,
+    pruner: Pruner,
+    hparams: HParams,
+    goal: float,
+    settings: Settings,
+) -> dict[str, Any]:
+    """The procedure where there is nothing to find: shuffled labels, and a random model.
+
+    Both use the hyperparameters of the circuit's own trial. A control that reaches the target says that
+    the mask, not the model, solves the task.
+    """
+    rng = np.random.default_rng(settings.seed)
+    shuffled = {
+        "search": _shuffled(pairs.search, rng),
+        "discretise": _shuffled(pairs.discretise, rng),
+        "report": _shuffled(pairs.report, rng),
+    }
+    nonsense = dataclasses.replace(pairs, **shuffled)
+    random_model = subject.reinitialised(settings.seed + 1)
+    found = {}
+    for name, where, what in (
+        ("shuffled_labels", subject, nonsense),
+        ("random_model", random_model, pairs),
+    ):
+        seeds = range(settings.seed, settings.seed + pruner.parallel)
+        learned = pruner(where.params, what.search, where.node_means, [hparams] * len(seeds), seeds)
+        tried = [shrink.discretise(where.scorer, what.discretise, tau_U, goal) for tau_U in learned]
+        reached = [parts for parts, _ in tried if parts is not None]
+        found[name] = {
+            "reached": bool(reached),
+            "least_loss": min(least for _, least in tried),
+            "edges": min((graph.count(parts.edges) for parts in reached), default=None),
+        }
+    return found
+
+
+def _shuffled(pairs: PairArrays, rng: np.random.Generator) -> PairArrays:
+    """The pairs with the two answers exchanged in a random half of them."""
+    swap = jnp.asarray(np.repeat(rng.random(pairs.answer.shape[0] // 2) < 0.5, 2))
+    return pairs._replace(
+        answer=jnp.where(swap, pairs.other, pairs.answer),
+        other=jnp.where(swap, pairs.answer, pairs.other),
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,130 @@
+"""The edges between nodes: nonzero weights whose two ends are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import model, trees
+from wsparse.circuits import masks
+from wsparse.config import ModelConfig
+from wsparse.nodes import NODES
+
+
+class Connection(NamedTuple):
+    """A kernel `(L, in, out)` and the locations at its two sides."""
+
+    source: str
+    target: str
+    kernel: str
+
+
+def _connections() -> tuple[Connection, ...]:
+    into = {path: name for name, kind in NODES.items() for path in kind.incoming}
+    return tuple(
+        Connection(name, into[path], path) for name, kind in NODES.items() for path in kind.outgoing
+    )
+
+
+CONNECTIONS = _connections()
+"""Gao et al. 2025: act_in to q, k, v; v to resid_delta; act_in to post_act; post_act to resid_delta."""
+
+# What a kernel multiplies, where that is not the node itself: heads mix values over time on the way.
+MULTIPLIED = {"attn.v": "attn.y"}
+
+EdgeMask = dict[str, Any]
+"""Kernel path -> bool `(L, in, out)`: which weights are in use."""
+
+
+class Counts(NamedTuple):
+    """Sizes of a circuit."""
+
+    nodes: int
+    edges: int
+    """Weights between kept nodes, in attention and MLP matrices."""
+    embedding_edges: int
+    """Nonzero embedding entries of the residual channels that kept nodes read."""
+    unembedding_edges: int
+    """Nonzero unembedding entries of the residual channels that kept nodes write."""
+    biases: int
+    """Nonzero biases of kept nodes."""
+
+
+def nonzero(params: model.Params) -> EdgeMask:
+    """Which weights are not zero."""
+    flat = trees.flatten(params)
+    return {c.kernel: np.asarray(flat[c.kernel]) != 0 for c in CONNECTIONS}
+
+
+def between(nodes_U: np.ndarray, weights: EdgeMask, config: ModelConfig) -> EdgeMask:
+    """The weights of `weights` whose two ends are among `nodes_U` (bool)."""
+    mask = masks.unflatten(np.asarray(nodes_U), config)
+    return {
+        c.kernel: weights[c.kernel] & mask[c.source][:, :, None] & mask[c.target][:, None, :]
+        for c in CONNECTIONS
+    }
+
+
+def count(edges: EdgeMask) -> int:
+    """How many edges there are."""
+    return sum(int(np.count_nonzero(each)) for each in edges.values())
+
+
+def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
+    """int `(U,)`: edges in and out of every node."""
+    mask = {name: np.zeros(shape, int) for name, shape in masks.shapes(config).items()}
+    for c in CONNECTIONS:
+        mask[c.source] += edges[c.kernel].sum(2)
+        mask[c.target] += edges[c.kernel].sum(1)
+    return np.concatenate([mask[name].ravel() for name in NODES])
+
+
+def count_all(
+    nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config: ModelConfig
+) -> Counts:
+    """Sizes of the circuit of these nodes and edges."""
+    mask = masks.unflatten(np.asarray(nodes_U), config)
+    flat = trees.flatten(params)
+    read = np.any(mask["attn.act_in"] | mask["mlp.act_in"], axis=0)[: config.d_model]
+    written = np.any(mask["attn.resid_delta"] | mask["mlp.resid_delta"], axis=0)
+    embedding = np.asarray(flat["embed/tokens"]) != 0
+    unembedding = embedding.T if config.tied_embeddings else np.asarray(flat["head/unembed"]) != 0
+    biases = 0
+    for c in CONNECTIONS:
+        bias = flat.get(c.kernel.removesuffix("kernel") + "bias")
+        if bias is not None:
+            biases += int(np.count_nonzero((np.asarray(bias) != 0) & mask[c.target]))
+    return Counts(
+        nodes=int(np.count_nonzero(nodes_U)),
+        edges=count(edges),
+        embedding_edges=int(np.count_nonzero(embedding[:, read])),
+        unembedding_edges=int(np.count_nonzero(unembedding[written])),
+        biases=biases,
+    )
+
+
+def cut(
+    params: model.Params, kept: Mapping[str, jax.Array], means: Mapping[str, jax.Array]
+) -> model.Params:
+    """Parameters without the edges that are not kept: what such a weight brings becomes a constant.
+
+    `w_ij x_i` turns into `w_ij mean(x_i)`, the mean over the pretraining distribution, as for nodes. Needs a
+    model with biases, see `with_biases`.
+
+    Args:
+      params: of the model.
+      kept: kernel path -> float or bool `(L, in, out)`, 1 where the weight stays; differentiable.
+      means: location -> `(L, N)`, "attn.y" among them.
+    """
+    flat = dict(trees.flatten(params))
+    for c in CONNECTIONS:
+        kernel, bias = flat[c.kernel], c.kernel.removesuffix("kernel") + "bias"
+        stays = kernel * kept[c.kernel].astype(kernel.dtype)
+        mean = means[MULTIPLIED.get(c.source, c.source)].astype(kernel.dtype)
+        flat[c.kernel] = stays
+        flat[bias] = flat[bias] + jnp.einsum("li,lio->lo", mean, kernel - stays)
+    return trees.unflatten(flat)

@@ -1,0 +1,163 @@
+"""Learning a task's mask: one pure function, one scan, made to be jitted and vmapped.
+
+Shapes: B rows of pairs, T time, L layer, N nodes of a location, S steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from wsparse import model, nodes
+from wsparse.circuits import masks, tasks
+from wsparse.config import ModelConfig
+
+
+class HParams(NamedTuple):
+    """Hyperparameters of a trial: floats, or vectors under vmap. Defaults are the paper's centres."""
+
+    k_coef: Any = 1e-4
+    """Penalty per open gate, in nats."""
+    noise: Any = 1e-2
+    """Standard deviation of the initial tau."""
+    bias: Any = 1e-1
+    """Mean of the initial tau."""
+    weight_decay: Any = 1e-3
+    learning_rate: Any = 3e-3
+    one_minus_b2: Any = 5e-2
+    """1 - b2 of Adam."""
+    warmup: Any = 5e-2
+    """Share of the steps in which the learning rate rises from 0."""
+    temperature: Any = 1.0
+    """Width of the Heaviside's surrogate derivative."""
+
+
+class PairArrays(NamedTuple):
+    """The arrays of a `tasks.TaskBatch`; rows `2 i` and `2 i + 1` are a pair."""
+
+    tokens: Any
+    position: Any
+    answer: Any
+    other: Any
+
+
+HasPairs = tasks.TaskBatch | PairArrays
+
+
+class Masks(NamedTuple):
+    """What a run of `prune` learned."""
+
+    tau: dict[str, jax.Array]
+    """Location -> `(L, N)` in [-1, 1]; a gate is open where it is positive."""
+    losses: jax.Array
+    """`(S,)` task loss of each step's batch."""
+    open: jax.Array
+    """`(S,)` int32, gates open at each step."""
+
+
+def arrays(batch: HasPairs) -> PairArrays:
+    """The arrays of a batch of pairs, on the device."""
+    return PairArrays(*(jnp.asarray(getattr(batch, name)) for name in PairArrays._fields))
+
+
+def prune(
+    params: model.Params,
+    config: ModelConfig,
+    task_batch: HasPairs,
+    means: dict[str, jax.Array],
+    hparams: HParams,
+    key: jax.Array,
+    *,
+    steps: int = 300,
+    pairs_per_step: int = 64,
+    tie_qk: bool = True,
+) -> Masks:
+    """Learn which nodes a task needs (Gao et al. 2025, circuit pruning).
+
+    Every node has a parameter tau; its gate is 1 where tau is positive. The value of a closed node is its
+    mean over the pretraining distribution. The objective is the task's loss plus `k_coef` for every open
+    gate, minimised by AdamW with gradients clipped at norm 1 and a rate that falls to 0; tau is clamped to
+    [-1, 1].
+
+    Args:
+      params: of the model; they do not change.
+      config: of the model, static.
+      task_batch: the pairs that steps draw from, `(2 * pairs, T)` tokens.
+      means: location -> `(L, N)`, see `evaluate.mean_activations`.
+      hparams: see `HParams`; traced, so that trials can be vmapped.
+      key: of the initial noise and the draws.
+      steps: static.
+      pairs_per_step: static; drawn with replacement.
+      tie_qk: channel j of a head's query and of its key share a gate.
+
+    Returns:
+      The masks after the last step.
+    """
+    pairs = arrays(task_batch)
+    n_pairs = pairs.position.shape[0] // 2
+    noise_key, draw_key = jax.random.split(key)
+    shapes = masks.shapes(config)
+    tau = {
+        name: hparams.bias
+        + hparams.noise * jax.random.normal(jax.random.fold_in(noise_key, i), shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    tau = _clamped(masks.tie(tau) if tie_qk else tau)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=1 - hparams.one_minus_b2),
+        optax.add_decayed_weights(hparams.weight_decay),
+        optax.scale_by_learning_rate(lambda step: _learning_rate(hparams, step, steps)),
+    )
+
+    def objective(tau, rows: PairArrays):
+        gates = masks.gates(tau, hparams.temperature)
+        loss = masked_loss(params, config, rows, nodes.mask(gates, means))
+        n_open = sum(jnp.sum(gate) for gate in gates.values())
+        return loss + hparams.k_coef * n_open, (loss, n_open)
+
+    def step(carry, index):
+        tau, state = carry
+        chosen = jax.random.randint(
+            jax.random.fold_in(draw_key, index), (pairs_per_step, 1), 0, n_pairs
+        )
+        rows = jnp.reshape(2 * chosen + jnp.arange(2)[None], -1)
+        batch = jax.tree.map(lambda a: jnp.take(a, rows, axis=0), pairs)
+        gradient, (loss, n_open) = jax.grad(objective, has_aux=True)(tau, batch)
+        updates, state = optimizer.update(gradient, state, tau)
+        tau: Any = _clamped(optax.apply_updates(tau, updates))
+        return (tau, state), (loss, n_open.astype(jnp.int32))
+
+    (tau, _), (losses, n_open) = lax.scan(step, (tau, optimizer.init(tau)), jnp.arange(steps))
+    return Masks(masks.untie(tau), losses, n_open)
+
+
+def masked_loss(
+    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: nodes.Tap
+) -> jax.Array:
+    """The task's loss, a float32 scalar, with a tap in the model. Logits at the answers only."""
+    return tasks.task_loss(answer_logits(params, config, pairs, tap), pairs.answer, pairs.other)
+
+
+def answer_logits(
+    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: nodes.Tap
+) -> jax.Array:
+    """`(B, V)` logits after each prompt."""
+    logits_BPV, _ = model.forward(
+        params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None]
+    )
+    return logits_BPV[:, 0]
+
+
+def _clamped(tau: Any) -> Any:
+    return jax.tree.map(lambda t: jnp.clip(t, -1.0, 1.0), tau)
+
+
+def _learning_rate(hparams: HParams, step: Any, steps: int) -> jax.Array:
+    warmup = hparams.warmup * steps
+    rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup, 1.0))
+    return hparams.learning_rate * rise * jnp.minimum(1.0, (steps - step) / (steps - warmup))

@@ -1,0 +1,193 @@
+"""Hyperparameters of pruning: a Bayesian search in batches of vmapped trials, and a random one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optuna
+
+from wsparse import model
+from wsparse.circuits import masks
+from wsparse.circuits.learn import HasPairs, HParams, arrays, prune
+from wsparse.config import ModelConfig
+
+Sampler = Literal["tpe", "random"]
+
+# Each hyperparameter is searched on a logarithmic scale between these; the paper's centres are inside.
+_BETWEEN = HParams(
+    k_coef=(1e-4, 1e-2),
+    noise=(3e-3, 1e-1),
+    bias=(3e-2, 3e-1),
+    weight_decay=(1e-4, 1e-2),
+    learning_rate=(3e-3, 3e-2),
+    one_minus_b2=(2e-2, 2e-1),
+    warmup=(2e-2, 2e-1),
+    temperature=(0.3, 3.0),
+)
+
+# Where a search starts beside the paper's centres: for runs of a hundred steps instead of thousands.
+FAST = HParams(k_coef=1e-3, learning_rate=1e-2)
+# With fewer trials than this the paper's centres are not tried.
+_FEW = 8
+
+
+class Trial(NamedTuple):
+    """One pruning run of a search.
+
+    Attributes:
+      number: from 0; the first is at `FAST`, in longer searches the second at the paper's centres.
+      hparams: floats.
+      tau: float32 `(U,)`.
+      value: what the search minimises.
+      result: whatever the objective found beside the value.
+    """
+
+    number: int
+    hparams: HParams
+    tau: np.ndarray
+    value: float
+    result: Any
+
+
+class Pruner:
+    """`prune` of one model, vmapped over trials and compiled once for all tasks and trials.
+
+    Over several devices the trials are spread; the rest is replicated.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        steps: int,
+        pairs_per_step: int,
+        tie_qk: bool = True,
+        parallel: int = 4,
+    ):
+        """Settings are static.
+
+        Args:
+          config: of the model.
+          steps: of each trial.
+          pairs_per_step: drawn for each step.
+          tie_qk: see `prune`.
+          parallel: trials in one call.
+        """
+        self.parallel = parallel
+        run = functools.partial(
+            prune, config=config, steps=steps, pairs_per_step=pairs_per_step, tie_qk=tie_qk
+        )
+
+        def trials(params, pairs, means, hparams, keys):
+            def one(hparams, key):
+                learned = run(params, task_batch=pairs, means=means, hparams=hparams, key=key)
+                return masks.flatten(learned.tau)
+
+            return jax.vmap(one)(hparams, keys)
+
+        self._run = jax.jit(trials)
+        devices = jax.devices()
+        self._sharding = None
+        if len(devices) > 1 and parallel % len(devices) == 0:
+            mesh = jax.make_mesh((len(devices),), ("trials",))
+            self._sharding = NamedSharding(mesh, P("trials"))
+
+    def __call__(
+        self,
+        params: model.Params,
+        pairs: HasPairs,
+        means: dict[str, jax.Array],
+        hparams: Sequence[HParams],
+        seeds: Sequence[int],
+    ) -> np.ndarray:
+        """Tau of every trial, `(trials, U)`; fewer than `parallel` are padded with the first."""
+        wanted = len(hparams)
+        padding = self.parallel - wanted
+        columns = HParams(
+            *(
+                np.asarray([*column, *[column[0]] * padding], np.float32)
+                for column in zip(*hparams, strict=True)
+            )
+        )
+        keys = jax.vmap(jax.random.key)(np.asarray([*seeds, *[seeds[0]] * padding], np.uint32))
+        if self._sharding is not None:
+            columns, keys = jax.device_put((columns, keys), self._sharding)
+        return np.asarray(self._run(params, arrays(pairs), means, columns, keys))[:wanted]
+
+
+def search(
+    pruner: Pruner,
+    params: model.Params,
+    pairs: HasPairs,
+    means: dict[str, jax.Array],
+    objective: Callable[[np.ndarray], tuple[float, Any]],
+    *,
+    trials: int,
+    sampler: Sampler = "tpe",
+    seed: int = 0,
+    said: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
+    """Run trials, `pruner.parallel` at a time, and score each.
+
+    Args:
+      pruner: runs them.
+      params: of the model.
+      pairs: of the search split.
+      means: see `prune`.
+      objective: `tau_U -> (value to minimise, result)`.
+      trials: how many.
+      sampler: "tpe" (Optuna's tree-structured Parzen estimator) or "random" (the same ranges).
+      seed: of the sampler and of the trials.
+      said: called with every finished trial.
+
+    Returns:
+      All trials, in order.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warm = max(pruner.parallel, min(8, trials // 3))
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=warm, constant_liar=True
+        ),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    study = optuna.create_study(sampler=samplers[sampler](), direction="minimize")
+    for start in (FAST, HParams()) if trials >= _FEW else (FAST,):
+        study.enqueue_trial(start._asdict())
+    done: list[Trial] = []
+    while len(done) < trials:
+        asked = [study.ask() for _ in range(min(pruner.parallel, trials - len(done)))]
+        hparams = [_suggest(trial) for trial in asked]
+        seeds = [seed * 100_003 + trial.number for trial in asked]
+        for trial, chosen, tau_U in zip(
+            asked, hparams, pruner(params, pairs, means, hparams, seeds), strict=True
+        ):
+            value, result = objective(tau_U)
+            study.tell(trial, value)
+            done.append(Trial(trial.number, chosen, tau_U, value, result))
+            said(done[-1])
+    return done
+
+
+def _suggest(trial: optuna.Trial) -> HParams:
+    return HParams(
+        **{
+            name: trial.suggest_float(name, low, high, log=True)
+            for name, (low, high) in _BETWEEN._asdict().items()
+        }
+    )
+
+
+def log_size(edges: int, least_loss: float, target: float) -> float:
+    """What a search minimises: the logarithm of the edges, or, where the target was missed, by how much.
+
+    Any miss is worse than any circuit.
+    """
+    return math.log1p(edges) if least_loss <= target else 100.0 + least_loss
