@@ -13,11 +13,13 @@ from wsparse.circuits import (
     Circuit,
     HParams,
     PairArrays,
+    compare,
     evaluate,
     find,
     graph,
     masks,
     prune,
+    report,
     shrink,
 )
 from wsparse.circuits.search import FAST, Pruner, search
@@ -518,3 +520,53 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         find.Settings(target=0.9)
     with pytest.raises(UserError, match="margin"):
         find.Settings(margin=-1.0)
+
+
+# ---- Tables and comparisons ----
+
+
+def write_run(folder, circuit, edges_by_task, val_loss):
+    for task, edges in edges_by_task.items():
+        counts = {**circuit.counts, "edges": edges, "edges_between_nodes": 2 * edges}
+        curve = [{"target": 0.12, "nodes": 3, "edges": edges, "loss": 0.1}]
+        one = dataclasses.replace(circuit, task=task, counts=counts, curve=curve)
+        one.save(folder / "circuits" / task)
+        status = {"task": task, "status": "found", "model": {"loss": 0.09, "accuracy": 1.0}}
+        (folder / "circuits" / task / "status.json").write_text(json.dumps(status))
+    hopeless = folder / "circuits" / "hopeless"
+    hopeless.mkdir()
+    status = {
+        "task": "hopeless",
+        "status": "the model cannot do it",
+        "model": {"loss": 0.7, "accuracy": 0.5},
+    }
+    (hopeless / "status.json").write_text(json.dumps(status))
+    (folder / "summary.json").write_text(json.dumps({"val_loss": val_loss, "nonzeros": 1234}))
+
+
+def test_two_runs_are_compared_on_the_tasks_that_both_can_do(circuit, tmp_path, capsys):
+    write_run(tmp_path / "a", circuit, {"one": 4, "two": 9, "mine": 5}, 2.0)
+    write_run(tmp_path / "b", circuit, {"one": 64, "two": 36}, 2.01)
+    result = compare.compare(tmp_path / "a", tmp_path / "b")
+    assert [t["task"] for t in result["tasks"]] == ["one", "two"]
+    assert [t["ratio"] for t in result["tasks"]] == [16.0, 4.0]
+    assert result["geometric_mean_edges"] == pytest.approx([6.0, 48.0])
+    assert result["ratio_edges"] == pytest.approx(8.0)
+    assert result["val_loss"] == [2.0, 2.01]
+    assert result["only_first"] == ["mine"]
+    compare.main(["", "--runs", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "8.0" in capsys.readouterr().out
+    assert (tmp_path / "a" / "circuits" / "compare.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="has no circuits"):
+        compare.compare(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_the_table_names_every_task_and_the_geometric_mean(circuit, tmp_path):
+    write_run(tmp_path / "a", circuit, {"one": 4, "two": 9}, 2.0)
+    rows = report.collect(tmp_path / "a" / "circuits")
+    report.write(tmp_path / "a" / "circuits", rows, title="a")
+    text = (tmp_path / "a" / "circuits" / "table.txt").read_text()
+    assert "hopeless" in text
+    assert "the model cannot do it" in text
+    assert "geometric mean over 2 tasks: 6.0 edges (12.0" in text
+    assert report.geometric_mean([0, 1, 16]) == pytest.approx(16 ** (1 / 3))

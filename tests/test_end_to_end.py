@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from wsparse import metrics, runs, sparsity
+from wsparse.circuits import Circuit
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 60
@@ -102,6 +103,31 @@ def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
     assert out.startswith("--- sample 1\n" + prompt)
     assert "--- sample 2\n" + prompt in out
 
+    # Hardly trained, but enough to go through every stage of pruning: any loss below chance will do.
+    arguments = ("--run=runs/tiny", "--task=indent_for,else_elif", "--target=0.69", "--trials=2")
+    quick = ("--steps=3", "--pairs_per_step=4", "--search_pairs=8", "--discretise_pairs=8")
+    command = (*arguments, *quick, "--report_pairs=8", "--single_removals=16", "--sweep=0.6")
+    status, out, err = finish(start("prune", *command))
+    assert status == 0, err
+    folder = workdir / "circuits"
+    found = [path.parent.name for path in folder.glob("*/circuit.json")]
+    assert found, out
+    circuit = Circuit.load(folder / found[0])
+    circuit.check(run.params)
+    assert circuit.counts["nodes"] == len(circuit.nodes)
+    assert set(circuit.controls) == {"shuffled_labels", "random_model"}
+    assert found[0] in (folder / "table.txt").read_text()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = finish(start("prune", *command))
+    assert status == 0, err
+    assert out.count("done before") == 2
+    status, out, err = finish(start("circuits.compare", "--runs", "runs/tiny", "runs/tiny"))
+    assert status == 0, err
+    assert " 1.0" in out
+
+    status, _, err = finish(start("prune", "--run=runs/tiny", "--task=indent_four"))
+    assert status == 2
+    assert "indent_for" in err
     status, out, err = finish(start("sample", "--run=runs/none", "--prompt=x"))
     assert status == 2
     assert out == ""

@@ -748,3 +748,45 @@ def test_fixed_sinusoids_do_not_depend_on_the_seed():
     assert tables[0].shape == (8, 5)
     assert (np.abs(tables[0]) <= 1).all()
     assert len({row.tobytes() for row in tables[0]}) == 8  # every position is told apart
+
+
+@pytest.mark.parametrize(
+    ("position", "n_layer", "fraction"), [("none", 1, 0.5), ("concat", 2, None), ("added", 3, None)]
+)
+def test_logits_and_their_gradients_are_the_same_without_recording(position, n_layer, fraction):
+    config = ModelConfig(
+        vocab_size=13,
+        context=9,
+        n_layer=n_layer,
+        d_model=16,
+        n_head=2,
+        d_head=4,
+        position=position,
+        d_pos=4 if position.startswith("concat") else 0,
+        residual_activation="relu",
+        abs_top_k_fraction=fraction,
+    )
+    params = model.init(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (5, 9), 0, 13)
+    positions = jnp.array([[8, 3], [0, 1], [5, 5], [2, 7], [8, 8]])
+    gates = {
+        name: jnp.full((n_layer, kind.width(config)), 0.7) for name, kind in nodes.NODES.items()
+    }
+
+    def logits(gates, *, record):
+        tap = nodes.mask(gates, jax.tree.map(lambda g: 0.1 * jnp.ones_like(g), gates))
+        out, acts = model.forward(
+            params, tokens, config, tap=tap, positions_BP=positions, record=record
+        )
+        assert bool(acts) == record
+        return out
+
+    np.testing.assert_allclose(logits(gates, record=False), logits(gates, record=True), rtol=2e-5)
+    slope = jax.jit(
+        jax.grad(lambda g, *, record: jnp.sum(jnp.sin(logits(g, record=record)))),
+        static_argnames="record",
+    )
+    slopes = [slope(gates, record=record) for record in (False, True)]
+    for name in gates:
+        np.testing.assert_allclose(slopes[0][name], slopes[1][name], rtol=2e-4, atol=1e-6)
+    assert any(np.abs(slopes[0][name]).max() > 1e-4 for name in gates)

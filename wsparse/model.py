@@ -57,6 +57,7 @@ def forward(
     *,
     tap: Tap | None = None,
     positions_BP: jax.Array | None = None,
+    record: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run the model.
 
@@ -68,13 +69,16 @@ def forward(
         is what later computation and the returned activations see.
       positions_BP: int positions at which logits are wanted; None is all of them. The unembedding of
         a small model is a large part of its cost.
+      record: whether activations are returned. Without them, and with `positions_BP`, the last layer's
+        queries, neurons and writes are computed at those positions alone, `(B, P, N)` in the tap: nothing
+        else would be read. Logits are the same.
 
     Returns:
       `(logits_BTV, acts)`: logits in float32 (`(B, P, V)` where positions were given; float64 for a
       float64 model), and the value at each location: `acts["attn.q"]` is `(L, B, T, H * K)`, and so on
       for "attn.act_in", "attn.k", "attn.v", "attn.y", "attn.resid_delta", "attn.resid_in",
       "mlp.act_in", "mlp.post_act", "mlp.resid_delta", "mlp.resid_mid"; "final_resid" is `(B, T, D)`. What
-      the caller does not use is removed by the compiler.
+      the caller does not use is removed by the compiler. Empty when not recorded.
 
     Raises:
       UserError: the sequence is longer than the context.
@@ -97,18 +101,28 @@ def forward(
 
     if config.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
+    blocks, n_scanned = params["blocks"], config.n_layer
+    short = positions_BP is not None and not record
+    if short:
+        n_scanned -= 1
+        last_block = jax.tree.map(lambda p: p[-1], blocks)
+        blocks = jax.tree.map(lambda p: p[:-1], blocks)
+    # Two layers are unrolled: stacking their activations for the backward pass costs more than a loop saves.
     x_BTD, acts = lax.scan(
-        layer, x_BTD, (params["blocks"], jnp.arange(config.n_layer)), unroll=config.n_layer <= 2
+        layer, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2
     )
+    if short:
+        node = _recorder(config, tap, jnp.int32(n_scanned), {})
+        x_BTD: Any = block.apply({"params": last_block}, x_BTD, positions_TP, node, positions_BP)
     x_BTD = _recorder(config, tap, None, acts)("final_resid", None, x_BTD)
     if positions_BP is not None:
-        x_BTD = jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)
+        x_BTD = x_BTD if short else _take_positions(x_BTD, positions_BP)
         tokens_BT = jnp.take_along_axis(tokens_BT, positions_BP, axis=1)
     head = Head(config)
     logits_BTV: Any = head.apply(
         {"params": params["head"]}, x_BTD, tokens_BT, params["embed"]["tokens"]
     )
-    return logits_BTV, acts
+    return logits_BTV, acts if record else {}
 
 
 def count_parameters(params: Params) -> int:
@@ -142,6 +156,10 @@ def _activation_sparsity(config: ModelConfig, site: str | None, value: jax.Array
 
 def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.reshape(vector, (1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
+
+
+def _take_positions(x_BTD: jax.Array, positions_BP: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
@@ -218,19 +236,20 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTR, node: _Node):
+    def __call__(self, x_BTR, node: _Node, positions_BP=None):
         config = self.config
         x_BTR = node("attn.act_in", "attn_in", x_BTR)
+        x_BPR = x_BTR if positions_BP is None else _take_positions(x_BTR, positions_BP)
         heads = []
-        for name in ("q", "k", "v"):
+        for name, read in (("q", x_BPR), ("k", x_BTR), ("v", x_BTR)):
             linear = Linear(config.attention_width, config, use_bias=config.bias, name=name)
-            y_BTE = node(f"attn.{name}", f"attn_{name}", linear(x_BTR))
+            y_BTE = node(f"attn.{name}", f"attn_{name}", linear(read))
             heads.append(jnp.reshape(y_BTE, (*y_BTE.shape[:2], config.n_head, config.d_head)))
         sink_H = (
             self.param("sink", nn.initializers.zeros, (config.n_head,)) if config.sink else None
         )
         q_BTHK, k_BTHK, v_BTHK = heads
-        y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, sink_H)
+        y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, sink_H, positions_BP)
         y_BTE = node(
             "attn.y", None, jnp.reshape(y_BTHK, (*y_BTHK.shape[:2], config.attention_width))
         )
@@ -239,13 +258,18 @@ class Attention(nn.Module):
 
 
 def attend(
-    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sink_H: jax.Array | None
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    sink_H: jax.Array | None,
+    positions_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention; `sink_H` are logits that join each head's softmax denominator only.
 
-    Scores are scaled by `1/sqrt(d_head)`. Returns `(B, T, H, K)`.
+    Scores are scaled by `1/sqrt(d_head)`. Query t is at position t, or at `positions_BT[:, t]`. Returns
+    `(B, T, H, K)`.
     """
-    weights_BHTS, total_BHT1 = _attention_weights(q_BTHK, k_BSHK, sink_H)
+    weights_BHTS, total_BHT1 = _attention_weights(q_BTHK, k_BSHK, sink_H, positions_BT)
     v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
     y_BHTK = jnp.matmul(weights_BHTS.astype(v_BSHK.dtype), v_BHSK)
     # Normalised after the product, which is smaller than the weights by T / d_head.
@@ -260,7 +284,10 @@ def attention_pattern(q_BTHK: jax.Array, k_BSHK: jax.Array, sink_H: jax.Array | 
 
 
 def _attention_weights(
-    q_BTHK: jax.Array, k_BSHK: jax.Array, sink_H: jax.Array | None
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    sink_H: jax.Array | None,
+    positions_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Exponentials of the scores, zero for future keys, and what each row is to be divided by."""
     dtype = jnp.promote_types(q_BTHK.dtype, jnp.float32)
@@ -269,7 +296,10 @@ def _attention_weights(
     scores_BHTS = jnp.matmul(q_BHTK, jnp.swapaxes(k_BHSK, 2, 3), preferred_element_type=dtype)
     scores_BHTS = scores_BHTS * (1.0 / math.sqrt(q_BTHK.shape[-1]))
     time, keys = scores_BHTS.shape[2:]
-    causal = jnp.tri(time, keys, dtype=bool)[None, None]
+    if positions_BT is None:
+        causal = jnp.tri(time, keys, dtype=bool)[None, None]
+    else:
+        causal = jnp.arange(keys)[None, None, None] <= positions_BT[:, None, :, None]
     scores_BHTS = jnp.where(causal, scores_BHTS, -jnp.inf)
     top_BHT1 = jnp.max(scores_BHTS, axis=-1, keepdims=True)
     sink_1H11 = None if sink_H is None else jnp.reshape(sink_H, (1, -1, 1, 1)).astype(dtype)
@@ -301,28 +331,40 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each read from the normed residual and added back to it."""
+    """One layer: attention, then the MLP, each read from the normed residual and added back to it.
+
+    With `positions_BP` all of it but the keys and values is computed at those positions only.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_TP, node: _Node):
+    def __call__(self, x_BTD, positions_TP, node: _Node, positions_BP=None):
         config = self.config
-        for name, part, resid, after in (
-            ("attn", Attention, "attn.resid_in", "resid_post_attn"),
-            ("mlp", MLP, "mlp.resid_mid", "resid_post_mlp"),
-        ):
-            x_BTD = node(resid, None, x_BTD)
+
+        def read(name, x_BTD, at_BP=None):
             read_BTR = Norm(config, name=f"{name}_norm")(x_BTD)
-            if positions_TP is not None:
-                position = Norm(config, name=f"{name}_pos_norm")(positions_TP)
+            if positions_TP is None:
+                return read_BTR
+            position = Norm(config, name=f"{name}_pos_norm")(positions_TP)
+            if at_BP is None:
                 position = jnp.broadcast_to(position[None], (*x_BTD.shape[:2], config.d_pos))
-                read_BTR = jnp.concatenate([read_BTR, position], axis=-1)
-            x_BTD = x_BTD + part(config, name=name)(read_BTR, node)
+            else:
+                position = jnp.take(position, at_BP, axis=0)
+            return jnp.concatenate([read_BTR, position], axis=-1)
+
+        def written(x_BTD, site):
             if config.residual_activation == "relu":
                 x_BTD = nn.relu(x_BTD)
-            x_BTD = _activation_sparsity(config, after, x_BTD)
-        return x_BTD
+            return _activation_sparsity(config, site, x_BTD)
+
+        x_BTD = node("attn.resid_in", None, x_BTD)
+        delta = Attention(config, name="attn")(read("attn", x_BTD), node, positions_BP)
+        if positions_BP is not None:
+            x_BTD = _take_positions(x_BTD, positions_BP)
+        x_BTD = node("mlp.resid_mid", None, written(x_BTD + delta, "resid_post_attn"))
+        delta = MLP(config, name="mlp")(read("mlp", x_BTD, positions_BP), node)
+        return written(x_BTD + delta, "resid_post_mlp")
 
 
 class Head(nn.Module):

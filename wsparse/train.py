@@ -31,6 +31,7 @@ from wsparse import checkpoint, files, metrics, model, sharding, sparsity, trees
 from wsparse.config import ModelConfig, TrainConfig, differences, from_dict, to_dict
 from wsparse.data import pipeline
 from wsparse.errors import UserError, run_command
+from wsparse.kernels import cpu
 
 # Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
 DECAY_RULES: trees.Rules[bool] = (
@@ -216,6 +217,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
     say = (lambda line: None) if quiet else functools.partial(print, flush=True)
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 and not cpu.available():
+        say("AbsTopK runs without its CPU kernel, which is faster: pip install 'wsparse[cpu]'")
     tokenizer_file = workdir / "tokenizer.json"
     dataset = pipeline.open_dataset(
         config.data,

@@ -44,6 +44,7 @@ class Settings:
       discretise_pairs: pairs that circuits are chosen on.
       report_pairs: pairs that numbers are reported on.
       finalists: trials whose circuits are cleaned up.
+      single_removals: see `shrink.clean_up`.
       tie_qk: see `learn.prune`.
       controls: whether to run the controls.
       seed: of pairs, trials and the sampler.
@@ -51,7 +52,7 @@ class Settings:
 
     target: float = 0.15
     margin: float = 0.02
-    sweep: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+    sweep: tuple[float, ...] = (0.05, 0.1, 0.3, 0.5)
     trials: int = 8
     parallel: int = 2
     sampler: Sampler = "tpe"
@@ -61,6 +62,7 @@ class Settings:
     discretise_pairs: int = 48
     report_pairs: int = 96
     finalists: int = 2
+    single_removals: int = 256
     tie_qk: bool = True
     controls: bool = True
     seed: int = 0
@@ -231,7 +233,12 @@ def find_circuit(
     if not reached:
         return None
     cleaned = [
-        (shrink.clean_up(scorer, pairs.discretise, trial.result, goal), trial)
+        (
+            shrink.clean_up(
+                scorer, pairs.discretise, trial.result, goal, singles=settings.single_removals
+            ),
+            trial,
+        )
         for trial in reached[: settings.finalists]
     ]
     parts, best = min(cleaned, key=lambda pair: graph.count(pair[0].edges))
@@ -348,13 +355,13 @@ def _curve(
     at = found
     for target in sorted(t for t in settings.sweep if t > settings.target):
         goal = target - settings.margin
-        at = shrink.clean_up(scorer, pairs.discretise, at, goal, thorough=False)
+        at = shrink.clean_up(scorer, pairs.discretise, at, goal, singles=0)
         points.append((target, at))
     for target in sorted(t for t in settings.sweep if t < settings.target):
         tight = target - settings.margin * target / settings.target
         parts, _ = shrink.discretise(scorer, pairs.discretise, tau_U, tight)
         if parts is not None:
-            parts = shrink.clean_up(scorer, pairs.discretise, parts, tight, thorough=False)
+            parts = shrink.clean_up(scorer, pairs.discretise, parts, tight, singles=0)
             points.append((target, parts))
     return [
         {

@@ -148,7 +148,12 @@ def answer_logits(
 ) -> jax.Array:
     """`(B, V)` logits after each prompt."""
     logits_BPV, _ = model.forward(
-        params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None]
+        params,
+        pairs.tokens,
+        config,
+        tap=tap,
+        positions_BP=pairs.position[:, None],
+        record=False,
     )
     return logits_BPV[:, 0]
 

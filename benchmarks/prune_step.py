@@ -1,0 +1,170 @@
+"""What a step of pruning costs: `python benchmarks/prune_step.py [--density=0.015625]`.
+
+The model is that of the public PyTorch replication (d_model 256, 2 layers, vocabulary 2048, AbsTopK at every
+location, sinks, bigram table), with 64 pairs of 64 tokens a step; that replication takes 0.64 s a step on two
+CPU cores. In one process the step is timed beside the same step without AbsTopK, beside a forward and
+backward pass of the whole dense model, and beside its floors: the matrix products at the rate this machine
+reaches on a large product, and one selection of every AbsTopK site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import json
+import statistics
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import model, sparsity, trees
+from wsparse.circuits import HParams, PairArrays, find, masks, prune
+from wsparse.config import ModelConfig
+from wsparse.errors import run_command
+
+PAIRS, TIME, STEPS = 64, 64, 4
+
+
+def sparse_params(config: ModelConfig, density: float) -> model.Params:
+    """Random weights, each matrix with its share of nonzeros."""
+    params = model.init(config, jax.random.key(0))
+    project = sparsity.project_top_k(density)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(lambda p: project.update(zeros, project.init(p), p)[0])(params)
+    return jax.tree.map(jnp.add, params, update)
+
+
+def pairs(config: ModelConfig) -> PairArrays:
+    """Random prompts, answered at their last tokens."""
+    rng = np.random.default_rng(0)
+    answer = np.tile([1, 2], PAIRS)
+    return PairArrays(
+        tokens=jnp.asarray(rng.integers(0, config.vocab_size, (2 * PAIRS, TIME)), jnp.int32),
+        position=jnp.full(2 * PAIRS, TIME - 1, jnp.int32),
+        answer=jnp.asarray(answer, jnp.int32),
+        other=jnp.asarray(answer[::-1].copy(), jnp.int32),
+    )
+
+
+def stepper(config: ModelConfig, params: model.Params) -> Callable[[], object]:
+    """A call that runs `STEPS` steps of pruning."""
+    windows = np.random.default_rng(1).integers(0, config.vocab_size, (32, TIME))
+    subject = find.Subject(params, config, windows)
+    run = jax.jit(functools.partial(prune, config=config, steps=STEPS, pairs_per_step=PAIRS))
+    batch = pairs(config)
+    return lambda: (
+        run(
+            params,
+            task_batch=batch,
+            means=subject.node_means,
+            hparams=HParams(),
+            key=jax.random.key(0),
+        ).losses
+    )
+
+
+def dense_pass(config: ModelConfig, params: model.Params) -> Callable[[], object]:
+    """A call that runs `STEPS` forward and backward passes with logits everywhere, as training does."""
+    batch = pairs(config)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            logits, _ = model.forward(params, batch.tokens, config)
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+        return jax.grad(loss)(params)
+
+    return lambda: [gradient(params) for _ in range(STEPS)]
+
+
+def main(argv) -> None:
+    """Time the variants in turns and print a table and one JSON line."""
+    del argv
+    config = ModelConfig(vocab_size=2048, context=TIME, n_layer=2, d_model=256, n_head=16)
+    params = sparse_params(config, flags.FLAGS.density)
+    plain = dataclasses.replace(config, abs_top_k_fraction=None)
+    calls = {
+        "step": stepper(config, params),
+        "step without AbsTopK": stepper(plain, params),
+        "dense forward and backward": dense_pass(config, params),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(flags.FLAGS.rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append((time.perf_counter() - start) / STEPS)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+
+    tokens, answers = 2 * PAIRS * TIME, 2 * PAIRS
+    floors = {
+        "products (forward, and the activations' gradients)": _products(config, tokens, answers)
+        / _matmul_rate(),
+        "AbsTopK (one selection of every site)": _selections(config, tokens),
+    }
+    for name, value in medians.items():
+        print(f"{name:52}{value:8.3f} s")
+    for name, value in floors.items():
+        print(f"floor: {name:45}{value:8.3f} s")
+    nonzeros = sum(n for n, _ in sparsity.l0(params).values())
+    print(
+        f"{nonzeros} nonzero weights of {sum(leaf.size for leaf in trees.flatten(params).values())}; "
+        f"{masks.n_nodes(config)} nodes; {0.64 / medians['step']:.2f} times as fast as 0.64 s"
+    )
+    print(json.dumps({"seconds": medians, "floors": floors}))
+
+
+def _products(config: ModelConfig, tokens: int, answers: int) -> float:
+    """FLOPs of a step: weights get no gradient, and the last layer runs at the answers only."""
+    reads = 3 * config.d_model * config.attention_width
+    rest = config.attention_width * config.d_model + 2 * config.d_model * config.mlp_width
+    attention = 2 * TIME * config.attention_width
+    full = tokens * (reads + rest + attention) * (config.n_layer - 1)
+    last = tokens * reads * 2 / 3 + answers * (reads / 3 + rest + attention)
+    return 4 * (full + last + answers * config.d_model * config.vocab_size)
+
+
+def _selections(config: ModelConfig, tokens: int) -> float:
+    """Seconds for AbsTopK of every site of a full layer and of the last layer's reads."""
+    widths = [shape[1] for shape in masks.shapes(config).values()]
+    last = [
+        shape[1]
+        for name, shape in masks.shapes(config).items()
+        if name in ("attn.act_in", "attn.k", "attn.v")
+    ]
+    total = 0.0
+    for width in [*widths * (config.n_layer - 1), *last]:
+        x = jax.random.normal(jax.random.key(width), (tokens, width))
+        select = jax.jit(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4))
+        jax.block_until_ready(select(x))
+        start = time.perf_counter()
+        jax.block_until_ready(select(x))
+        total += time.perf_counter() - start
+    return total
+
+
+def _matmul_rate(size: int = 2048) -> float:
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    best = min(_seconds(lambda: product(x)) for _ in range(5))
+    return 2 * size**3 / best
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    flags.DEFINE_float("density", 1 / 64, "Share of weights that are not zero.")
+    flags.DEFINE_integer("rounds", 5, "Timed calls of each variant.")
+    run_command(main)
