@@ -18,8 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
         model={"vocab_size": 1024, "context": 64, "n_layer": 2, "d_model": 256, "n_head": 16},
         sparsity={"density": 1.0, "anneal_end": 0.4},
         optimizer={"learning_rate": 6e-3},
-        data={"source": "0.8*idioms+0.2*stdlib", "megabytes": 20.0, "validation_fraction": 0.05},
-        steps=1500,
+        data={"source": "0.8*idioms+0.2*stdlib", "megabytes": 24.0, "validation_fraction": 0.05},
+        steps=320,
         batch_size=64,
-        checkpoint_every=250,
+        checkpoint_every=0,
     )

@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         model={"vocab_size": 1024, "context": 64, "n_layer": 2, "d_model": 128, "n_head": 8},
         sparsity={"density": 1 / 16, "anneal_end": 0.4},
         optimizer={"learning_rate": 6e-3},
-        data={"source": "0.7*idioms+0.3*stdlib", "megabytes": 12.0},
-        steps=800,
-        batch_size=64,
+        data={"source": "0.7*idioms+0.3*stdlib", "megabytes": 10.0},
+        steps=900,
+        batch_size=48,
     )

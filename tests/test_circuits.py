@@ -1,6 +1,7 @@
 """Masks, pruning, discretising, edges and circuit files, on models whose circuits are known."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -151,7 +152,9 @@ def test_the_planted_circuit_is_found_exactly(circuit):
 
 
 def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
-    assert circuit.scores["necessity"]["loss"] == pytest.approx(np.log(2), abs=0.05)
+    # What is left prefers one answer whatever the prompt.
+    assert circuit.scores["necessity"]["accuracy"] == 0.5
+    assert circuit.scores["necessity"]["loss"] > 0.6
     assert circuit.scores["model"]["accuracy"] == 1.0
     for control in circuit.controls.values():
         assert not control["reached"]
@@ -159,7 +162,9 @@ def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
 
 
 def test_every_planted_node_matters_when_removed_alone(circuit):
-    assert min(node.importance for node in circuit.nodes) > 0.05
+    # One of the two neurons alone nearly does.
+    assert min(node.importance for node in circuit.nodes) > 0.01
+    assert sorted(node.importance for node in circuit.nodes)[-5] > 0.3
 
 
 def test_the_curve_has_a_point_for_every_reachable_target(circuit):
@@ -280,23 +285,25 @@ def test_tied_gates_give_queries_and_keys_one_tau():
 # ---- Pruning as a pure function ----
 
 
-def test_vmapped_trials_equal_trials_one_by_one(subject):
+def test_vmapped_trials_and_trials_over_devices_equal_a_single_run(subject):
+    assert jax.device_count() == 8
     pairs = planted_pairs(8, 0)
-    tried = [HParams(k_coef=1e-3), HParams(k_coef=3e-3, learning_rate=2e-2)]
-    pruner = Pruner(PLANTED, steps=10, pairs_per_step=4, parallel=2)
-    together = pruner(subject.params, pairs, subject.node_means, tried, [5, 6])
-    for hparams, seed, tau_U in zip(tried, (5, 6), together, strict=True):
-        alone = prune(
+    tried = [HParams(k_coef=k, learning_rate=2e-2) for k in (1e-4, 1e-3, 2e-3, 4e-2)]
+    settings = {"steps": 5, "pairs_per_step": 4}
+    spread = Pruner(PLANTED, parallel=4, **settings)
+    assert spread.devices == 4
+    together = spread(subject.params, pairs, subject.node_means, tried, range(4))
+    one = functools.partial(prune, config=PLANTED, **settings)
+    for i in (0, 3):
+        alone = jax.jit(one)(
             subject.params,
-            PLANTED,
-            pairs,
-            subject.node_means,
-            hparams,
-            jax.random.key(seed),
-            steps=10,
-            pairs_per_step=4,
+            task_batch=pairs,
+            means=subject.node_means,
+            hparams=tried[i],
+            key=jax.random.key(i),
         )
-        np.testing.assert_allclose(masks.flatten(alone.tau), tau_U, atol=2e-4)
+        np.testing.assert_allclose(masks.flatten(alone.tau), together[i], atol=2e-4)
+    assert not np.allclose(together[0], together[3], atol=2e-2)
 
 
 def test_one_compilation_serves_all_trials_tasks_and_models(subject, compilations):

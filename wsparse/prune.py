@@ -140,7 +140,7 @@ def _as_json(settings: find.Settings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """The command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
@@ -154,7 +154,12 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         raise UserError(f"--sweep must be numbers separated by commas: {error}") from error
     settings = find.Settings(**values)
-    run(pathlib.Path(options.run), wanted, settings, max_tokens=options.max_tokens)
+    try:
+        run(pathlib.Path(options.run), wanted, settings, max_tokens=options.max_tokens)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on with the tasks that are not done")
+        return 130
+    return 0
 
 
 def _define_flags() -> None:

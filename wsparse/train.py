@@ -353,7 +353,7 @@ class _Loop:
                 window_start, window_step = time.monotonic(), step
             if last or (config.eval_every and step % config.eval_every == 0):
                 evaluation = self._evaluate(state, step)
-                window_start = time.monotonic()
+                window_start, window_step = time.monotonic(), step
             if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 # A state is saved only once its own step is known to be finite.
                 if pending is not None:

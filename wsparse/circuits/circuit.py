@@ -147,7 +147,10 @@ class Circuit:
         folder = path.parent if path.name == _JSON else path
         try:
             values = json.loads((folder / _JSON).read_text(encoding="utf-8"))
-            with np.load(folder / _ARRAYS, allow_pickle=False) as stored:
+            with (
+                (folder / _ARRAYS).open("rb") as file,
+                np.load(file, allow_pickle=False) as stored,
+            ):
                 arrays = {name: stored[name] for name in stored.files}
         except FileNotFoundError as error:
             raise UserError(

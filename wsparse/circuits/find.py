@@ -113,10 +113,12 @@ class Subject:
     """
 
     def __init__(self, params: model.Params, config: ModelConfig, windows: np.ndarray):
-        self.params, self.config, self.windows = params, config, windows
-        self.means = evaluate.mean_activations(params, config, windows)
-        self.scorer = evaluate.Scorer(params, config, self.means)
-        self.digest = trees.digest(params)
+        # Committed to a device or not is part of what is compiled for: all subjects' are.
+        self.params = jax.device_put(params, jax.devices()[0])
+        self.config, self.windows = config, windows
+        self.means = evaluate.mean_activations(self.params, config, windows)
+        self.scorer = evaluate.Scorer(self.params, config, self.means)
+        self.digest = trees.digest(self.params)
 
     @property
     def node_means(self) -> dict[str, jax.Array]:

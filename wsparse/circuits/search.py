@@ -59,7 +59,11 @@ class Trial(NamedTuple):
 class Pruner:
     """`prune` of one model, vmapped over trials and compiled once for all tasks and trials.
 
-    Over several devices the trials are spread; the rest is replicated.
+    Over several devices the trials are spread as evenly as they divide; the rest is replicated.
+
+    Attributes:
+      parallel: trials in one call.
+      devices: over how many devices they are spread.
     """
 
     def __init__(
@@ -93,11 +97,11 @@ class Pruner:
             return jax.vmap(one)(hparams, keys)
 
         self._run = jax.jit(trials)
-        devices = jax.devices()
+        self.devices = math.gcd(parallel, jax.device_count())
         self._sharding = None
-        if len(devices) > 1 and parallel % len(devices) == 0:
-            mesh = jax.make_mesh((len(devices),), ("trials",))
-            self._sharding = NamedSharding(mesh, P("trials"))
+        if self.devices > 1:
+            mesh = jax.sharding.Mesh(np.asarray(jax.devices()[: self.devices]), ("trials",))
+            self._sharding = NamedSharding(mesh, P("trials")), NamedSharding(mesh, P())
 
     def __call__(
         self,
@@ -117,9 +121,12 @@ class Pruner:
             )
         )
         keys = jax.vmap(jax.random.key)(np.asarray([*seeds, *[seeds[0]] * padding], np.uint32))
+        shared = (params, arrays(pairs), means)
         if self._sharding is not None:
-            columns, keys = jax.device_put((columns, keys), self._sharding)
-        return np.asarray(self._run(params, arrays(pairs), means, columns, keys))[:wanted]
+            spread, everywhere = self._sharding
+            columns, keys = jax.device_put((columns, keys), spread)
+            shared = jax.device_put(shared, everywhere)
+        return np.asarray(self._run(*shared, columns, keys))[:wanted]
 
 
 def search(
