@@ -39,7 +39,17 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
-        except (flags.Error, LookupError, AttributeError, TypeError, ValueError) as error:
+        except SyntaxError as error:
+            # A recipe is Python, and is run while flags are parsed.
+            _fail(f"{error.filename}:{error.lineno}: {error.msg}")
+        except (
+            flags.Error,
+            ImportError,
+            LookupError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
             # A KeyError's text is the repr of its message.
             text = f"unknown key {error.args[0]}" if isinstance(error, KeyError) else str(error)
             _fail(" ".join(text.replace("\\'", "'").replace("\\n", " ").split()) + "; see --help")

@@ -105,13 +105,13 @@ def forward(
     short = positions_BP is not None and not record
     if short:
         n_scanned -= 1
-        last_block = jax.tree.map(lambda p: p[-1], blocks)
         blocks = jax.tree.map(lambda p: p[:-1], blocks)
     # Two layers are unrolled: stacking their activations for the backward pass costs more than a loop saves.
     x_BTD, acts = lax.scan(
         layer, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2
     )
     if short:
+        last_block = jax.tree.map(lambda p: p[-1], params["blocks"])
         node = _recorder(config, tap, jnp.int32(n_scanned), {})
         x_BTD: Any = block.apply({"params": last_block}, x_BTD, positions_TP, node, positions_BP)
     x_BTD = _recorder(config, tap, None, acts)("final_resid", None, x_BTD)

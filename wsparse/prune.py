@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 from absl import flags
@@ -49,6 +50,8 @@ def run(
     )
     for name, reason in refused.items():
         say(f"{name}: refused: {reason}")
+    if not pairs:
+        raise UserError("no task is left: see the reasons above")
     pruner = Pruner(
         config,
         steps=settings.steps,
@@ -145,6 +148,8 @@ def main(argv: Sequence[str]) -> int:
     del argv
     options: Any = flags.FLAGS
     names = list(tasks.TASKS) if options.task == ["all"] else options.task
+    if not names:
+        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     wanted = [tasks.find(name) for name in names]
     values: dict[str, Any] = {
         field.name: getattr(options, field.name) for field in dataclasses.fields(find.Settings)
@@ -162,6 +167,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _help_of(name: str) -> str:
+    """What the docstring of `Settings` says about an attribute."""
+    about = re.search(
+        rf"^ +{name}: (.*?)(?=^ +\w+: |\Z)", find.Settings.__doc__ or "", re.MULTILINE | re.DOTALL
+    )
+    assert about is not None, name
+    return " ".join(about[1].split())
+
+
 def _define_flags() -> None:
     defaults = find.Settings()
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
@@ -169,7 +183,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("max_tokens", 4096, "Longest prompt to use; at most the context.")
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
-        about = f"See wsparse.circuits.find.Settings.{field.name}."
+        about = _help_of(field.name)
         if field.name == "sampler":
             flags.DEFINE_enum("sampler", value, ["tpe", "random"], about)
         elif isinstance(value, bool):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import signal
 import statistics
@@ -208,6 +209,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
         config; a weight became NaN or infinite.
     """
     started = time.monotonic()
+    _refuse_unwritable(workdir)
     _refuse_other(workdir, config)
     finished = workdir / "summary.json"
     if finished.exists():
@@ -260,6 +262,15 @@ def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
                 f"{workdir} holds a run of a different config ({'; '.join(changed)}): "
                 "choose another --workdir, or undo the change"
             )
+
+
+def _refuse_unwritable(workdir: pathlib.Path) -> None:
+    """Refuse a folder that could not be made, before any work is done for it."""
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"cannot write to --workdir={workdir}: {there} is no folder one can write to"
+        )
 
 
 def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:

@@ -106,7 +106,14 @@ def text(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m wsparse.circuits.compare", description=__doc__)
-    parser.add_argument("--runs", nargs=2, required=True, type=pathlib.Path, metavar=("A", "B"))
+    parser.add_argument(
+        "--runs",
+        nargs=2,
+        required=True,
+        type=pathlib.Path,
+        metavar=("A", "B"),
+        help="two run folders, both pruned",
+    )
     parser.add_argument(
         "--out", type=pathlib.Path, default=None, help="folder for compare.json and .png"
     )
@@ -128,4 +135,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv)
     except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

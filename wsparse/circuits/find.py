@@ -78,7 +78,10 @@ class Settings:
             )
         for target in (self.target, *self.sweep):
             _require(0 < target < np.log(2), f"a target must be between 0 and ln 2, got {target}")
-        _require(self.margin >= 0, f"margin must not be negative, got {self.margin}")
+        _require(
+            0 <= self.margin < self.target,
+            f"margin must be at least 0 and below the target {self.target}, got {self.margin}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

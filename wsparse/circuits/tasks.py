@@ -1223,6 +1223,8 @@ def _command(argv: Sequence[str]) -> None:
     from wsparse import runs  # Only the command reads run folders.
 
     values = flags.FLAGS
+    if values.pairs < 1:
+        raise UserError(f"--pairs must be at least 1, got {values.pairs}")
     wanted = [find(name) for name in values.tasks or TASKS]
     print(
         report(
@@ -1249,4 +1251,5 @@ if __name__ == "__main__":
     from wsparse.circuits import tasks as this_module
 
     this_module._define_flags()
+    flags.adopt_module_key_flags(this_module)
     run_command(this_module._command)
