@@ -486,7 +486,7 @@ def test_calibration_finds_the_scale_and_shift_of_a_fine_grid_search():
     sides = np.where(np.arange(400) % 2 == 0, 1, -1)
     scales, shifts = np.meshgrid(np.linspace(0, 3, 301), np.linspace(-2, 2, 401))
     losses = np.logaddexp(0, -(scales[..., None] * margins + shifts[..., None] * sides)).mean(-1)
-    assert fit["loss"] <= losses.min() + 1e-4
+    assert float(shrink.calibrated_loss(margins, **fit)) <= losses.min() + 1e-4
     at = np.unravel_index(losses.argmin(), losses.shape)
     assert fit["scale"] == pytest.approx(scales[at], abs=0.02)
     assert fit["shift"] == pytest.approx(shifts[at], abs=0.02)

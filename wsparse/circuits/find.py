@@ -250,7 +250,7 @@ def find_circuit(
     seconds_found = time.monotonic() - started
     say(f"  cleaned up: {np.count_nonzero(parts.nodes)} nodes, {graph.count(parts.edges)} edges")
     curve = _curve(subject, pairs, best.tau, parts, settings)
-    scores = measure(subject, pairs.report, parts)
+    scores = measure(subject, pairs, parts)
     scores["discretise_loss"] = parts.loss
     scores["trials"] = [
         {
@@ -296,19 +296,20 @@ def find_circuit(
     )
 
 
-def measure(subject: Subject, pairs: PairArrays, parts: shrink.Parts) -> dict[str, Any]:
-    """Sufficiency and necessity of a circuit, and the model beside it.
+def measure(subject: Subject, pairs: Pairs, parts: shrink.Parts) -> dict[str, Any]:
+    """Sufficiency and necessity of a circuit on the report split, and the model beside it.
 
     Sufficiency: everything but the circuit at its mean. Necessity: the circuit's own nodes at their means
     and all else as it is; the task should be lost.
     """
-    scorer = subject.scorer
-    margins = scorer.margins(pairs, parts.nodes, parts.stays(scorer))
+    scorer, stays = subject.scorer, parts.stays(subject.scorer)
+    fit = shrink.calibrate(scorer.margins(pairs.discretise, parts.nodes, stays))
+    margins = scorer.margins(pairs.report, parts.nodes, stays)
     return {
-        "model": model_score(subject, pairs)._asdict(),
-        "sufficiency": scorer.mask(pairs, parts.nodes, parts.stays(scorer))._asdict(),
-        "calibrated": shrink.calibrate(margins),
-        "necessity": scorer.mask(pairs, ~parts.nodes)._asdict(),
+        "model": model_score(subject, pairs.report)._asdict(),
+        "sufficiency": scorer.mask(pairs.report, parts.nodes, stays)._asdict(),
+        "calibrated": {**fit, "loss": float(shrink.calibrated_loss(margins, **fit))},
+        "necessity": scorer.mask(pairs.report, ~parts.nodes)._asdict(),
     }
 
 

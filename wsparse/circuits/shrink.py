@@ -294,8 +294,15 @@ def _bools(size: int, indices: np.ndarray) -> np.ndarray:
     return mask
 
 
-def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, Any]:
-    """Fit a scale and a shift of the logits by L-BFGS (Gao et al. 2025), and the loss with them.
+def calibrated_loss(margins_B: Any, *, scale: Any, shift: Any) -> jax.Array:
+    """The task loss after a scale and a shift of the logits; see `calibrate`."""
+    margins = jnp.asarray(margins_B, jnp.float32)
+    sides = jnp.where(jnp.arange(margins.size) % 2 == 0, 1.0, -1.0)
+    return jnp.mean(jax.nn.softplus(-(scale * margins + shift * sides)))
+
+
+def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
+    """Fit a scale and a shift of the logits by L-BFGS (Gao et al. 2025).
 
     With two candidates only their difference matters: the margin of the first side's answer is scaled and
     shifted, and the margin of the second side's is shifted the other way.
@@ -305,19 +312,17 @@ def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, Any]:
       steps: of L-BFGS.
 
     Returns:
-      "scale", "shift" and "loss".
+      "scale" and "shift".
     """
-    margins = jnp.asarray(margins_B, jnp.float32)
-    sides = jnp.where(jnp.arange(margins.size) % 2 == 0, 1.0, -1.0)
 
     def loss(fit):
-        return jnp.mean(jax.nn.softplus(-(fit["scale"] * margins + fit["shift"] * sides)))
+        return calibrated_loss(margins_B, **fit)
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     @jax.jit
-    def fit():
+    def fitted():
         start = {"scale": jnp.ones(()), "shift": jnp.zeros(())}
 
         def step(carry, _):
@@ -329,6 +334,6 @@ def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, Any]:
             return (optax.apply_updates(fit, updates), state), None
 
         (fit, _), _ = jax.lax.scan(step, (start, solver.init(start)), None, length=steps)
-        return fit | {"loss": loss(fit)}
+        return fit
 
-    return {name: float(value) for name, value in fit().items()}
+    return {name: float(value) for name, value in fitted().items()}
