@@ -1,9 +1,10 @@
-"""A larger model for one machine: dense, d_model 256, 2 layers, 6.1 million tokens.
+"""The dense twin of configs/small.py, trained to the same held-out loss.
 
-Reproduces: the dense twin of configs/small.py: same data, model and steps, no weight sparsity.
+Reproduces: the dense model whose circuits are set beside those of configs/small.py. Same data and model, no
+    weight sparsity, and fewer steps: dense models learn faster, and this one stops at equal loss.
 Hardware: 2 CPU cores.
-Minutes: planned for under 60; not measured.
-Expected loss: not measured. Expected L0: 1, no weight is removed.
+Minutes: 8 on two cores of a 2.5 GHz Xeon that did other work beside it.
+Expected loss: 2.42 held out (seed 0). Expected L0: 1, no weight is removed.
 Command: python -m wsparse.train --config=configs/small_dense.py
 """
 
