@@ -13,13 +13,12 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
-import statistics
-import time
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 
 from wsparse import model, sparsity, trees
 from wsparse.circuits import HParams, PairArrays, find, masks, prune
@@ -93,20 +92,14 @@ def main(argv) -> None:
         "step without AbsTopK": stepper(plain, params),
         "dense forward and backward": dense_pass(config, params),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(flags.FLAGS.rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append((time.perf_counter() - start) / STEPS)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-
+    medians = {
+        name: each / STEPS
+        for name, each in timing.medians_in_turns(calls, flags.FLAGS.rounds).items()
+    }
     tokens, answers = 2 * PAIRS * TIME, 2 * PAIRS
     floors = {
         "products (forward, and the activations' gradients)": _products(config, tokens, answers)
-        / _matmul_rate(),
+        / timing.matmul_rate(),
         "AbsTopK (one selection of every site)": _selections(config, tokens),
     }
     for name, value in medians.items():
@@ -143,25 +136,9 @@ def _selections(config: ModelConfig, tokens: int) -> float:
     for width in [*widths * (config.n_layer - 1), *last]:
         x = jax.random.normal(jax.random.key(width), (tokens, width))
         select = jax.jit(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4))
-        jax.block_until_ready(select(x))
-        start = time.perf_counter()
-        jax.block_until_ready(select(x))
-        total += time.perf_counter() - start
+        timing.seconds(lambda select=select, x=x: select(x))
+        total += timing.seconds(lambda select=select, x=x: select(x))
     return total
-
-
-def _matmul_rate(size: int = 2048) -> float:
-    x = jnp.ones((size, size))
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    best = min(_seconds(lambda: product(x)) for _ in range(5))
-    return 2 * size**3 / best
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

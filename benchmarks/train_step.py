@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import json
-import statistics
-import time
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 from ml_collections import config_flags
+import timing
 
 from wsparse import sharding, train
 from wsparse.config import ModelConfig, TrainConfig, from_dict
@@ -41,13 +39,6 @@ def matmul_flops(config: ModelConfig, tokens: int) -> int:
     return 6 * weights * tokens
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs per second of a float32 `size x size` product, the best of `repeats`."""
-    x = jnp.ones((size, size))
-    product = jax.jit(lambda x: x @ x)
-    return max(2 * size**3 / seconds for seconds in _times(lambda: product(x), repeats))
-
-
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     """The config with its parts switched off."""
     no_top_k = dataclasses.replace(config.model, abs_top_k_fraction=None)
@@ -65,12 +56,8 @@ def main(argv) -> None:
     config = from_dict(TrainConfig, flags.FLAGS.config.to_dict())
     # The projection is timed where it works hardest, at the final density.
     steps = {name: _stepper(variant) for name, variant in variants(_at_the_end(config)).items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(flags.FLAGS.rounds):
-        for name, step in steps.items():
-            seconds[name] += _times(step, 1)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    rate = matmul_rate()
+    medians = timing.medians_in_turns(steps, flags.FLAGS.rounds)
+    rate = timing.matmul_rate()
     tokens = config.batch_size * config.model.context
     floor = matmul_flops(config.model, tokens) / rate
     for name, value in medians.items():
@@ -113,16 +100,6 @@ def _stepper(config: TrainConfig) -> Callable[[], object]:
     for _ in range(3):
         jax.block_until_ready(step())
     return step
-
-
-def _times(call: Callable[[], object], repeats: int) -> list[float]:
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 if __name__ == "__main__":

@@ -94,26 +94,24 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "n_layer", "d_model", "n_head", "d_head"):
-            _require(
+            require(
                 getattr(self, name) >= 1, f"model.{name} must be at least 1", getattr(self, name)
             )
-        _require(
-            self.d_mlp is None or self.d_mlp >= 1, "model.d_mlp must be at least 1", self.d_mlp
-        )
+        require(self.d_mlp is None or self.d_mlp >= 1, "model.d_mlp must be at least 1", self.d_mlp)
         if self.concatenates_positions:
-            _require(
+            require(
                 self.d_pos >= 1,
                 f"model.d_pos must be at least 1 with position={self.position!r}",
                 self.d_pos,
             )
         else:
-            _require(
+            require(
                 self.d_pos == 0,
                 f"model.d_pos must be 0 with position={self.position!r}",
                 self.d_pos,
             )
         fraction = self.abs_top_k_fraction
-        _require(
+        require(
             fraction is None or 0 < fraction <= 1,
             "model.abs_top_k_fraction must be in (0, 1] or None",
             fraction,
@@ -184,13 +182,13 @@ class SparsityConfig:
     anneal: Literal["linear", "exponential"] = "linear"
 
     def __post_init__(self):
-        _require(0 < self.density <= 1, "sparsity.density must be in (0, 1]", self.density)
-        _require(
+        require(0 < self.density <= 1, "sparsity.density must be in (0, 1]", self.density)
+        require(
             self.min_per_neuron >= 0,
             "sparsity.min_per_neuron must be at least 0",
             self.min_per_neuron,
         )
-        _require(
+        require(
             0 <= self.anneal_start < self.anneal_end <= 1,
             "sparsity: 0 <= anneal_start < anneal_end <= 1 must hold",
             (self.anneal_start, self.anneal_end),
@@ -219,17 +217,17 @@ class OptimizerConfig:
     gradient_rms: Literal["normalise", "clip", "none"] = "normalise"
 
     def __post_init__(self):
-        _require(
+        require(
             self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate
         )
-        _require(0 <= self.warmup < 1, "optimizer.warmup must be in [0, 1)", self.warmup)
-        _require(
+        require(0 <= self.warmup < 1, "optimizer.warmup must be in [0, 1)", self.warmup)
+        require(
             0 <= self.b1 < 1 and 0 <= self.b2 < 1,
             "optimizer.b1 and b2 must be in [0, 1)",
             (self.b1, self.b2),
         )
-        _require(self.eps > 0, "optimizer.eps must be positive", self.eps)
-        _require(
+        require(self.eps > 0, "optimizer.eps must be positive", self.eps)
+        require(
             self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay
         )
 
@@ -257,15 +255,15 @@ class DataConfig:
     prefetch: int = 8
 
     def __post_init__(self):
-        _require(bool(self.source.strip()), "data.source must name a source", self.source)
-        _require(self.megabytes > 0, "data.megabytes must be positive", self.megabytes)
-        _require(
+        require(bool(self.source.strip()), "data.source must name a source", self.source)
+        require(self.megabytes > 0, "data.megabytes must be positive", self.megabytes)
+        require(
             0 < self.validation_fraction < 1,
             "data.validation_fraction must be in (0, 1)",
             self.validation_fraction,
         )
-        _require(self.threads >= 1, "data.threads must be at least 1", self.threads)
-        _require(self.prefetch >= 1, "data.prefetch must be at least 1", self.prefetch)
+        require(self.threads >= 1, "data.threads must be at least 1", self.threads)
+        require(self.prefetch >= 1, "data.prefetch must be at least 1", self.prefetch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,12 +282,12 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(
+        require(
             all(size == -1 or size >= 1 for size in sizes),
             "mesh: each axis must be at least 1, or -1",
             sizes,
         )
-        _require(sizes.count(-1) <= 1, "mesh: at most one axis may be -1", sizes)
+        require(sizes.count(-1) <= 1, "mesh: at most one axis may be -1", sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,17 +329,18 @@ class TrainConfig:
             "eval_batches",
             "keep_checkpoints",
         ):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("eval_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
-        _require(
+            require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        require(
             self.batch_size % self.accumulate == 0,
             f"batch_size must be a multiple of accumulate={self.accumulate}",
             self.batch_size,
         )
 
 
-def _require(condition: bool, rule: str, got: Any) -> None:
+def require(condition: bool, rule: str, got: Any) -> None:
+    """Raise a UserError that says what must hold and what arrived."""
     if not condition:
         raise UserError(f"{rule}, got {got!r}")
 

@@ -68,6 +68,14 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def run_plain(main: Callable[[], None]) -> None:
+    """Run a command that parses its own arguments; a `UserError` becomes one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+
+
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never half of it."""
+"""Files: written so that a reader sees the old one or the new one, read with clear errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 from typing import Any
+
+from wsparse.errors import UserError
 
 
 @contextlib.contextmanager
@@ -26,3 +28,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as indented JSON."""
     with replacing(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError when it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values

@@ -13,7 +13,7 @@ import functools
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from wsparse import files, runs
 from wsparse.circuits import find, report, tasks
 from wsparse.circuits.circuit import Circuit
-from wsparse.circuits.search import Pruner
+from wsparse.circuits.search import Pruner, Sampler
 from wsparse.data import pipeline
 from wsparse.errors import UserError, run_command
 
@@ -67,18 +67,13 @@ def run(
             continue
         score = find.model_score(subject, each.report)
         say(f"  the model: loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
-        circuit = None
+        circuit, outcome = None, "the model cannot do it"
         if score.loss < settings.target:
             circuit = find.find_circuit(subject, each, pruner, settings, say)
+            outcome = "found" if circuit else "not found"
         status = {
             "task": each.task,
-            "status": (
-                "found"
-                if circuit
-                else "not found"
-                if score.loss < settings.target
-                else "the model cannot do it"
-            ),
+            "status": outcome,
             "model": score._asdict(),
             "digest": subject.digest,
             "settings": _as_json(settings),
@@ -130,11 +125,12 @@ def _is_done(where: pathlib.Path, digest: str, settings: find.Settings) -> bool:
     if not path.exists():
         return False
     try:
-        status = json.loads(path.read_text())
-    except ValueError:
+        status = files.read_json(path)
+    except UserError:
         return False
     done = status.get("digest") == digest and status.get("settings") == _as_json(settings)
     if done and status["status"] == "found":
+        # A damaged one is refused now, not by the table after all other tasks.
         Circuit.load(where)
     return done
 
@@ -185,7 +181,7 @@ def _define_flags() -> None:
         value = getattr(defaults, field.name)
         about = _help_of(field.name)
         if field.name == "sampler":
-            flags.DEFINE_enum("sampler", value, ["tpe", "random"], about)
+            flags.DEFINE_enum("sampler", value, get_args(Sampler), about)
         elif isinstance(value, bool):
             flags.DEFINE_bool(field.name, value, about)
         elif isinstance(value, int):

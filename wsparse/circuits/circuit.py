@@ -189,11 +189,8 @@ def edge_list(edges: graph.EdgeMask, params: model.Params) -> list[Edge]:
     """The edges of a mask with their weights."""
     flat = trees.flatten(params)
     return [
-        Edge(
-            f"{layer}.{c.source}.{i}",
-            f"{layer}.{c.target}.{o}",
-            float(np.asarray(flat[c.kernel])[layer, i, o]),
-        )
+        Edge(f"{layer}.{c.source}.{i}", f"{layer}.{c.target}.{o}", float(kernel[layer, i, o]))
         for c in graph.CONNECTIONS
+        for kernel in [np.asarray(flat[c.kernel])]
         for layer, i, o in np.argwhere(edges[c.kernel])
     ]

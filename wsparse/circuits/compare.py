@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsparse import files
 from wsparse.circuits import report
-from wsparse.errors import UserError
+from wsparse.errors import UserError, run_plain
 
 
-def read(folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The rows of a run by task, and its training summary.
+class Pruned(NamedTuple):
+    """A run with circuits."""
+
+    folder: pathlib.Path
+    rows: dict[str, dict[str, Any]]
+    """By task; see `report.row`."""
+    summary: dict[str, Any]
+    """Of training; empty where there is none."""
+
+
+def read(folder: pathlib.Path) -> Pruned:
+    """The circuits of a run, and its training summary.
 
     Raises:
       UserError: the run has no circuits.
@@ -28,7 +37,8 @@ def read(folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any
     if not rows:
         raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}")
     path = folder / "summary.json"
-    return {r["task"]: r for r in rows}, json.loads(path.read_text()) if path.exists() else {}
+    summary = files.read_json(path) if path.exists() else {}
+    return Pruned(folder, {r["task"]: r for r in rows}, summary)
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
@@ -37,7 +47,12 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: a run has no circuits, or the two have none at the same target.
     """
-    (a, a_summary), (b, b_summary) = read(first), read(second)
+    return compare_pruned(read(first), read(second))
+
+
+def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
+    """`compare` of what was read."""
+    a, b = first.rows, second.rows
     shared = [
         task
         for task in a
@@ -48,7 +63,7 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
     ]
     if not shared:
         raise UserError(
-            f"{first} and {second} have no task with a circuit at the same target in both"
+            f"{first.folder} and {second.folder} have no task with a circuit at the same target in both"
         )
     tasks = [
         {
@@ -61,9 +76,9 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
         for task in sorted(shared, key=lambda t: a[t]["edges"])
     ]
     result: dict[str, Any] = {
-        "runs": [str(first), str(second)],
-        "val_loss": [a_summary.get("val_loss"), b_summary.get("val_loss")],
-        "nonzeros": [a_summary.get("nonzeros"), b_summary.get("nonzeros")],
+        "runs": [str(run.folder) for run in (first, second)],
+        "val_loss": [run.summary.get("val_loss") for run in (first, second)],
+        "nonzeros": [run.summary.get("nonzeros") for run in (first, second)],
         "target": a[shared[0]]["target"],
         "tasks": tasks,
         "only_first": sorted(t for t in a if "edges" in a[t] and t not in shared),
@@ -118,22 +133,17 @@ def main(argv: Sequence[str]) -> None:
         "--out", type=pathlib.Path, default=None, help="folder for compare.json and .png"
     )
     options = parser.parse_args(argv[1:])
-    result = compare(*options.runs)
+    first, second = map(read, options.runs)
+    result = compare_pruned(first, second)
     print(text(result))
     out = options.out or options.runs[0] / "circuits"
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "compare.json", result)
-    shared = {t["task"] for t in result["tasks"]}
-    rows_of = {
-        run.name: [r for task, r in read(run)[0].items() if task in shared] for run in options.runs
-    }
+    shared = [t["task"] for t in result["tasks"]]
+    rows_of = {run.folder.name: [run.rows[task] for task in shared] for run in (first, second)}
     report.plot_curves(rows_of, out / "compare.png")
     print(f"written to {out / 'compare.json'} and {out / 'compare.png'}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_plain(lambda: main(sys.argv))

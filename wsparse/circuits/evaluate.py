@@ -76,7 +76,7 @@ def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.n
 
 @functools.partial(jax.jit, static_argnames="config")
 def _summed_activations(params, windows_WT, *, config):
-    _, acts = model.forward(params, windows_WT, config, positions_BP=windows_WT[:, :1] * 0)
+    _, acts = model.forward(params, windows_WT, config)
     return {
         name: jnp.sum(acts[name].astype(jnp.float32), axis=(1, 2))
         for name in [*nodes.NODES, "attn.y"]
@@ -139,17 +139,15 @@ class Scorer:
         Returns:
           `(U,)`, and kernel path -> `(L, in, out)`; both 0 for what is not in the circuit.
         """
-        ranks = jax.tree.map(jnp.asarray, self.ranks(nodes_U, edges))
-        of_nodes, of_edges = _attributions(
-            self.params, self.means, arrays(pairs), ranks, config=self.config
-        )
-        return np.asarray(of_nodes), {path: np.asarray(each) for path, each in of_edges.items()}
+        ranks = self.ranks(nodes_U, edges)
+        found = _attributions(self.params, self.means, arrays(pairs), ranks, config=self.config)
+        return jax.tree.map(np.asarray, tuple(found))
 
     def margins(
         self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> np.ndarray:
         """`(B,)` logit of the answer less that of the other candidate."""
-        ranks = jax.tree.map(jnp.asarray, self.ranks(nodes_U, edges))
+        ranks = self.ranks(nodes_U, edges)
         return np.asarray(
             _margins(self.params, self.means, arrays(pairs), ranks, config=self.config)
         )
@@ -162,27 +160,29 @@ def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig,
     flat = dict(trees.flatten(params))
     for c in graph.CONNECTIONS:
         kernel = flat[c.kernel]
-        flat[c.kernel.removesuffix("kernel") + "bias"] = jnp.zeros(
-            (kernel.shape[0], kernel.shape[2]), kernel.dtype
-        )
+        flat[c.bias] = jnp.zeros((kernel.shape[0], kernel.shape[2]), kernel.dtype)
     return dataclasses.replace(config, bias=True), trees.unflatten(flat)
 
 
-def _kept(ranks: jax.Array, span_2: jax.Array) -> jax.Array:
-    return ((ranks >= 0) & ((ranks < span_2[0]) | (ranks >= span_2[1]))).astype(jnp.float32)
+def _kept(ranks: Ranks, span_2: Any = (0, 0)) -> Ranks:
+    """1.0 for what the mask of a span keeps, 0.0 for the rest."""
+
+    def kept(rank):
+        return ((rank >= 0) & ((rank < span_2[0]) | (rank >= span_2[1]))).astype(jnp.float32)
+
+    return jax.tree.map(kept, ranks)
 
 
-def _run(params, means, pairs: PairArrays, gates_U, kept_edges, *, config) -> jax.Array:
-    gates = masks.unflatten(gates_U, config)
-    cut = graph.cut(params, kept_edges, means)
+def _logits(params, means, pairs: PairArrays, kept: Ranks, config) -> jax.Array:
+    gates = masks.unflatten(kept.nodes, config)
+    cut = graph.cut(params, kept.edges, means)
     return answer_logits(cut, config, pairs, nodes.mask(gates, means))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, *, config) -> Score:
     def score(span_2):
-        kept = {path: _kept(each, span_2) for path, each in ranks.edges.items()}
-        logits_BV = _run(params, means, pairs, _kept(ranks.nodes, span_2), kept, config=config)
+        logits_BV = _logits(params, means, pairs, _kept(ranks, span_2), config)
         chosen = (logits_BV, pairs.answer, pairs.other)
         return Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
 
@@ -190,22 +190,16 @@ def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, *, config) -> Sco
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _attributions(params, means, pairs, ranks: Ranks, *, config):
-    nothing = jnp.zeros(2, jnp.int32)
-    gates_U = _kept(ranks.nodes, nothing)
-    kept = {path: _kept(each, nothing) for path, each in ranks.edges.items()}
-
-    def loss(gates_U, kept):
-        logits_BV = _run(params, means, pairs, gates_U, kept, config=config)
+def _attributions(params, means, pairs, ranks: Ranks, *, config) -> Ranks:
+    def loss(kept):
+        logits_BV = _logits(params, means, pairs, kept, config)
         return tasks.task_loss(logits_BV, pairs.answer, pairs.other)
 
-    of_nodes, of_edges = jax.grad(loss, argnums=(0, 1))(gates_U, kept)
-    return -of_nodes * gates_U, {path: -each * kept[path] for path, each in of_edges.items()}
+    kept = _kept(ranks)
+    return jax.tree.map(lambda slope, each: -slope * each, jax.grad(loss)(kept), kept)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _margins(params, means, pairs, ranks: Ranks, *, config) -> jax.Array:
-    nothing = jnp.zeros(2, jnp.int32)
-    kept = {path: _kept(each, nothing) for path, each in ranks.edges.items()}
-    logits_BV = _run(params, means, pairs, _kept(ranks.nodes, nothing), kept, config=config)
+    logits_BV = _logits(params, means, pairs, _kept(ranks), config)
     return tasks.margins(logits_BV, pairs.answer, pairs.other)

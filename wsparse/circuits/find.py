@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import time
 from typing import Any
 import zlib
@@ -21,7 +22,7 @@ from wsparse.circuits import evaluate, graph, masks, shrink, tasks
 from wsparse.circuits.circuit import Circuit, Node, edge_list
 from wsparse.circuits.learn import HParams, PairArrays, arrays
 from wsparse.circuits.search import Pruner, Sampler, Trial, log_size, search
-from wsparse.config import ModelConfig
+from wsparse.config import ModelConfig, require
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError
 
@@ -68,19 +69,23 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("trials", "parallel", "steps", "pairs_per_step", "finalists"):
-            _require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
-        for name in ("search_pairs", "discretise_pairs", "report_pairs"):
-            _require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
+        for name in (
+            "trials",
+            "parallel",
+            "steps",
+            "pairs_per_step",
+            "search_pairs",
+            "discretise_pairs",
+            "report_pairs",
+            "finalists",
+        ):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for target in (self.target, *self.sweep):
-            _require(0 < target < np.log(2), f"a target must be between 0 and ln 2, got {target}")
-        _require(
+            require(0 < target < np.log(2), "a target must be between 0 and ln 2", target)
+        require(
             0 <= self.margin < self.target,
-            f"margin must be at least 0 and below the target {self.target}, got {self.margin}",
+            f"margin must be at least 0 and below the target {self.target}",
+            self.margin,
         )
 
 
@@ -113,6 +118,7 @@ class Subject:
       means: mean activations over them.
       scorer: scores its masks.
       digest: of the parameters.
+      reinitialised: `seed -> Subject`, the control with every matrix's entries at random places.
     """
 
     def __init__(self, params: model.Params, config: ModelConfig, windows: np.ndarray):
@@ -121,14 +127,19 @@ class Subject:
         self.config, self.windows = config, windows
         self.means = evaluate.mean_activations(self.params, config, windows)
         self.scorer = evaluate.Scorer(self.params, config, self.means)
-        self.digest = trees.digest(self.params)
+        # A control, the same for every task.
+        self.reinitialised = functools.cache(self._reinitialised)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return trees.digest(self.params)
 
     @property
     def node_means(self) -> dict[str, jax.Array]:
         return {name: self.means[name] for name in masks.shapes(self.config)}
 
-    def reinitialised(self, seed: int) -> Subject:
-        """The control: every matrix's entries at random places, so sparsity and scale stay as they are."""
+    def _reinitialised(self, seed: int) -> Subject:
+        """Sparsity and scale of every matrix stay as they are."""
 
         def shuffled(path: str, leaf: jax.Array) -> jax.Array:
             rule = trees.match(sparsity.DEFAULT_RULES, path)
@@ -209,17 +220,16 @@ def find_circuit(
         settings.target - settings.margin, min(settings.target, (whole + settings.target) / 2)
     )
 
-    def objective(tau_U: np.ndarray) -> tuple[float, shrink.Parts | None]:
+    def objective(tau_U: np.ndarray) -> tuple[float, tuple[shrink.Parts | None, float]]:
         parts, least = shrink.discretise(scorer, pairs.discretise, tau_U, goal)
-        edges = graph.count(parts.edges) if parts else 0
-        return log_size(edges, goal if parts else least, goal), parts
+        return log_size(parts.n_edges if parts else None, least), (parts, least)
 
     def said(trial: Trial) -> None:
-        parts: shrink.Parts | None = trial.result
+        parts, least = trial.result
         found = (
-            f"{np.count_nonzero(parts.nodes)} nodes, {graph.count(parts.edges)} edges"
+            f"{parts.n_nodes} nodes, {parts.n_edges} edges"
             if parts
-            else f"target missed ({trial.value - 100:.3f})"
+            else f"target missed ({least:.3f})"
         )
         say(f"  trial {trial.number + 1}/{settings.trials}: {found}")
 
@@ -234,33 +244,38 @@ def find_circuit(
         seed=settings.seed,
         said=said,
     )
-    reached = sorted((t for t in trials if t.result is not None), key=lambda t: t.value)
+    cuts = {t.number: t.result[0] for t in trials}
+    reached = sorted((t for t in trials if cuts[t.number]), key=lambda t: t.value)
     if not reached:
         return None
     cleaned = [
         (
             shrink.clean_up(
-                scorer, pairs.discretise, trial.result, goal, singles=settings.single_removals
+                scorer,
+                pairs.discretise,
+                cuts[trial.number],
+                goal,
+                singles=settings.single_removals,
             ),
             trial,
         )
         for trial in reached[: settings.finalists]
     ]
-    parts, best = min(cleaned, key=lambda pair: graph.count(pair[0].edges))
+    parts, best = min(cleaned, key=lambda pair: pair[0].n_edges)
     seconds_found = time.monotonic() - started
-    say(f"  cleaned up: {np.count_nonzero(parts.nodes)} nodes, {graph.count(parts.edges)} edges")
+    say(f"  cleaned up: {parts.n_nodes} nodes, {parts.n_edges} edges")
     curve = _curve(subject, pairs, best.tau, parts, settings)
     scores = measure(subject, pairs, parts)
     scores["discretise_loss"] = parts.loss
     scores["trials"] = [
         {
-            "number": t.number,
-            "edges": graph.count(t.result.edges) if t.result else None,
-            "nodes": int(np.count_nonzero(t.result.nodes)) if t.result else None,
+            "number": number,
+            "edges": each.n_edges if each else None,
+            "nodes": each.n_nodes if each else None,
         }
-        for t in trials
+        for number, each in cuts.items()
     ]
-    scores["edges_before_clean_up"] = graph.count(best.result.edges)
+    scores["edges_before_clean_up"] = cuts[best.number].n_edges
     scores["attribution_baseline"] = attribution_baseline(subject, pairs, goal)
     controls = (
         _controls(subject, pairs, pruner, best.hparams, goal, settings) if settings.controls else {}
@@ -323,8 +338,8 @@ def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> dict[st
         return {"reached": False, "least_loss": least}
     return {
         "reached": True,
-        "nodes": int(np.count_nonzero(parts.nodes)),
-        "edges": graph.count(parts.edges),
+        "nodes": parts.n_nodes,
+        "edges": parts.n_edges,
         "loss": scorer.mask(pairs.report, parts.nodes).loss,
     }
 
@@ -372,8 +387,8 @@ def _curve(
     return [
         {
             "target": target,
-            "nodes": int(np.count_nonzero(parts.nodes)),
-            "edges": graph.count(parts.edges),
+            "nodes": parts.n_nodes,
+            "edges": parts.n_edges,
             "loss": scorer.mask(pairs.report, parts.nodes, parts.stays(scorer)).loss,
         }
         for target, parts in sorted(points, key=lambda point: point[0])
@@ -394,12 +409,9 @@ def _controls(
     the mask, not the model, solves the task.
     """
     rng = np.random.default_rng(settings.seed)
-    shuffled = {
-        "search": _shuffled(pairs.search, rng),
-        "discretise": _shuffled(pairs.discretise, rng),
-        "report": _shuffled(pairs.report, rng),
-    }
-    nonsense = dataclasses.replace(pairs, **shuffled)
+    nonsense = dataclasses.replace(
+        pairs, search=_shuffled(pairs.search, rng), discretise=_shuffled(pairs.discretise, rng)
+    )
     random_model = subject.reinitialised(settings.seed + 1)
     found = {}
     for name, where, what in (
@@ -413,7 +425,7 @@ def _controls(
         found[name] = {
             "reached": bool(reached),
             "least_loss": min(least for _, least in tried),
-            "edges": min((graph.count(parts.edges) for parts in reached), default=None),
+            "edges": min((parts.n_edges for parts in reached), default=None),
         }
     return found
 
@@ -425,8 +437,3 @@ def _shuffled(pairs: PairArrays, rng: np.random.Generator) -> PairArrays:
         answer=jnp.where(swap, pairs.other, pairs.answer),
         other=jnp.where(swap, pairs.answer, pairs.other),
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)

@@ -22,6 +22,11 @@ class Connection(NamedTuple):
     target: str
     kernel: str
 
+    @property
+    def bias(self) -> str:
+        """The path of the bias beside the kernel."""
+        return f"{self.kernel.removesuffix('kernel')}bias"
+
 
 def _connections() -> tuple[Connection, ...]:
     into = {path: name for name, kind in NODES.items() for path in kind.incoming}
@@ -80,7 +85,7 @@ def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
     for c in CONNECTIONS:
         mask[c.source] += edges[c.kernel].sum(2)
         mask[c.target] += edges[c.kernel].sum(1)
-    return np.concatenate([mask[name].ravel() for name in NODES])
+    return np.asarray(masks.flatten(mask))
 
 
 def count_all(
@@ -95,7 +100,7 @@ def count_all(
     unembedding = embedding.T if config.tied_embeddings else np.asarray(flat["head/unembed"]) != 0
     biases = 0
     for c in CONNECTIONS:
-        bias = flat.get(c.kernel.removesuffix("kernel") + "bias")
+        bias = flat.get(c.bias)
         if bias is not None:
             biases += int(np.count_nonzero((np.asarray(bias) != 0) & mask[c.target]))
     return Counts(
@@ -122,9 +127,9 @@ def cut(
     """
     flat = dict(trees.flatten(params))
     for c in CONNECTIONS:
-        kernel, bias = flat[c.kernel], c.kernel.removesuffix("kernel") + "bias"
+        kernel = flat[c.kernel]
         stays = kernel * kept[c.kernel].astype(kernel.dtype)
         mean = means[MULTIPLIED.get(c.source, c.source)].astype(kernel.dtype)
         flat[c.kernel] = stays
-        flat[bias] = flat[bias] + jnp.einsum("li,lio->lo", mean, kernel - stays)
+        flat[c.bias] = flat[c.bias] + jnp.einsum("li,lio->lo", mean, kernel - stays)
     return trees.unflatten(flat)

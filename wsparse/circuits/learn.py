@@ -116,7 +116,8 @@ def prune(
 
     def objective(tau, rows: PairArrays):
         gates = masks.gates(tau, hparams.temperature)
-        loss = masked_loss(params, config, rows, nodes.mask(gates, means))
+        logits_BV = answer_logits(params, config, rows, nodes.mask(gates, means))
+        loss = tasks.task_loss(logits_BV, rows.answer, rows.other)
         n_open = sum(jnp.sum(gate) for gate in gates.values())
         return loss + hparams.k_coef * n_open, (loss, n_open)
 
@@ -136,17 +137,10 @@ def prune(
     return Masks(masks.untie(tau), losses, n_open)
 
 
-def masked_loss(
-    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: nodes.Tap
-) -> jax.Array:
-    """The task's loss, a float32 scalar, with a tap in the model. Logits at the answers only."""
-    return tasks.task_loss(answer_logits(params, config, pairs, tap), pairs.answer, pairs.other)
-
-
 def answer_logits(
     params: model.Params, config: ModelConfig, pairs: PairArrays, tap: nodes.Tap
 ) -> jax.Array:
-    """`(B, V)` logits after each prompt."""
+    """`(B, V)` logits after each prompt, with a tap in the model; nothing is computed elsewhere."""
     logits_BPV, _ = model.forward(
         params,
         pairs.tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from typing import Any
@@ -44,7 +43,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of every task under a run's `circuits` folder, sorted by edges."""
     rows = []
     for path in sorted(folder.glob("*/status.json")):
-        status = json.loads(path.read_text())
+        status = files.read_json(path)
         circuit = Circuit.load(path.parent) if status["status"] == "found" else None
         rows.append(row(status, circuit))
     return sorted(rows, key=lambda r: (r.get("edges", math.inf), r["task"]))

@@ -192,9 +192,9 @@ def _suggest(trial: optuna.Trial) -> HParams:
     )
 
 
-def log_size(edges: int, least_loss: float, target: float) -> float:
+def log_size(edges: int | None, least_loss: float) -> float:
     """What a search minimises: the logarithm of the edges, or, where the target was missed, by how much.
 
-    Any miss is worse than any circuit.
+    Any miss (`edges` None) is worse than any circuit.
     """
-    return math.log1p(edges) if least_loss <= target else 100.0 + least_loss
+    return 100.0 + least_loss if edges is None else math.log1p(edges)

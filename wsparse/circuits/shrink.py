@@ -39,6 +39,14 @@ class Parts:
     removed: graph.EdgeMask
     loss: float
 
+    @property
+    def n_nodes(self) -> int:
+        return int(np.count_nonzero(self.nodes))
+
+    @property
+    def n_edges(self) -> int:
+        return graph.count(self.edges)
+
     def stays(self, scorer: Scorer) -> graph.EdgeMask:
         """Every weight of the model that is not cut."""
         return {path: scorer.weights[path] & ~self.removed[path] for path in scorer.weights}
@@ -58,7 +66,7 @@ def discretise(
     order = np.argsort(-np.asarray(tau_U), kind="stable")
     ranks = np.empty(order.size, np.int32)
     ranks[order] = np.arange(order.size)
-    all_ranks = Ranks(ranks, scorer.ranks(order >= 0).edges)
+    all_ranks = scorer.ranks(np.ones(order.size, bool))._replace(nodes=ranks)
 
     def losses(sizes):
         return scorer.spans(pairs, all_ranks, [[k, order.size] for k in sizes]).loss
@@ -80,8 +88,7 @@ def discretise(
     at = reached[0]
     low, high, loss = (int(sizes[at - 1]) if at else 0), int(sizes[at]), float(found[at])
     while high - low > 1:
-        between = np.unique(np.linspace(low, high, _GRID + 2).round().astype(int)[1:-1])
-        between = between[(between > low) & (between < high)]
+        between = _between(low, high)
         found = losses(between)
         reached = np.flatnonzero(found <= target)
         if reached.size:
@@ -279,13 +286,18 @@ def _longest_prefix(
     low, loss = int(lengths[at]), float(found[at])
     high = int(lengths[at + 1]) if at + 1 < lengths.size else low + 1
     if high - low > 1:
-        between = np.unique(np.linspace(low, high, _GRID + 2).round().astype(int)[1:-1])
-        between = between[(between > low) & (between < high)]
+        between = _between(low, high)
         found = losses(between)
         reached = np.flatnonzero(found <= target)
         if reached.size:
             low, loss = int(between[reached[-1]]), float(found[reached[-1]])
     return low, loss
+
+
+def _between(low: int, high: int) -> np.ndarray:
+    """Up to `_GRID` integers strictly between two that are at least 2 apart, evenly spaced."""
+    between = np.unique(np.linspace(low, high, _GRID + 2).round().astype(int)[1:-1])
+    return between[(between > low) & (between < high)]
 
 
 def _bools(size: int, indices: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ import sys
 import time
 from typing import Literal, TypeVar
 
-from wsparse.errors import UserError
+from wsparse.errors import UserError, run_plain
 
 T = TypeVar("T")
 
@@ -905,8 +905,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_plain(lambda: main(sys.argv[1:]))

@@ -31,6 +31,7 @@ from array_record.python import array_record_module
 import numpy as np
 
 from wsparse import config as config_lib
+from wsparse import files
 from wsparse.data import corpus, prepared, sources, streams
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError, run_command
@@ -162,7 +163,7 @@ def prepare(
         limits = [_share(options, part) for part in mix]
         path = state / "plan.json"
         if path.exists():
-            values = prepared.read_json(path)
+            values = files.read_json(path)
             _require_same_options(values["options"], wanted, out)
             plan = config_lib.from_dict(_Plan, values["plan"])
         else:
@@ -310,7 +311,7 @@ def _encode_blocks(
             path = out / _PROGRESS / f"block-{index:05d}.json"
             if path.exists():
                 collections.deque(texts, maxlen=0)  # To the next block, checking on the way.
-                result = config_lib.from_dict(_Done, prepared.read_json(path))
+                result = config_lib.from_dict(_Done, files.read_json(path))
             else:
                 say(f"encoding shard {index + 1} of {len(plan.blocks)}, from {source.name}")
                 result = _encode_block(

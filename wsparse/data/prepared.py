@@ -17,6 +17,7 @@ import pathlib
 from typing import Any, Literal
 
 from wsparse import config as config_lib
+from wsparse import files
 from wsparse.data import sources, streams
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
@@ -148,7 +149,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"prepare has not finished in {folder}: run the same command again")
-    values = read_json(path)
+    values = files.read_json(path)
     schema = values.get("schema")
     if schema != SCHEMA:
         raise UserError(
@@ -224,17 +225,6 @@ def manifest_from_json(values: Mapping[str, Any]) -> Manifest:
         )
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{MANIFEST} is malformed: {error}") from error
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
