@@ -631,7 +631,7 @@ IDIOMS: dict[str, Idiom] = {
         weight=1.5,
     ),
     "set_or_string": Idiom(
-        {"set": Side(_accumulate_set), "string": Side(_accumulate_string)}, weight=2.0
+        {"set": Side(_accumulate_set), "string": Side(_accumulate_string)}, weight=2.5
     ),
     "set_or_string_fixedvarname": Idiom(
         {
@@ -651,7 +651,7 @@ IDIOMS: dict[str, Idiom] = {
             "in_order": Side(partial(_class, reverse=False), definition=True),
             "reversed": Side(partial(_class, reverse=True), definition=True),
         },
-        weight=1.5,
+        weight=1.0,
     ),
     "with_as": Idiom(
         {"with": Side(partial(_file, block=True)), "assign": Side(partial(_file, block=False))}
@@ -662,9 +662,9 @@ IDIOMS: dict[str, Idiom] = {
     ),
     "bracket_brace": Idiom(
         {"list": Side(partial(_display, pairs=False)), "dict": Side(partial(_display, pairs=True))},
-        weight=1.5,
+        weight=2.0,
     ),
-    "for_while": Idiom({"for": Side(_for), "while": Side(_while)}, weight=0.5),
+    "for_while": Idiom({"for": Side(_for), "while": Side(_while)}, weight=1.0),
     "else_elif": Idiom(
         {
             "else": Side(partial(_else, condition=False)),
@@ -691,7 +691,7 @@ IDIOMS: dict[str, Idiom] = {
             "in_order": Side(partial(_swap, reverse=False)),
             "reversed": Side(partial(_swap, reverse=True)),
         },
-        weight=1.5,
+        weight=1.0,
     ),
     "indent_for": Idiom(
         {"block": Side(_nested_block), "plain": Side(_plain_statements)}, weight=0.25
@@ -702,6 +702,7 @@ IDIOMS: dict[str, Idiom] = {
             "compare": Side(partial(_compare_or_assign, compare=True)),
             "assign": Side(partial(_compare_or_assign, compare=False)),
         },
+        weight=1.5,
     ),
     "enumerate_range": Idiom({"enumerate": Side(_enumerate), "range": Side(_range)}, weight=1.5),
     "var_if": Idiom(
@@ -709,10 +710,10 @@ IDIOMS: dict[str, Idiom] = {
             "assign": Side(partial(_truth, compare=False)),
             "compare": Side(partial(_truth, compare=True)),
         },
-        weight=0.5,
+        weight=1.0,
     ),
     "while_return_true": Idiom(
-        {"while": Side(_while_true), "return": Side(_return_true, definition=True)}, weight=0.5
+        {"while": Side(_while_true), "return": Side(_return_true, definition=True)}, weight=1.0
     ),
 }
 
