@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
+from wsparse.kernels import cpu
 from wsparse.nodes import Location, Tap
 from wsparse.sparsity.top_k import abs_top_k
 
@@ -267,8 +268,22 @@ def attend(
     """Causal attention; `sink_H` are logits that join each head's softmax denominator only.
 
     Scores are scaled by `1/sqrt(d_head)`. Query t is at position t, or at `positions_BT[:, t]`. Returns
-    `(B, T, H, K)`.
+    `(B, T, H, K)`. The platform chooses the way; the results are equal up to rounding.
     """
+    operands = (q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT)
+    if q_BTHK.dtype == jnp.float32 and cpu.available():
+        return lax.platform_dependent(*operands, cpu=cpu.attend, default=attend_plainly)
+    return attend_plainly(*operands)
+
+
+def attend_plainly(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    sink_H: jax.Array | None,
+    positions_BT: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` in plain JAX."""
     weights_BHTS, total_BHT1 = _attention_weights(q_BTHK, k_BSHK, sink_H, positions_BT)
     v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
     y_BHTK = jnp.matmul(weights_BHTS.astype(v_BSHK.dtype), v_BHSK)
