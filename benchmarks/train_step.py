@@ -13,30 +13,12 @@ import dataclasses
 import json
 
 from absl import flags
-import jax
 from ml_collections import config_flags
 import timing
 
 from wsparse import sharding, train
-from wsparse.config import ModelConfig, TrainConfig, from_dict
+from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import run_command
-
-
-def matmul_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of the matrix products of one forward and backward pass over `tokens` tokens.
-
-    Two per multiply-add, three products (forward and both gradients) per weight matrix and attention
-    product; all positions of a window attend to all, as a masked product does.
-    """
-    per_layer = (
-        config.read_width * 3 * config.attention_width
-        + config.attention_width * config.d_model
-        + config.read_width * config.mlp_width
-        + config.mlp_width * config.d_model
-        + 2 * config.context * config.attention_width
-    )
-    weights = config.n_layer * per_layer + config.d_model * config.vocab_size
-    return 6 * weights * tokens
 
 
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -59,7 +41,7 @@ def main(argv) -> None:
     medians = timing.medians_in_turns(steps, flags.FLAGS.rounds)
     rate = timing.matmul_rate()
     tokens = config.batch_size * config.model.context
-    floor = matmul_flops(config.model, tokens) / rate
+    floor = timing.matmul_flops(config.model, tokens) / rate
     for name, value in medians.items():
         print(
             f"{name:14} {value:8.3f} s  {tokens / value:8.0f} tokens/s  {value / floor:5.2f}x the floor"
@@ -82,24 +64,9 @@ def _at_the_end(config: TrainConfig) -> TrainConfig:
 
 
 def _stepper(config: TrainConfig) -> Callable[[], object]:
-    """A call that runs one step of the config on a fixed batch, warmed up."""
+    """A call that runs one step of the config on a fixed batch."""
     program = train.make_program(config, sharding.make_mesh(config.mesh))
-    state = program.init()
-    shape = (
-        config.accumulate,
-        config.batch_size // config.accumulate,
-        config.model.context + 1,
-    )
-    batch = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)
-
-    def step():
-        nonlocal state
-        state, report = program.step(state, batch)
-        return report
-
-    for _ in range(3):
-        jax.block_until_ready(step())
-    return step
+    return timing.stepper(program, config)[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The CPU kernel selects bit for bit what NumPy and the plain JAX select."""
+"""The CPU kernels: selections equal NumPy's bit for bit, the others a float64 reference within rounding."""
 
 import os
 import pathlib
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
+from wsparse import model
 from wsparse.kernels import cpu
 from wsparse.sparsity import abs_top_k, magnitude
 
@@ -73,6 +75,165 @@ def test_the_kernel_works_under_vmap_jit_and_scan():
     np.testing.assert_array_equal(scanned, expected)
 
 
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def attention_reference(q, k, v, sink, positions, dy):
+    """Attention with sinks and its gradients, in float64 NumPy."""
+    q, k, v, sink, dy = (np.asarray(a, np.float64) for a in (q, k, v, sink, dy))
+    scale = 1 / np.sqrt(q.shape[-1])
+    scores = np.einsum("bthk,bshk->bhts", q, k) * scale
+    future = np.arange(k.shape[1]) > positions[:, None, :, None]
+    weights = np.where(future, 0, np.exp(scores))
+    total = weights.sum(-1, keepdims=True) + np.exp(sink)[:, None, None]
+    weights, sunk = weights / total, np.exp(sink)[:, None, None] / total
+    y = np.einsum("bhts,bshk->bthk", weights, v)
+    d_weights = np.einsum("bthk,bshk->bhts", dy, v)
+    overlap = (weights * d_weights).sum(-1, keepdims=True)
+    d_scores = weights * (d_weights - overlap)
+    return y, (
+        np.einsum("bhts,bshk->bthk", d_scores, k) * scale,
+        np.einsum("bhts,bthk->bshk", d_scores, q) * scale,
+        np.einsum("bhts,bthk->bshk", weights, dy),
+        -(sunk * overlap).sum((0, 2, 3)),
+    )
+
+
+@pytest.mark.parametrize(("time", "keys", "width"), [(19, 19, 16), (3, 21, 5), (1, 9, 8)])
+def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width):
+    q, dy = draw(0, 2, time, 3, width), draw(1, 2, time, 3, width)
+    k, v, sink = draw(2, 2, keys, 3, width), draw(3, 2, keys, 3, width), draw(4, 3)
+    positions = np.arange(time)[None] + np.array([[0], [keys - time]])
+    y, pull = jax.vjp(lambda *each: cpu.attend(*each, jnp.asarray(positions)), q, k, v, sink)
+    expected, gradients = attention_reference(q, k, v, sink, positions, dy)
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
+    for got, wanted in zip(pull(dy), gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=5e-6)
+    # One key more in sight is another result.
+    shifted, _ = attention_reference(q, k, v, sink, positions - 1, dy)
+    assert np.abs(shifted - expected).max() > 1e-2
+
+
+def test_attention_without_a_sink_and_with_large_scores_stays_exact():
+    q, k, v = 30 * draw(0, 2, 11, 2, 16), draw(1, 2, 11, 2, 16), draw(2, 2, 11, 2, 16)
+    np.testing.assert_allclose(
+        cpu.attend(q, k, v, None), model.attend_plainly(q, k, v, None), rtol=1e-4, atol=1e-5
+    )
+    q[1, 4, 0, 3] = np.nan
+    spoilt = np.isnan(cpu.attend(q, k, v, None))
+    assert spoilt[1, 4, 0].all() and spoilt.sum() == 16
+
+
+def test_attention_works_under_vmap_scan_and_checkpoint():
+    q, k, v, sink = (
+        draw(0, 3, 2, 7, 2, 4),
+        draw(1, 2, 7, 2, 4),
+        draw(2, 3, 2, 7, 2, 4),
+        draw(3, 3, 2),
+    )
+
+    def value(attend):
+        each = jax.checkpoint(lambda q, v, sink: jnp.sum(jnp.sin(attend(q, k, v, sink))))
+        return jax.value_and_grad(lambda *xs: jnp.sum(jax.vmap(each)(*xs)), argnums=(0, 1, 2))
+
+    got, expected = value(cpu.attend)(q, v, sink), value(model.attend_plainly)(q, v, sink)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+    _, scanned = jax.lax.scan(
+        lambda c, xs: (c, cpu.attend(xs[0], k, xs[1], xs[2])), 0, (q, v, sink)
+    )
+    np.testing.assert_array_equal(
+        scanned, jax.vmap(lambda *xs: cpu.attend(xs[0], k, *xs[1:]))(q, v, sink)
+    )
+
+
+def test_gelu_and_its_gradient_equal_a_float64_reference():
+    x = np.concatenate([np.linspace(-14, 14, 40_001), [0.0, -0.0, 1e-30, -100, 100]])
+    x = x.astype(np.float32)
+    exact = x.astype(np.float64)
+    share = special.ndtr(exact)
+    slope = share + exact * np.exp(-(exact**2) / 2) / np.sqrt(2 * np.pi)
+    y, pull = jax.vjp(cpu.gelu, x)
+    np.testing.assert_allclose(y, exact * share, rtol=3e-6, atol=1e-7)
+    np.testing.assert_allclose(pull(np.ones_like(x))[0], slope, rtol=3e-6, atol=3e-7)
+    assert np.abs(np.asarray(jax.nn.gelu(x, approximate=True)) - exact * share).max() > 1e-4
+    assert np.isnan(cpu.gelu(jnp.array([jnp.nan]))).all()
+
+
+def sparse_matrix(seed: int, rows: int, columns: int, density: float) -> np.ndarray:
+    keep = np.random.default_rng(seed + 1).random((rows, columns)) < density
+    return draw(seed, rows, columns) * keep
+
+
+@pytest.mark.parametrize("rows", [1, 63, 130])
+@pytest.mark.parametrize("density", [0.0, 0.03, 1.0])
+def test_products_and_their_gradients_equal_a_float64_reference(rows, density):
+    x, w, dy = draw(0, rows, 40), sparse_matrix(1, 40, 35, density), draw(2, rows, 35)
+    y, pull = jax.vjp(cpu.product, x, w)
+    dx, dw = pull(dy)
+    wide = [np.asarray(a, np.float64) for a in (x, w, dy)]
+    np.testing.assert_allclose(y, wide[0] @ wide[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, wide[2] @ wide[1].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, wide[0].T @ wide[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_matrix_with_few_nonzeros_is_multiplied_by_its_nonzeros_alone():
+    # What meets only zeros is not looked at: infinity leaves no trace there.
+    x = np.full((4, 32), np.inf, np.float32)
+    x[:, 5] = 2.0
+    w = np.zeros((32, 8), np.float32)
+    w[5, 3] = 1.5
+    product = jax.jit(cpu.product)
+    np.testing.assert_array_equal(product(x, w), 3.0 * (np.arange(8) == 3) * np.ones((4, 1)))
+    w[6] = 1.0
+    assert np.count_nonzero(w) < (32 * 8) * cpu.DENSITY_LIMIT
+    w[7:12] = 1.0
+    assert np.count_nonzero(w) > (32 * 8) * cpu.DENSITY_LIMIT
+    assert np.isnan(product(x, w)).any()
+
+
+def test_products_work_under_vmap_of_either_side():
+    x, w = draw(0, 3, 5, 40), np.stack([sparse_matrix(i, 40, 35, 0.03) for i in range(3)])
+    np.testing.assert_allclose(
+        jax.vmap(cpu.product, (0, None))(x, w[0]), x @ w[0], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        jax.vmap(cpu.product, (None, 0))(x[0], w), x[0] @ w, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(jax.vmap(cpu.product)(x, w), x @ w, rtol=1e-5, atol=1e-5)
+    gradient = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(cpu.product(x, w[0])))))(x)
+    np.testing.assert_allclose(gradient, np.cos(x @ w[0]) @ w[0].T, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    keys=hnp.arrays(np.int32, (3, 4, 9), elements=st.integers(-1, 6) | st.integers(1, 2**31 - 1)),
+    k=hnp.arrays(np.int32, 3, elements=st.integers(-2, 40)),
+)
+def test_selections_of_matrices_equal_the_plain_jax(keys, k):
+    (got,) = cpu.largest_of_each([jnp.asarray(keys)], [jnp.asarray(k)])
+    order = np.argsort(-keys.reshape(3, -1).astype(np.int64), axis=1, kind="stable")
+    rank = np.argsort(order, axis=1).reshape(keys.shape)
+    np.testing.assert_array_equal(got, (rank < k[:, None, None]) & (keys > 0))
+
+
+# The loss and the gradient's norms of a model whose weights are sparse enough for every kernel.
+MODEL_GRADIENT = """
+from wsparse import model, sparsity, train, trees
+from wsparse.config import ModelConfig
+config = ModelConfig(vocab_size=64, context=16, n_layer=3, d_model=32, n_head=2)
+params = model.init(config, jax.random.key(0))
+params = trees.map_with_path(
+    lambda path, p: jnp.where(jax.random.uniform(jax.random.key(p.size), p.shape) < 0.05, 8 * p, 0)
+    if path.endswith("kernel") else p, params)
+window = jax.random.randint(jax.random.key(1), (2, 17), 0, 64)
+step = jax.jit(jax.grad(lambda p: train.loss(p, window, config)[0]))
+text = step.lower(params).as_text()
+print(*(f"wsparse_{name}" in text for name in ("attend", "attend_gradient", "gelu", "product")))
+gradient = trees.flatten(step(params))
+print(*(float(jnp.linalg.norm(gradient[path])) for path in sorted(gradient)))
+"""
+
+
 def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     program = (
         "import jax, jax.numpy as jnp, numpy as np\n"
@@ -80,9 +241,9 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
         "from wsparse.sparsity import abs_top_k\n"
         "x = jax.random.normal(jax.random.key(1), (6, 9, 64))\n"
         "f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(abs_top_k(x, 16)))))\n"
-        "print(cpu.available(), 'wsparse_largest_per_row' in f.lower(x).as_text())\n"
+        "print(cpu.available(), 'wsparse_top_k' in f.lower(x).as_text())\n"
         "value, gradient = f(x)\n"
-        "print(float(value), np.asarray(gradient).tobytes().hex())\n"
+        "print(float(value), np.asarray(gradient).tobytes().hex())\n" + MODEL_GRADIENT
     )
     outputs = []
     for switch in ("1", "0"):
@@ -102,10 +263,14 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     assert outputs[0][0] == "True True"
     assert outputs[1][0] == "False False"
     assert outputs[0][1].split()[1] == outputs[1][1].split()[1]
+    assert (outputs[0][2], outputs[1][2]) == ("True " * 3 + "True", "False " * 3 + "False")
+    norms = [[float(each) for each in lines[3].split()] for lines in outputs]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    assert min(norms[0]) > 1e-6
 
 
 def test_several_devices_keep_to_the_plain_jax():
     assert jax.device_count() == 8
     assert not cpu.available()
     x = jax.random.normal(jax.random.key(1), (6, 64))
-    assert "wsparse_largest_per_row" not in jax.jit(lambda x: abs_top_k(x, 16)).lower(x).as_text()
+    assert "wsparse_top_k" not in jax.jit(lambda x: abs_top_k(x, 16)).lower(x).as_text()

@@ -8,6 +8,7 @@ layers. Flax's modules appear here only, as leaves with explicit names.
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -163,11 +164,27 @@ def _take_positions(x_BTD: jax.Array, positions_BP: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
     """`x @ kernel` with the leading axes of `x` as one: its gradient then needs no transposed copy."""
     rows = jnp.reshape(x, (-1, x.shape[-1]))
-    y = jnp.matmul(rows, kernel, preferred_element_type=dtype)
+    plain = functools.partial(jnp.matmul, preferred_element_type=dtype)
+    if _has_cpu_kernels(rows) and kernel.dtype == jnp.float32:
+        y = lax.platform_dependent(rows, kernel, cpu=cpu.product, default=plain)
+    else:
+        y = plain(rows, kernel)
     return jnp.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU."""
+    plain = functools.partial(nn.gelu, approximate=False)
+    if _has_cpu_kernels(x):
+        return lax.platform_dependent(x, cpu=cpu.gelu, default=plain)
+    return plain(x)
+
+
+def _has_cpu_kernels(x: jax.Array) -> bool:
+    return x.dtype == jnp.float32 and cpu.available()
 
 
 class Linear(nn.Module):
@@ -182,7 +199,7 @@ class Linear(nn.Module):
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        y = _matmul(x, kernel.astype(x.dtype))
+        y = matmul(x, kernel.astype(x.dtype))
         if self.use_bias:
             y = y + _along_last(self.param("bias", nn.initializers.zeros, shape[1:]), y)
         return y
@@ -271,7 +288,7 @@ def attend(
     `(B, T, H, K)`. The platform chooses the way; the results are equal up to rounding.
     """
     operands = (q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT)
-    if q_BTHK.dtype == jnp.float32 and cpu.available():
+    if _has_cpu_kernels(q_BTHK):
         return lax.platform_dependent(*operands, cpu=cpu.attend, default=attend_plainly)
     return attend_plainly(*operands)
 
@@ -339,7 +356,7 @@ class MLP(nn.Module):
         config = self.config
         x_BTR = node("mlp.act_in", "mlp_in", x_BTR)
         h_BTF = Linear(config.mlp_width, config, use_bias=config.bias, name="fc")(x_BTR)
-        h_BTF = nn.gelu(h_BTF, approximate=False) if config.activation == "gelu" else nn.relu(h_BTF)
+        h_BTF = gelu(h_BTF) if config.activation == "gelu" else nn.relu(h_BTF)
         h_BTF = node("mlp.post_act", "mlp_neuron", h_BTF)
         proj = Linear(config.d_model, config, _output_std(config), config.bias, name="proj")
         return node("mlp.resid_delta", "mlp_out", proj(h_BTF))
@@ -397,7 +414,7 @@ class Head(nn.Module):
         else:
             shape = (config.d_model, config.vocab_size)
             kernel_DV = self.param("unembed", nn.initializers.normal(_STD), shape)
-        logits_BTV = _matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), dtype)
+        logits_BTV = matmul(x_BTD, kernel_DV.astype(x_BTD.dtype), dtype)
         if config.bigram != "none":
             table_VV = self.param("bigram", nn.initializers.zeros, (config.vocab_size,) * 2)
             if config.bigram == "frozen":

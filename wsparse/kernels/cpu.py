@@ -19,6 +19,9 @@ import numpy as np
 
 _PREFIX = "wsparse_"
 
+# Share of nonzeros below which a product over them is faster than a dense one; benchmarks/products.py.
+DENSITY_LIMIT = 1 / 16
+
 
 @functools.cache
 def available() -> bool:
@@ -93,11 +96,86 @@ def _attend_backward(residuals, dy_BTHK):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
+    """`magnitude.largest_of_each` for int32 keys: each matrix is searched by itself."""
+    return [
+        _call("largest", jax.ShapeDtypeStruct(each.shape, jnp.bool), each, budget)
+        for each, budget in zip(keys, k, strict=True)
+    ]
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """`x` times the standard normal distribution function, exact to float32 rounding; float32."""
+    return _call("gelu", _like(x), x)
+
+
+gelu.defvjp(
+    lambda x: (gelu(x), x),
+    lambda x, dy: (_call("gelu_gradient", _like(x), x, dy),),
+)
+
+
+@jax.custom_vjp
+def product(x_RI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """`x @ w`, float32: over the nonzeros of `w` where they are few, else a dense product.
+
+    The choice is made when the program runs, by counting; see `DENSITY_LIMIT`. The gradient of `x` is found
+    likewise, that of `w` is dense.
+    """
+    return _product(x_RI, w_IO, by_row=False)
+
+
+def _product(x_RI: jax.Array, w_IO: jax.Array, *, by_row: bool) -> jax.Array:
+    """`x @ w`, or `x @ w.T`."""
+
+    def dense(x_RI, w_IO):
+        return jnp.matmul(x_RI, w_IO.T if by_row else w_IO)
+
+    sparse = sparse_product_transposed if by_row else sparse_product
+    few = jnp.sum(w_IO != 0, dtype=jnp.int32) < DENSITY_LIMIT * w_IO.size
+    return jax.lax.cond(few, sparse, dense, x_RI, w_IO)
+
+
+def _make_sparse_product(by_row: bool) -> Any:
+    @jax.custom_batching.custom_vmap
+    def multiply(x_RI, w_IO):
+        shape = (x_RI.shape[0], w_IO.shape[0 if by_row else 1])
+        return _call("product", jax.ShapeDtypeStruct(shape, jnp.float32), x_RI, w_IO, by_row=by_row)
+
+    @multiply.def_vmap
+    def rule(axis_size, in_batched, x, w_IO):
+        if in_batched[1]:
+            x = x if in_batched[0] else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+            return jax.lax.map(lambda each: multiply(*each), (x, w_IO)), True
+        # One matrix for all: more rows of the same product.
+        y = multiply(jnp.reshape(x, (-1, x.shape[-1])), w_IO)
+        return jnp.reshape(y, (*x.shape[:-1], y.shape[-1])), True
+
+    return multiply
+
+
+sparse_product, sparse_product_transposed = map(_make_sparse_product, (False, True))
+
+product.defvjp(
+    lambda x_RI, w_IO: (product(x_RI, w_IO), (x_RI, w_IO)),
+    lambda saved, dy_RO: (
+        _product(dy_RO, saved[1], by_row=True),
+        jnp.matmul(saved[0].T, dy_RO),
+    ),
+)
+
+
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _call(kernel: str, results: Any, *operands: jax.Array, **attributes: int) -> Any:
+def _call(
+    kernel: str,
+    results: Any,
+    *operands: jax.Array,
+    **attributes: int,
+) -> Any:
     """Call a kernel; vmapped axes become leading axes of all its operands."""
     _register(kernel)
     call: Any = jax.ffi.ffi_call(_PREFIX + kernel, results, vmap_method="broadcast_all")

@@ -1,8 +1,9 @@
 """What numba compiles for CPUs; `wsparse.kernels.cpu` is its face to JAX, and imports it when it is needed.
 
 Every kernel is a pair of functions: the handler of XLA's call, which knows how many independent pieces of
-work it has, and a task, which does pieces until none are left; every thread of XLA's pool runs it. Each piece is computed by the same instructions in the same order whichever thread takes it, so results
-do not depend on the number of threads.
+work it has, and a task, which does pieces until none are left; every thread of XLA's pool runs it. Each
+piece is computed by the same instructions in the same order whichever thread takes it, so results do not
+depend on the number of threads.
 
 The functions stand at the module's top, since numba's cache on disk does not recognise closures.
 Shapes: B batch, T time, H head, K channels of a head, E = H * K.
@@ -16,14 +17,14 @@ from typing import Any
 
 from llvmlite import binding, ir
 import numba
-from numba import carray, types
+from numba import carray, extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 import numpy as np
 
 _i32, _f32 = np.int32, np.float32
+_intrinsic: Any = extending.intrinsic
 
-# `contract` allows fused multiply-adds, the rest vectorised sums and maxima; NaN and infinity keep their meaning.
+# `contract` allows fused multiply-adds, the rest vectorised sums; NaN and infinity keep their meaning.
 _njit: Any = numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
 _njit_sums: Any = numba.njit(
     cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy"
@@ -40,10 +41,21 @@ _STAGE_EXECUTE = 3
 _API_DESTROY_ERROR, _API_SCHEDULE, _API_THREADS = 8, 17, 18
 
 # Words of a job that threads share, and of the requests that its owner makes.
-_NEXT, _DONE, _OWNERS, _FRAME, _ITEMS, _GRAIN, _THREADS, _REQUEST, _JOB_WORDS = 0, 1, 2, 3, 4, 5, 6, 7, 12
+_NEXT, _DONE, _OWNERS, _FRAME, _ITEMS, _GRAIN, _THREADS, _SCRATCH, _REQUEST, _JOB_WORDS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    13,
+)
 
 
-@intrinsic
+@_intrinsic
 def _pointer(typing_context, address):
     """An integer as a `void *`."""
     del typing_context
@@ -55,7 +67,7 @@ def _pointer(typing_context, address):
     return types.voidptr(address), codegen
 
 
-@intrinsic
+@_intrinsic
 def _add_atomically(typing_context, address, value):
     """Add to the int64 at an address; returns what was there."""
     del typing_context
@@ -68,7 +80,7 @@ def _add_atomically(typing_context, address, value):
     return types.int64(address, value), codegen
 
 
-@intrinsic
+@_intrinsic
 def _call(typing_context, address, argument):
     """Call the C function `void *f(void *)` at an address."""
     del typing_context
@@ -88,7 +100,7 @@ def _address_of(symbol: str) -> Any:
     Unlike a number, a name can stand in code that is kept on disk.
     """
 
-    @intrinsic
+    @_intrinsic
     def address(typing_context):
         del typing_context
 
@@ -105,7 +117,7 @@ def _address_of(symbol: str) -> Any:
     return address
 
 
-@intrinsic
+@_intrinsic
 def _as_float(typing_context, bits):
     """The float32 of 32 bits."""
     del typing_context
@@ -213,7 +225,12 @@ def _executes(frame_address):
 
 @_njit
 def _share(frame_address, items, task):
-    """Do a call's pieces, together with the threads of XLA's pool.
+    _share_with(frame_address, items, task, 0)
+
+
+@_njit
+def _share_with(frame_address, items, task, scratch):
+    """Do a call's pieces, together with the threads of XLA's pool; `scratch` is an address for the task.
 
     The caller works too and never waits for a thread that has not begun, so a pool that is busy or has
     one thread cannot block it.
@@ -230,6 +247,7 @@ def _share(frame_address, items, task):
     if items > 1 and _succeeded(api, request, _call(api[_API_THREADS], request)):
         helpers = min(state[_THREADS], items) - 1
     state[_NEXT], state[_DONE], state[_FRAME], state[_ITEMS] = 0, 0, frame_address, items
+    state[_SCRATCH] = scratch
     # The caller has two shares, one for its work and one to see the end.
     state[_OWNERS] = helpers + 2
     # Eight turns for each thread: small enough that they finish together.
@@ -280,7 +298,7 @@ def _lower_bound(keys, k, top):
     low = top
     for i in range(k):
         low = _i32(min(low, _i32(max(max(a[i], b[i]), max(c[i], d[i])))))
-    return low
+    return _i32(max(low, _i32(1)))
 
 
 @_njit
@@ -299,8 +317,8 @@ def _write_with_ties(keys, threshold, ties, kept):
 
 
 @_njit
-def _select_row(bits, k, keys, kept):
-    top = _read_keys(bits, keys)
+def _select(keys, k, top, kept):
+    """Mark the k largest of keys, of which at least k are positive; `top` is the largest."""
     low, high, n_high = _lower_bound(keys, k, top), _i32(top + _i32(1)), _i32(0)
     n_low = _count(keys, low)
     passes = 0
@@ -337,7 +355,7 @@ def _top_k_task(job):
     keys = np.empty(width, np.int32)
     while start < stop:
         for row in range(start, stop):
-            _select_row(bits[row], k, keys, kept[row])
+            _select(keys, k, _read_keys(bits[row], keys), kept[row])
         start, stop = _take(job, stop - start)
     return 0
 
@@ -351,7 +369,53 @@ def _top_k(frame):
     return 0
 
 
-# --- Attention ---
+# --- The projection's selections ---
+
+
+@_njit
+def _largest_sizes(frame):
+    """Slices of the first operand, one for each budget in the second, and the size of a slice."""
+    size, slices = 1, 1
+    for each in _dims(frame, 0):
+        size *= each
+    for each in _dims(frame, 1):
+        slices *= each
+    return slices, size // slices
+
+
+def _largest_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    slices, size = _largest_sizes(frame)
+    keys = carray(_operand(frame, 0), (slices, size), np.int32)
+    budgets = carray(_operand(frame, 1), slices, np.int32)
+    kept = carray(_result(frame, 0), (slices, size), np.uint8)
+    while start < stop:
+        for i in range(start, stop):
+            k = _i32(min(budgets[i], _count(keys[i], _i32(1))))
+            if k > 0:
+                top = _i32(0)
+                for j in range(size):
+                    top = _i32(max(top, keys[i, j]))
+                _select(keys[i], k, top, kept[i])
+            else:
+                kept[i] = np.uint8(0)
+        start, stop = _take(job, stop - start)
+    return 0
+
+
+_largest_address = _address_of("wsparse_largest_task")
+
+
+def _largest(frame):
+    if _executes(frame):
+        _share(frame, _largest_sizes(frame)[0], _largest_address())
+    return 0
+
+
+# --- Functions ---
 
 _EXP_LEAST = _f32(-87.0)
 _LOG2E = _f32(math.log2(math.e))
@@ -371,6 +435,219 @@ def _exp(x):
     y = ((((c[7] * r + c[6]) * r + c[5]) * r + c[4]) * r + c[3]) * r + c[2]
     y = (y * r + c[1]) * r + c[0]
     return y * _as_float(_i32(_i32(_i32(n) + _i32(127)) << _i32(23)))
+
+
+# --- GELU ---
+
+# erfc(z) = exp(-z^2) t P(t) with t = 1 / (1 + z / 2), z >= 0: P fitted to 2e-8, relative.
+_ERFC_TERMS = tuple(
+    _f32(c)
+    for c in (
+        0.282058765,
+        0.282978954,
+        0.237546053,
+        0.231057982,
+        -0.115350269,
+        0.454903752,
+        -0.712596601,
+        0.462348135,
+        -0.138056535,
+        0.0151097491,
+    )
+)
+_SQRT_HALF, _INVERSE_SQRT_2PI = _f32(math.sqrt(0.5)), _f32(1 / math.sqrt(2 * math.pi))
+
+
+@_njit
+def _normal(x):
+    """The standard normal distribution of x: `exp(-x^2 / 2)` and the cumulative probability."""
+    e = _exp(-_HALF * x * x)
+    t = _ONE / (_ONE + _HALF * _SQRT_HALF * abs(x))
+    c = _ERFC_TERMS
+    y = ((((c[9] * t + c[8]) * t + c[7]) * t + c[6]) * t + c[5]) * t + c[4]
+    y = (((y * t + c[3]) * t + c[2]) * t + c[1]) * t + c[0]
+    tail = _HALF * e * t * y
+    return e, tail if x < _ZERO else _ONE - tail
+
+
+_PIECE = 4096
+
+
+@_njit
+def _size(frame):
+    size = 1
+    for each in _dims(frame, 0):
+        size *= each
+    return size
+
+
+def _gelu_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    size = _size(frame)
+    x = carray(_operand(frame, 0), size, np.float32)
+    y = carray(_result(frame, 0), size, np.float32)
+    while start < stop:
+        for i in range(start * _PIECE, min(stop * _PIECE, size)):
+            y[i] = x[i] * _normal(x[i])[1]
+        start, stop = _take(job, stop - start)
+    return 0
+
+
+_gelu_address = _address_of("wsparse_gelu_task")
+
+
+def _gelu(frame):
+    if _executes(frame):
+        _share(frame, -(-_size(frame) // _PIECE), _gelu_address())
+    return 0
+
+
+def _gelu_gradient_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    size = _size(frame)
+    x = carray(_operand(frame, 0), size, np.float32)
+    dy = carray(_operand(frame, 1), size, np.float32)
+    dx = carray(_result(frame, 0), size, np.float32)
+    while start < stop:
+        for i in range(start * _PIECE, min(stop * _PIECE, size)):
+            e, share = _normal(x[i])
+            dx[i] = dy[i] * (share + x[i] * (e * _INVERSE_SQRT_2PI))
+        start, stop = _take(job, stop - start)
+    return 0
+
+
+_gelu_gradient_address = _address_of("wsparse_gelu_gradient_task")
+
+
+def _gelu_gradient(frame):
+    if _executes(frame):
+        _share(frame, -(-_size(frame) // _PIECE), _gelu_gradient_address())
+    return 0
+
+
+# --- Products with a sparse matrix ---
+
+# Rows of a piece, and outputs that are put in order together.
+_ROWS, _OUTPUTS = 64, 16
+
+
+@_njit
+def _product_sizes(frame):
+    """Rows, inputs and outputs of a product with a matrix (attribute 0) or its transpose (1)."""
+    w = _dims(frame, 1)
+    rows = _dims(frame, 0)[0]
+    return (rows, w[1], w[0]) if _attribute(frame, 0) else (rows, w[0], w[1])
+
+
+@_njit
+def _compress(w, by_row, starts, indices, values):
+    """The nonzeros of a matrix by output: those of output o are `starts[o]` to `starts[o + 1]`.
+
+    Outputs are the matrix's rows or its columns; within one, nonzeros are in order.
+    """
+    starts[:] = 0
+    for i in range(w.shape[0]):
+        for j in range(w.shape[1]):
+            if w[i, j] != _ZERO:
+                starts[(i if by_row else j) + 1] += 1
+    for o in range(starts.shape[0] - 1):
+        starts[o + 1] += starts[o]
+    # While an output is filled, its start runs ahead; afterwards it is where the next one began.
+    for i in range(w.shape[0]):
+        for j in range(w.shape[1]):
+            if w[i, j] != _ZERO:
+                o = i if by_row else j
+                n = starts[o]
+                indices[n], values[n] = (j if by_row else i), w[i, j]
+                starts[o] = n + 1
+    for o in range(starts.shape[0] - 1, 0, -1):
+        starts[o] = starts[o - 1]
+    starts[0] = 0
+
+
+def _product_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame, scratch = _words(job, _JOB_WORDS)[_FRAME], _words(job, _JOB_WORDS)[_SCRATCH]
+    rows, n_in, n_out = _product_sizes(frame)
+    table = _words(scratch, 3)
+    starts = carray(_pointer(table[0]), n_out + 1, np.int64)
+    indices = carray(_pointer(table[1]), starts[n_out], np.int32)
+    values = carray(_pointer(table[2]), starts[n_out], np.float32)
+    x = carray(_operand(frame, 0), (rows, n_in), np.float32)
+    y = carray(_result(frame, 0), (rows, n_out), np.float32)
+    x_T, y_T = np.zeros((n_in, _ROWS), np.float32), np.empty((_OUTPUTS, _ROWS), np.float32)
+    used = np.zeros(n_in, np.bool_)
+    for i in indices:
+        used[i] = True
+    while start < stop:
+        for item in range(start, stop):
+            first = item * _ROWS
+            n = min(_ROWS, rows - first)
+            block = x[first : first + n]
+            for i in range(n_in):
+                if used[i]:
+                    for r in range(n):
+                        x_T[i, r] = block[r, i]
+            for o in range(0, n_out, _OUTPUTS):
+                width = min(_OUTPUTS, n_out - o)
+                for c in range(width):
+                    line = y_T[c]
+                    line[:] = _ZERO
+                    i, end = starts[o + c], starts[o + c + 1]
+                    while i + 4 <= end:
+                        a, b = x_T[indices[i]], x_T[indices[i + 1]]
+                        d, e = x_T[indices[i + 2]], x_T[indices[i + 3]]
+                        wa, wb, wd, we = values[i], values[i + 1], values[i + 2], values[i + 3]
+                        for r in range(_ROWS):
+                            line[r] += (wa * a[r] + wb * b[r]) + (wd * d[r] + we * e[r])
+                        i += 4
+                    while i < end:
+                        a, wa = x_T[indices[i]], values[i]
+                        for r in range(_ROWS):
+                            line[r] += wa * a[r]
+                        i += 1
+                for r in range(n):
+                    for c in range(width):
+                        y[first + r, o + c] = y_T[c, r]
+        start, stop = _take(job, stop - start)
+    return 0
+
+
+_product_address = _address_of("wsparse_product_task")
+
+
+def _product(frame):
+    if _executes(frame):
+        rows, _, outputs = _product_sizes(frame)
+        sides = _dims(frame, 1)
+        w = carray(_operand(frame, 1), (sides[0], sides[1]), np.float32)
+        n = 0
+        for i in range(sides[0]):
+            for j in range(sides[1]):
+                n += w[i, j] != _ZERO
+        scratch = _malloc(8 * (3 + outputs + 1 + n))
+        table = _words(scratch, 3)
+        table[0] = scratch + 24
+        table[1] = table[0] + 8 * (outputs + 1)
+        table[2] = table[1] + 4 * n
+        starts = carray(_pointer(table[0]), outputs + 1, np.int64)
+        indices = carray(_pointer(table[1]), n, np.int32)
+        values = carray(_pointer(table[2]), n, np.float32)
+        _compress(w, _attribute(frame, 0) != 0, starts, indices, values)
+        _share_with(frame, -(-rows // _ROWS), _product_address(), scratch)
+        _free(scratch)
+    return 0
+
+
+# --- Attention ---
 
 
 @_njit
@@ -573,6 +850,10 @@ def _attend_gradient(frame):
 
 _KERNELS = {
     "top_k": (_top_k_task, _top_k),
+    "largest": (_largest_task, _largest),
+    "gelu": (_gelu_task, _gelu),
+    "gelu_gradient": (_gelu_gradient_task, _gelu_gradient),
+    "product": (_product_task, _product),
     "attend": (_attend_task, _attend),
     "attend_gradient": (_attend_gradient_task, _attend_gradient),
 }

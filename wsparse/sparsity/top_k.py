@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from wsparse.errors import UserError
+from wsparse.kernels import cpu
 from wsparse.sparsity import magnitude
 
 
@@ -115,7 +117,7 @@ def select(
     ]
     kept = [
         chosen if mask is None else chosen | mask
-        for chosen, mask in zip(magnitude.largest_of_each(free, budgets), protected, strict=True)
+        for chosen, mask in zip(_largest_of_each(free, budgets), protected, strict=True)
     ]
     return [
         Selection(
@@ -125,6 +127,15 @@ def select(
         )
         for mask, key, stack in zip(kept, keys, stacks, strict=True)
     ]
+
+
+def _largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
+    """`magnitude.largest_of_each` in the way that suits the platform; the result is the same."""
+    if cpu.available() and all(each.dtype == jnp.int32 for each in keys):
+        return lax.platform_dependent(
+            keys, k, cpu=cpu.largest_of_each, default=magnitude.largest_of_each
+        )
+    return magnitude.largest_of_each(keys, k)
 
 
 def _protected(keys: jax.Array, neuron_axis: int | None, min_per_neuron: int) -> jax.Array | None:

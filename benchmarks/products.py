@@ -1,0 +1,63 @@
+"""Products with a sparse matrix against dense ones: `python benchmarks/products.py`.
+
+For the shapes of a small and of a large layer, and for densities from 1/4 to 1/1000, the product of 4096 rows of
+activations with a matrix over its nonzeros is timed beside the dense product, in turns, forward and for the
+gradient of the activations. The sparse times include finding the nonzeros. Where the ratio crosses 1 is where
+`wsparse.kernels.cpu.DENSITY_LIMIT` belongs.
+"""
+
+from __future__ import annotations
+
+import json
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import timing
+
+from wsparse.errors import UserError, run_command
+from wsparse.kernels import cpu
+
+ROWS = 4096
+SHAPES = ((256, 256), (256, 1024), (1024, 256), (1024, 4096))
+DENSITIES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 256, 1 / 1000)
+
+
+def main(argv) -> None:
+    """Time every shape at every density and print a table and one JSON line."""
+    del argv
+    if not cpu.available():
+        raise UserError("the products need numba and one CPU device: pip install 'wsparse[cpu]'")
+    results = []
+    for shape in SHAPES:
+        x = jax.random.normal(jax.random.key(0), (ROWS, shape[0]))
+        dy = jax.random.normal(jax.random.key(1), (ROWS, shape[1]))
+        dense = jax.jit(jnp.matmul)
+        dense_gradient = jax.jit(lambda dy, w: dy @ w.T)
+        sparse = jax.jit(cpu.sparse_product)
+        sparse_gradient = jax.jit(cpu.sparse_product_transposed)
+        for density in DENSITIES:
+            kept = jax.random.uniform(jax.random.key(2), shape) < density
+            w = jnp.where(kept, jax.random.normal(jax.random.key(3), shape), 0.0)
+            seconds = timing.medians_in_turns(
+                {
+                    "dense": lambda w=w, x=x: dense(x, w),
+                    "sparse": lambda w=w, x=x: sparse(x, w),
+                    "dense gradient": lambda w=w, dy=dy: dense_gradient(dy, w),
+                    "sparse gradient": lambda w=w, dy=dy: sparse_gradient(dy, w),
+                },
+                flags.FLAGS.rounds,
+            )
+            forward = seconds["dense"] / seconds["sparse"]
+            gradient = seconds["dense gradient"] / seconds["sparse gradient"]
+            print(
+                f"{shape[0]:5} x {shape[1]:<5} 1/{round(1 / density):<5} "
+                f"forward {forward:6.2f}x, gradient {gradient:6.2f}x as fast as dense"
+            )
+            results.append({"shape": shape, "density": density, "seconds": seconds})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("rounds", 9, "Timed calls of each product.")
+    run_command(main)
