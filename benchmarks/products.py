@@ -1,13 +1,14 @@
 """Products with a sparse matrix against dense ones: `python benchmarks/products.py`.
 
-For the shapes of a small and of a large layer, and for densities from 1/4 to 1/1000, the product of 4096 rows of
-activations with a matrix over its nonzeros is timed beside the dense product, in turns, forward and for the
-gradient of the activations. The sparse times include finding the nonzeros. Where the ratio crosses 1 is where
-`wsparse.kernels.cpu.DENSITY_LIMIT` belongs.
+For the shapes of a small and of a large layer, and for densities from 1/4 to 1/1000, the product of 4096
+rows of activations with a matrix over its nonzeros is timed beside the dense product, in turns, forward and
+for the gradient of the activations. The sparse times include finding the nonzeros. Where the ratio crosses 1
+is where `wsparse.kernels.cpu.DENSITY_LIMIT` belongs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 
 from absl import flags
@@ -23,6 +24,22 @@ SHAPES = ((256, 256), (256, 1024), (1024, 256), (1024, 4096))
 DENSITIES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 256, 1 / 1000)
 
 
+def calls(shape: tuple[int, int], density: float) -> dict[str, Callable[[], object]]:
+    """The four products of one shape and density."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, dy = (jax.random.normal(key, (ROWS, n)) for key, n in zip(keys[:2], shape, strict=True))
+    kept = jax.random.uniform(keys[2], shape) < density
+    w = jnp.where(kept, jax.random.normal(keys[3], shape), 0.0)
+    dense, dense_gradient = jax.jit(jnp.matmul), jax.jit(lambda dy, w: dy @ w.T)
+    sparse, sparse_gradient = map(jax.jit, (cpu.sparse_product, cpu.sparse_product_transposed))
+    return {
+        "dense": lambda: dense(x, w),
+        "sparse": lambda: sparse(x, w),
+        "dense gradient": lambda: dense_gradient(dy, w),
+        "sparse gradient": lambda: sparse_gradient(dy, w),
+    }
+
+
 def main(argv) -> None:
     """Time every shape at every density and print a table and one JSON line."""
     del argv
@@ -30,24 +47,8 @@ def main(argv) -> None:
         raise UserError("the products need numba and one CPU device: pip install 'wsparse[cpu]'")
     results = []
     for shape in SHAPES:
-        x = jax.random.normal(jax.random.key(0), (ROWS, shape[0]))
-        dy = jax.random.normal(jax.random.key(1), (ROWS, shape[1]))
-        dense = jax.jit(jnp.matmul)
-        dense_gradient = jax.jit(lambda dy, w: dy @ w.T)
-        sparse = jax.jit(cpu.sparse_product)
-        sparse_gradient = jax.jit(cpu.sparse_product_transposed)
         for density in DENSITIES:
-            kept = jax.random.uniform(jax.random.key(2), shape) < density
-            w = jnp.where(kept, jax.random.normal(jax.random.key(3), shape), 0.0)
-            seconds = timing.medians_in_turns(
-                {
-                    "dense": lambda w=w, x=x: dense(x, w),
-                    "sparse": lambda w=w, x=x: sparse(x, w),
-                    "dense gradient": lambda w=w, dy=dy: dense_gradient(dy, w),
-                    "sparse gradient": lambda w=w, dy=dy: sparse_gradient(dy, w),
-                },
-                flags.FLAGS.rounds,
-            )
+            seconds = timing.medians_in_turns(calls(shape, density), flags.FLAGS.rounds)
             forward = seconds["dense"] / seconds["sparse"]
             gradient = seconds["dense gradient"] / seconds["sparse gradient"]
             print(

@@ -24,11 +24,9 @@ import numpy as np
 _i32, _f32 = np.int32, np.float32
 _intrinsic: Any = extending.intrinsic
 
-# `contract` allows fused multiply-adds, the rest vectorised sums; NaN and infinity keep their meaning.
+# Multiply-adds may be fused; NaN and infinity keep their meaning.
 _njit: Any = numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")
-_njit_sums: Any = numba.njit(
-    cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy"
-)
+
 # Positions, in 8-byte words, of what a handler reads in the structs of XLA's C interface for foreign
 # functions (xla/ffi/api/c_api.h, stable by its own promise).
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, _FRAME_STAGE = 1, 2, 3, 4
@@ -41,18 +39,8 @@ _STAGE_EXECUTE = 3
 _API_DESTROY_ERROR, _API_SCHEDULE, _API_THREADS = 8, 17, 18
 
 # Words of a job that threads share, and of the requests that its owner makes.
-_NEXT, _DONE, _OWNERS, _FRAME, _ITEMS, _GRAIN, _THREADS, _SCRATCH, _REQUEST, _JOB_WORDS = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    13,
-)
+_NEXT, _DONE, _OWNERS, _FRAME, _ITEMS, _GRAIN, _THREADS, _SCRATCH, _REQUEST = range(9)
+_JOB_WORDS = _REQUEST + 5
 
 
 @_intrinsic
@@ -151,13 +139,23 @@ def _dims(frame, index):
 
 
 @_njit
+def _operand_address(frame, index):
+    return _buffer(frame, _FRAME_ARGS, index)[_BUFFER_DATA]
+
+
+@_njit
+def _result_address(frame, index):
+    return _buffer(frame, _FRAME_RETS, index)[_BUFFER_DATA]
+
+
+@_njit
 def _operand(frame, index):
-    return _pointer(_buffer(frame, _FRAME_ARGS, index)[_BUFFER_DATA])
+    return _pointer(_operand_address(frame, index))
 
 
 @_njit
 def _result(frame, index):
-    return _pointer(_buffer(frame, _FRAME_RETS, index)[_BUFFER_DATA])
+    return _pointer(_result_address(frame, index))
 
 
 @_njit
@@ -186,6 +184,28 @@ def _succeeded(api, request, error):
     _call(api[_API_DESTROY_ERROR], request)
     words[2] = context
     return False
+
+
+@_njit
+def _aligned(memory):
+    """The first whole cache line of memory that has a line more than is needed: vectors straddle none."""
+    return (memory + 63) // 64 * 64
+
+
+@_njit
+def _fill(array, value):
+    """Set a matrix, by a loop that compiles faster than a slice."""
+    for i in range(array.shape[0]):
+        for j in range(array.shape[1]):
+            array[i, j] = value
+
+
+@_njit
+def _copy(source, target):
+    """Copy a matrix into the first rows and columns of another."""
+    for i in range(source.shape[0]):
+        for j in range(source.shape[1]):
+            target[i, j] = source[i, j]
 
 
 @_njit
@@ -260,6 +280,237 @@ def _share_with(frame_address, items, task, scratch):
     while _add_atomically(job + 8 * _DONE, 0) < items:
         pass
     _release(job)
+
+
+# --- Functions ---
+
+_EXP_LEAST = _f32(-87.0)
+_LOG2E = _f32(math.log2(math.e))
+# ln 2 in two parts: the first has few bits, so that its products with small integers are exact.
+_LN2_HIGH, _LN2_LOW = _f32(0.693359375), _f32(math.log(2) - 0.693359375)
+_EXP_TERMS = tuple(_f32(1 / math.factorial(n)) for n in range(8))
+_HALF, _ONE, _ZERO = _f32(0.5), _f32(1), _f32(0)
+
+
+@_njit
+def _exp(x):
+    """exp of a float32 at most 0, within 2 units in the last place; at least 1.6e-38. NaN stays NaN."""
+    x = _EXP_LEAST if x < _EXP_LEAST else x
+    # Rounded towards zero after half was taken away: the nearest integer.
+    power = _i32(x * _LOG2E - _HALF)
+    n = _f32(power)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    c = _EXP_TERMS
+    y = ((((c[7] * r + c[6]) * r + c[5]) * r + c[4]) * r + c[3]) * r + c[2]
+    y = (y * r + c[1]) * r + c[0]
+    return y * _as_float(_i32(_i32(power + _i32(127)) << _i32(23)))
+
+
+# --- Vectors of 16 float32 ---
+#
+# What the compiler would not vectorise by itself, written with LLVM's vectors: it makes the instructions that
+# the machine has of them. Operands are addresses.
+
+_LANES = 16
+_VECTOR, _WORD, _INT = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(64), ir.IntType(32)
+_CONTRACT = ("contract",)
+
+
+def _operation(emit: Any, n: int) -> Any:
+    """A compiled function of n int64s, without a result, from a function that builds its body."""
+
+    def codegen(context, builder, signature, arguments):
+        del signature
+        emit(builder, *arguments)
+        return context.get_dummy_value()
+
+    signature = types.void(*[types.int64] * n)
+    # The number of arguments must show in the function's own signature.
+    makers = {
+        3: lambda typing_context, a, b, c: (signature, codegen),
+        4: lambda typing_context, a, b, c, d: (signature, codegen),
+        5: lambda typing_context, a, b, c, d, e: (signature, codegen),
+    }
+    return _intrinsic(makers[n])
+
+
+def _at(builder, address, index, kind):
+    """A pointer to an element of an array."""
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
+
+
+def _load(builder, address, index=0):
+    index = ir.Constant(_WORD, index) if isinstance(index, int) else index
+    return builder.load(_at(builder, address, index, _VECTOR), align=4)
+
+
+def _store(builder, value, address, index=0):
+    index = ir.Constant(_WORD, index) if isinstance(index, int) else index
+    builder.store(value, _at(builder, address, index, _VECTOR), align=4)
+
+
+def _broadcast(builder, address, index):
+    """A vector of one float of an array."""
+    value = builder.load(_at(builder, address, index, ir.FloatType()), align=4)
+    return _splat(builder, value)
+
+
+def _splat(builder, value):
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
+    lanes = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
+    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+
+
+def _constant(value):
+    return ir.Constant(_VECTOR, [float(value)] * _LANES)
+
+
+def _multiply_add(builder, a, b, c):
+    return builder.fadd(builder.fmul(a, b, flags=_CONTRACT), c, flags=_CONTRACT)
+
+
+def _accumulators(builder, n):
+    """Registers that start at zero."""
+    slots = [cgutils.alloca_once(builder, _VECTOR) for _ in range(n)]
+    for slot in slots:
+        builder.store(_constant(0), slot)
+    return slots
+
+
+def _add_to(builder, slot, a, b):
+    builder.store(_multiply_add(builder, a, b, builder.load(slot)), slot)
+
+
+def _emit_dots(builder, columns, scalars, n, out):
+    slots = _accumulators(builder, 4)
+    four = ir.Constant(_WORD, 4)
+    with cgutils.for_range(builder, builder.sdiv(n, four)) as loop:
+        for lane, slot in enumerate(slots):
+            i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
+            _add_to(builder, slot, _load(builder, columns, i), _broadcast(builder, scalars, i))
+    a, b, c, d = (builder.load(slot) for slot in slots)
+    _store(builder, builder.fadd(builder.fadd(a, b), builder.fadd(c, d)), out)
+
+
+def _emit_spread(builder, weights, scalars, n, columns):
+    vector, four = _load(builder, weights), ir.Constant(_WORD, 4)
+    with cgutils.for_range(builder, builder.sdiv(n, four)) as loop:
+        for lane in range(4):
+            i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
+            scalar, column = _broadcast(builder, scalars, i), _load(builder, columns, i)
+            _store(builder, _multiply_add(builder, vector, scalar, column), columns, i)
+
+
+def _emit_gather(builder, weights, rows, n, out):
+    with cgutils.for_range(builder, n) as loop:
+        sums = [_load(builder, out, loop.index), _constant(0)]
+        for lane in range(_LANES):
+            weight = _broadcast(builder, weights, ir.Constant(_WORD, lane))
+            i = builder.add(builder.mul(n, ir.Constant(_WORD, lane)), loop.index)
+            sums[lane % 2] = _multiply_add(builder, weight, _load(builder, rows, i), sums[lane % 2])
+        _store(builder, builder.fadd(*sums), out, loop.index)
+
+
+def _emit_raise(builder, values, n, most):
+    slot = cgutils.alloca_once(builder, _VECTOR)
+    builder.store(_load(builder, most), slot)
+    with cgutils.for_range(builder, n) as loop:
+        value, top = _load(builder, values, loop.index), builder.load(slot)
+        builder.store(builder.select(builder.fcmp_ordered(">", value, top), value, top), slot)
+    _store(builder, builder.load(slot), most)
+
+
+def _exponential(builder, x):
+    """`_exp` of every lane."""
+    least = _constant(_EXP_LEAST)
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    integers = ir.VectorType(_INT, _LANES)
+    scaled = _multiply_add(builder, x, _constant(_LOG2E), _constant(-0.5))
+    power = builder.fptosi(scaled, integers)
+    n = builder.sitofp(power, _VECTOR)
+    r = _multiply_add(builder, n, _constant(-_LN2_HIGH), x)
+    r = _multiply_add(builder, n, _constant(-_LN2_LOW), r)
+    y = _constant(_EXP_TERMS[-1])
+    for term in _EXP_TERMS[-2::-1]:
+        y = _multiply_add(builder, y, r, _constant(term))
+    bits = builder.add(power, ir.Constant(integers, [127] * _LANES))
+    bits = builder.shl(bits, ir.Constant(integers, [23] * _LANES))
+    return builder.fmul(y, builder.bitcast(bits, _VECTOR))
+
+
+def _emit_exponentials(builder, values, n, shift, total):
+    by, slot = _load(builder, shift), cgutils.alloca_once(builder, _VECTOR)
+    builder.store(_load(builder, total), slot)
+    with cgutils.for_range(builder, n) as loop:
+        each = _exponential(builder, builder.fsub(_load(builder, values, loop.index), by))
+        _store(builder, each, values, loop.index)
+        builder.store(builder.fadd(builder.load(slot), each), slot)
+    _store(builder, builder.load(slot), total)
+
+
+def _emit_score_gradients(builder, weights, d_weights, overlap):
+    excess = builder.fsub(_load(builder, d_weights), _load(builder, overlap))
+    _store(builder, builder.fmul(_load(builder, weights), excess), d_weights)
+
+
+def _emit_transpose(builder, source, source_stride, target, target_stride):
+    def row(base, stride, i):
+        return builder.add(base, builder.mul(stride, ir.Constant(_WORD, 4 * i)))
+
+    rows = [_load(builder, row(source, source_stride, i)) for i in range(_LANES)]
+    half = _LANES // 2
+    masks = [
+        ir.Constant(
+            ir.VectorType(_INT, _LANES),
+            [side * half + lane // 2 + _LANES * (lane % 2) for lane in range(_LANES)],
+        )
+        for side in range(2)
+    ]
+    # Interleaving row i with row i + 8 moves a bit of the row's number into the lane's; four times is all.
+    for _ in range(4):
+        rows = [
+            builder.shuffle_vector(rows[i], rows[i + half], mask)
+            for i in range(half)
+            for mask in masks
+        ]
+    for i, vector in enumerate(rows):
+        _store(builder, vector, row(target, target_stride, i))
+
+
+# How many vectors of rows a product takes at once.
+_BLOCKS = 4
+
+
+def _emit_combine(builder, values, indices, n, columns, out):
+    slots = _accumulators(builder, _BLOCKS)
+    with cgutils.for_range(builder, n) as loop:
+        value = _broadcast(builder, values, loop.index)
+        index = builder.sext(builder.load(_at(builder, indices, loop.index, _INT)), _WORD)
+        for block, slot in enumerate(slots):
+            i = builder.add(
+                builder.mul(index, ir.Constant(_WORD, _BLOCKS)), ir.Constant(_WORD, block)
+            )
+            _add_to(builder, slot, value, _load(builder, columns, i))
+    for block, slot in enumerate(slots):
+        _store(builder, builder.load(slot), out, block)
+
+
+# dots(columns, scalars, n, out): out = sum of scalars[i] * columns[i] over n, a multiple of 4.
+_dots = _operation(_emit_dots, 4)
+# spread(weights, scalars, n, columns): columns[i] += weights * scalars[i], n a multiple of 4.
+_spread = _operation(_emit_spread, 4)
+# gather(weights, rows, n, out): out += sum of weights[lane] * rows[lane]; a row is n vectors.
+_gather = _operation(_emit_gather, 4)
+# raise(values, n, most): most = max(most, values[0], ..., values[n - 1]).
+_raise = _operation(_emit_raise, 3)
+# exponentials(values, n, shift, total): values[i] = exp(values[i] - shift); their sum is added to total.
+_exponentials = _operation(_emit_exponentials, 4)
+# score_gradients(weights, d_weights, overlap): d_weights = weights * (d_weights - overlap).
+_score_gradients = _operation(_emit_score_gradients, 3)
+# transpose(source, stride, target, stride): 16 rows of 16, strides in floats.
+_transpose = _operation(_emit_transpose, 4)
+# combine(values, indices, n, columns, out): out = sum of values[i] * columns[indices[i]]; of _BLOCKS vectors.
+_combine = _operation(_emit_combine, 5)
 
 
 # --- AbsTopK ---
@@ -415,28 +666,6 @@ def _largest(frame):
     return 0
 
 
-# --- Functions ---
-
-_EXP_LEAST = _f32(-87.0)
-_LOG2E = _f32(math.log2(math.e))
-# ln 2 in two parts: the first has few bits, so that its products with small integers are exact.
-_LN2_HIGH, _LN2_LOW = _f32(0.693359375), _f32(math.log(2) - 0.693359375)
-_EXP_TERMS = tuple(_f32(1 / math.factorial(n)) for n in range(8))
-_HALF, _ONE, _ZERO = _f32(0.5), _f32(1), _f32(0)
-
-
-@_njit
-def _exp(x):
-    """exp of a float32 at most 0, within 2 units in the last place; at least 1.6e-38. NaN stays NaN."""
-    x = _EXP_LEAST if x < _EXP_LEAST else x
-    n = np.floor(x * _LOG2E + _HALF)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    c = _EXP_TERMS
-    y = ((((c[7] * r + c[6]) * r + c[5]) * r + c[4]) * r + c[3]) * r + c[2]
-    y = (y * r + c[1]) * r + c[0]
-    return y * _as_float(_i32(_i32(_i32(n) + _i32(127)) << _i32(23)))
-
-
 # --- GELU ---
 
 # erfc(z) = exp(-z^2) t P(t) with t = 1 / (1 + z / 2), z >= 0: P fitted to 2e-8, relative.
@@ -470,6 +699,22 @@ def _normal(x):
     return e, tail if x < _ZERO else _ONE - tail
 
 
+# Loops count from 0: an index that might be negative, which would count from the end, is not vectorised.
+
+
+@_njit
+def _gelu_of(x, y):
+    for i in range(x.shape[0]):
+        y[i] = x[i] * _normal(x[i])[1]
+
+
+@_njit
+def _gelu_gradient_of(x, dy, dx):
+    for i in range(x.shape[0]):
+        e, share = _normal(x[i])
+        dx[i] = dy[i] * (share + x[i] * (e * _INVERSE_SQRT_2PI))
+
+
 _PIECE = 4096
 
 
@@ -490,8 +735,7 @@ def _gelu_task(job):
     x = carray(_operand(frame, 0), size, np.float32)
     y = carray(_result(frame, 0), size, np.float32)
     while start < stop:
-        for i in range(start * _PIECE, min(stop * _PIECE, size)):
-            y[i] = x[i] * _normal(x[i])[1]
+        _gelu_of(x[start * _PIECE : stop * _PIECE], y[start * _PIECE : stop * _PIECE])
         start, stop = _take(job, stop - start)
     return 0
 
@@ -515,9 +759,8 @@ def _gelu_gradient_task(job):
     dy = carray(_operand(frame, 1), size, np.float32)
     dx = carray(_result(frame, 0), size, np.float32)
     while start < stop:
-        for i in range(start * _PIECE, min(stop * _PIECE, size)):
-            e, share = _normal(x[i])
-            dx[i] = dy[i] * (share + x[i] * (e * _INVERSE_SQRT_2PI))
+        first, last = start * _PIECE, stop * _PIECE
+        _gelu_gradient_of(x[first:last], dy[first:last], dx[first:last])
         start, stop = _take(job, stop - start)
     return 0
 
@@ -533,8 +776,8 @@ def _gelu_gradient(frame):
 
 # --- Products with a sparse matrix ---
 
-# Rows of a piece, and outputs that are put in order together.
-_ROWS, _OUTPUTS = 64, 16
+# Rows of a piece.
+_ROWS = _LANES * _BLOCKS
 
 
 @_njit
@@ -577,47 +820,63 @@ def _product_task(job):
         return 0
     frame, scratch = _words(job, _JOB_WORDS)[_FRAME], _words(job, _JOB_WORDS)[_SCRATCH]
     rows, n_in, n_out = _product_sizes(frame)
-    table = _words(scratch, 3)
+    table = _words(scratch, 4)
     starts = carray(_pointer(table[0]), n_out + 1, np.int64)
-    indices = carray(_pointer(table[1]), starts[n_out], np.int32)
-    values = carray(_pointer(table[2]), starts[n_out], np.float32)
     x = carray(_operand(frame, 0), (rows, n_in), np.float32)
     y = carray(_result(frame, 0), (rows, n_out), np.float32)
-    x_T, y_T = np.zeros((n_in, _ROWS), np.float32), np.empty((_OUTPUTS, _ROWS), np.float32)
-    used = np.zeros(n_in, np.bool_)
-    for i in indices:
-        used[i] = True
+    # Inputs and outputs with the rows along the lanes, and a copy of rows that fill no vector.
+    wide = -(-max(n_in, _LANES) // _LANES) * _LANES
+    memory = _malloc(4 * _ROWS * (2 * wide + 2 * _LANES) + 64)
+    x_T_at = _aligned(memory)
+    edge_at = x_T_at + 4 * _ROWS * wide
+    y_T_at = edge_at + 4 * _ROWS * wide
+    y_edge_at = y_T_at + 4 * _ROWS * _LANES
+    edge = carray(_pointer(edge_at), (_ROWS, wide), np.float32)
+    y_edge = carray(_pointer(y_edge_at), (_ROWS, _LANES), np.float32)
+    used = carray(_pointer(table[3]), wide // _LANES, np.bool_)
     while start < stop:
         for item in range(start, stop):
             first = item * _ROWS
             n = min(_ROWS, rows - first)
-            block = x[first : first + n]
-            for i in range(n_in):
+            source, stride = _operand_address(frame, 0) + 4 * first * n_in, n_in
+            if n < _ROWS or n_in % _LANES:
+                _fill(edge, _ZERO)
+                _copy(x[first : first + n], edge)
+                source, stride = edge_at, wide
+            for i in range(wide // _LANES):
                 if used[i]:
-                    for r in range(n):
-                        x_T[i, r] = block[r, i]
-            for o in range(0, n_out, _OUTPUTS):
-                width = min(_OUTPUTS, n_out - o)
+                    for block in range(_BLOCKS):
+                        _transpose(
+                            source + 4 * _LANES * (i + block * stride),
+                            stride,
+                            x_T_at + 4 * _LANES * (i * _ROWS + block),
+                            _ROWS,
+                        )
+            for o in range(0, n_out, _LANES):
+                width = min(_LANES, n_out - o)
                 for c in range(width):
-                    line = y_T[c]
-                    line[:] = _ZERO
-                    i, end = starts[o + c], starts[o + c + 1]
-                    while i + 4 <= end:
-                        a, b = x_T[indices[i]], x_T[indices[i + 1]]
-                        d, e = x_T[indices[i + 2]], x_T[indices[i + 3]]
-                        wa, wb, wd, we = values[i], values[i + 1], values[i + 2], values[i + 3]
-                        for r in range(_ROWS):
-                            line[r] += (wa * a[r] + wb * b[r]) + (wd * d[r] + we * e[r])
-                        i += 4
-                    while i < end:
-                        a, wa = x_T[indices[i]], values[i]
-                        for r in range(_ROWS):
-                            line[r] += wa * a[r]
-                        i += 1
-                for r in range(n):
-                    for c in range(width):
-                        y[first + r, o + c] = y_T[c, r]
+                    i = starts[o + c]
+                    _combine(
+                        table[2] + 4 * i,
+                        table[1] + 4 * i,
+                        starts[o + c + 1] - i,
+                        x_T_at,
+                        y_T_at + 4 * _ROWS * c,
+                    )
+                whole = n == _ROWS and width == _LANES
+                target = _result_address(frame, 0) + 4 * (first * n_out + o) if whole else y_edge_at
+                stride = n_out if whole else _LANES
+                for block in range(_BLOCKS):
+                    _transpose(
+                        y_T_at + 4 * _LANES * block,
+                        _ROWS,
+                        target + 4 * _LANES * block * stride,
+                        stride,
+                    )
+                if not whole:
+                    _copy(y_edge[:n, :width], y[first : first + n, o : o + width])
         start, stop = _take(job, stop - start)
+    _free(memory)
     return 0
 
 
@@ -626,73 +885,34 @@ _product_address = _address_of("wsparse_product_task")
 
 def _product(frame):
     if _executes(frame):
-        rows, _, outputs = _product_sizes(frame)
+        rows, inputs, outputs = _product_sizes(frame)
         sides = _dims(frame, 1)
         w = carray(_operand(frame, 1), (sides[0], sides[1]), np.float32)
         n = 0
         for i in range(sides[0]):
             for j in range(sides[1]):
                 n += w[i, j] != _ZERO
-        scratch = _malloc(8 * (3 + outputs + 1 + n))
-        table = _words(scratch, 3)
-        table[0] = scratch + 24
+        # Where each output's nonzeros start, their inputs, their values, and which 16 inputs have any.
+        scratch = _malloc(8 * (4 + outputs + 1 + n) + inputs + 1)
+        table = _words(scratch, 4)
+        table[0] = scratch + 32
         table[1] = table[0] + 8 * (outputs + 1)
         table[2] = table[1] + 4 * n
+        table[3] = table[2] + 4 * n
         starts = carray(_pointer(table[0]), outputs + 1, np.int64)
         indices = carray(_pointer(table[1]), n, np.int32)
         values = carray(_pointer(table[2]), n, np.float32)
+        used = carray(_pointer(table[3]), -(-inputs // _LANES), np.bool_)
         _compress(w, _attribute(frame, 0) != 0, starts, indices, values)
+        used[:] = False
+        for i in range(n):
+            used[indices[i] // _LANES] = True
         _share_with(frame, -(-rows // _ROWS), _product_address(), scratch)
         _free(scratch)
     return 0
 
 
 # --- Attention ---
-
-
-@_njit
-def _add_rows(rows, weights, n, out):
-    """`out[:n] += weights @ rows[:, :n]`, eight rows at a time."""
-    m = weights.shape[0]
-    i = 0
-    while i + 8 <= m:
-        a, b, c, d = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
-        e, f, g, h = rows[i + 4], rows[i + 5], rows[i + 6], rows[i + 7]
-        wa, wb, wc, wd = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        we, wf, wg, wh = weights[i + 4], weights[i + 5], weights[i + 6], weights[i + 7]
-        for j in range(n):
-            left = wa * a[j] + wb * b[j] + wc * c[j] + wd * d[j]
-            out[j] += left + (we * e[j] + wf * f[j] + wg * g[j] + wh * h[j])
-        i += 8
-    while i < m:
-        a, wa = rows[i], weights[i]
-        for j in range(n):
-            out[j] += wa * a[j]
-        i += 1
-
-
-# NaN among the scores may be overlooked here; it comes back with the exponentials.
-@numba.njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
-def _max(row, n, most):
-    for j in range(n):
-        most = max(row[j], most)
-    return most
-
-
-@_njit_sums
-def _sum(row, n):
-    total = _ZERO
-    for j in range(n):
-        total += row[j]
-    return total
-
-
-@_njit_sums
-def _dot(a, b):
-    total = _ZERO
-    for j in range(a.shape[0]):
-        total += a[j] * b[j]
-    return total
 
 
 @_njit
@@ -710,10 +930,36 @@ def _attention_sizes(frame):
 
 
 @_njit
-def _transpose(rows, scale, out):
-    for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            out[j, i] = rows[i, j] * scale
+def _fill_queries(rows, first, scale, out):
+    """16 queries (fewer at the end) along the lanes: `out[channel, lane]`."""
+    n = min(_LANES, rows.shape[0] - first)
+    _fill(out, _ZERO)
+    for lane in range(n):
+        for c in range(rows.shape[1]):
+            out[c, lane] = rows[first + lane, c] * scale
+
+
+@_njit
+def _sight(positions, first, keys):
+    """How many keys the 16 queries from `first` see: the least and the most."""
+    n = min(_LANES, positions.shape[0] - first)
+    least, most = keys, 0
+    for lane in range(n):
+        seen = min(_i32(positions[first + lane] + 1), keys)
+        least, most = min(least, seen), max(most, seen)
+    return n, least, most
+
+
+@_njit
+def _hide(positions, first, n, j, value, row):
+    """Replace the entries of key j for the queries that do not see it."""
+    for lane in range(n):
+        if positions[first + lane] < j:
+            row[lane] = value
+
+
+# Far below every score, and not infinite: the difference of two infinities is no number.
+_HIDDEN = _f32(-1e30)
 
 
 def _attend_task(job):
@@ -730,29 +976,51 @@ def _attend_task(job):
     y_all = carray(_result(frame, 0), (batch, time, heads, width), np.float32)
     logs = carray(_result(frame, 1), (batch, time, heads), np.float32)
     scale = _f32(1 / math.sqrt(width))
-    k_T = np.empty((width, keys), np.float32)
-    v = np.empty((keys, width), np.float32)
-    p, y = np.empty(keys, np.float32), np.empty(width, np.float32)
+    vector = 4 * _LANES
+    key = 4 * width
+    memory = _malloc(vector * (2 * width + keys + 2) + 2 * key * keys + 64)
+    q_T_at = _aligned(memory)
+    y_T_at, most_at = q_T_at + vector * width, q_T_at + 2 * vector * width
+    total_at = most_at + vector
+    p_at = total_at + vector
+    k_at = p_at + vector * keys
+    v_at = k_at + key * keys
+    k = carray(_pointer(k_at), (keys, width), np.float32)
+    v = carray(_pointer(v_at), (keys, width), np.float32)
+    q_T = carray(_pointer(q_T_at), (width, _LANES), np.float32)
+    y_T = carray(_pointer(y_T_at), (width, _LANES), np.float32)
+    most = carray(_pointer(most_at), (1, _LANES), np.float32)
+    total = carray(_pointer(total_at), (1, _LANES), np.float32)
+    p = carray(_pointer(p_at), (keys, _LANES), np.float32)
     while start < stop:
         for item in range(start, stop):
             b, h = item // heads, item % heads
             sink = sinks[b * sets // batch, h]
-            _transpose(k_all[b, :, h], scale, k_T)
-            v[:] = v_all[b, :, h]
-            for t in range(time):
-                n = min(positions[b, t] + 1, keys)
-                p[:n] = _ZERO
-                _add_rows(k_T, q_all[b, t, h], n, p)
-                most = _max(p, n, sink)
-                for j in range(n):
-                    p[j] = _exp(p[j] - most)
-                total = _sum(p, n) + _exp(sink - most)
-                y[:] = _ZERO
-                _add_rows(v, p[:n], width, y)
-                for c in range(width):
-                    y_all[b, t, h, c] = y[c] / total
-                logs[b, t, h] = most + _f32(math.log(total))
+            # Side by side: a head's keys lie so far apart that they would share few of the cache's sets.
+            _copy(k_all[b, :, h], k)
+            _copy(v_all[b, :, h], v)
+            for first in range(0, time, _LANES):
+                n, least, seen = _sight(positions[b], first, keys)
+                _fill_queries(q_all[b, :, h], first, scale, q_T)
+                for j in range(seen):
+                    _dots(q_T_at, k_at + key * j, width, p_at + vector * j)
+                    if j >= least:
+                        _hide(positions[b], first, n, j, _HIDDEN, p[j])
+                _fill(most, sink)
+                _fill(total, _ZERO)
+                _fill(y_T, _ZERO)
+                _raise(p_at, seen, most_at)
+                _exponentials(p_at, seen, most_at, total_at)
+                for j in range(seen):
+                    _spread(p_at + vector * j, v_at + key * j, width, y_T_at)
+                for lane in range(n):
+                    whole = total[0, lane] + _exp(sink - most[0, lane])
+                    share = _ONE / whole
+                    for c in range(width):
+                        y_all[b, first + lane, h, c] = y_T[c, lane] * share
+                    logs[b, first + lane, h] = most[0, lane] + _f32(math.log(whole))
         start, stop = _take(job, stop - start)
+    _free(memory)
     return 0
 
 
@@ -764,9 +1032,6 @@ def _attend(frame):
         batch, _, _, heads, _, _ = _attention_sizes(frame)
         _share(frame, batch * heads, _attend_address())
     return 0
-
-
-_QUERIES = 8
 
 
 def _attend_gradient_task(job):
@@ -788,53 +1053,86 @@ def _attend_gradient_task(job):
     dv_all = carray(_result(frame, 2), (batch, keys, heads, width), np.float32)
     d_sinks = carray(_result(frame, 3), (batch, heads), np.float32)
     scale = _f32(1 / math.sqrt(width))
-    k_T, v_T = np.empty((width, keys), np.float32), np.empty((width, keys), np.float32)
-    dk_T, dv_T = np.empty((width, keys), np.float32), np.empty((width, keys), np.float32)
-    k = np.empty((keys, width), np.float32)
-    p, ds = np.empty((_QUERIES, keys), np.float32), np.empty((_QUERIES, keys), np.float32)
-    q_T, dy_T = np.empty((width, _QUERIES), np.float32), np.empty((width, _QUERIES), np.float32)
+    vector = 4 * _LANES
+    # Vectors of channels, of queries and of keys are whole.
+    blocks = -(-width // _LANES)
+    wide = blocks * _LANES
+    key = 4 * width
+    memory = _malloc(vector * (3 * width + 2 * wide + 2 * blocks * keys + 5) + 2 * key * keys + 64)
+    q_T_at = _aligned(memory)
+    dy_T_at = q_T_at + vector * width
+    dq_T_at = dy_T_at + vector * width
+    q_at = dq_T_at + vector * width
+    dy_at = q_at + vector * wide
+    dk_at = dy_at + vector * wide
+    dv_at = dk_at + vector * blocks * keys
+    log_at = dv_at + vector * blocks * keys
+    overlap_at, total_at, p_at, ds_at = (
+        log_at + vector,
+        log_at + 2 * vector,
+        log_at + 3 * vector,
+        log_at + 4 * vector,
+    )
+    k_at = ds_at + vector
+    v_at = k_at + key * keys
+    k = carray(_pointer(k_at), (keys, width), np.float32)
+    v = carray(_pointer(v_at), (keys, width), np.float32)
+    q_T = carray(_pointer(q_T_at), (width, _LANES), np.float32)
+    dy_T = carray(_pointer(dy_T_at), (width, _LANES), np.float32)
+    dq_T = carray(_pointer(dq_T_at), (width, _LANES), np.float32)
+    q = carray(_pointer(q_at), (_LANES, wide), np.float32)
+    dy = carray(_pointer(dy_at), (_LANES, wide), np.float32)
+    dk = carray(_pointer(dk_at), (keys, wide), np.float32)
+    dv = carray(_pointer(dv_at), (keys, wide), np.float32)
+    log = carray(_pointer(log_at), (1, _LANES), np.float32)
+    overlap = carray(_pointer(overlap_at), (1, _LANES), np.float32)
+    p = carray(_pointer(p_at), _LANES, np.float32)
     while start < stop:
         for item in range(start, stop):
             b, h = item // heads, item % heads
             sink = sinks[b * sets // batch, h]
-            _transpose(k_all[b, :, h], scale, k_T)
-            _transpose(v_all[b, :, h], _ONE, v_T)
-            for j in range(keys):
-                for c in range(width):
-                    k[j, c] = k_all[b, j, h, c] * scale
-            dk_T[:], dv_T[:] = _ZERO, _ZERO
+            # Side by side: a head's keys lie so far apart that they would share few of the cache's sets.
+            _copy(k_all[b, :, h], k)
+            _copy(v_all[b, :, h], v)
+            _fill(dk, _ZERO)
+            _fill(dv, _ZERO)
             d_sink = _ZERO
-            for first in range(0, time, _QUERIES):
-                rows = min(_QUERIES, time - first)
-                widest = 0
-                for r in range(rows):
-                    widest = max(widest, min(positions[b, first + r] + 1, keys))
-                for r in range(rows):
-                    t = first + r
-                    n = min(positions[b, t] + 1, keys)
-                    weights, d_scores = p[r], ds[r]
-                    weights[:widest], d_scores[:widest] = _ZERO, _ZERO
-                    _add_rows(k_T, q_all[b, t, h], n, weights)
-                    _add_rows(v_T, dy_all[b, t, h], n, d_scores)
-                    log, overlap = logs[b, t, h], _dot(dy_all[b, t, h], y_all[b, t, h])
-                    for j in range(n):
-                        weights[j] = _exp(weights[j] - log)
-                        d_scores[j] = weights[j] * (d_scores[j] - overlap)
-                    d_sink -= _exp(sink - log) * overlap
-                    dq_all[b, t, h] = _ZERO
-                    _add_rows(k, d_scores[:n], width, dq_all[b, t, h])
-                for c in range(width):
-                    for r in range(rows):
-                        q_T[c, r] = q_all[b, first + r, h, c] * scale
-                        dy_T[c, r] = dy_all[b, first + r, h, c]
-                for c in range(width):
-                    _add_rows(ds, q_T[c, :rows], widest, dk_T[c])
-                    _add_rows(p, dy_T[c, :rows], widest, dv_T[c])
+            for first in range(0, time, _LANES):
+                n, least, seen = _sight(positions[b], first, keys)
+                _fill_queries(q_all[b, :, h], first, scale, q_T)
+                _fill_queries(dy_all[b, :, h], first, _ONE, dy_T)
+                for array in (q, dy, dq_T, log, overlap):
+                    _fill(array, _ZERO)
+                for lane in range(n):
+                    t = first + lane
+                    log[0, lane] = logs[b, t, h]
+                    total = _ZERO
+                    for c in range(width):
+                        q[lane, c], dy[lane, c] = q_T[c, lane], dy_T[c, lane]
+                        total += dy_T[c, lane] * y_all[b, t, h, c]
+                    overlap[0, lane] = total
+                    d_sink -= _exp(sink - log[0, lane]) * total
+                for j in range(seen):
+                    _dots(q_T_at, k_at + key * j, width, p_at)
+                    if j >= least:
+                        _hide(positions[b], first, n, j, _HIDDEN, p)
+                    _exponentials(p_at, 1, log_at, total_at)
+                    if j >= least:
+                        _hide(positions[b], first, n, j, _ZERO, p)
+                    _dots(dy_T_at, v_at + key * j, width, ds_at)
+                    _score_gradients(p_at, ds_at, overlap_at)
+                    _spread(ds_at, k_at + key * j, width, dq_T_at)
+                    _gather(ds_at, q_at, blocks, dk_at + vector * blocks * j)
+                    _gather(p_at, dy_at, blocks, dv_at + vector * blocks * j)
+                for lane in range(n):
+                    for c in range(width):
+                        dq_all[b, first + lane, h, c] = dq_T[c, lane] * scale
             for j in range(keys):
                 for c in range(width):
-                    dk_all[b, j, h, c], dv_all[b, j, h, c] = dk_T[c, j], dv_T[c, j]
+                    dk_all[b, j, h, c], dv_all[b, j, h, c] = dk[j, c], dv[j, c]
             d_sinks[b, h] = d_sink
         start, stop = _take(job, stop - start)
+    _free(memory)
     return 0
 
 
