@@ -973,7 +973,11 @@ TASKS: dict[str, Task] = {
             "else_elif",
             "follow `else` or `elif`",
             _alternative,
-            (Form(":\n", " not"), Form(":", " not")),
+            (
+                Form(":\n", " not"),
+                Form(":", " not"),
+                Form(":\n", " not", beginning=True),
+            ),
         ),
         _task(
             "fstring_brace",
