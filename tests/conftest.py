@@ -1,4 +1,4 @@
-"""Every test sees 8 CPU devices, no silent rank promotion, and the same hypothesis profile."""
+"""Every test sees 8 CPU devices, no silent rank promotion, quick compilation, one hypothesis profile."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -14,6 +14,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of the time of the tests, and the optimiser most of compiling. Commands that tests run
+# in processes of their own are compiled as users' are.
+jax.config.update("jax_disable_most_optimizations", True)
 
 settings.register_profile(
     "wsparse",

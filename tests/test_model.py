@@ -29,17 +29,8 @@ forward = jax.jit(model.forward, static_argnames=("config", "tap"))
 
 @functools.cache
 def fresh(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Initial parameters by path.
-
-    Op by op, so that configs share what is compiled, and without the optimisations that make compiling
-    random numbers slow.
-    """
-    optimised = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return trees.flatten(jax.device_get(model.init(config, jax.random.key(seed))))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", optimised)
+    """Initial parameters by path; op by op, so that configs share what is compiled."""
+    return trees.flatten(jax.device_get(model.init(config, jax.random.key(seed))))
 
 
 @functools.cache

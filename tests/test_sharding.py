@@ -33,14 +33,6 @@ MESHES = {
 SHAPES = jax.eval_shape(lambda: train.init_state(CONFIG))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def mesh_of(config: MeshConfig):
     return sharding.make_mesh(config)
 

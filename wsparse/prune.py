@@ -44,7 +44,7 @@ def run(
     trained = runs.load(folder)
     config = trained.config.model
     out = folder / "circuits"
-    subject = find.Subject(trained.params, config, _windows(trained, out))
+    subject = find.Subject(trained.params, config, pretraining_windows(trained, out))
     pairs, refused = find.build_pairs(
         wanted, trained.tokenizer, settings, max_tokens=min(max_tokens, config.context)
     )
@@ -89,7 +89,7 @@ def run(
     return rows
 
 
-def _windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
+def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
     """`(W, T)` windows of the run's own pretraining text, drawn once and kept."""
     path = out / "windows.npz"
     if path.exists():

@@ -24,6 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import ml_collections
 from ml_collections import config_flags
 import numpy as np
 import optax
@@ -540,6 +541,11 @@ def main(argv: Sequence[str]) -> int:
     file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not file.is_file():
         raise UserError(f"--config={file}: no such file; recipes are in configs/")
+    if not isinstance(options.config, ml_collections.ConfigDict):
+        raise UserError(
+            f"{file}: get_config() must return a ConfigDict (wsparse.config.recipe makes one), "
+            f"got {type(options.config).__name__}"
+        )
     config = from_dict(TrainConfig, options.config.to_dict())
     sharding.initialize_processes()
     return run(config, pathlib.Path(options.workdir or f"runs/{file.stem}"))

@@ -52,7 +52,7 @@ class Settings:
     """
 
     target: float = 0.15
-    margin: float = 0.02
+    margin: float = 0.05
     sweep: tuple[float, ...] = (0.05, 0.1, 0.3, 0.5)
     trials: int = 8
     parallel: int = 2
@@ -60,7 +60,7 @@ class Settings:
     steps: int = 100
     pairs_per_step: int = 16
     search_pairs: int = 256
-    discretise_pairs: int = 48
+    discretise_pairs: int = 64
     report_pairs: int = 96
     finalists: int = 2
     single_removals: int = 256
