@@ -318,7 +318,10 @@ def measure(subject: Subject, pairs: Pairs, parts: shrink.Parts) -> dict[str, An
     and all else as it is; the task should be lost.
     """
     scorer, stays = subject.scorer, parts.stays(subject.scorer)
-    fit = shrink.calibrate(scorer.margins(pairs.discretise, parts.nodes, stays))
+    # On both splits: on the pairs that the circuit was fitted to it may make no mistake, and no scale of
+    # the logits is then too large.
+    known = [scorer.margins(each, parts.nodes, stays) for each in (pairs.search, pairs.discretise)]
+    fit = shrink.calibrate(np.concatenate(known))
     margins = scorer.margins(pairs.report, parts.nodes, stays)
     return {
         "model": model_score(subject, pairs.report)._asdict(),
