@@ -22,6 +22,6 @@ def get_config() -> ml_collections.ConfigDict:
         sparsity={"density": 1 / 16, "anneal_end": 0.4},
         optimizer={"learning_rate": 6e-3},
         data={"source": "0.7*idioms+0.3*stdlib", "megabytes": 10.0},
-        steps=760,
+        steps=900,
         batch_size=40,
     )
