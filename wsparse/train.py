@@ -260,7 +260,8 @@ def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
             raise UserError(
                 f"{path} is not JSON: move the folder away or choose another --workdir"
             ) from error
-        changed = differences(theirs, mine)
+        # Arrays are saved whole, whatever they were spread over.
+        changed = differences(theirs | {"mesh": None}, mine | {"mesh": None})
         if changed:
             raise UserError(
                 f"{workdir} holds a run of a different config ({'; '.join(changed)}): "
