@@ -77,9 +77,11 @@ sweep() {
   need IMAGE "that launch/gke.sh image has pushed"
   need BUCKET "that all workers read and write"
   have kubectl "gcloud components install kubectl"
-  local arguments
-  # Words of JSON are words of YAML.
-  arguments=$(printf ', "%s"' "$@" | sed 's/\\/\\\\/g')
+  local arguments='' word
+  for word in "$@"; do
+    word=${word//\\/\\\\}
+    arguments+=", \"${word//\"/\\\"}\""
+  done
   local manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:

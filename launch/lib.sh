@@ -1,11 +1,16 @@
 # What the scripts of this folder share; they source it.
 # shellcheck shell=bash
 
-# Print a command so that it could be pasted, and run it unless DRY_RUN=1.
+# Print a command so that it could be pasted.
+show() {
+  local line
+  printf -v line ' %q' "$@"
+  printf '+%s\n' "$line"
+}
+
+# Print a command, and run it unless DRY_RUN=1.
 run() {
-  printf '+'
-  printf ' %q' "$@"
-  printf '\n'
+  show "$@"
   if [[ ${DRY_RUN:-0} != 1 ]]; then "$@"; fi
 }
 

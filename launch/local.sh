@@ -23,11 +23,15 @@ fi
 jobs=()
 trap 'kill -TERM "${jobs[@]}" 2>/dev/null || true' INT TERM
 for ((index = 0; index < processes; index++)); do
-  run env "${shared[@]}" JAX_PROCESS_ID="$index" "$python" -m "$@" &
+  command=(env "${shared[@]}" JAX_PROCESS_ID="$index" "$python" -m "$@")
+  show "${command[@]}"
+  [[ ${DRY_RUN:-0} != 1 ]] || continue
+  # Not through a function: a signal must reach the program, not a shell around it.
+  "${command[@]}" &
   jobs+=($!)
 done
 status=0
-for job in "${jobs[@]}"; do
+for job in ${jobs[@]+"${jobs[@]}"}; do
   code=0
   wait "$job" || code=$?
   # A signal ends the wait before the job, which is still saving.

@@ -47,8 +47,7 @@ create() {
     request+=(--node-id="$NAME")
   fi
   if [[ ${SPOT:-1} == 1 ]]; then request+=(--spot); fi
-  run "${request[@]}"
-  await
+  run "${request[@]}" && await
 }
 
 state() {
@@ -82,16 +81,24 @@ everywhere() {
   return "$status"
 }
 
+# Parts are joined by && throughout: under babysit's if, bash would go on after a part that failed.
 setup() {
-  local archive node
-  archive=$(mktemp -d)/wsparse.tar.gz
-  run tar -czf "$archive" -C "$here/.." --exclude=.git --exclude=.venv --exclude=runs .
-  for node in "${nodes[@]}"; do
-    run "${tpus[@]}" tpu-vm scp "$archive" "$node:wsparse.tar.gz" "${where[@]}" --worker=all
-  done
-  rm -rf "$(dirname "$archive")"
-  everywhere "mkdir -p wsparse && tar -xzf wsparse.tar.gz -C wsparse \
+  local folder
+  folder=$(mktemp -d)
+  run tar -czf "$folder/wsparse.tar.gz" -C "$here/.." --exclude=.git --exclude=.venv --exclude=runs . &&
+    copy "$folder/wsparse.tar.gz" &&
+    everywhere "mkdir -p wsparse && tar -xzf wsparse.tar.gz -C wsparse \
 && bash wsparse/launch/tpu_host.sh $(quoted "${BUCKET:-}")"
+  local status=$?
+  rm -rf "$folder"
+  return "$status"
+}
+
+copy() {
+  local node
+  for node in "${nodes[@]}"; do
+    run "${tpus[@]}" tpu-vm scp "$1" "$node:wsparse.tar.gz" "${where[@]}" --worker=all || return
+  done
 }
 
 train() {
@@ -108,6 +115,10 @@ clear_hosts() {
   everywhere "pkill -TERM -f '[.]venv/bin/python -m wsparse' && sleep 30; true"
 }
 
+obtain() {
+  if [[ $1 == NONE ]]; then create; else await; fi
+}
+
 babysit() {
   [[ $# -ge 1 ]] || usage
   need BUCKET "or what a preempted slice had saved is lost"
@@ -121,7 +132,7 @@ babysit() {
         now=NONE failures=0
         ;;
     esac
-    if { [[ $now != NONE ]] || create; } && await && setup && clear_hosts && train "$@"; then
+    if obtain "$now" && setup && clear_hosts && train "$@"; then
       printf '%s: done; launch/tpu_vm.sh delete ends the costs\n' "$NAME"
       return 0
     fi

@@ -15,17 +15,17 @@ LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.glob("*.sh"))
 PROGRAMS = ("gcloud", "xpk", "sbatch", "srun", "scontrol", "squeue", "scancel", "kubectl", "docker")
 # Records its name, arguments and, where it is given something, its input; then does what it was told.
-FAKE = """#!{python}
-import json, os, pathlib, sys
-here = pathlib.Path({folder!r})
-name = pathlib.Path(sys.argv[0]).name
+FAKE = """#!{python} -IS
+import json, os, sys
+here = {folder!r}
+name = os.path.basename(sys.argv[0])
 given = sys.stdin.read() if name == "kubectl" else ""
-with (here / "calls").open("a") as calls:
+with open(here + "/calls", "a") as calls:
     calls.write(json.dumps([name, *sys.argv[1:], *([given] if given else [])]) + "\\n")
-for number, (words, answer, status) in enumerate(json.loads((here / "answers").read_text())):
-    done = here / f"answered-{{number}}"
-    if set(words) <= {{name, *sys.argv[1:]}} and not done.exists():
-        done.touch()
+for number, (words, answer, status) in enumerate(json.load(open(here + "/answers"))):
+    done = here + f"/answered-{{number}}"
+    if set(words) <= {{name, *sys.argv[1:]}} and not os.path.exists(done):
+        open(done, "w").close()
         print(answer)
         sys.exit(status)
 sys.exit(0)
@@ -47,6 +47,8 @@ class Machine:
 
     def answer(self, *answers: tuple[tuple[str, ...], str, int]) -> None:
         """What calls that have certain words print and return, each once, in this order."""
+        for path in self.folder.glob("answered-*"):
+            path.unlink()
         (self.folder / "answers").write_text(json.dumps(answers))
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
