@@ -25,11 +25,10 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 40
 # Trains what argv[1] describes in argv[2], each step argv[3] seconds late.
 WORKER = """
-import functools, json, pathlib, sys, time
+import json, pathlib, sys, time
 from wsparse import sharding, train
 from wsparse.config import TrainConfig, from_dict
 from wsparse.data import pipeline
-from wsparse.errors import run_command
 
 batches = pipeline.train_batches
 def late(*args, **options):
@@ -92,7 +91,7 @@ def started(config, workdir, *, processes: int, late: float = 0.0, folders=None,
     }
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", WORKER, file, workdir, str(late)],
+            [sys.executable, "-c", WORKER, file, workdir, str(late)],
             cwd=folders[index] if folders else REPO,
             env=shared | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
@@ -306,6 +305,7 @@ def test_other_processes_are_joined_where_the_environment_has_them(monkeypatch, 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sharding, "accelerators", lambda: ["tpu"] if "TPU" in variables else [])
+    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: name)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
     sharding.initialize_processes()

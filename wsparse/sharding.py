@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import glob
+import importlib.util
 import math
 import os
 import time
@@ -242,5 +243,11 @@ def _in_a_cluster() -> bool:
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         # The hosts of a Cloud TPU slice know each other from the metadata server alone.
-        or ("tpu" in accelerators() and "cpu" not in environment.get("JAX_PLATFORMS", ""))
+        or ("tpu" in accelerators() and _may_use_tpu())
+    )
+
+
+def _may_use_tpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None and "cpu" not in os.environ.get(
+        "JAX_PLATFORMS", ""
     )

@@ -217,7 +217,8 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
     finished = workdir / "summary.json"
     quiet = jax.process_index() != 0
     say = (lambda line: None) if quiet else functools.partial(print, flush=True)
-    if finished.exists():
+    # What process 0 sees decides: a network's file system may show it to others later.
+    if sharding.gather(str(finished.exists()))[0] == "True":
         say(f"{workdir} is complete: {finished.read_text().strip()}")
         return 0
     mesh = sharding.make_mesh(config.mesh)
