@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 from typing import Any
 
 from wsparse.errors import UserError
@@ -16,7 +17,9 @@ from wsparse.errors import UserError
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, with its suffix, that takes its place when the block ends well."""
     path = pathlib.Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # Processes on different machines may write to one folder, and have the same number.
+    writer = f"{socket.gethostname()}.{os.getpid()}"
+    part = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
         yield part
         os.replace(part, path)

@@ -8,6 +8,7 @@ at any step without changing a bit of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 from jax import lax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -192,7 +194,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
             in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
             out_shardings=replicated,
         ),
-        alive=jax.jit(sparsity.alive_neurons),
+        alive=jax.jit(sparsity.alive_neurons, out_shardings=replicated),
     )
 
 
@@ -210,14 +212,16 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
         config; a weight became NaN or infinite.
     """
     started = time.monotonic()
+    _refuse_url(workdir)
     _refuse_unwritable(workdir)
     _refuse_other(workdir, config)
     finished = workdir / "summary.json"
-    if finished.exists():
-        print(f"{workdir} is complete: {finished.read_text().strip()}")
-        return 0
     quiet = jax.process_index() != 0
     say = (lambda line: None) if quiet else functools.partial(print, flush=True)
+    # What process 0 sees decides: a network's file system may show it to others later.
+    if sharding.gather(str(finished.exists()))[0] == "True":
+        say(f"{workdir} is complete: {finished.read_text().strip()}")
+        return 0
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and not cpu.available():
@@ -232,6 +236,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
     )
     for line in str(dataset.report).splitlines():
         say(line)
+    sharding.require_same(dataset.digest, "the data")
     # Only now: a start that failed above leaves the folder free for the corrected command.
     _claim(workdir, config)
     if not quiet and not tokenizer_file.exists():
@@ -257,12 +262,21 @@ def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
             raise UserError(
                 f"{path} is not JSON: move the folder away or choose another --workdir"
             ) from error
-        changed = differences(theirs, mine)
+        # Arrays are saved whole, whatever they were spread over.
+        changed = differences(theirs | {"mesh": None}, mine | {"mesh": None})
         if changed:
             raise UserError(
                 f"{workdir} holds a run of a different config ({'; '.join(changed)}): "
                 "choose another --workdir, or undo the change"
             )
+
+
+def _refuse_url(workdir: pathlib.Path) -> None:
+    """Refuse what would become a local folder of the name `gs:`."""
+    if workdir.parts[:1] and workdir.parts[0].endswith(":") and not workdir.drive:
+        raise UserError(
+            f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it"
+        )
 
 
 def _refuse_unwritable(workdir: pathlib.Path) -> None:
@@ -283,6 +297,12 @@ def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
             files.write_json(path, to_dict(config))
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+    blind = sharding.blind_processes(path)
+    if blind:
+        raise UserError(
+            f"--workdir={workdir} must be one folder for all processes, but process {blind[0]} does not see "
+            "what process 0 wrote there: use a network's file system, or a bucket that is mounted"
+        )
 
 
 def _restore(checkpoints, program: Program, dataset: pipeline.Dataset):
@@ -320,20 +340,30 @@ class _Loop:
             context=config.model.context,
             seed=config.data.seed,
             start_step=step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.program.mesh, config.batch_size, config.accumulate),
             threads=config.data.threads,
             prefetch=config.data.prefetch,
         )
         self.progress = metrics.Progress(config.steps, step, quiet=self.quiet)
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.signal(s, handler) for s, handler in self._handlers().items()}
         try:
-            with metrics.MetricsWriter(self.workdir, step) as self.writer:
+            # One process writes for all: what it writes is the same in all of them.
+            with (
+                contextlib.nullcontext()
+                if self.quiet
+                else metrics.MetricsWriter(self.workdir, step) as self.writer
+            ):
                 return self._steps(state, step, batches, losses)
         finally:
             self.progress.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _handlers(self) -> dict[signal.Signals, Callable[..., None]]:
+        if jax.process_count() == 1:
+            return dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._on_signal)
+        # Here SIGTERM belongs to jax's service, which tells all processes; the terminal's signal joins it.
+        return {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
 
     def _on_signal(self, number, frame):
         del frame
@@ -346,7 +376,7 @@ class _Loop:
         seconds_projecting = self._time_projection(state)
         pending, evaluation = None, {}
         window_start, window_step = time.monotonic(), step
-        while step < config.steps and not self._must_stop():
+        while step < config.steps and not self._must_stop(step):
             state, report = self.program.step(state, self._put(next(batches)))
             step += 1
             # The device works on this step while the host reads the one before.
@@ -385,19 +415,17 @@ class _Loop:
         self._summarise(state, step, evaluation or self._evaluate(state, step))
         return 0
 
-    def _must_stop(self) -> bool:
-        if jax.process_count() == 1:
-            return bool(self.stop_signal)
-        from jax.experimental import multihost_utils
-
-        # Every process must leave at the same step, whichever of them was told to.
-        told = multihost_utils.process_allgather(np.int32(self.stop_signal))
-        self.stop_signal = int(np.max(told))
+    def _must_stop(self, step: int) -> bool:
+        # Every process must leave at the same step, whichever of them was told to. The service that
+        # jax runs for that agrees on one in the background: the devices are not waited for.
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.stop_signal = signal.SIGTERM
         return bool(self.stop_signal)
 
     def _put(self, local: np.ndarray) -> jax.Array:
-        split = local.reshape(self.config.accumulate, -1, local.shape[-1])
-        return sharding.put_batch(split, self.program.mesh)
+        accumulate, size = self.config.accumulate, self.config.batch_size // self.config.accumulate
+        split = local.reshape(accumulate, -1, local.shape[-1])
+        return sharding.put_batch(split, self.program.mesh, size=size)
 
     def _read(self, pending) -> float:
         """The loss of a step; stops training when a weight is no longer finite."""
@@ -436,7 +464,7 @@ class _Loop:
             "tokens_per_s": tokens_per_step / seconds_per_step,
             "projection_share": min(seconds_projecting / seconds_per_step, 1.0),
         }
-        self.writer.write(step, values)
+        self._write(step, values)
         self.progress.record(
             step,
             {
@@ -448,18 +476,21 @@ class _Loop:
             },
         )
 
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, values)
+
     def _evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
         config = self.config
-        results = []
+        results, size = [], config.batch_size // config.accumulate
         for local in pipeline.eval_batches(
             self.dataset.validation,
-            batch_size=config.batch_size // config.accumulate,
+            batch_size=size,
             context=config.model.context,
             batches=config.eval_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.program.mesh, size),
         ):
-            batch = sharding.put_batch(local, self.program.mesh, EVAL_BATCH)
+            batch = sharding.put_batch(local, self.program.mesh, EVAL_BATCH, size=size)
             results.append(jax.device_get(self.program.evaluate(state.params, batch)))
         fired = np.any([each for _, each in results], axis=0)
         values = {
@@ -467,7 +498,7 @@ class _Loop:
             "val_loss": statistics.fmean(float(value) for value, _ in results),
             "alive_neurons_fired": jax.device_get(self.program.alive(state.params, fired)).tolist(),
         }
-        self.writer.write(step, values)
+        self._write(step, values)
         self.progress.say(f"step {step}: held-out loss {values['val_loss']:.4f}")
         return values
 

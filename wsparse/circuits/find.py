@@ -21,7 +21,7 @@ from wsparse import model, sparsity, trees
 from wsparse.circuits import evaluate, graph, masks, shrink, tasks
 from wsparse.circuits.circuit import Circuit, Node, edge_list
 from wsparse.circuits.learn import HParams, PairArrays, arrays
-from wsparse.circuits.search import Pruner, Sampler, Trial, log_size, search
+from wsparse.circuits.search import Pruner, Sampler, Shared, Trial, log_size, search
 from wsparse.config import ModelConfig, require
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError
@@ -200,32 +200,28 @@ def model_score(subject: Subject, pairs: PairArrays) -> evaluate.Score:
     return subject.scorer.mask(pairs, np.ones(masks.n_nodes(subject.config), bool))
 
 
-def find_circuit(
+def search_trials(
     subject: Subject,
     pairs: Pairs,
     pruner: Pruner,
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
-) -> Circuit | None:
-    """Search for the task's circuit, and measure it.
+    *,
+    shared: Shared | None = None,
+) -> list[Trial]:
+    """The pruning runs of the search for a task's circuit, each cut to the target.
 
-    Returns:
-      The circuit, or None where no trial reached the target.
+    Raises:
+      ElsewhereError: see `search`.
     """
-    started = time.monotonic()
-    scorer = subject.scorer
-    whole = model_score(subject, pairs.discretise).loss
-    # Where the model itself is too close to the target, the margin shrinks to half of what there is.
-    goal = max(
-        settings.target - settings.margin, min(settings.target, (whole + settings.target) / 2)
-    )
+    goal = _goal(subject, pairs, settings)
 
     def objective(tau_U: np.ndarray) -> tuple[float, tuple[shrink.Parts | None, float]]:
-        parts, least = shrink.discretise(scorer, pairs.discretise, tau_U, goal)
+        parts, least = shrink.discretise(subject.scorer, pairs.discretise, tau_U, goal)
         return log_size(parts.n_edges if parts else None, least), (parts, least)
 
     def said(trial: Trial) -> None:
-        parts, least = trial.result
+        parts, least = trial.result()
         found = (
             f"{parts.n_nodes} nodes, {parts.n_edges} edges"
             if parts
@@ -233,7 +229,7 @@ def find_circuit(
         )
         say(f"  trial {trial.number + 1}/{settings.trials}: {found}")
 
-    trials = search(
+    return search(
         pruner,
         subject.params,
         pairs.search,
@@ -243,8 +239,37 @@ def find_circuit(
         sampler=settings.sampler,
         seed=settings.seed,
         said=said,
+        shared=shared,
     )
-    cuts = {t.number: t.result[0] for t in trials}
+
+
+def find_circuit(
+    subject: Subject,
+    pairs: Pairs,
+    pruner: Pruner,
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    trials: Sequence[Trial] | None = None,
+) -> Circuit | None:
+    """Search for the task's circuit, and measure it.
+
+    Args:
+      subject: the model.
+      pairs: of the task.
+      pruner: runs the trials, and controls.
+      settings: of the procedure.
+      say: is given lines about progress.
+      trials: of `search_trials`, where they were run before.
+
+    Returns:
+      The circuit, or None where no trial reached the target.
+    """
+    started = time.monotonic()
+    scorer, goal = subject.scorer, _goal(subject, pairs, settings)
+    if trials is None:
+        trials = search_trials(subject, pairs, pruner, settings, say)
+    cuts = {t.number: t.result()[0] for t in trials}
     reached = sorted((t for t in trials if cuts[t.number]), key=lambda t: t.value)
     if not reached:
         return None
@@ -308,6 +333,15 @@ def find_circuit(
             for name, each in masks.unflatten(best.tau, subject.config).items()
         },
         removed=parts.removed,
+    )
+
+
+def _goal(subject: Subject, pairs: Pairs, settings: Settings) -> float:
+    """The loss that circuits are cut to: below the target, so that other templates reach it too."""
+    whole = model_score(subject, pairs.discretise).loss
+    # Where the model itself is too close to the target, the margin shrinks to half of what there is.
+    return max(
+        settings.target - settings.margin, min(settings.target, (whole + settings.target) / 2)
     )
 
 
