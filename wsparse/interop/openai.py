@@ -25,11 +25,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from wsparse import files, model, runs, sparsity, trees
+from wsparse import files, model, runs, trees
 from wsparse.config import (
     DataConfig,
     ModelConfig,
-    SparsityConfig,
     TrainConfig,
     from_dict,
     require,
@@ -369,7 +368,7 @@ def import_run(
         first needed.
 
     Returns:
-      The run's config. What is not known about the training (optimizer, steps) has its default.
+      The run's config. What is not known about the training (sparsity, optimizer, steps) has its default.
 
     Raises:
       UserError: see `load`; there is no tokenizer, or it does not fit the model; `out` is taken.
@@ -390,22 +389,8 @@ def import_run(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}: "
             "give the model's own tokenizer with --tokenizer=FOLDER"
         )
-    counts = sparsity.l0(params).values()
-    nonzeros, size = (sum(int(each[i]) for each in counts) for i in (0, 1))
-    config = TrainConfig(
-        model=model_config,
-        sparsity=SparsityConfig(density=max(nonzeros, 1) / size),
-        data=DataConfig(source=source),
-    )
-    summary = {
-        "l0": nonzeros / size,
-        "nonzeros": nonzeros,
-        "parameters": model.count_parameters(params),
-        "alive_neurons": np.asarray(sparsity.alive_neurons(params)).tolist(),
-        "steps": 0,
-        "imported_from": str(folder),
-    }
-    runs.create(out, config, params, tokenizer, summary=summary)
+    config = TrainConfig(model=model_config, data=DataConfig(source=source))
+    runs.create(out, config, params, tokenizer, summary={"imported_from": str(folder)})
     return config
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from wsparse import model
+from wsparse import model, nodes
 from wsparse.errors import UserError, run_plain
 from wsparse.interop import openai
 
@@ -53,7 +53,8 @@ def measure(folder: pathlib.Path) -> dict[str, Error]:
         "logits": relative_error(logits, expected.pop("logits")),
         "loss": relative_error(_loss(logits, tokens), expected.pop("loss")),
     }
-    for location, values in acts.items():
+    for location in (*nodes.NODES, *nodes.OTHER_LOCATIONS):
+        values = acts[location]
         name = _RECORDED.get(location, location)
         keys = [f"act/{i}.{name}" for i in range(config.n_layer)]
         keys = [f"act/{location}"] if location == "final_resid" else keys

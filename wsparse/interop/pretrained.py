@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from wsparse import files, model, sparsity, trees
+from wsparse import files, model, runs, trees
 from wsparse.config import ModelConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError, missing_extra
@@ -147,8 +147,7 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
 
 
 def _card(title: str, config: ModelConfig, params: model.Params, val_loss: float | None) -> str:
-    counts = sparsity.l0(params).values()
-    nonzeros, size = (sum(int(each[i]) for each in counts) for i in (0, 1))
+    sizes = runs.sizes(params)
     rows = {
         "layers": config.n_layer,
         "d_model": config.d_model,
@@ -156,8 +155,8 @@ def _card(title: str, config: ModelConfig, params: model.Params, val_loss: float
         "MLP neurons a layer": config.mlp_width,
         "vocabulary": config.vocab_size,
         "context": config.context,
-        "parameters": f"{model.count_parameters(params):,}",
-        "nonzero weights": f"{nonzeros:,} of {size:,} ({nonzeros / size:.2%}) in the sparse matrices",
+        "parameters": f"{sizes['parameters']:,}",
+        "nonzero weights": f"{sizes['nonzeros']:,}, {sizes['l0']:.2%} of the sparse matrices",
     }
     if val_loss is not None:
         rows["held-out loss"] = f"{val_loss:.4f} nats per token"
@@ -183,12 +182,13 @@ circuits ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)). Trained with wsp
 
 ```python
 import jax.numpy as jnp
-from wsparse import model
+from wsparse import hooks
 from wsparse.interop.pretrained import from_pretrained
 
 config, params, tokenizer = from_pretrained("path/of/this/folder")  # or its id on the Hub
 tokens = jnp.array([tokenizer.encode("def add(a, b):")])
-logits, acts = model.forward(params, tokens, config)
+logits, cache = hooks.run_with_cache(params, tokens, config)
+cache["0.mlp.post_act"]  # (batch, time, neurons)
 ```
 
 `config.json` has the architecture, `model.safetensors` the parameters by path, `tokenizer.json` a byte-level
