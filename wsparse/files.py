@@ -27,6 +27,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         part.unlink(missing_ok=True)
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder where there is none; UserError when that cannot be."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as indented JSON."""
     with replacing(path) as part:
