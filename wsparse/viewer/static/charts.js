@@ -63,8 +63,8 @@ function drawPrefix(holder, circuit, keep) {
   svg('path', { d: d3.line((p) => x(p[0]), (p) => y(p[1]))(points) }),
   svg('circle', { cx: x(count), cy: y(value), r: 4 }));
   const text = el('span', { class: 'quiet' },
-    `${count === circuit.total_nodes ? 'the circuit' : `the ${count} most important`} alone: loss ${loss(value)}`,
-    el('br'), `dashed: target ${circuit.target}`);
+    `${count === circuit.total_nodes ? 'all of them' : `the top ${count}`} alone:`, el('br'),
+    `loss ${loss(value)}, target ${circuit.target}`);
   holder.replaceChildren(chart, text);
 }
 

@@ -67,6 +67,8 @@ function number(value, digits = 3) {
   return text.replace('-', '−');
 }
 
+/** Every digit of a float32, and no zeros after it. */
+const exact = (value) => (value === null || value === undefined ? '–' : String(value).replace('-', '−'));
 const signed = (value, digits = 3) => (value > 0 ? '+' : '') + number(value, digits);
 const loss = (value) => (value === null || value === undefined ? '–' : value.toFixed(3));
 
@@ -113,6 +115,9 @@ function describe(node) {
 const siteOf = (node) => 2 * node.layer + (node.part === 'MLP' ? 1 : 0);
 
 const circuits = new Map();
+// A circuit with more nodes is drawn without the rest, anew for every number of them.
+const LARGE = 250;
+const keptAtFirst = (circuit) => Math.min(LARGE, circuit.nodes.length);
 
 /** A circuit with nodes, edges and residual connections as objects. */
 function circuitOf(task) {
@@ -129,6 +134,7 @@ function circuitOf(task) {
   const circuit = {
     ...raw, task, nodes, edges, streams: streams(nodes),
     byName: new Map(nodes.map((node) => [node.name, node])),
+    large: nodes.length > LARGE,
     largestWeight: d3.max(edges, (edge) => Math.abs(edge.weight)) || 1,
     largestImportance: d3.max(nodes, (node) => node.importance) || 1,
     // Where each prompt begins in the arrays that hold all of them.
@@ -136,6 +142,13 @@ function circuitOf(task) {
   };
   circuits.set(task, circuit);
   return circuit;
+}
+
+/** The circuit without all but its most important nodes. */
+function part(circuit, keep) {
+  const shown = (node) => !node || node.rank < keep;
+  const between = (lines) => lines.filter(({ source, target }) => shown(source) && shown(target));
+  return { ...circuit, nodes: circuit.nodes.slice(0, keep), edges: between(circuit.edges), streams: between(circuit.streams) };
 }
 
 /** Connections of the residual stream: the same channel, written before it is read. Null is an end. */

@@ -3,14 +3,16 @@
 // More edges than this would make the browser slow; the largest are drawn.
 const MAX_EDGES = 5000;
 
-const graph = { circuit: null, place: null, zoom: null, items: new Map(), lines: [], moved: () => {} };
+// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows.
+const graph = { circuit: null, place: null, zoom: null, items: new Map(), lines: [], texts: new WeakMap(), reached: null };
 
+/** Draws a circuit, or a part of one; returns how many of its edges. */
 function drawGraph(circuit, { select, moved }) {
   const root = byId('graph');
   root.replaceChildren();
   root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
   const place = arrange(circuit);
-  Object.assign(graph, { circuit, place, items: new Map(), lines: [], moved, select });
+  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, moved, select });
   const world = svg('g');
   root.append(world);
   world.append(...place.blocks.flatMap(block));
@@ -35,7 +37,7 @@ function drawGraph(circuit, { select, moved }) {
   const nodeLayer = svg('g', { class: 'nodes' });
   for (const stream of circuit.streams) {
     const line = svg('path', { d: streamPath(stream), class: 'stream' });
-    hover(line, () => streamText(stream));
+    graph.texts.set(line, () => streamText(stream));
     graph.lines.push({ ...stream, line, stream: true });
     streamLayer.append(line);
   }
@@ -47,7 +49,7 @@ function drawGraph(circuit, { select, moved }) {
       class: edge.weight < 0 ? 'edge negative' : 'edge positive',
       'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
     });
-    hover(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${signed(edge.weight, 9)}`]);
+    graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
     graph.lines.push({ ...edge, line, stream: false });
     edgeLayer.append(line);
   }
@@ -61,10 +63,7 @@ function drawGraph(circuit, { select, moved }) {
     if (event.sourceEvent) graph.moved();
   });
   d3.select(root).call(graph.zoom).on('dblclick.zoom', null);
-  root.onclick = (event) => {
-    if (!event.target.closest('.node')) select(null);
-  };
-  rove(circuit.nodes[0]);
+  reach(circuit.nodes[0]);
   return drawn.length;
 }
 
@@ -76,13 +75,14 @@ function block({ title, left, right }) {
   ];
 }
 
-function headBox({ head, x, top, bottom }) {
+function headBox({ head, left, right, top, bottom }) {
   const half = NODE.width / 2 + 7;
+  const up = top - NODE.height / 2 - 5;
   return [
     svg('rect', {
-      class: 'head', x: x - half, y: top - NODE.height / 2 - 5, width: 2 * half, height: bottom - top + NODE.height + 10, rx: 6,
+      class: 'head', x: left - half, y: up, width: right - left + 2 * half, height: bottom + NODE.height / 2 + 5 - up, rx: 6,
     }),
-    svg('text', { class: 'head', x: x + half - 2, y: top - NODE.height / 2 - 7, 'text-anchor': 'end' }, `head ${head}`),
+    svg('text', { class: 'head', x: right + half - 2, y: up - 2, 'text-anchor': 'end' }, `head ${head}`),
   ];
 }
 
@@ -93,19 +93,11 @@ function drawNode(node) {
     'data-name': node.name,
     'aria-label': `${describe(node)}; the loss grows by ${number(node.importance)} without it`,
     transform: `translate(${node.x} ${node.y})`,
-    click: () => graph.select(node.name),
-    keydown: (event) => nodeKey(event, node),
-    focus: () => {
-      rove(node);
-      showInView(node);
-      tip(nodeText(node), item.getBoundingClientRect());
-    },
-    blur: hideTip,
   },
   svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
   svg('text', { 'text-anchor': 'middle', dy: '0.35em' }, node.label));
   item.style.setProperty('--strength', `${(6 + 84 * strength).toFixed(0)}%`);
-  hover(item, () => nodeText(node));
+  graph.texts.set(item, () => nodeText(node));
   graph.items.set(node.name, item);
   return item;
 }
@@ -156,16 +148,42 @@ function paintGraph({ keep, node: selected, residual }) {
     item.setAttribute('aria-pressed', String(node.name === selected));
   }
   byId('graph').classList.toggle('selecting', Boolean(selected));
-  if (selected && circuit.byName.has(selected)) rove(circuit.byName.get(selected));
+  if (graph.items.has(selected)) reach(circuit.byName.get(selected));
 }
 
 /** One node at a time can be reached by Tab; arrows go on from there. */
-function rove(node) {
-  for (const [name, item] of graph.items) item.setAttribute('tabindex', name === node.name ? 0 : -1);
+function reach(node) {
+  graph.items.get(graph.reached?.name)?.setAttribute('tabindex', -1);
+  graph.items.get(node.name).setAttribute('tabindex', 0);
+  graph.reached = node;
+}
+
+/** What happens in the graph, whatever is drawn: one listener for all nodes and lines. */
+function listenToGraph() {
+  const root = byId('graph');
+  const nodeOf = (event) => graph.circuit.byName.get(event.target.closest('.node')?.dataset.name);
+  root.addEventListener('click', (event) => graph.select(nodeOf(event)?.name ?? null));
+  root.addEventListener('pointermove', (event) => {
+    const text = graph.texts.get(event.target.closest('.node') ?? event.target);
+    if (text) tip(text(), event);
+    else hideTip();
+  });
+  root.addEventListener('pointerleave', hideTip);
+  root.addEventListener('focusin', (event) => {
+    const node = nodeOf(event);
+    if (!node) return;
+    reach(node);
+    showInView(node);
+    if (event.target.matches(':focus-visible')) tip(nodeText(node), event.target.getBoundingClientRect());
+  });
+  root.addEventListener('focusout', hideTip);
+  root.addEventListener('keydown', (event) => {
+    const node = nodeOf(event);
+    if (node && !event.ctrlKey && !event.metaKey && !event.altKey) nodeKey(event, node);
+  });
 }
 
 function nodeKey(event, node) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === 'Enter' || event.key === ' ') {
     event.preventDefault();
     graph.select(node.name);
@@ -183,13 +201,17 @@ function neighbour(node, key) {
   const visible = (each) => !graph.items.get(each.name).classList.contains('gone');
   const columns = graph.place.columns.map((column) => column.nodes.filter(visible)).filter((nodes) => nodes.length);
   const at = columns.findIndex((nodes) => nodes.includes(node));
-  const row = columns[at].indexOf(node);
-  const nearest = (nodes) => nodes && d3.least(nodes, (each) => Math.abs(each.y - node.y));
+  const nearest = (nodes, cost) => d3.least(nodes ?? [], cost) ?? null;
+  const vertical = (sign) => nearest(columns[at].filter((each) => sign * (each.y - node.y) > 1),
+    (each) => Math.abs(each.y - node.y) + 2 * Math.abs(each.x - node.x));
+  const sideways = (sign) => nearest(
+    columns[at].filter((each) => Math.abs(each.y - node.y) < 1 && sign * (each.x - node.x) > 0), (each) => sign * each.x,
+  ) ?? nearest(columns[at + sign], (each) => Math.abs(each.y - node.y) + 1e-3 * Math.abs(each.x - node.x));
   switch (key) {
-    case 'ArrowUp': return columns[at][row - 1] ?? null;
-    case 'ArrowDown': return columns[at][row + 1] ?? null;
-    case 'ArrowLeft': return nearest(columns[at - 1]) ?? null;
-    case 'ArrowRight': return nearest(columns[at + 1]) ?? null;
+    case 'ArrowUp': return vertical(-1);
+    case 'ArrowDown': return vertical(1);
+    case 'ArrowLeft': return sideways(-1);
+    case 'ArrowRight': return sideways(1);
     case 'Home': return columns[0][0];
     case 'End': return columns.at(-1).at(-1);
     default: return undefined;

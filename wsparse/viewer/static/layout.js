@@ -1,45 +1,46 @@
 // Places for the nodes: columns in the model's order, few crossings and straight lines within them.
 
-const GAP_X = 96;
-const GAP_Y = 27;
+const GAP_X = 94;
+const GAP_Y = 34;
 const HEAD_GAP = 12;
 const NODE = { width: 46, height: 20 };
+// Nodes side by side in a column that would be too tall.
+const BESIDE = NODE.width + 8;
 
 /** Sets x and y of the nodes; returns the columns, the blocks around them, the ends and the extent. */
 function arrange(circuit) {
   const byColumn = d3.group(circuit.nodes, (node) => node.layer * 6 + node.column);
-  const keys = [...byColumn.keys()].sort(d3.ascending);
-  const columns = keys.map((key, i) => ({
-    key, x: (i + 1) * GAP_X, nodes: byColumn.get(key), title: COLUMNS[key % 6],
-  }));
+  const tallest = Math.max(20, 1.2 * Math.sqrt(circuit.nodes.length));
+  let right = GAP_X / 2;
+  const columns = [...byColumn.keys()].sort(d3.ascending).map((key) => {
+    const nodes = byColumn.get(key);
+    const across = Math.ceil(nodes.length / tallest);
+    const width = GAP_X + (across - 1) * BESIDE;
+    right += width;
+    return { key, nodes, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
+  });
   const neighbours = new Map(circuit.nodes.map((node) => [node, []]));
-  for (const edge of circuit.edges) {
-    neighbours.get(edge.source).push([edge.target, Math.abs(edge.weight)]);
-    neighbours.get(edge.target).push([edge.source, Math.abs(edge.weight)]);
-  }
+  const near = (source, target, weight) => {
+    neighbours.get(source).push([target, weight]);
+    neighbours.get(target).push([source, weight]);
+  };
+  for (const edge of circuit.edges) near(edge.source, edge.target, Math.abs(edge.weight));
   for (const { source, target } of circuit.streams) {
-    if (!source || !target) continue;
-    neighbours.get(source).push([target, circuit.largestWeight]);
-    neighbours.get(target).push([source, circuit.largestWeight]);
+    if (source && target) near(source, target, circuit.largestWeight);
   }
 
-  for (const column of columns) {
-    column.nodes.sort((a, b) => d3.ascending(a.head, b.head) || d3.ascending(a.location, b.location)
-      || d3.ascending(a.channel, b.channel));
-    spread(column, column.nodes.map(() => 0));
-    for (const node of column.nodes) node.x = column.x;
-  }
+  for (const column of columns) reorder(column, () => 0);
   const aim = (node) => {
     const around = neighbours.get(node);
     const total = d3.sum(around, ([, weight]) => weight);
     return total ? d3.sum(around, ([other, weight]) => other.y * weight) / total : node.y;
   };
   for (let sweep = 0; sweep < 12; sweep += 1) {
-    const order = sweep % 2 ? [...columns].reverse() : columns;
-    for (const column of order) {
+    for (const column of sweep % 2 ? [...columns].reverse() : columns) {
       const aims = new Map(column.nodes.map((node) => [node, aim(node)]));
-      if (sweep < 8) reorder(column, aims);
-      spread(column, column.nodes.map((node) => aims.get(node)));
+      // The last sweeps straighten lines in the order that the first ones found.
+      if (sweep < 8) reorder(column, (node) => aims.get(node));
+      else spread(column, (node) => aims.get(node));
     }
   }
 
@@ -47,51 +48,50 @@ function arrange(circuit) {
   const bottom = d3.max(circuit.nodes, (node) => node.y) + NODE.height;
   const blocks = d3.groups(columns, (column) => Math.floor(column.key / 3)).map(([key, inside]) => ({
     title: `Layer ${Math.floor(key / 2)} ${key % 2 ? 'MLP' : 'attention'}`,
-    left: inside[0].x - GAP_X / 2 + 5,
-    right: inside.at(-1).x + GAP_X / 2 - 5,
+    left: inside[0].left + 5,
+    right: inside.at(-1).right - 5,
   }));
-  const end = (columns.length + 1) * GAP_X;
+  const heads = columns.filter((column) => column.nodes[0].inHead).flatMap((column) => (
+    d3.groups(column.nodes, (node) => node.head).map(([head, nodes]) => ({
+      head,
+      left: d3.min(nodes, (node) => node.x), right: d3.max(nodes, (node) => node.x),
+      top: d3.min(nodes, (node) => node.y), bottom: d3.max(nodes, (node) => node.y),
+    }))));
   return {
-    columns, blocks, top, bottom, ends: [GAP_X * 0.2, end - GAP_X * 0.2],
-    heads: headBoxes(columns), left: -GAP_X * 0.15, right: end + GAP_X * 0.15,
+    columns, blocks, heads, top, bottom, ends: [GAP_X * 0.25, right + GAP_X * 0.25], left: 0, right: right + GAP_X / 2,
   };
 }
 
 /** By where the neighbours are; heads stay together, and within a head queries, keys and values. */
-function reorder(column, aims) {
-  const height = d3.rollup(column.nodes, (nodes) => d3.mean(nodes, (node) => aims.get(node)),
-    (node) => node.head);
+function reorder(column, aim) {
+  const height = d3.rollup(column.nodes, (nodes) => d3.mean(nodes, aim), (node) => node.head);
   column.nodes.sort((a, b) => d3.ascending(height.get(a.head), height.get(b.head))
     || d3.ascending(a.head, b.head)
     || (a.inHead ? d3.ascending(a.location, b.location) : 0)
-    || d3.ascending(aims.get(a), aims.get(b)) || d3.ascending(a.channel, b.channel));
+    || d3.ascending(aim(a), aim(b)) || d3.ascending(a.channel, b.channel));
+  column.rows = d3.groups(column.nodes, (node) => node.head).flatMap(([, nodes]) => (
+    d3.range(0, nodes.length, column.across).map((start) => nodes.slice(start, start + column.across))));
+  for (const row of column.rows) {
+    row.forEach((node, i) => { node.x = column.x + (i - (row.length - 1) / 2) * BESIDE; });
+  }
+  spread(column, aim);
 }
 
-/** Nearest places to the aims, in order and apart: isotonic regression by pooling neighbours. */
-function spread(column, aims) {
+/** Nearest heights to the aims, in order and apart: isotonic regression by pooling neighbours. */
+function spread({ rows }, aim) {
   let offset = 0;
+  const offsets = [];
   const pools = [];
-  column.nodes.forEach((node, i) => {
-    if (i) offset += GAP_Y + (node.head === column.nodes[i - 1].head ? 0 : HEAD_GAP);
-    node.offset = offset;
-    let pool = { sum: aims[i] - offset, count: 1 };
+  rows.forEach((row, i) => {
+    if (i) offset += GAP_Y + (row[0].head === rows[i - 1][0].head ? 0 : HEAD_GAP);
+    offsets.push(offset);
+    let pool = { sum: d3.mean(row, aim) - offset, count: 1 };
     while (pools.length && pools.at(-1).sum / pools.at(-1).count > pool.sum / pool.count) {
       const before = pools.pop();
       pool = { sum: before.sum + pool.sum, count: before.count + pool.count };
     }
     pools.push(pool);
   });
-  let i = 0;
-  for (const pool of pools) {
-    for (let n = 0; n < pool.count; n += 1, i += 1) {
-      column.nodes[i].y = pool.sum / pool.count + column.nodes[i].offset;
-    }
-  }
-}
-
-function headBoxes(columns) {
-  return columns.filter((column) => column.nodes[0].inHead).flatMap((column) => (
-    d3.groups(column.nodes, (node) => node.head).map(([head, nodes]) => ({
-      head, x: column.x, top: nodes[0].y, bottom: nodes.at(-1).y,
-    }))));
+  const base = pools.flatMap(({ sum, count }) => d3.range(count).map(() => sum / count));
+  rows.forEach((row, i) => row.forEach((node) => { node.y = base[i] + offsets[i]; }));
 }

@@ -72,8 +72,12 @@ function draw(changes = state) {
   }
   const circuit = circuitOf(state.task);
   document.title = `${state.task} in ${data.run.name}${state.node ? `: ${state.node}` : ''}`;
-  if (drawn !== state.task) openCircuit(circuit);
-  const keep = state.keep ?? circuit.nodes.length;
+  const keep = state.keep ?? keptAtFirst(circuit);
+  const wanted = `${state.task} ${circuit.large ? keep : 'all'}`;
+  if (drawn !== wanted) {
+    drawn = wanted;
+    openCircuit(circuit, keep);
+  }
   byId('keep').value = keep;
   byId('kept').textContent = `${keep} of ${circuit.total_nodes}`;
   byId('residual').checked = state.residual;
@@ -85,7 +89,7 @@ function draw(changes = state) {
     byId('panel').scrollTop = 0;
     const node = circuit.byName.get(state.node);
     byId('said').textContent = node ? `${node.name}, ${describe(node)}` : `${circuit.task}, nothing selected`;
-    if (node) showInView(node);
+    if (graph.items.has(state.node)) showInView(node);
   }
 }
 
@@ -97,11 +101,11 @@ function show(view) {
   setView(view);
 }
 
-function openCircuit(circuit) {
-  drawn = circuit.task;
+function openCircuit(circuit, keep) {
   byId('circuit-title').textContent = circuit.task;
   byId('keep').max = circuit.nodes.length;
-  const lines = drawGraph(circuit, {
+  const shown = circuit.large ? part(circuit, keep) : circuit;
+  const lines = drawGraph(shown, {
     select: (node) => change({ node: node === state.node ? null : node }, true),
     moved: () => {
       settled = getView();
@@ -110,8 +114,11 @@ function openCircuit(circuit) {
     },
   });
   const notes = [...circuit.notes];
-  if (lines < circuit.edges.length) {
-    notes.push(`The ${plural(lines, 'largest edge')} of ${circuit.edges.length.toLocaleString('en')} are drawn; the lists beside the graph hold all.`);
+  if (keep < circuit.nodes.length && circuit.large) {
+    notes.push(`The ${plural(keep, 'most important node')} of ${circuit.nodes.length.toLocaleString('en')} are drawn: the slider changes how many.`);
+  }
+  if (lines < shown.edges.length) {
+    notes.push(`The ${plural(lines, 'largest edge')} of ${shown.edges.length.toLocaleString('en')} between them are drawn; the lists of a node hold all.`);
   }
   byId('notes').replaceChildren(...notes.map((note) => el('p', { class: 'note' }, note)));
   show(state.view);
@@ -132,10 +139,15 @@ function start() {
   byId('home').addEventListener('click', () => change({ task: null, node: null }, true));
   byId('theme').addEventListener('click', () => change({ theme: THEMES[(THEMES.indexOf(state.theme) + 1) % 3] }));
   byId('help-open').addEventListener('click', () => byId('help').showModal());
-  byId('keep').addEventListener('input', (event) => {
-    const keep = +event.target.value;
-    change({ keep: keep === circuitOf(state.task).nodes.length ? null : keep });
-  });
+  const slide = (event) => {
+    const [keep, circuit] = [+event.target.value, circuitOf(state.task)];
+    // Drawing a large circuit anew waits until the slider is let go.
+    if (circuit.large && event.type === 'input') byId('kept').textContent = `${keep} of ${circuit.total_nodes}`;
+    else change({ keep: keep === keptAtFirst(circuit) ? null : keep, ...(circuit.large ? { view: null } : {}) });
+  };
+  byId('keep').addEventListener('input', slide);
+  byId('keep').addEventListener('change', slide);
+  listenToGraph();
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
   byId('zoom-out').addEventListener('click', () => zoomBy(1 / 1.4));
@@ -167,7 +179,7 @@ function key(event) {
   else if (event.key === 'Escape' && state.node) {
     const item = graph.items.get(state.node);
     change({ node: null }, true);
-    item.focus({ preventScroll: true });
+    item?.focus({ preventScroll: true });
   } else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
   else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);

@@ -48,7 +48,7 @@ function circuitPanel(circuit, state, change) {
 }
 
 const link = (node, change) => el('button', {
-  type: 'button', class: 'link', click: () => change({ node: node.name }, true),
+  type: 'button', class: 'link', title: describe(node), click: () => change({ node: node.name }, true),
 }, node.name);
 
 function nodePanel(circuit, node, state, change) {
@@ -61,9 +61,9 @@ function nodePanel(circuit, node, state, change) {
     facts([
       ['loss without it, in the circuit', signed(node.importance), 'growth of the task loss when it alone is removed from the circuit'],
       ['loss without it, in the whole model', signed(node.from_model), 'growth of the task loss when it alone is removed from the whole model'],
-      about.bias === null ? null : ['bias', number(about.bias, 6)],
-      about.gain === null ? null : ['gain of the norm', number(about.gain, 6)],
-      ['mean, its value when removed', number(node.mean, 6), 'over pretraining text'],
+      about.bias === null ? null : ['bias', exact(about.bias)],
+      about.gain === null ? null : ['gain of the norm', exact(about.gain)],
+      ['mean, its value when removed', exact(node.mean), 'over pretraining text'],
       ['tau', number(node.tau), 'what pruning learned for it'],
     ]),
     section('Edges', ...edgeTables(circuit, node, about, change)),
@@ -78,9 +78,8 @@ function edgeTables(circuit, node, about, change) {
     el('caption', {}, `${title} (${edges.length})`),
     el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
       el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)),
-      el('td', { class: 'number' }, signed(edge.weight, 6)),
-      el('td', {}, link(edge[end], change)),
-      el('td', { class: 'quiet' }, describe(edge[end]))))),
+      el('td', { class: 'number' }, exact(edge.weight)),
+      el('td', {}, link(edge[end], change))))),
   ) : null);
   const stream = circuit.streams.filter((each) => (each.source === node && each.target) || (each.target === node && each.source));
   const content = [table('In', node.in, 'source'), table('Out', node.out, 'target')];
