@@ -30,10 +30,11 @@ from wsparse.viewer.page import packed, raw
 
 SCHEMA = 1
 _TEXT_TOKENS = 32768
-# Sizes at which the loss of the most important nodes alone is measured.
-_PREFIXES = 40
+# Of the pairs that a circuit's own numbers are from, those on which the page's ablations are measured, and
+# the sizes at which the loss of the most important nodes alone is.
+_ABLATION_PAIRS, _PREFIXES = 32, 32
 # Ablations between two ticks of the progress bar.
-_CHUNK = 63
+_CHUNK = 64
 # Query and key time of an attention pattern: the last tokens of a prompt.
 _PATTERN = 96
 _TOP_TOKENS = 12
@@ -216,6 +217,7 @@ def _circuit(
     means = jax.tree.map(jnp.asarray, circuit.means)
     scorer = evaluate.Scorer(run.params, config, means)
     pairs = arrays(batch)
+    fewer = _first(pairs, _ABLATION_PAIRS)
     kept_U = masks.from_names([node.name for node in circuit.nodes], config)
     stays = {path: scorer.weights[path] & ~circuit.removed[path] for path in scorer.weights}
     index = {name: i for i, name in enumerate(masks.names(config))}
@@ -224,28 +226,28 @@ def _circuit(
     whole = scorer.ranks(everything_U)
     whole.nodes[[index[node.name] for node in shown]] = np.arange(len(shown))
     singles = [[0, 0], *([i, i + 1] for i in range(len(shown)))]
-    from_model = _losses(scorer, pairs, whole, singles, tick)
+    from_model = _losses(scorer, fewer, whole, singles, tick)
 
     ordered = _most_important(circuit, len(circuit.nodes))
     alone = scorer.ranks(kept_U, stays)
     alone.nodes[[index[node.name] for node in ordered]] = np.arange(len(ordered))
     sizes = np.linspace(1, len(ordered), min(len(ordered), _PREFIXES)).round().astype(int).tolist()
-    prefix = _losses(scorer, pairs, alone, [[size, len(ordered)] for size in sizes])
+    prefix = _losses(scorer, fewer, alone, [[size, len(ordered)] for size in sizes])
 
     notes = []
     if len(shown) < len(ordered):
         notes.append(
             f"{circuit.task}: {len(shown)} of {len(ordered)} nodes are shown, the most important ones"
         )
-    if abs(prefix[-1] - circuit.loss) > _SAME_LOSS:
+    now = scorer.mask(pairs, kept_U, stays).loss
+    if abs(now - circuit.loss) > _SAME_LOSS:
         notes.append(
             f"{circuit.task}: the circuit's file says loss {circuit.loss:.3f}, the pairs made here give "
-            f"{prefix[-1]:.3f}: the task or --max_tokens has changed since pruning"
+            f"{now:.3f}: the task or --max_tokens has changed since pruning"
         )
 
     names = {node.name: i for i, node in enumerate(shown)}
-    rows = slice(0, 2 * n_pairs)
-    first = PairArrays(*(each[rows] for each in pairs))
+    first = _first(pairs, n_pairs)
     lengths = np.asarray(first.position) + 1
     margins, on_rows = _on_rows(scorer, kept_U, stays, first, shown)
     return {
@@ -271,6 +273,7 @@ def _circuit(
             for edge in sorted(circuit.edges, key=lambda edge: -abs(edge.weight))
             if edge.source in names and edge.target in names
         ],
+        "ablation_pairs": len(fewer.answer) // 2,
         "prefix": list(zip(sizes, prefix.tolist(), strict=True)),
         "answer_weights": _answer_weights(run.params, config, batch, shown),
         "rows": [
@@ -286,6 +289,10 @@ def _circuit(
     }
 
 
+def _first(pairs: PairArrays, count: int) -> PairArrays:
+    return PairArrays(*(each[: 2 * count] for each in pairs))
+
+
 def _losses(
     scorer: evaluate.Scorer,
     pairs: PairArrays,
@@ -296,8 +303,7 @@ def _losses(
     parts = []
     for start in range(0, len(spans), _CHUNK):
         part = spans[start : start + _CHUNK]
-        # A call with a single span would be a second program to compile.
-        parts.append(scorer.spans(pairs, ranks, [*part, part[-1]]).loss[: len(part)])
+        parts.append(scorer.spans(pairs, ranks, part).loss)
         tick(len(part))
     return np.concatenate(parts)
 

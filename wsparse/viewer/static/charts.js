@@ -121,8 +121,8 @@ function drawTokens(ids, values, largest, { focus = -1, texts = null, changed = 
   return holder;
 }
 
-/** A lower triangle of values as a picture: queries down, keys across. */
-function drawSquare(ids, at, { title, scale, diverging }) {
+/** A lower triangle of values as a picture, queries down and keys across; `shade` makes a colour of a share. */
+function drawSquare(ids, at, { title, scale, diverging, shade = (share) => share }) {
   const size = ids.length;
   const margin = 74;
   const room = Math.max(260, Math.min(470, (byId('panel').clientWidth || 500) - margin - 40));
@@ -150,7 +150,7 @@ function drawSquare(ids, at, { title, scale, diverging }) {
   for (let t = 0; t < size; t += 1) {
     for (let s = 0; s <= t; s += 1) {
       const value = at(t, s);
-      paint.globalAlpha = scale ? Math.min(1, Math.abs(value) / scale) : 0;
+      paint.globalAlpha = scale ? shade(Math.min(1, Math.abs(value) / scale)) : 0;
       paint.fillStyle = hues[diverging && value < 0 ? 1 : 0];
       paint.fillRect(margin + s * cell, margin + t * cell, cell - (cell > 5 ? 1 : 0), cell - (cell > 5 ? 1 : 0));
     }

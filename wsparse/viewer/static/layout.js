@@ -1,6 +1,8 @@
 // Places for the nodes: columns in the model's order, few crossings and straight lines within them.
 
-const GAP_X = 94;
+// Between columns: few of them are set wider apart.
+const GAP_X = [94, 150];
+const WIDTH = 1100;
 const GAP_Y = 34;
 const HEAD_GAP = 12;
 const NODE = { width: 46, height: 20 };
@@ -11,11 +13,12 @@ const BESIDE = NODE.width + 8;
 function arrange(circuit) {
   const byColumn = d3.group(circuit.nodes, (node) => node.layer * 6 + node.column);
   const tallest = Math.max(20, 1.2 * Math.sqrt(circuit.nodes.length));
-  let right = GAP_X / 2;
+  const gap = Math.max(GAP_X[0], Math.min(GAP_X[1], WIDTH / (byColumn.size + 1)));
+  let right = gap / 2;
   const columns = [...byColumn.keys()].sort(d3.ascending).map((key) => {
     const nodes = byColumn.get(key);
     const across = Math.ceil(nodes.length / tallest);
-    const width = GAP_X + (across - 1) * BESIDE;
+    const width = gap + (across - 1) * BESIDE;
     right += width;
     return { key, nodes, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
   });
@@ -58,7 +61,7 @@ function arrange(circuit) {
       top: d3.min(nodes, (node) => node.y), bottom: d3.max(nodes, (node) => node.y),
     }))));
   return {
-    columns, blocks, heads, top, bottom, ends: [GAP_X * 0.25, right + GAP_X * 0.25], left: 0, right: right + GAP_X / 2,
+    columns, blocks, heads, top, bottom, ends: [gap * 0.25, right + gap * 0.25], left: 0, right: right + gap / 2,
   };
 }
 

@@ -74,7 +74,8 @@ function draw(changes = state) {
   document.title = `${state.task} in ${data.run.name}${state.node ? `: ${state.node}` : ''}`;
   const keep = state.keep ?? keptAtFirst(circuit);
   const wanted = `${state.task} ${circuit.large ? keep : 'all'}`;
-  if (drawn !== wanted) {
+  const opened = drawn !== wanted;
+  if (opened) {
     drawn = wanted;
     openCircuit(circuit, keep);
   }
@@ -83,7 +84,8 @@ function draw(changes = state) {
   byId('residual').checked = state.residual;
   paintGraph({ ...state, keep });
   drawPrefix(byId('prefix'), circuit, keep);
-  if ('view' in changes && !same(state.view, settled)) show(state.view);
+  // After all that takes room from the graph.
+  if (opened || ('view' in changes && !same(state.view, settled))) show(state.view);
   drawPanel(circuit, state, change);
   if ('node' in changes) {
     byId('panel').scrollTop = 0;
@@ -121,7 +123,6 @@ function openCircuit(circuit, keep) {
     notes.push(`The ${plural(lines, 'largest edge')} of ${shown.edges.length.toLocaleString('en')} between them are drawn; the lists of a node hold all.`);
   }
   byId('notes').replaceChildren(...notes.map((note) => el('p', { class: 'note' }, note)));
-  show(state.view);
 }
 
 function start() {

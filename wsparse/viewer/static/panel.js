@@ -60,7 +60,7 @@ function nodePanel(circuit, node, state, change) {
     el('p', {}, describe(node)),
     facts([
       ['loss without it, in the circuit', signed(node.importance), 'growth of the task loss when it alone is removed from the circuit'],
-      ['loss without it, in the whole model', signed(node.from_model), 'growth of the task loss when it alone is removed from the whole model'],
+      ['loss without it, in the whole model', signed(node.from_model), `growth of the task loss when it alone is removed from the whole model, on ${plural(circuit.ablation_pairs, 'pair')}`],
       about.bias === null ? null : ['bias', exact(about.bias)],
       about.gain === null ? null : ['gain of the norm', exact(about.gain)],
       ['mean, its value when removed', exact(node.mean), 'over pretraining text'],
@@ -197,7 +197,9 @@ function attention(circuit, node, state, change) {
   return [
     choice('Prompt', [[0, 'first prompt'], [1, 'second prompt']], state.second, (second) => change({ second })),
     start ? el('p', { class: 'quiet' }, `The last ${ids.length} of ${all.length} tokens.`) : null,
-    drawSquare(ids, head, { title: 'The head: attention from each token (rows) to those before', scale: 1, diverging: false }),
+    drawSquare(ids, head, {
+      title: 'The head: attention from each token (rows) to those before; the colour is the square root', scale: 1, diverging: false, shade: Math.sqrt,
+    }),
     drawSquare(ids, own, { title: `${title}; the deepest colour is ${number(largest)}`, scale: largest, diverging: true }),
   ].filter(Boolean);
 }
@@ -218,7 +220,7 @@ function inText(about) {
   };
   const percent = (share) => `${(100 * share).toFixed(share > 0.999 && share < 1 ? 2 : 0)}%`;
   return [
-    el('p', { class: 'quiet' }, `${data.run.text}; it is 0 on ${percent(about.zero)} of tokens, which the histogram leaves out (its heights are square roots).`),
+    el('p', { class: 'quiet' }, `Text: ${data.run.text}. The node is 0 on ${percent(about.zero)} of tokens, which the histogram leaves out (its heights are square roots).`),
     drawHistogram(about),
     // In this order, since their values follow one another.
     list('Highest', about.highest),
