@@ -132,16 +132,16 @@ def test_the_policy_names_exactly_the_scripts_and_the_style_of_the_page(data):
 
 
 def test_the_page_names_no_other_file(data):
-    code = page.render(data, title="x").replace(page._static(page.LIBRARY), "")
+    code = page.render(data, title="x").replace(page.static(page.LIBRARY), "")
     assert not re.findall(r"\b(?:src|href)\s*=\s*[\"']", code)
     assert set(re.findall(r"https?://[^\s'\"]+", code)) == {"http://www.w3.org/2000/svg"}
     assert "innerHTML" not in code and "insertAdjacentHTML" not in code
 
 
 def test_the_vendored_library_is_the_one_that_the_documentation_records():
-    digest = hashlib.sha256(page._static(page.LIBRARY).encode()).hexdigest()
+    digest = hashlib.sha256(page.static(page.LIBRARY).encode()).hexdigest()
     assert digest in DOC.read_text()
-    assert "Permission to use, copy, modify" in page._static("d3.LICENSE")
+    assert "Permission to use, copy, modify" in page.static("d3.LICENSE")
 
 
 # ---- What is measured ----
@@ -414,4 +414,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(f
 
 def test_masks_and_places_agree():
     for name in masks.names(case.CONFIG)[::37]:
-        assert collect._name(activations.place(name)) == name
+        assert activations.place(name).name == name

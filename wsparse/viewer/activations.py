@@ -32,6 +32,11 @@ class Place(NamedTuple):
     location: str
     channel: int
 
+    @property
+    def name(self) -> str:
+        """As circuits have it: "0.attn.q.17"."""
+        return f"{self.layer}.{self.location}.{self.channel}"
+
 
 class Excerpt(NamedTuple):
     """A stretch of a window around one token."""

@@ -25,7 +25,7 @@ from wsparse.config import ModelConfig, require, to_dict
 from wsparse.data import streams
 from wsparse.errors import UserError, closest
 from wsparse.viewer import activations, held_out
-from wsparse.viewer.activations import Excerpt, Place, place
+from wsparse.viewer.activations import Excerpt, place
 from wsparse.viewer.page import packed, raw
 
 SCHEMA = 1
@@ -330,7 +330,7 @@ def _on_rows(
     heads = sorted(
         {(p.layer, p.channel // config.d_head) for p in places if p.location in _ATTENTION}
     )
-    values: dict[str, Any] = {_name(p): {} for p in places}
+    values: dict[str, Any] = {p.name: {} for p in places}
     patterns: dict[str, Any] = {f"{layer}.{head}": {} for layer, head in heads}
     margins, lengths_R = {}, np.asarray(pairs.position) + 1
     for side, (params, gates_U) in sides.items():
@@ -341,7 +341,7 @@ def _on_rows(
         margins[side] = np.asarray(tasks.margins(logits_RV, pairs.answer, pairs.other))
         for p, values_RT in zip(places, activations.chosen(acts, places), strict=True):
             used = [row[:length] for row, length in zip(values_RT, lengths_R, strict=True)]
-            values[_name(p)][side] = packed(np.concatenate(used), "int16")
+            values[p.name][side] = packed(np.concatenate(used), "int16")
         for layer in sorted({layer for layer, _ in heads}):
             pattern_RHTS = _pattern(params, acts, layer, config)
             for head in (head for at, head in heads if at == layer):
@@ -444,7 +444,3 @@ def _nodes(run: runs.Run, summaries: dict[str, activations.Summary]) -> dict[str
 
 def _span(excerpt: Excerpt) -> list[int]:
     return [excerpt.window, excerpt.start, excerpt.stop, excerpt.token]
-
-
-def _name(p: Place) -> str:
-    return f"{p.layer}.{p.location}.{p.channel}"

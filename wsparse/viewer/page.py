@@ -31,8 +31,8 @@ def render(data: dict[str, Any], *, title: str) -> str:
       data: JSON values; what is not finite becomes null.
       title: of the browser's tab.
     """
-    style, library = _static("style.css"), _static(LIBRARY)
-    script = "".join(map(_static, SCRIPTS))
+    style, library = static("style.css"), static(LIBRARY)
+    script = "".join(map(static, SCRIPTS))
     script = f"(() => {{\n'use strict';\n{script}}})();\n"
     for code in (library, script):
         assert "</script" not in code.lower()
@@ -40,7 +40,7 @@ def render(data: dict[str, Any], *, title: str) -> str:
         f"default-src 'none'; script-src {_source(library)} {_source(script)}; "
         f"style-src {_source(style)}; base-uri 'none'; form-action 'none'"
     )
-    return string.Template(_static("page.html")).substitute(
+    return string.Template(static("page.html")).substitute(
         policy=policy,
         title=html.escape(title),
         style=style,
@@ -91,7 +91,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _static(name: str) -> str:
+def static(name: str) -> str:
+    """The text of a file of `static/`."""
     return (resources.files("wsparse.viewer") / "static" / name).read_text(encoding="utf-8")
 
 
