@@ -28,8 +28,7 @@ def best_so_far(
     options: Any = flags.FLAGS
 
     def objective(tau_U):
-        goal = shrink.Goal(options.target)
-        parts, least = shrink.discretise(subject.scorer, pairs.discretise, tau_U, goal)
+        parts, least = shrink.discretise(subject.scorer, pairs.discretise, tau_U, options.target)
         edges = parts.n_edges if parts else None
         return log_size(edges, least), edges
 
@@ -44,7 +43,7 @@ def best_so_far(
         seed=seed,
     )
     everything = graph.count(subject.scorer.weights)
-    edges = [everything if trial.result() is None else max(trial.result(), 1) for trial in trials]
+    edges = [everything if trial.result is None else max(trial.result, 1) for trial in trials]
     return np.minimum.accumulate(edges)
 
 

@@ -50,8 +50,6 @@ class Score(NamedTuple):
     """Task loss in nats; ln 2 is chance."""
     accuracy: Any
     """Share of prompts whose answer is preferred."""
-    worse: Any
-    """Task loss of the side, first or second of every pair, whose loss is the larger."""
 
 
 def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.ndarray) -> Means:
@@ -118,7 +116,7 @@ class Scorer:
     ) -> Score:
         """Score one mask: nodes that stay, and weights that stay (None is all). Floats."""
         score = self.spans(pairs, self.ranks(nodes_U, edges), [[0, 0]])
-        return Score(*(float(each[0]) for each in score))
+        return Score(float(score.loss[0]), float(score.accuracy[0]))
 
     def ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Ranks:
         """Ranks in which what stays stays and everything else is gone."""
@@ -186,8 +184,7 @@ def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, *, config) -> Sco
     def score(span_2):
         logits_BV = _logits(params, means, pairs, _kept(ranks, span_2), config)
         chosen = (logits_BV, pairs.answer, pairs.other)
-        sides = [tasks.task_loss(*(each[side::2] for each in chosen)) for side in (0, 1)]
-        return Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen), jnp.maximum(*sides))
+        return Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
 
     return lax.map(score, spans_M2)
 

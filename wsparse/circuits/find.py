@@ -336,24 +336,13 @@ def find_circuit(
     )
 
 
-def _goal(
-    subject: Subject, pairs: Pairs, settings: Settings, target: float | None = None
-) -> shrink.Goal:
-    """What circuits are cut to: below the target, so that other templates reach it too.
-
-    Args:
-      subject: the model.
-      pairs: of the task.
-      settings: of the procedure.
-      target: task loss; None is that of the settings. The margin of smaller ones is in proportion.
-    """
-    target = settings.target if target is None else target
-    whole = model_score(subject, pairs.discretise)
-    margin = settings.margin * min(target / settings.target, 1.0)
+def _goal(subject: Subject, pairs: Pairs, settings: Settings) -> float:
+    """The loss that circuits are cut to: below the target, so that other templates reach it too."""
+    whole = model_score(subject, pairs.discretise).loss
     # Where the model itself is too close to the target, the margin shrinks to half of what there is.
-    loss = max(target - margin, min(target, (whole.loss + target) / 2))
-    # The circuit may lean to one side as much as the model itself does.
-    return shrink.Goal(loss, loss + whole.worse - whole.loss)
+    return max(
+        settings.target - settings.margin, min(settings.target, (whole + settings.target) / 2)
+    )
 
 
 def measure(subject: Subject, pairs: Pairs, parts: shrink.Parts) -> dict[str, Any]:
@@ -376,7 +365,7 @@ def measure(subject: Subject, pairs: Pairs, parts: shrink.Parts) -> dict[str, An
     }
 
 
-def attribution_baseline(subject: Subject, pairs: Pairs, goal: shrink.Goal) -> dict[str, Any]:
+def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> dict[str, Any]:
     """Nodes ranked by gradient attribution in the whole model instead of by a learned mask."""
     scorer = subject.scorer
     everything = np.ones(masks.n_nodes(subject.config), bool)
@@ -423,11 +412,11 @@ def _curve(
     points = [(settings.target, found)]
     at = found
     for target in sorted(t for t in settings.sweep if t > settings.target):
-        goal = _goal(subject, pairs, settings, target)
+        goal = target - settings.margin
         at = shrink.clean_up(scorer, pairs.discretise, at, goal, singles=0)
         points.append((target, at))
     for target in sorted(t for t in settings.sweep if t < settings.target):
-        tight = _goal(subject, pairs, settings, target)
+        tight = target - settings.margin * target / settings.target
         parts, _ = shrink.discretise(scorer, pairs.discretise, tau_U, tight)
         if parts is not None:
             parts = shrink.clean_up(scorer, pairs.discretise, parts, tight, singles=0)
@@ -448,7 +437,7 @@ def _controls(
     pairs: Pairs,
     pruner: Pruner,
     hparams: HParams,
-    goal: shrink.Goal,
+    goal: float,
     settings: Settings,
 ) -> dict[str, Any]:
     """The procedure where there is nothing to find: shuffled labels, and a random model.

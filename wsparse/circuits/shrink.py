@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +15,11 @@ import numpy as np
 import optax
 
 from wsparse.circuits import graph
-from wsparse.circuits.evaluate import GONE, STAYS, Ranks, Score, Scorer
+from wsparse.circuits.evaluate import GONE, STAYS, Ranks, Scorer
 from wsparse.circuits.learn import HasPairs
 
 # Sizes tried in one call of the scorer.
 _GRID = 16
-
-
-class Goal(NamedTuple):
-    """What a circuit must reach.
-
-    Attributes:
-      loss: largest task loss.
-      worse: largest loss of the worse side of the pairs. A circuit that leans to one side owes its loss to
-        what the pairs it is chosen on have in common, and does worse on others.
-    """
-
-    loss: float
-    worse: float = math.inf
-
-    def reached(self, score: Score) -> Any:
-        return (score.loss <= self.loss) & (score.worse <= self.worse)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,23 +53,23 @@ class Parts:
 
 
 def discretise(
-    scorer: Scorer, pairs: HasPairs, tau_U: np.ndarray, goal: Goal
+    scorer: Scorer, pairs: HasPairs, tau_U: np.ndarray, target: float
 ) -> tuple[Parts | None, float]:
-    """The smallest number of nodes, in the order of tau, that reaches the goal.
+    """The smallest number of nodes, in the order of tau, whose loss reaches the target.
 
     The loss need not fall as nodes are added, so a grid over all sizes comes first, and the smallest size
-    that reaches the goal is then refined towards its neighbour below.
+    that reaches the target is then refined towards its neighbour below.
 
     Returns:
-      The circuit, or None where no size reaches the goal, and the least loss that was seen.
+      The circuit, or None where no size reaches the target, and the least loss that was seen.
     """
     order = np.argsort(-np.asarray(tau_U), kind="stable")
     ranks = np.empty(order.size, np.int32)
     ranks[order] = np.arange(order.size)
     all_ranks = scorer.ranks(np.ones(order.size, bool))._replace(nodes=ranks)
 
-    def scores(sizes):
-        return scorer.spans(pairs, all_ranks, [[k, order.size] for k in sizes])
+    def losses(sizes):
+        return scorer.spans(pairs, all_ranks, [[k, order.size] for k in sizes]).loss
 
     # Most circuits are somewhat smaller than the number of open gates: the grid is dense there.
     n_open = max(int(np.count_nonzero(np.asarray(tau_U) > 0)), 1)
@@ -97,21 +80,21 @@ def discretise(
         ]
     )
     sizes = np.unique(sizes.round().astype(int))
-    found = scores(sizes)
-    least = float(found.loss.min())
-    reached = np.flatnonzero(goal.reached(found))
+    found = losses(sizes)
+    least = float(found.min())
+    reached = np.flatnonzero(found <= target)
     if not reached.size:
         return None, least
     at = reached[0]
-    low, high, loss = (int(sizes[at - 1]) if at else 0), int(sizes[at]), float(found.loss[at])
+    low, high, loss = (int(sizes[at - 1]) if at else 0), int(sizes[at]), float(found[at])
     while high - low > 1:
         between = _between(low, high)
-        found = scores(between)
-        reached = np.flatnonzero(goal.reached(found))
+        found = losses(between)
+        reached = np.flatnonzero(found <= target)
         if reached.size:
             at = reached[0]
             low = int(between[at - 1]) if at else low
-            high, loss = int(between[at]), float(found.loss[at])
+            high, loss = int(between[at]), float(found[at])
         else:
             low = int(between[-1])
     return circuit_of(scorer, ranks < high, loss), least
@@ -125,9 +108,9 @@ def circuit_of(scorer: Scorer, nodes_U: np.ndarray, loss: float) -> Parts:
 
 
 def clean_up(
-    scorer: Scorer, pairs: HasPairs, parts: Parts, goal: Goal, *, singles: int = 256
+    scorer: Scorer, pairs: HasPairs, parts: Parts, target: float, *, singles: int = 256
 ) -> Parts:
-    """Remove nodes, then single edges, then nodes again, that the goal does not need.
+    """Remove nodes, then single edges, then nodes again, that the target does not need.
 
     A node is worth removing the more edges it takes with it and the less the loss grows.
 
@@ -135,17 +118,17 @@ def clean_up(
       scorer: of the model.
       pairs: that the loss is taken on.
       parts: where to start.
-      goal: what must still be reached.
+      target: largest loss allowed.
       singles: how many single removals, in each of the three passes, may be scored exactly once first-order
         estimates lead no further; 0 goes by the estimates alone, in a tenth of the time.
     """
-    parts = _without_nodes(scorer, pairs, parts, goal, singles)
-    parts = _without_edges(scorer, pairs, parts, goal, singles)
-    return _without_nodes(scorer, pairs, parts, goal, singles)
+    parts = _without_nodes(scorer, pairs, parts, target, singles)
+    parts = _without_edges(scorer, pairs, parts, target, singles)
+    return _without_nodes(scorer, pairs, parts, target, singles)
 
 
 def _without_nodes(
-    scorer: Scorer, pairs: HasPairs, parts: Parts, goal: Goal, singles: int
+    scorer: Scorer, pairs: HasPairs, parts: Parts, target: float, singles: int
 ) -> Parts:
     stays = parts.stays(scorer)
     edge_ranks = scorer.ranks(parts.nodes, stays).edges
@@ -171,7 +154,7 @@ def _without_nodes(
         ranks,
         estimates,
         costs,
-        goal,
+        target,
         parts.loss,
         singles,
     )
@@ -181,7 +164,7 @@ def _without_nodes(
 
 
 def _without_edges(
-    scorer: Scorer, pairs: HasPairs, parts: Parts, goal: Goal, singles: int
+    scorer: Scorer, pairs: HasPairs, parts: Parts, target: float, singles: int
 ) -> Parts:
     paths = list(parts.edges)
     ends = np.cumsum([parts.edges[path].size for path in paths])[:-1]
@@ -215,7 +198,7 @@ def _without_edges(
         ranks,
         estimates,
         lambda kept: np.ones(kept.size),
-        goal,
+        target,
         parts.loss,
         singles,
     )
@@ -230,14 +213,14 @@ def _greedy(
     ranks: Callable[[np.ndarray, np.ndarray], Ranks],
     estimates: Callable[[np.ndarray], np.ndarray],
     costs: Callable[[np.ndarray], np.ndarray],
-    goal: Goal,
+    target: float,
     loss: float,
     singles: int,
 ) -> tuple[np.ndarray, float]:
-    """Remove items while the goal is still reached.
+    """Remove items while the loss stays at the target.
 
     As long as first-order estimates lead far, the longest passing prefix of their order goes at once. Then
-    single removals are scored exactly, cheapest first, a chunk at a time, until none is left that the goal
+    single removals are scored exactly, cheapest first, a chunk at a time, until none is left that the target
     allows.
 
     Args:
@@ -245,7 +228,7 @@ def _greedy(
       ranks: `(order, kept)` -> ranks in which `order` is removed from the first on.
       estimates: kept items -> estimated growth of the loss when each is removed.
       costs: kept items -> what removing each saves.
-      goal: what must still be reached.
+      target: largest loss allowed.
       loss: with all items.
       singles: exact scores of the second part at most.
 
@@ -255,7 +238,7 @@ def _greedy(
 
     def remove_prefix(order: np.ndarray) -> int:
         nonlocal kept, loss
-        length, new = _longest_prefix(scorer, pairs, ranks(order, kept), order.size, goal)
+        length, new = _longest_prefix(scorer, pairs, ranks(order, kept), order.size, target)
         if length:
             kept, loss = np.setdiff1d(kept, order[:length]), new
         return length
@@ -275,9 +258,11 @@ def _greedy(
             singles -= chunk.size
             if singles < 0:
                 return kept, loss
-            alone = scorer.spans(pairs, ranks(chunk, kept), [[i, i + 1] for i in range(chunk.size)])
-            growth = (alone.loss - loss) / saved[start : start + _GRID]
-            allowed = np.flatnonzero(goal.reached(alone))
+            alone = scorer.spans(
+                pairs, ranks(chunk, kept), [[i, i + 1] for i in range(chunk.size)]
+            ).loss
+            growth = (alone - loss) / saved[start : start + _GRID]
+            allowed = np.flatnonzero(alone <= target)
             if allowed.size:
                 cheapest = allowed[np.argsort(growth[allowed], kind="stable")]
                 changed |= remove_prefix(chunk[cheapest]) > 0
@@ -285,27 +270,27 @@ def _greedy(
 
 
 def _longest_prefix(
-    scorer: Scorer, pairs: HasPairs, ranks: Ranks, size: int, goal: Goal
+    scorer: Scorer, pairs: HasPairs, ranks: Ranks, size: int, target: float
 ) -> tuple[int, float]:
     """The longest prefix of an order that can go, and the loss without it; 0 where none can."""
 
-    def scores(lengths):
-        return scorer.spans(pairs, ranks, [[0, n] for n in lengths])
+    def losses(lengths):
+        return scorer.spans(pairs, ranks, [[0, n] for n in lengths]).loss
 
     lengths = np.unique(np.geomspace(1, size, _GRID).round().astype(int))
-    found = scores(lengths)
-    reached = np.flatnonzero(goal.reached(found))
+    found = losses(lengths)
+    reached = np.flatnonzero(found <= target)
     if not reached.size:
         return 0, 0.0
     at = reached[-1]
-    low, loss = int(lengths[at]), float(found.loss[at])
+    low, loss = int(lengths[at]), float(found[at])
     high = int(lengths[at + 1]) if at + 1 < lengths.size else low + 1
     if high - low > 1:
         between = _between(low, high)
-        found = scores(between)
-        reached = np.flatnonzero(goal.reached(found))
+        found = losses(between)
+        reached = np.flatnonzero(found <= target)
         if reached.size:
-            low, loss = int(between[reached[-1]]), float(found.loss[reached[-1]])
+            low, loss = int(between[reached[-1]]), float(found[reached[-1]])
     return low, loss
 
 
