@@ -43,7 +43,7 @@ def best_so_far(
         seed=seed,
     )
     everything = graph.count(subject.scorer.weights)
-    edges = [everything if trial.result is None else max(trial.result, 1) for trial in trials]
+    edges = [everything if trial.result() is None else max(trial.result(), 1) for trial in trials]
     return np.minimum.accumulate(edges)
 
 

@@ -159,7 +159,7 @@ class Program:
     mesh: jax.sharding.Mesh
     abstract_state: TrainState
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, Any]]]
+    step: jax.stages.Wrapped
     evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
     alive: Callable[..., jax.Array]
 
