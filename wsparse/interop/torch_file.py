@@ -125,7 +125,7 @@ def _read(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
         start, size, crc = entries[name]
         view = memoryview(mapped)[start : start + size]
         if zlib.crc32(view) != crc:
-            raise TorchFileError(f"its entry {name} is damaged (CRC)")
+            raise TorchFileError(f"its entry {_shown(name)} is damaged (CRC)")
         return view
 
     if f"{root}byteorder" in entries and bytes(content(f"{root}byteorder")) != b"little":
@@ -140,14 +140,21 @@ def _read(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
         if storage not in storages:
             entry = f"{root}data/{storage.key}"
             if entry not in entries:
-                raise TorchFileError(f"{name!r} is stored in {entry}, which is missing")
+                raise TorchFileError(
+                    f"{_shown(name)} is stored in {_shown(entry)}, which is missing"
+                )
             expected = storage.size * storage.dtype.itemsize
             if entries[entry][1] != expected:
                 raise TorchFileError(
-                    f"{entry} must have {expected} bytes, it has {entries[entry][1]}"
+                    f"{_shown(entry)} must have {expected} bytes, it has {entries[entry][1]}"
                 )
             storages[storage] = np.frombuffer(content(entry), storage.dtype)
     return {name: _view(storages[tensor.storage], tensor) for name, tensor in tensors.items()}
+
+
+def _shown(text: str) -> str:
+    """Text of the file's own as it can stand in a message: short, and nothing that a terminal obeys."""
+    return ascii(text[:80])
 
 
 # The archive ---------------------------------------------------------------------------------------
@@ -159,23 +166,25 @@ def _entries(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[int, int,
         with zipfile.ZipFile(path) as archive:
             infos, directory = archive.infolist(), archive.start_dir
     except Exception as error:  # What zipfile raises for a damaged directory is of many kinds.
-        raise TorchFileError(f"its zip directory is damaged ({error})") from error
+        raise TorchFileError(f"its zip directory is damaged ({_shown(str(error))})") from error
     entries: dict[str, tuple[int, int, int]] = {}
     free = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.filename
         if name in entries:
-            raise TorchFileError(f"its entry {name} occurs twice")
+            raise TorchFileError(f"its entry {_shown(name)} occurs twice")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise TorchFileError(f"its entry {name} is compressed, which PyTorch never does")
+            raise TorchFileError(
+                f"its entry {_shown(name)} is compressed, which PyTorch never does"
+            )
         if info.flag_bits & _FORBIDDEN_FLAGS:
-            raise TorchFileError(f"its entry {name} is encrypted")
+            raise TorchFileError(f"its entry {_shown(name)} is encrypted")
         if info.header_offset < free:
-            raise TorchFileError(f"its entry {name} overlaps the one before")
+            raise TorchFileError(f"its entry {_shown(name)} overlaps the one before")
         start = _data_start(info, mapped)
         free = start + info.file_size
         if free > directory:
-            raise TorchFileError(f"its entry {name} reaches beyond the end of the data")
+            raise TorchFileError(f"its entry {_shown(name)} reaches beyond the end of the data")
         entries[name] = (start, info.file_size, info.CRC)
     return entries
 
@@ -184,7 +193,7 @@ def _data_start(info: zipfile.ZipInfo, mapped: mmap.mmap) -> int:
     """Where an entry's bytes start: after its own header, which must agree with the directory."""
     names = info.header_offset + _LOCAL_HEADER.size
     if names > len(mapped):
-        raise TorchFileError(f"its entry {info.filename} starts beyond the end of the file")
+        raise TorchFileError(f"its entry {_shown(info.filename)} starts beyond the end of the file")
     fields = _LOCAL_HEADER.unpack_from(mapped, info.header_offset)
     signature, method, name_size, extra_size = fields[0], fields[3], fields[9], fields[10]
     encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
@@ -194,7 +203,9 @@ def _data_start(info: zipfile.ZipInfo, mapped: mmap.mmap) -> int:
         or method != zipfile.ZIP_STORED
         or mapped[names : names + name_size] != name
     ):
-        raise TorchFileError(f"its entry {info.filename} has another header than in the directory")
+        raise TorchFileError(
+            f"its entry {_shown(info.filename)} has another header than in the directory"
+        )
     return names + name_size + extra_size
 
 
@@ -209,7 +220,7 @@ def _instructions(pickled: bytes) -> Iterator[tuple[str, Any]]:
         except StopIteration:
             return
         except Exception as error:  # What pickletools raises for garbage is of many kinds.
-            raise TorchFileError(f"its pickle is damaged ({error})") from error
+            raise TorchFileError(f"its pickle is damaged ({_shown(str(error))})") from error
         yield operation.name, argument
 
 
@@ -299,9 +310,9 @@ def _interpret(pickled: bytes) -> Any:
 
 def _named(name: str) -> _Name:
     if name not in _NAMES:
+        asked = _shown(name.replace(" ", ".", 1))
         raise TorchFileError(
-            f"its pickle asks for {name.replace(' ', '.', 1)!r}; only tensors, storages and OrderedDict "
-            "are allowed"
+            f"its pickle asks for {asked}; only tensors, storages and OrderedDict are allowed"
         )
     return _Name(name)
 
@@ -377,7 +388,7 @@ def _checked(tensor: _Tensor) -> _Tensor:
 def _tensors(value: Any) -> dict[str, _Tensor]:
     for name, tensor in _of_type(value, dict).items():
         if type(tensor) is not _Tensor:
-            raise TorchFileError(f"it must hold a dict of tensors, {name!r} is none")
+            raise TorchFileError(f"it must hold a dict of tensors, {_shown(name)} is none")
     return value
 
 
