@@ -33,6 +33,7 @@ from wsparse.config import ModelConfig, TrainConfig, differences, from_dict, to_
 from wsparse.data import pipeline
 from wsparse.errors import UserError, run_command
 from wsparse.kernels import cpu
+from wsparse.nodes import Tap
 
 # Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
 DECAY_RULES: trees.Rules[bool] = (
@@ -84,16 +85,16 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss(
-    params: model.Params, window_BT: jax.Array, config: ModelConfig
+    params: model.Params, window_BT: jax.Array, config: ModelConfig, *, tap: Tap | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
-    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config)
+    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config, tap=tap)
     each = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
     return jnp.mean(each), acts
 
 
 def train_step(
-    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig
+    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig, tap: Tap | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step on `(accumulate, B, T+1)` windows.
 
@@ -105,7 +106,7 @@ def train_step(
 
     def microbatch(gradients, window_BT):
         def objective(params):
-            value, acts = loss(params, window_BT, config.model)
+            value, acts = loss(params, window_BT, config.model, tap=tap)
             return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
 
         (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -133,10 +134,10 @@ def train_step(
 
 
 def eval_step(
-    params: model.Params, window_BT: jax.Array, *, config: ModelConfig
+    params: model.Params, window_BT: jax.Array, *, config: ModelConfig, tap: Tap | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
-    value, acts = loss(params, window_BT, config)
+    value, acts = loss(params, window_BT, config, tap=tap)
     return value, jnp.any(acts["mlp.post_act"] != 0, axis=(1, 2))
 
 
@@ -172,6 +173,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     shapes = jax.eval_shape(init)
     shardings = sharding.tree_shardings(shapes, mesh)
     replicated = NamedSharding(mesh, P())
+    tap = sharding.activation_tap(mesh)
     return Program(
         mesh=mesh,
         abstract_state=jax.tree.map(
@@ -181,13 +183,13 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
         ),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            functools.partial(train_step, config=config),
+            functools.partial(train_step, config=config, tap=tap),
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            functools.partial(eval_step, config=config.model),
+            functools.partial(eval_step, config=config.model, tap=tap),
             in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
             out_shardings=replicated,
         ),

@@ -128,6 +128,10 @@ class Pruner:
             shared = jax.device_put(shared, everywhere)
         return np.asarray(self._run(*shared, columns, keys))[:wanted]
 
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The call for abstract `(params, pairs, means, hparams, keys)`, for compiling ahead of time."""
+        return self._run.lower(*arguments)
+
 
 def search(
     pruner: Pruner,

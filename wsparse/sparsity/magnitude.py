@@ -18,6 +18,9 @@ import jax.numpy as jnp
 
 from wsparse.kernels import cpu
 
+# No search takes more passes than a 32-bit key has bits.
+SEARCH_PASSES = 31
+
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
