@@ -24,15 +24,13 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from wsparse import files, hlo, model, sharding, train, trees
-from wsparse.circuits import HParams, PairArrays, masks, search
+from wsparse.circuits import PairArrays, masks, search
 from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest, missing_extra, run_command
-from wsparse.sparsity import magnitude, project_top_k
+from wsparse.sparsity import magnitude
 
 _GIB = 2**30
 
@@ -133,9 +131,8 @@ def model_flops(config: ModelConfig, batch: int) -> float:
     return 2.0 * batch * config.context * (weights + attention)
 
 
-def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, float]:
+def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]:
     """The lowered training step, and the model's own FLOPs of it on all chips."""
-    program = train.make_program(config, mesh)
     batch = jax.ShapeDtypeStruct(
         (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1),
         jnp.int32,
@@ -145,60 +142,31 @@ def train_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, float]:
     return lowered, 3 * model_flops(config.model, config.batch_size)
 
 
-def projection(config: TrainConfig, mesh: Mesh) -> tuple[Any, float]:
-    """The projection on its own, lowered: updates and parameters to projected updates."""
-    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
-    places = sharding.tree_shardings(shapes, mesh)
-    params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        places,
-    )
-    # The density is traced, as it is while it anneals.
-    transform = lambda density: project_top_k(
-        lambda _: density, min_per_neuron=config.sparsity.min_per_neuron
-    )
-
-    def project(updates, params, density):
-        state = transform(density).init(params)
-        projected, state = transform(density).update(updates, state, params)
-        return projected, state.nonzeros, state.finite
-
-    out = (places, NamedSharding(mesh, P()), NamedSharding(mesh, P()))
-    density = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
-    return jax.jit(project, out_shardings=out, donate_argnums=0).lower(params, params, density), 0.0
+def projection(program: train.Program) -> tuple[Any, float]:
+    """The lowered projection on its own."""
+    project: Any = program.project
+    return project.lower(program.abstract_state.params), 0.0
 
 
-def prune(config: TrainConfig, mesh: Mesh, *, steps: int, pairs_per_step: int) -> tuple[Any, float]:
+def prune(
+    config: ModelConfig, devices: Sequence[Any], *, steps: int, pairs_per_step: int
+) -> tuple[Any, float]:
     """`Pruner`'s call with one trial on each chip, lowered, and the model's own FLOPs on all chips."""
-    trials = mesh.size
+    trials, rows = len(devices), 2 * pairs_per_step
     pruner = search.Pruner(
-        config.model, steps=steps, pairs_per_step=pairs_per_step, parallel=trials
+        config, steps=steps, pairs_per_step=pairs_per_step, parallel=trials, devices=devices
     )
-    line = Mesh(mesh.devices.reshape(-1), ("trials",))
-    everywhere, spread = NamedSharding(line, P()), NamedSharding(line, P("trials"))
-
-    def abstract(shape, dtype, place):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    params = jax.tree.map(
-        lambda leaf: abstract(leaf.shape, leaf.dtype, everywhere),
-        jax.eval_shape(lambda: model.init(config.model, jax.random.key(0))),
+    shape = jax.ShapeDtypeStruct
+    lowered = pruner.lower(
+        jax.eval_shape(lambda: model.init(config, jax.random.key(0))),
+        PairArrays(
+            shape((rows, config.context), jnp.int32),
+            *[shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1),
+        ),
+        {name: shape(each, jnp.float32) for name, each in masks.shapes(config).items()},
     )
-    rows = 2 * pairs_per_step
-    pairs = PairArrays(
-        abstract((rows, config.model.context), jnp.int32, everywhere),
-        *(abstract((rows,), jnp.int32, everywhere) for _ in range(3)),
-    )
-    means = {
-        name: abstract(shape, jnp.float32, everywhere)
-        for name, shape in masks.shapes(config.model).items()
-    }
-    hparams = HParams(*(abstract((trials,), jnp.float32, spread) for _ in HParams._fields))
-    keys = abstract((trials,), jax.random.key(0).dtype, spread)
-    lowered = pruner.lower(params, pairs, means, hparams, keys)
     # The weights are frozen: the backward pass is the gradient of activations only.
-    return lowered, 2 * trials * steps * model_flops(config.model, rows)
+    return lowered, 2 * trials * steps * model_flops(config, rows)
 
 
 def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, Any]:
@@ -311,11 +279,14 @@ def run(
     )
     jobs: dict[str, Callable[[], tuple[Any, float]]] = {}
     if what in ("train", "all"):
-        jobs["train"] = lambda: train_step(config, mesh)
+        program = train.make_program(config, mesh)
+        jobs["train"] = lambda: train_step(config, program)
         if config.sparsity.density < 1:
-            jobs["projection"] = lambda: projection(config, mesh)
+            jobs["projection"] = lambda: projection(program)
     if what in ("prune", "all"):
-        jobs["prune"] = lambda: prune(config, mesh, steps=steps, pairs_per_step=pairs_per_step)
+        jobs["prune"] = lambda: prune(
+            config.model, target.devices, steps=steps, pairs_per_step=pairs_per_step
+        )
     programs = {}
     for name, job in jobs.items():
         lowered, flops = job()
@@ -339,6 +310,8 @@ def main(argv: Sequence[str]) -> int:
     file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     config = from_dict(TrainConfig, options.config.to_dict())
     jax.config.update("jax_platforms", "cpu")
+    # The platform compiled for is not the default one, which would decide.
+    os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
     target = find_slice(options.topology)
     report = {"config": str(file)} | run(
         config, target, options.what, steps=options.steps, pairs_per_step=options.pairs_per_step

@@ -230,8 +230,9 @@ class Program:
             arrays = operands[int(each.operands[0])]
             reads = users[each.name]
             if reads and all(
-                user.op == "dynamic-slice"
-                or (user.op == "dynamic-update-slice" and user.operands[0] == each.name)
+                user.op in ("dynamic-slice", "dynamic-update-slice")
+                and user.operands[0] == each.name
+                and each.name not in user.operands[1:]
                 for user in reads
             ):
                 sliced = sum(user.result[0].bytes for user in reads if user.op == "dynamic-slice")

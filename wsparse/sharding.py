@@ -81,6 +81,11 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
     )
 
 
+def replicates(mesh: Mesh) -> bool:
+    """Whether every device of the mesh holds all parameters."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] == 1
+
+
 def activation_tap(mesh: Mesh) -> Tap:
     """A tap that changes no value: it keeps sequences spread over the devices throughout the model."""
 
