@@ -20,15 +20,21 @@ import numpy as np
 from wsparse import trees
 from wsparse.config import MeshConfig
 from wsparse.errors import UserError
+from wsparse.nodes import Tap
 
 AXES = ("data", "fsdp", "tensor")
+
+# A layer's matrices are divided along their neurons and channels, never along the residual stream: the
+# projection protects entries of each neuron, and so finds all of a neuron on one device. The tensor axis
+# comes first, so that gathering over fsdp leaves each device whole heads.
+_NEURONS = ("tensor", "fsdp")
 
 # Matched against the end of a path, so that an optimizer's moments follow their parameters. Layers are
 # never sharded: a scan walks over them. Bookkeeping and scalars are replicated.
 RULES: trees.Rules[P] = (
     (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step)", P()),
-    (r"(.*/)?blocks/attn/[qkv]/kernel|(.*/)?blocks/mlp/fc/kernel", P(None, "fsdp", "tensor")),
-    (r"(.*/)?blocks/attn/out/kernel|(.*/)?blocks/mlp/proj/kernel", P(None, "tensor", "fsdp")),
+    (r"(.*/)?blocks/attn/[qkv]/kernel|(.*/)?blocks/mlp/fc/kernel", P(None, None, _NEURONS)),
+    (r"(.*/)?blocks/attn/out/kernel|(.*/)?blocks/mlp/proj/kernel", P(None, _NEURONS, None)),
     (
         r"(.*/)?blocks/attn/[qkv]/bias|(.*/)?blocks/mlp/fc/bias|(.*/)?blocks/attn/sink",
         P(None, "tensor"),
@@ -41,6 +47,13 @@ RULES: trees.Rules[P] = (
 
 # Batches arrive as (accumulation step, sequence, time).
 BATCH = P(None, ("data", "fsdp"), None)
+
+# Values (batch, time, channel) inside the model, by location. Said outright, because the compiler's own
+# guess follows the parameters: channels over fsdp, and an all-reduce of activations after every product.
+ACTIVATIONS: trees.Rules[P] = (
+    (r"attn\.[qkvy]|mlp\.post_act", P(("data", "fsdp"), None, "tensor")),
+    (r".*", P(("data", "fsdp"), None, None)),
+)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -68,15 +81,39 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
     An axis of the mesh that does not divide a leaf's dimension is dropped from that dimension.
     """
 
-    def sharding(path, leaf):
-        spec = trees.match(rules, path)
-        parts = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for size, axis in zip(leaf.shape, tuple(spec), strict=False)
-        ]
-        return NamedSharding(mesh, P(*parts))
+    return trees.map_with_path(
+        lambda path, leaf: _divisible(leaf.shape, mesh, trees.match(rules, path)), tree
+    )
 
-    return trees.map_with_path(sharding, tree)
+
+def replicates(mesh: Mesh) -> bool:
+    """Whether every device of the mesh holds all parameters."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] == 1
+
+
+def activation_tap(mesh: Mesh) -> Tap:
+    """A tap that changes no value: it keeps sequences spread over the devices throughout the model."""
+
+    def tap(name, value):
+        place = _divisible(value.shape, mesh, trees.match(ACTIVATIONS, name))
+        return jax.lax.with_sharding_constraint(value, place)
+
+    return tap
+
+
+def _divisible(shape: Sequence[int], mesh: Mesh, spec: P) -> NamedSharding:
+    """The sharding of `spec`, without the axes of the mesh that do not divide their dimension."""
+
+    def dividing(size, axes):
+        kept = ()
+        for axis in () if axes is None else (axes,) if isinstance(axes, str) else axes:
+            count = math.prod(mesh.shape[each] for each in (*kept, axis))
+            kept += (axis,) if size % count == 0 else ()
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return NamedSharding(
+        mesh, P(*(dividing(size, axes) for size, axes in zip(shape, tuple(spec), strict=False)))
+    )
 
 
 def batch_sharding(mesh: Mesh, spec: P = BATCH) -> NamedSharding:

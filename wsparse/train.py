@@ -52,8 +52,13 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025)."""
+def make_optimizer(
+    config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None
+) -> optax.GradientTransformation:
+    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
+
+    With the mesh that parameters lie on, the projection knows whether devices hold whole matrices.
+    """
     settings = config.optimizer
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
@@ -76,6 +81,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             density if config.sparsity.density < 1 else 1.0,
             # At full density there is nothing to protect.
             min_per_neuron=config.sparsity.min_per_neuron if config.sparsity.density < 1 else 0,
+            whole=mesh is None or sharding.replicates(mesh),
         ),
     )
 
@@ -87,18 +93,27 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss(
-    params: model.Params, window_BT: jax.Array, config: ModelConfig
+    params: model.Params,
+    window_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
-    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config)
+    tap = None if mesh is None else sharding.activation_tap(mesh)
+    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config, tap=tap)
     each = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
     return jnp.mean(each), acts
 
 
 def train_step(
-    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig
+    state: TrainState,
+    batch_ABT: jax.Array,
+    *,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on `(accumulate, B, T+1)` windows.
+    """One optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
 
     Returns:
       The next state, and float32 scalars "loss", "gradient_rms", "kurtosis" (of the final residual,
@@ -108,7 +123,7 @@ def train_step(
 
     def microbatch(gradients, window_BT):
         def objective(params):
-            value, acts = loss(params, window_BT, config.model)
+            value, acts = loss(params, window_BT, config.model, mesh=mesh)
             return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
 
         (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -123,7 +138,9 @@ def train_step(
             microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT
         )
         gradients = jax.tree.map(lambda g: g / config.accumulate, total)
-    updates, optimizer = make_optimizer(config).update(gradients, state.optimizer, state.params)
+    updates, optimizer = make_optimizer(config, mesh=mesh).update(
+        gradients, state.optimizer, state.params
+    )
     params: Any = optax.apply_updates(state.params, updates)
     finite = sparsity.find_state(optimizer).finite
     report = {
@@ -135,11 +152,29 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer), report
 
 
+def project(
+    params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
+) -> model.Params:
+    """The projection alone, at the final density: what it costs can be told apart."""
+    transform = sparsity.project_top_k(
+        config.sparsity.density,
+        min_per_neuron=config.sparsity.min_per_neuron,
+        whole=mesh is None or sharding.replicates(mesh),
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates: Any = transform.update(zeros, transform.init(params), params)[0]
+    return updates
+
+
 def eval_step(
-    params: model.Params, window_BT: jax.Array, *, config: ModelConfig
+    params: model.Params,
+    window_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
-    value, acts = loss(params, window_BT, config)
+    value, acts = loss(params, window_BT, config, mesh=mesh)
     return value, jnp.any(acts["mlp.post_act"] != 0, axis=(1, 2))
 
 
@@ -153,6 +188,7 @@ class Program:
       init: `() -> state`.
       step: `(state, batch) -> (state, metrics)`, donates the state.
       evaluate: `(params, windows) -> (loss, fired)`.
+      project: `params -> updates` that project them; part of `step`, here on its own.
       alive: `(params, fired or None) -> alive neurons per layer`.
     """
 
@@ -161,6 +197,7 @@ class Program:
     init: Callable[[], TrainState]
     step: jax.stages.Wrapped
     evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
+    project: Callable[[model.Params], model.Params]
     alive: Callable[..., jax.Array]
 
 
@@ -175,6 +212,17 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     shapes = jax.eval_shape(init)
     shardings = sharding.tree_shardings(shapes, mesh)
     replicated = NamedSharding(mesh, P())
+
+    def on_mesh(function, config):
+        """The function, traced where kernels can see which devices their arrays are spread over."""
+
+        def traced(*arguments):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments, config=config, mesh=mesh)
+
+        traced.__name__ = function.__name__
+        return traced
+
     return Program(
         mesh=mesh,
         abstract_state=jax.tree.map(
@@ -184,15 +232,20 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
         ),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            functools.partial(train_step, config=config),
+            on_mesh(train_step, config),
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            functools.partial(eval_step, config=config.model),
+            on_mesh(eval_step, config.model),
             in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
             out_shardings=replicated,
+        ),
+        project=jax.jit(
+            on_mesh(project, config),
+            in_shardings=(shardings.params,),
+            out_shardings=shardings.params,
         ),
         alive=jax.jit(sparsity.alive_neurons, out_shardings=replicated),
     )
@@ -515,15 +568,7 @@ class _Loop:
 
     def _time_projection(self, state: TrainState) -> float:
         """Seconds one projection takes at the final density, measured on the current parameters."""
-        project = sparsity.project_top_k(
-            self.config.sparsity.density, min_per_neuron=self.config.sparsity.min_per_neuron
-        )
-
-        @jax.jit
-        def projected(params):
-            zeros = jax.tree.map(jnp.zeros_like, params)
-            return project.update(zeros, project.init(params), params)[0]
-
+        projected = self.program.project
         jax.block_until_ready(projected(state.params))
         seconds = []
         for _ in range(3):

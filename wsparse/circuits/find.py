@@ -52,7 +52,7 @@ class Settings:
     """
 
     target: float = 0.15
-    margin: float = 0.05
+    margin: float = 0.07
     sweep: tuple[float, ...] = (0.05, 0.1, 0.3, 0.5)
     trials: int = 8
     parallel: int = 2

@@ -17,7 +17,7 @@ import optuna
 
 from wsparse import files, model
 from wsparse.circuits import masks
-from wsparse.circuits.learn import HasPairs, HParams, arrays, prune
+from wsparse.circuits.learn import HasPairs, HParams, PairArrays, arrays, prune
 from wsparse.circuits.shared import ElsewhereError, Pieces
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
@@ -79,6 +79,7 @@ class Pruner:
         pairs_per_step: int,
         tie_qk: bool = True,
         parallel: int = 4,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Settings are static.
 
@@ -88,6 +89,7 @@ class Pruner:
           pairs_per_step: drawn for each step.
           tie_qk: see `prune`.
           parallel: trials in one call.
+          devices: to spread trials over; None is all there are.
         """
         self.parallel = parallel
         run = functools.partial(
@@ -101,12 +103,22 @@ class Pruner:
 
             return jax.vmap(one)(hparams, keys)
 
-        self._run = jax.jit(trials)
-        self.devices = math.gcd(parallel, jax.device_count())
+        there = jax.devices() if devices is None else list(devices)
+        self.devices = math.gcd(parallel, len(there))
         self._sharding = None
-        if self.devices > 1:
-            mesh = jax.sharding.Mesh(np.asarray(jax.devices()[: self.devices]), ("trials",))
+        if self.devices > 1 or devices is not None:
+            mesh = jax.sharding.Mesh(np.asarray(there[: self.devices]), ("trials",))
             self._sharding = NamedSharding(mesh, P("trials")), NamedSharding(mesh, P())
+            # Trials have nothing to say to each other: each device runs its own, kernels included.
+            spread, everywhere = P("trials"), P()
+            trials = jax.shard_map(
+                trials,
+                mesh=mesh,
+                in_specs=(everywhere, everywhere, everywhere, spread, spread),
+                out_specs=spread,
+                check_vma=False,
+            )
+        self._run = jax.jit(trials)
 
     def __call__(
         self,
@@ -132,6 +144,22 @@ class Pruner:
             columns, keys = jax.device_put((columns, keys), spread)
             shared = jax.device_put(shared, everywhere)
         return np.asarray(self._run(*shared, columns, keys))[:wanted]
+
+    def lower(
+        self, params: model.Params, pairs: PairArrays, means: dict[str, jax.Array]
+    ) -> jax.stages.Lowered:
+        """The call for trees of shapes and dtypes, for compiling ahead of time."""
+        spread, everywhere = self._sharding or (None, None)
+
+        def place(tree, where):
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+            )
+
+        number = jax.ShapeDtypeStruct((self.parallel,), np.float32)
+        keys = jax.eval_shape(jax.vmap(jax.random.key), np.zeros(self.parallel, np.uint32))
+        each = HParams(*[number] * len(HParams._fields)), keys
+        return self._run.lower(*place((params, pairs, means), everywhere), *place(each, spread))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
