@@ -1,7 +1,7 @@
-"""What recipes need on the slices they are meant for, as Markdown: `python benchmarks/scale.py [--rows=recipes]`.
+"""What recipes need on the slices they are for, as Markdown: `python benchmarks/scale.py [--rows=recipes]`.
 
-Every row is `python -m wsparse.aot` of a recipe, a slice and overrides; its JSON is kept in `runs/aot/`, and rows
-whose file is there are not compiled again. No TPU is needed, only the extra `aot`; a row takes minutes.
+Every row is `python -m wsparse.aot` of a recipe, a slice and overrides; its JSON is kept in `runs/aot/`, and
+rows whose file is there are not compiled again. No TPU is needed, only the extra `aot`; a row takes minutes.
 """
 
 from __future__ import annotations

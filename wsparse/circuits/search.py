@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -146,7 +146,7 @@ class Pruner:
         return np.asarray(self._run(*shared, columns, keys))[:wanted]
 
     def lower(
-        self, params: model.Params, pairs: PairArrays, means: dict[str, jax.Array]
+        self, params: model.Params, pairs: Any, means: Mapping[str, Any]
     ) -> jax.stages.Lowered:
         """The call for trees of shapes and dtypes, for compiling ahead of time."""
         spread, everywhere = self._sharding or (None, None)
