@@ -35,6 +35,14 @@ TEXT = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def golden_config(name: str) -> dict:
     return json.loads((GOLDEN / name / "beeg_config.json").read_text())
 
@@ -459,6 +467,16 @@ def test_an_import_refuses_a_bad_source_and_a_folder_that_is_taken(published, im
         openai.import_run(published[0], tmp_path / "run", source="sdtlib")
     with pytest.raises(UserError, match="exists and is not empty"):
         openai.import_run(published[0], imported)
+
+
+def test_an_import_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "sizes", fail)
+    with pytest.raises(KeyboardInterrupt):
+        openai.import_run(published[0], tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_imports_and_exports(published, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -101,7 +102,7 @@ def create(
     """Write a run that was not trained here, as `load` and the commands read it.
 
     Args:
-      folder: where it will be; `config.json` is written last, so what was interrupted is no run.
+      folder: where it will be, all of it or nothing; it does not exist, or is empty.
       config: with the model's.
       params: the model's parameters.
       tokenizer: what the tokens mean.
@@ -110,10 +111,15 @@ def create(
     Raises:
       UserError: the folder cannot be made.
     """
-    folder = pathlib.Path(folder)
-    files.make_folder(folder)
-    tokenizer.save(folder / "tokenizer.json")
-    with checkpoint.Checkpointer(folder / "checkpoints") as checkpoints:
-        checkpoints.save(0, {"params": params}, {"config": to_dict(config)})
-    files.write_json(folder / "summary.json", sizes(params) | summary)
-    files.write_json(folder / "config.json", to_dict(config))
+    folder = pathlib.Path(folder).absolute()
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    files.make_folder(part)
+    try:
+        tokenizer.save(part / "tokenizer.json")
+        with checkpoint.Checkpointer(part / "checkpoints") as checkpoints:
+            checkpoints.save(0, {"params": params}, {"config": to_dict(config)})
+        files.write_json(part / "summary.json", sizes(params) | summary)
+        files.write_json(part / "config.json", to_dict(config))
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
