@@ -235,7 +235,8 @@ def step(config: TrainConfig) -> str:
     )
     batch = sharding.put_batch(local, mesh, size=size)
     start = time.monotonic()
-    compiled = program.step.lower(program.abstract_state, batch).compile()
+    jitted: Any = program.step
+    compiled = jitted.lower(program.abstract_state, batch).compile()
     compiling = time.monotonic() - start
     state, _ = compiled(program.init(), batch)
     jax.block_until_ready(state)
