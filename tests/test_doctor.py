@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 from etils import epath
 import jax
@@ -31,6 +32,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """What wsparse needs is known, also where it is not installed."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: project["dependencies"])
 
 
 def examine(*checks: doctor.Check) -> tuple[bool, list[str]]:
@@ -106,6 +114,14 @@ def test_packages_that_are_old_or_missing_are_named(monkeypatch):
     assert "grain>=0.2.12, found 0.1" in line
     assert "optuna>=4.0, found nothing" in line
     assert "jax" not in line
+
+
+def test_a_checkout_that_is_not_installed_is_named(monkeypatch):
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert "wsparse needs to be installed itself" in fails(doctor.versions)
 
 
 def test_processes_with_other_packages_are_refused(monkeypatch):

@@ -81,14 +81,22 @@ def _outcome(check: Check) -> str:
         return f"FAIL {problem}"
     # A check that breaks has found something too; the others go on.
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        return f"FAIL {type(error).__name__}: {first}"
+        return f"FAIL {_brief(error)}"
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def versions() -> str:
     """Python and the packages that wsparse needs, in the versions it needs, the same everywhere."""
     found, wrong = [f"python {platform.python_version()}"], []
-    for text in importlib.metadata.requires("wsparse") or []:
+    try:
+        needs = importlib.metadata.requires("wsparse") or []
+    except importlib.metadata.PackageNotFoundError:
+        needs = []
+        wrong.append("to be installed itself, so that its needs are known")
+    for text in needs:
         need = Requirement(text)
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
@@ -102,7 +110,9 @@ def versions() -> str:
     # Before anything is raised here: all processes must take part.
     sharding.require_same(str(sorted(found)), "python and its packages")
     if wrong:
-        raise ProblemError(f"needs {'; '.join(wrong)}: pip install -U wsparse")
+        raise ProblemError(
+            f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)"
+        )
     return ", ".join(
         each for each in found if each.split()[0] in ("python", "jax", "orbax-checkpoint")
     )
@@ -165,16 +175,19 @@ def storage(workdir: epath.Path) -> str:
                 reason = "a file does not hold what was written to it"
         # A bucket's driver raises errors of its own.
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = _brief(error)
     reason = sharding.gather(reason)[0]
     blind = [] if reason else sharding.blind_processes(probe)
     seconds = time.monotonic() - seconds
     if first:
-        probe.unlink(missing_ok=True)
-        for path in made:
-            # Another process, or a person, may have put something there meanwhile.
-            if path.exists() and not any(path.iterdir()):
-                path.rmdir()
+        try:
+            probe.unlink(missing_ok=True)
+            for path in made:
+                # Another process, or a person, may have put something there meanwhile.
+                if path.exists() and not any(path.iterdir()):
+                    path.rmdir()
+        except Exception as error:
+            reason = reason or _brief(error)
     if reason:
         raise ProblemError(f"cannot use {workdir}: {reason}: check its permissions and the path")
     if blind:
@@ -222,7 +235,8 @@ def step(config: TrainConfig) -> str:
     )
     batch = sharding.put_batch(local, mesh, size=size)
     start = time.monotonic()
-    compiled = program.step.lower(program.abstract_state, batch).compile()
+    jitted: Any = program.step
+    compiled = jitted.lower(program.abstract_state, batch).compile()
     compiling = time.monotonic() - start
     state, _ = compiled(program.init(), batch)
     jax.block_until_ready(state)

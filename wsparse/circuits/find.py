@@ -232,7 +232,9 @@ def search_trials(
             if parts
             else f"target missed ({least:.3f})"
         )
-        say(f"  trial {trial.number + 1}/{settings.trials}: {found}")
+        number = trial.number + 1
+        which = f"{number}/{settings.trials}" if number <= settings.trials else "for a lost one"
+        say(f"  trial {which}: {found}")
 
     return search(
         pruner,
