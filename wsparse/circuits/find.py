@@ -1,7 +1,7 @@
 """One task's circuit in one model: search, cut, clean-up, evidence and controls.
 
 Three disjoint sets of prompt pairs are used: masks are learned on the first, circuits are chosen on the
-second, and every number that is reported comes from the third.
+second and a part of the first, and every number that is reported comes from the third.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def _goal(subject: Subject, pairs: Pairs, settings: Settings) -> float:
     """The loss that circuits are cut to: below the target, so that other templates reach it too."""
     whole = model_score(subject, pairs.discretise).loss
     # Where the model itself is too close to the target, the margin shrinks.
-    nearest = whole + (settings.target - whole) / 4
+    nearest = whole + (settings.target - whole) / 10
     return max(settings.target - settings.margin, min(settings.target, nearest))
 
 

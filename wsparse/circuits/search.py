@@ -17,7 +17,7 @@ import optuna
 
 from wsparse import files, model
 from wsparse.circuits import masks
-from wsparse.circuits.learn import HasPairs, HParams, PairArrays, arrays, prune
+from wsparse.circuits.learn import HasPairs, HParams, arrays, prune
 from wsparse.circuits.shared import ElsewhereError, Pieces
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
