@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -64,27 +65,46 @@ def unpacked(packed: dict) -> np.ndarray:
     return whole * packed["scale"]
 
 
+@functools.cache
+def _whole_model():
+    return jax.jit(lambda params, tokens: model.forward(params, tokens, case.CONFIG)[1])
+
+
 def whole_model_acts(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    acts = jax.jit(lambda p, t: model.forward(p, t, case.CONFIG)[1])(case.run().params, tokens)
-    return {name: np.asarray(acts[name]) for name in NODES}
+    """Location -> `(L, W, T, ...)`; rows are filled up to one shape, so that one program serves all."""
+    filled = np.zeros((10, case.CONFIG.context), np.int32)
+    filled[: len(tokens), : tokens.shape[1]] = tokens
+    acts = _whole_model()(case.run().params, filled)
+    return {name: np.asarray(acts[name])[:, : len(tokens), : tokens.shape[1]] for name in NODES}
 
 
-def task_loss(batch, *, without: str | None = None, means=None) -> float:
-    """Loss of the whole model with one node at its mean, written out in NumPy float64."""
+def task_losses(batch, without: list[str | None], means) -> list[float]:
+    """Losses of the whole model with one node at its mean (None: with all), in NumPy float64."""
 
-    def tap(name, value):
-        if without is None:
-            return value
-        layer, location, channel = activations.place(without)
-        if name != location:
-            return value
-        changed = value.at[..., channel].set(means[location][layer, channel])
-        return jnp.where(jnp.asarray(name.layer) == layer, changed, value)
+    @jax.jit
+    def logits(gone):
+        def tap(name, value):
+            if name not in gone:
+                return value
+            gone_11N, mean_11N = (
+                gone[name][name.layer][None, None],
+                means[name][name.layer][None, None],
+            )
+            return jnp.where(gone_11N, mean_11N, value)
 
-    logits = model.forward(case.run().params, jnp.asarray(batch.tokens), case.CONFIG, tap=tap)[0]
-    last = np.asarray(logits, np.float64)[np.arange(len(batch.position)), batch.position]
-    rows = np.arange(len(last))
-    return float(np.mean(np.log1p(np.exp(last[rows, batch.other] - last[rows, batch.answer]))))
+        return model.forward(case.run().params, batch.tokens, case.CONFIG, tap=tap)[0]
+
+    means = {name: jnp.asarray(each) for name, each in means.items()}
+    rows, losses = np.arange(len(batch.position)), []
+    for node in without:
+        gone = {name: np.zeros(means[name].shape, bool) for name in NODES}
+        if node is not None:
+            layer, location, channel = activations.place(node)
+            gone[location][layer, channel] = True
+        last = np.asarray(logits(gone), np.float64)[rows, batch.position]
+        lead = last[rows, batch.other] - last[rows, batch.answer]
+        losses.append(float(np.mean(np.log1p(np.exp(lead)))))
+    return losses
 
 
 # ---- The page ----
@@ -179,13 +199,14 @@ def test_values_in_the_circuit_alone_are_those_with_everything_else_at_its_mean(
 
 
 def test_ablation_deltas_are_those_of_one_node_at_its_mean(data, circuit, batch):
-    base = task_loss(batch)
     nodes = data["circuits"][case.TASK]["nodes"]
-    strongest = sorted(nodes, key=lambda node: -abs(node["from_model"]))[:3]
-    assert abs(strongest[0]["from_model"]) > 1e-3
-    for node in strongest:
-        expected = task_loss(batch, without=node["name"], means=circuit.means) - base
-        assert node["from_model"] == pytest.approx(expected, abs=2e-4)
+    strongest = sorted(nodes, key=lambda node: -abs(node["from_model"]))[:5]
+    assert abs(strongest[-1]["from_model"]) > 1e-3
+    names = [node["name"] for node in strongest]
+    whole, *losses = task_losses(batch, [None, *names], circuit.means)
+    assert [node["from_model"] for node in strongest] == pytest.approx(
+        [loss - whole for loss in losses], abs=2e-4
+    )
     stated = {node.name: node.importance for node in circuit.nodes}
     assert {node["name"]: node["importance"] for node in nodes} == pytest.approx(stated)
 
@@ -245,7 +266,7 @@ def test_excerpts_show_where_a_node_is_highest_lowest_and_at_its_quantiles(data)
         active = values[values != 0]
         for window, _, _, token, quantile in about["sampled"]:
             below = np.mean(active <= values[window, token])
-            assert abs(below - quantile) <= 1 / active.size + 1e-9
+            assert abs(below - quantile) <= 2 / active.size
         assert about["zero"] == pytest.approx(np.mean(values == 0))
         assert sum(about["counts"]) == active.size
     assert any(about["highest"] for about in data["nodes"].values())
@@ -293,7 +314,7 @@ def test_a_circuit_that_is_too_large_is_cut_by_importance_with_a_note(circuit, b
     least = min(node.importance for node in shown)
     assert all(n.importance <= least for n in circuit.nodes if n not in shown)
     assert len(found["nodes"]) == 5 and found["total_nodes"] == case.N_NODES
-    assert "5 of 40 nodes are shown" in found["notes"][0]
+    assert "5 of 30 nodes are shown" in found["notes"][0]
     assert all(s < 5 and t < 5 for s, t, _ in found["edges"])
 
 

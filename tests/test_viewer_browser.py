@@ -207,7 +207,7 @@ def test_a_link_shows_the_same_thing(open_page, data):
     page.locator(".node").nth(3).click()
     page.get_by_role("button", name="circuit alone").click()
     page.get_by_role("button", name="Next pair").click()
-    page.locator("#keep").fill("30")
+    page.locator("#keep").fill("20")
     page.locator("#residual").uncheck()
     page.locator("#theme").click()
     copy_of = open_page(page.evaluate("location.hash"))
@@ -217,7 +217,7 @@ def test_a_link_shows_the_same_thing(open_page, data):
     numbers = [p.evaluate(f"(({{a, e, f}}) => [a, e, f])({place})") for p in (page, copy_of)]
     assert numbers[1] == pytest.approx(numbers[0], rel=2e-2, abs=2)
     assert copy_of.locator("html").get_attribute("data-theme") == "light"
-    assert page.locator(".node.gone").count() == len(data["circuits"][case.TASK]["nodes"]) - 30
+    assert page.locator(".node.gone").count() == len(data["circuits"][case.TASK]["nodes"]) - 20
     assert copy_of.locator("path.stream:not(.gone)").count() == 0
     assert open_page(f"#task={case.TASK}").locator("path.stream:not(.gone)").count() > 0
     assert state(copy_of) == state(page)

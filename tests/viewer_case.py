@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
     vocab_size=257, context=24, n_layer=2, d_model=16, n_head=2, d_head=4, d_mlp=24
 )
 TASK = "closing"
-N_NODES = 40
+N_NODES = 30
 OPTIONS = collect.Options(task=("all",), pairs=2)
 
 

@@ -6,7 +6,6 @@ Shapes: N chosen nodes, W windows or rows, T tokens, L layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +99,9 @@ def recorded(
     return logits_W1V[:, 0], {name: acts[name].astype(jnp.float32) for name in nodes.NODES}
 
 
+_recorded = jax.jit(recorded, static_argnames="config")
+
+
 def chosen(acts: Mapping[str, Any], places: Sequence[Place]) -> np.ndarray:
     """float32 `(N, W, T)`: the values of some nodes of what `recorded` returned."""
     host = {name: np.asarray(acts[name]) for name in {p.location for p in places}}
@@ -124,7 +126,6 @@ def summaries(
     """
     size = max(1, _TOKENS // windows_WT.shape[1])
     # Batches of one shape: the last is filled up with repeats.
-    run = jax.jit(functools.partial(recorded, config=config))
     position_W = jnp.zeros(size, jnp.int32)
     starts = range(0, len(windows_WT), size)
     found: dict[str, Summary] = {}
@@ -135,7 +136,7 @@ def summaries(
         for start in starts:
             batch_WT = windows_WT[start : start + size]
             filled = jnp.asarray(np.resize(batch_WT, (size, batch_WT.shape[1])))
-            _, acts = run(params, filled, position_W)
+            _, acts = _recorded(params, filled, position_W, config=config)
             parts.append(chosen(acts, places)[:, : len(batch_WT)])
         values_NWT = np.concatenate(parts, axis=1)
         found |= zip(part, map(summarise, values_NWT), strict=True)
