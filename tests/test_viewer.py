@@ -411,7 +411,7 @@ def test_a_circuit_of_other_parameters_is_refused(folder, loaded, monkeypatch):
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(folder, tmp_path, data):
     with pytest.raises(UserError, match="is not a run folder"):
-        collect.collect(tmp_path, collect.Options())
+        view.write(tmp_path, tmp_path / "report.html", collect.Options())
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match=r"has no circuits: python -m wsparse\.prune --run="):
         collect.collect(tmp_path, collect.Options())

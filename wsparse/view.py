@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from wsparse import files
+from wsparse import files, runs
 from wsparse.errors import UserError, run_command
 from wsparse.viewer import collect, page
 
@@ -23,8 +23,9 @@ def write(folder: pathlib.Path, out: pathlib.Path, options: collect.Options) -> 
     """Write the page of the run in `folder` to the file `out`.
 
     Raises:
-      UserError: see `collect.collect`; or `out` cannot be written.
+      UserError: see `collect.collect`; or the folder is no run, or `out` cannot be written.
     """
+    runs.read_config(folder)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(
             f"cannot write {out}: --out must be a file in a folder that can be written to"

@@ -75,10 +75,9 @@ def collect(
     """The data of a run's page, as JSON values and arrays.
 
     Raises:
-      UserError: the folder is no run, has no circuits, a circuit belongs to other parameters, or a task of
-        the user's own is not given with its file.
+      UserError: the folder has no circuits or no checkpoint, a circuit belongs to other parameters, or a
+        task of the user's own is not given with its file.
     """
-    runs.read_config(folder)
     given = [tasks.find(name) for name in options.task if name.endswith((".jsonl", ".py"))]
     known = tasks.TASKS | {task.name: task for task in given}
     rows, circuits = read_circuits(folder, options.task)
@@ -116,7 +115,8 @@ def read_circuits(
                     f"python -m wsparse.prune --run={folder} --task={name}"
                 )
         rows = [row for row in rows if row["task"] in stems]
-    found = [Circuit.load(folder / "circuits" / row["task"]) for row in rows if "edges" in row]
+    # A circuit without nodes says that a constant reaches the target: there is nothing to draw.
+    found = [Circuit.load(folder / "circuits" / row["task"]) for row in rows if row.get("nodes")]
     if not found:
         tried = f" ({len(rows)} tasks were tried, and none was found)" if rows else ""
         raise UserError(
@@ -139,7 +139,7 @@ def measured(
     texts = list(dict.fromkeys(node.name for kept in shown for node in kept))
     say(f"measuring {sum(map(len, shown))} nodes of {len(circuits)} circuits")
     with tqdm.tqdm(
-        total=len(texts) + sum(map(len, shown)), unit=" nodes", delay=1, leave=False
+        total=len(texts) + sum(len(kept) + 1 for kept in shown), unit=" nodes", delay=1, leave=False
     ) as bar:
         found = {}
         for (circuit, _), kept, batch in zip(circuits, shown, batches, strict=True):
