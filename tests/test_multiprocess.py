@@ -114,11 +114,25 @@ def results(jobs) -> list[tuple[int, str]]:
     return [(job.returncode, output) for job, output in zip(jobs, outputs, strict=True)]
 
 
+@functools.cache
+def compiled(config: TrainConfig, mesh) -> train.Program:
+    return make_program(config, mesh)
+
+
+make_program = train.make_program
+
+
+def shared_program(config: TrainConfig, mesh) -> train.Program:
+    """`train.make_program`, compiled once for runs that differ in their data alone."""
+    return compiled(dataclasses.replace(config, data=TrainConfig().data), mesh)
+
+
 def train_here(monkeypatch, config, workdir, devices: int) -> int:
     """Train in this process on some of its devices."""
     some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
     with monkeypatch.context() as patch:
         patch.setattr(train.sharding, "make_mesh", some)
+        patch.setattr(train, "make_program", shared_program)
         patch.setattr(train._Loop, "_time_projection", lambda self, state: 1e-3)
         return train.run(config, workdir)
 
