@@ -438,7 +438,7 @@ def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, 
 def test_pruning_draws_its_text_from_the_source_that_the_import_named(
     imported, tokenizer, tmp_path
 ):
-    windows = prune._windows(runs.load(imported), tmp_path)
+    windows = prune.pretraining_windows(runs.load(imported), tmp_path)
     assert windows.shape[1] == CONFIG.context
     text = tokenizer.decode(windows[0])
     assert any(text[5:-5].split("<|endoftext|>")[0] in each for each in TEXT)
