@@ -1,7 +1,8 @@
-"""What recipes need on the slices they are for, as Markdown: `python benchmarks/scale.py [--rows=recipes]`.
+"""What recipes need on the slices they are meant for, as Markdown: `python benchmarks/scale.py`.
 
-Every row is `python -m wsparse.aot` of a recipe, a slice and overrides; its JSON is kept in `runs/aot/`, and
+Every row is `python -m wsparse.aot` of a recipe, a slice and overrides. Its JSON is kept in `runs/aot/`, and
 rows whose file is there are not compiled again. No TPU is needed, only the extra `aot`; a row takes minutes.
+`--rows=depth` and others say how cost grows.
 """
 
 from __future__ import annotations

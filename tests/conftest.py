@@ -14,9 +14,6 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of the time of the tests, and the optimiser most of compiling. Commands that tests run
-# in processes of their own are compiled as users' are.
-jax.config.update("jax_disable_most_optimizations", True)
 
 settings.register_profile(
     "wsparse",
@@ -28,6 +25,17 @@ settings.register_profile(
 settings.load_profile("wsparse")
 
 Counter = Callable[[], contextlib.AbstractContextManager[list[str]]]
+
+
+# Compiled as users' programs are: what is meant for TPUs, and values known to the last digit.
+_AS_USERS = ("test_aot", "test_kernels_tpu", "test_viewer", "test_viewer_browser")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compiling is most of the time of the tests, and the optimiser most of compiling."""
+    quick = request.module.__name__.rpartition(".")[2] not in _AS_USERS
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ def test_the_projection_gathers_nothing_and_counts_little(reports):
 def test_no_activation_crosses_chips_and_trials_do_not_meet(reports):
     per_layer = CONFIG.batch_size * CONFIG.model.context * CONFIG.model.d_model * 2 // 4
     collectives = reports["programs"]["train"]["collectives"]
-    assert collectives.get("all-to-all", {"bytes": 0})["bytes"] < per_layer
+    assert collectives.get("all-to-all", {"bytes": 0})["bytes"] <= per_layer
     assert reports["programs"]["prune"]["collectives"] == {}
 
 

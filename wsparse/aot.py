@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+import importlib.util
 import os
 import pathlib
 import re
@@ -44,7 +45,7 @@ class Chip(NamedTuple):
       hbm_gbps: device memory bandwidth, 10^9 bytes a second.
       ici_gbps: bandwidth of all its links to other chips together, 10^9 bytes a second.
       cores: units in which slices of the generation are named; 2 where names count cores.
-      platform: extra settings of libtpu.
+      platform: settings of libtpu that make a chip one device.
     """
 
     hbm_gib: float
@@ -52,7 +53,7 @@ class Chip(NamedTuple):
     hbm_gbps: float
     ici_gbps: float
     cores: int
-    platform: dict[str, str]
+    platform: dict[str, Any]
 
 
 CHIPS = {
@@ -94,6 +95,8 @@ def find_slice(name: str) -> Slice:
             f"unknown topology {name!r}{closest(name, TOPOLOGIES)}; known ones are "
             f"{', '.join(TOPOLOGIES)}, or e.g. v5e:4x4 for chips in a grid"
         )
+    if importlib.util.find_spec("libtpu") is None:
+        raise missing_extra("libtpu", "aot", "compiling for a TPU")
     # Before libtpu is loaded: it is to look for no TPU and to share itself with other processes.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -105,15 +108,13 @@ def find_slice(name: str) -> Slice:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
+    settings = dict(CHIPS[kind].platform)
+    if full.endswith(":1x1"):
+        # A host has four chips unless libtpu is told otherwise.
+        settings["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=full, **CHIPS[kind].platform
-        )
-    except (ImportError, ModuleNotFoundError) as error:
-        raise missing_extra("libtpu", "aot", "compiling for a TPU") from error
+        found = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
     except Exception as error:  # libtpu's errors have no common type of their own
-        if "libtpu" in str(error) and "not" in str(error):
-            raise missing_extra("libtpu", "aot", "compiling for a TPU") from error
         raise UserError(
             f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}"
         ) from error
