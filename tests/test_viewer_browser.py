@@ -56,7 +56,7 @@ def data(tmp_path_factory) -> dict:
     found = json.loads(case.data_text(tmp_path_factory.mktemp("viewer")))
     jax.config.update("jax_disable_most_optimizations", False)
     shown = found["circuits"][case.TASK]
-    for token, text in zip(shown["rows"][0]["tokens"], HOSTILE, strict=False):
+    for token, text in zip(dict.fromkeys(shown["rows"][0]["tokens"]), HOSTILE, strict=False):
         found["tokens"][str(token)] = text
     found["run"]["name"] = HOSTILE[0]
     for row in found["tasks"]:
@@ -269,7 +269,7 @@ def test_hostile_text_is_shown_as_text(open_page):
     assert page.locator("#home").inner_text() == HOSTILE[0]
     page.locator(".node").first.click()
     tokens = page.locator("#panel .prompt").first.locator(".tokens").text_content()
-    assert HOSTILE[0] in tokens and HOSTILE[1] in tokens
+    assert all(text in tokens for text in HOSTILE)
     assert page.locator("img, main b").count() == 0
     # Even code that did get in would not run.
     ran = page.evaluate(

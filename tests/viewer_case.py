@@ -13,13 +13,25 @@ from wsparse.circuits import Circuit, evaluate, find, graph, masks, tasks
 from wsparse.circuits.circuit import Node, edge_list
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.nodes import NODES
 from wsparse.viewer import collect, page
 
+# Small programs to compile: neurons are 0 where the ReLU makes them so, and AbsTopK is off.
 CONFIG = ModelConfig(
-    vocab_size=257, context=24, n_layer=2, d_model=16, n_head=2, d_head=4, d_mlp=24
+    vocab_size=257,
+    context=24,
+    n_layer=2,
+    d_model=16,
+    n_head=2,
+    d_head=4,
+    d_mlp=24,
+    activation="relu",
+    abs_top_k_fraction=None,
 )
 TASK = "closing"
-N_NODES = 30
+# Nodes of a layer's location in the circuit, and in all of it.
+EACH = 2
+N_NODES = EACH * CONFIG.n_layer * len(NODES)
 OPTIONS = collect.Options(task=("all",), pairs=2)
 
 
@@ -62,8 +74,11 @@ def circuit(task: tasks.Task) -> Circuit:
     scorer = evaluate.Scorer(
         given.params, CONFIG, evaluate.mean_activations(given.params, CONFIG, windows())
     )
-    nodes_U = np.zeros(masks.n_nodes(CONFIG), bool)
-    nodes_U[rng.choice(nodes_U.size, N_NODES, replace=False)] = True
+    mask = {name: np.zeros(shape, bool) for name, shape in masks.shapes(CONFIG).items()}
+    for kept_LN in mask.values():
+        for kept_N in kept_LN:
+            kept_N[rng.choice(kept_N.size, EACH, replace=False)] = True
+    nodes_U = np.asarray(masks.flatten(mask))
     edges = graph.between(nodes_U, scorer.weights, CONFIG)
     removed = {path: np.zeros_like(each) for path, each in edges.items()}
     path = next(path for path, each in edges.items() if each.any())
