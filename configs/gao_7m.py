@@ -3,7 +3,8 @@
 Reproduces: the model shape of "Weight-sparse transformers have interpretable circuits". Counted by this
     code it has 11.6M parameters, the bigram table included; at the default density of 1/8 about 0.92M
     are nonzero. Any density down to 1/1000: `--config.sparsity.density=0.001`.
-Hardware: meant for one TPU v5e-8 host; not run there by us.
+Hardware: a TPU v5e-8 slice, for which it compiles and fits (docs/scale.md); not run there by us.
+    Mesh: every chip holds all parameters, and its core one matrix at a time.
 Minutes: not measured. The recipe sees 10 billion tokens.
 Expected loss: not measured. Expected L0: exactly round(density * size) in every projected matrix, more
     only where 4 nonzeros per neuron do not fit into that.

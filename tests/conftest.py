@@ -1,4 +1,4 @@
-"""Every test sees 8 CPU devices, no silent rank promotion, and the same hypothesis profile."""
+"""Every test sees 8 CPU devices, no silent rank promotion, quick compilation, one hypothesis profile."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -25,6 +25,17 @@ settings.register_profile(
 settings.load_profile("wsparse")
 
 Counter = Callable[[], contextlib.AbstractContextManager[list[str]]]
+
+
+# Compiled as users' programs are: what is meant for TPUs, and values known to the last digit.
+_AS_USERS = ("test_aot", "test_kernels_tpu", "test_viewer", "test_viewer_browser")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compiling is most of the time of the tests, and the optimiser most of compiling."""
+    quick = request.module.__name__.rpartition(".")[2] not in _AS_USERS
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture

@@ -108,8 +108,7 @@ def test_resumed_and_divided_runs_see_the_batches_of_one_process(
             components,
             seed=seed,
             start_step=start,
-            process_index=index,
-            process_count=processes,
+            rows=range(index * 6 // processes, (index + 1) * 6 // processes),
             threads=threads,
             prefetch=prefetch,
             **options,
@@ -138,7 +137,7 @@ def test_a_process_reads_only_its_own_rows():
             return np.arange(start, stop, dtype=np.int32)
 
     stream = Watched()
-    options = {"batch_size": 8, "context": 10, "seed": 0, "process_index": 1, "process_count": 4}
+    options = {"batch_size": 8, "context": 10, "seed": 0, "rows": [2, 3]}
     batches = take(2, [(1.0, stream)], threads=1, prefetch=1, **options)
     read = len(stream.starts)
     # Two batches of two rows, and what was read ahead.
@@ -183,8 +182,7 @@ def test_evaluation_is_spread_over_the_held_out_text_in_mix_proportion():
         expected = [4 * int(j * 1000 / rows) for j in range(rows)]
         assert positions.tolist() == expected
     shares = [
-        pipeline.eval_batches(components, process_index=p, process_count=4, **options)
-        for p in range(4)
+        pipeline.eval_batches(components, rows=[2 * p, 2 * p + 1], **options) for p in range(4)
     ]
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.stack(batches))
 
@@ -360,14 +358,8 @@ def test_bad_requests_are_one_line(corpus_folder, tmp_path):
     options = {"context": 4, "seed": 0}
     components = mix([1.0], [100])
     check(
-        "batch_size=6 must be a multiple of process_count=4",
-        lambda: pipeline.train_batches(components, batch_size=6, process_count=4, **options),
-    )
-    check(
-        r"process_index must be in \[0, process_count=2\), got 2",
-        lambda: pipeline.train_batches(
-            components, batch_size=6, process_index=2, process_count=2, **options
-        ),
+        r"rows must be in \[0, batch_size=6\), got 6",
+        lambda: pipeline.train_batches(components, batch_size=6, rows=[0, 6], **options),
     )
     check(
         "seed must not be negative",

@@ -21,14 +21,6 @@ CONFIG = ModelConfig(
 PROMPTS = np.array([[5, 200, 31], [7, 7, 90]], np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def params():
     """Large random weights, so that what comes next depends on everything before."""

@@ -517,9 +517,7 @@ def test_command_line(tmp_path):
     # The task is read first: it is known as a `Task` although the module runs as the main program.
     task = written(tmp_path / "mine.py", TASK)
     command = [sys.executable, "-m", "wsparse.circuits.tasks", "--run=no/such/run"]
-    done = subprocess.run(
-        [*command, f"--tasks={task}"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, f"--task={task}"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: no/such/run is not a run folder")
     assert "Traceback" not in done.stderr

@@ -1,6 +1,5 @@
 """A run writes what it promises, prunes exactly, stops and goes on bit for bit, and fails in one line."""
 
-from concurrent import futures
 import dataclasses
 import functools
 import itertools
@@ -22,14 +21,6 @@ from wsparse.errors import UserError
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def write_corpus(folder: pathlib.Path) -> str:
@@ -415,6 +406,27 @@ def test_after_a_crash_training_goes_on_from_the_last_checkpoint(finished, tmp_p
     assert steps == list(range(5, STEPS + 1, 5))
 
 
+def test_a_run_that_died_after_its_last_step_writes_its_summary_when_run_again(
+    finished, tmp_path, one_device
+):
+    workdir = tmp_path / "run"
+
+    def crash(*arguments):
+        raise RuntimeError("power cut")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train._Loop, "_summarise", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.run(finished.config, workdir)
+    assert not (workdir / "summary.json").exists()
+    assert train.run(finished.config, workdir) == 0
+    mine, theirs = (
+        json.loads((folder / "summary.json").read_text()) for folder in (workdir, finished.workdir)
+    )
+    for key in ("val_loss", "nonzeros", "alive_neurons", "steps"):
+        assert mine[key] == theirs[key]
+
+
 def test_a_workdir_of_another_config_is_refused_with_what_differs(finished, one_device):
     changed = dataclasses.replace(
         finished.config, steps=41, optimizer=dataclasses.replace(finished.config.optimizer, b1=0.8)
@@ -604,7 +616,7 @@ def get_config():
 """
 
 
-# As `quick_compilation`, in another process.
+# As in conftest.py, in another process.
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
@@ -614,6 +626,25 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": "", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+# Importing takes seconds, a mistake none: every command is a fork of a process that has imported.
+MANY_COMMANDS = """
+import json, os, runpy, sys
+
+import wsparse.checkpoint, wsparse.circuits, wsparse.data.pipeline, wsparse.metrics, wsparse.sharding
+
+statuses = []
+for number, arguments in enumerate(json.load(sys.stdin)):
+    if (child := os.fork()) == 0:
+        output = os.open(f"{sys.argv[1]}/{number}.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = ["train", *arguments]
+        runpy.run_module("wsparse.train", run_name="__main__")
+    statuses.append(os.waitpid(child, 0)[1])
+print(json.dumps(statuses))
+"""
 
 
 @pytest.fixture
@@ -635,24 +666,40 @@ def test_mistakes_on_the_command_line_are_errors_of_one_line(recipe, tmp_path):
             [recipe, workdir, "--config.model.n_layer=0"],
             ["model.n_layer", "at least 1", "0"],
         ),
+        "top": ([recipe, workdir, "--config.zzzz=1"], ["unknown config key 'zzzz'"]),
         "nothing": ([workdir], ["--config"]),
         "file": ([f"--config={tmp_path}/none.py", workdir], ["none.py"]),
         "workdir": ([recipe, f"--workdir={blocked}/run"], ["--workdir", str(blocked)]),
     }
 
-    def call(case):
-        process = command(*case[0])
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+    recipes = {
+        "no function": ("x = 1", ["get_config"]),
+        "no config": ("def get_config(): return 1", ["ConfigDict", "int"]),
+        "raises": ("def get_config():\n    return 1 / 0", [".py:2: ZeroDivisionError"]),
+        "syntax": ("def get_config(:", [".py:1: invalid syntax"]),
+    }
+    for number, (name, (code, words)) in enumerate(recipes.items()):
+        path = tmp_path / f"bad{number}.py"
+        path.write_text(code)
+        cases[name] = ([f"--config={path}", workdir], words)
 
-    with futures.ThreadPoolExecutor(2) as pool:
-        results = dict(zip(cases, pool.map(call, cases.values()), strict=True))
-    for name, (status, out, err) in results.items():
-        assert status != 0, name
-        assert "Traceback" not in out + err, (name, err)
-        assert len(err.strip().splitlines()) == 1, (name, err)
-        for word in cases[name][1]:
-            assert word in err, (name, err)
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    process = subprocess.run(
+        [sys.executable, "-c", MANY_COMMANDS, str(outputs)],
+        input=json.dumps([arguments for arguments, _ in cases.values()]),
+        env={**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    statuses = dict(zip(cases, json.loads(process.stdout), strict=True))
+    for number, (name, (_, words)) in enumerate(cases.items()):
+        printed = (outputs / f"{number}.txt").read_text()
+        assert statuses[name] != 0, name
+        assert "Traceback" not in printed, (name, printed)
+        assert len(printed.strip().splitlines()) == 1, (name, printed)
+        for word in words:
+            assert word in printed, (name, printed)
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from wsparse import files, trees
+from wsparse import files, sharding, trees
 from wsparse.errors import UserError
 
 _DIGESTS = "digests.json"
@@ -110,7 +110,12 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest undamaged step on disk, once what is being written has arrived there."""
         self.finish()
-        return next(self._good_steps(), None)
+        # One process looks, since it is the one that sets damaged steps aside; the others wait for it.
+        mine = next(self._good_steps(), None) if jax.process_index() == 0 else None
+        found = sharding.gather(str(mine))[0]
+        if jax.process_index() != 0:
+            self._manager.reload()
+        return None if found == "None" else int(found)
 
     def _good_steps(self) -> Iterator[int]:
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -123,10 +128,9 @@ class Checkpointer:
     def _set_aside(self, step: int, reason: str) -> None:
         target = self._folder.parent / SET_ASIDE / f"{self._folder.name}-{step}"
         self._say(f"checkpoint {step} is not used: {reason}; moved to {target}")
-        if jax.process_index() == 0:
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(self._folder / str(step), target)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self._folder / str(step), target)
         self._manager.reload()
 
     def _start_hashing(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import difflib
+import re
 import sys
+import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -39,20 +41,13 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
+        except UserError as error:
+            _fail(str(error))
         except SyntaxError as error:
-            # A recipe is Python, and is run while flags are parsed.
             _fail(f"{error.filename}:{error.lineno}: {error.msg}")
-        except (
-            flags.Error,
-            ImportError,
-            LookupError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            # A KeyError's text is the repr of its message.
-            text = f"unknown key {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            _fail(" ".join(text.replace("\\'", "'").replace("\\n", " ").split()) + "; see --help")
+        except Exception as error:
+            # A recipe is Python, and is run while flags are parsed: whatever it raises ends here.
+            _fail(_flag_error(error))
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -74,6 +69,21 @@ def run_plain(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _fail(str(error))
+
+
+def _flag_error(error: Exception) -> str:
+    """What went wrong while flags were parsed, with the recipe's line where it went wrong there."""
+    # An unknown key comes as the repr of a KeyError's message.
+    text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").split())
+    if unknown := re.fullmatch(r"""["']+(\w+)'( Did you mean "(\w+)".*)?["']?""", text):
+        nearest = f" (did you mean {unknown[3]!r}?)" if unknown[3] else ""
+        return f"unknown config key {unknown[1]!r}{nearest}"
+    if "has no attribute 'get_config'" in text:
+        return "the recipe of --config defines no get_config(); see configs/tiny.py for one"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if frame.name == "get_config":
+        return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
+    return f"{text}; see --help"
 
 
 def _fail(message: str) -> NoReturn:

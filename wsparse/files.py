@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 from typing import Any
 
 from wsparse.errors import UserError
@@ -16,12 +17,22 @@ from wsparse.errors import UserError
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, with its suffix, that takes its place when the block ends well."""
     path = pathlib.Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # Processes on different machines may write to one folder, and have the same number.
+    writer = f"{socket.gethostname()}.{os.getpid()}"
+    part = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder where there is none; UserError when that cannot be."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wsparse import files
+from wsparse import files, plots
 from wsparse.errors import UserError
 
 
@@ -119,33 +119,22 @@ class Progress:
 
 def plot_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draw loss and nonzero weights against tokens seen into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     train = [record for record in records if "loss" in record]
     held_out = [record for record in records if "val_loss" in record]
-    figure, (loss, nonzeros) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 6), height_ratios=(2, 1), layout="constrained"
-    )
     tokens = [record["tokens"] for record in train]
-    loss.plot(tokens, [record["loss"] for record in train], color="#4477aa", label="training")
-    loss.plot(
-        [record["tokens"] for record in held_out],
-        [record["val_loss"] for record in held_out],
-        "o-",
-        color="#cc6677",
-        label="held out",
-    )
-    loss.set_ylabel("cross-entropy (nats per token)")
-    loss.legend(frameon=False)
-    nonzeros.plot(tokens, [record["nonzeros"] for record in train], color="#228833")
-    nonzeros.set_yscale("log")
-    nonzeros.set_ylabel("nonzero weights")
-    nonzeros.set_xlabel("tokens seen")
-    for axes in (loss, nonzeros):
-        axes.spines[["top", "right"]].set_visible(False)
-    with files.replacing(path) as part:
-        figure.savefig(part, dpi=120, format="png")
-    plt.close(figure)
+    with plots.figure(path, 2, sharex=True, figsize=(7, 6), height_ratios=(2, 1)) as axes:
+        loss, nonzeros = axes
+        loss.plot(tokens, [record["loss"] for record in train], color="#4477aa", label="training")
+        loss.plot(
+            [record["tokens"] for record in held_out],
+            [record["val_loss"] for record in held_out],
+            "o-",
+            color="#cc6677",
+            label="held out",
+        )
+        loss.set_ylabel("cross-entropy (nats per token)")
+        loss.legend(frameon=False)
+        nonzeros.plot(tokens, [record["nonzeros"] for record in train], color="#228833")
+        nonzeros.set_yscale("log")
+        nonzeros.set_ylabel("nonzero weights")
+        nonzeros.set_xlabel("tokens seen")

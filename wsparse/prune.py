@@ -3,36 +3,61 @@
 For every task: a search over pruning runs, the smallest circuit of its best ones, and the evidence. Each
 task's result is a folder under `RUN/circuits/`; tasks that are done are not done again. `table.txt`,
 `results.json` and `curves.png` beside them are made anew each time.
+
+Any number of workers on any machines share a sweep through `--storage=FILE_OR_URL`: see docs/multihost.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import re
+import signal
+import sys
+import time
 from typing import Any, get_args
 
 from absl import flags
 import numpy as np
+from optuna.storages import BaseStorage
 
 from wsparse import files, runs
-from wsparse.circuits import find, report, tasks
+from wsparse.circuits import evaluate, find, report, tasks
 from wsparse.circuits.circuit import Circuit
-from wsparse.circuits.search import Pruner, Sampler
+from wsparse.circuits.search import Pruner, Sampler, Shared, Trial
+from wsparse.circuits.shared import ElsewhereError, Pieces, open_storage
 from wsparse.data import pipeline
 from wsparse.errors import UserError, run_command
 
 # Windows of pretraining text for the means, and the megabytes they are drawn from.
 _WINDOWS, _MEGABYTES = 512, 2.0
+# Seconds between looks at what other workers have left.
+_POLL = 10.0
 
 
 def run(
-    folder: pathlib.Path, wanted: Sequence[tasks.Task], settings: find.Settings, *, max_tokens: int
+    folder: pathlib.Path,
+    wanted: Sequence[tasks.Task],
+    settings: find.Settings,
+    *,
+    max_tokens: int,
+    storage: BaseStorage | None = None,
+    lease: float = 600.0,
 ) -> list[dict[str, Any]]:
     """Find the circuits of tasks that are not done, and write the table of all.
+
+    Args:
+      folder: of the run.
+      wanted: tasks.
+      settings: of the procedure.
+      max_tokens: longest prompt to use.
+      storage: shares the work with all processes that are given the same one.
+      lease: seconds of silence after which the others take a process for dead.
 
     Returns:
       The rows of the table, see `report.row`.
@@ -44,7 +69,7 @@ def run(
     trained = runs.load(folder)
     config = trained.config.model
     out = folder / "circuits"
-    subject = find.Subject(trained.params, config, _windows(trained, out))
+    subject = find.Subject(trained.params, config, pretraining_windows(trained, out))
     pairs, refused = find.build_pairs(
         wanted, trained.tokenizer, settings, max_tokens=min(max_tokens, config.context)
     )
@@ -59,37 +84,124 @@ def run(
         tie_qk=settings.tie_qk,
         parallel=min(settings.parallel, settings.trials),
     )
-    for number, each in enumerate(pairs, start=1):
-        where = out / each.task
-        say(f"[{number}/{len(pairs)}] {each.task}")
-        if _is_done(where, subject.digest, settings):
-            say("  done before")
-            continue
-        score = find.model_score(subject, each.report)
-        say(f"  the model: loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
-        circuit, outcome = None, "the model cannot do it"
-        if score.loss < settings.target:
-            circuit = find.find_circuit(subject, each, pruner, settings, say)
-            outcome = "found" if circuit else "not found"
-        status = {
-            "task": each.task,
-            "status": outcome,
-            "model": score._asdict(),
-            "digest": subject.digest,
-            "settings": _as_json(settings),
-        }
-        if circuit is not None:
-            circuit.save(where)
-            say(f"  {report.summary(circuit)}")
-        where.mkdir(parents=True, exist_ok=True)
-        files.write_json(where / "status.json", status)
+    jobs = [
+        _Job(subject, each, pruner, settings, out / each.task, storage, lease, say)
+        for each in pairs
+    ]
+    waiting = False
+    todo = list(enumerate(jobs, start=1))
+    while todo:
+        left = []
+        for number, job in todo:
+            if not waiting:
+                say(f"[{number}/{len(jobs)}] {job.pairs.task}")
+            try:
+                job.run()
+            except ElsewhereError:
+                left.append((number, job))
+        if left:
+            if not waiting:
+                say(f"with other workers: {len(left)} tasks; waiting for them, in case one dies")
+            waiting = True
+            time.sleep(min(_POLL, lease / 4))
+        todo = left
+    return write_report(folder, say)
+
+
+def write_report(folder: pathlib.Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Write the table and curves of the tasks that are done, and return the table's rows."""
+    out = folder / "circuits"
     rows = report.collect(out)
+    if not rows:
+        raise UserError(f"{out} holds no finished task: run without --report first")
     report.write(out, rows, title=folder.name)
     say((out / "table.txt").read_text())
     return rows
 
 
-def _windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """One task of a sweep, alone or with others."""
+
+    subject: find.Subject
+    pairs: find.Pairs
+    pruner: Pruner
+    settings: find.Settings
+    where: pathlib.Path
+    storage: BaseStorage | None
+    lease: float
+    say: Callable[[str], None]
+
+    def run(self) -> None:
+        """Do what is left of the task.
+
+        Raises:
+          ElsewhereError: others are at what is left.
+        """
+        if _is_done(self.where, self.subject.digest, self.settings):
+            self.say("  done before")
+            return
+        if self.score.loss >= self.settings.target:
+            self._finish(None, "the model cannot do it")
+            return
+        trials = self._search()
+        with self._alone():
+            # It may have been finished by whom it was waited for.
+            if not _is_done(self.where, self.subject.digest, self.settings):
+                circuit = find.find_circuit(
+                    self.subject, self.pairs, self.pruner, self.settings, self.say, trials=trials
+                )
+                self._finish(circuit, "found" if circuit else "not found")
+
+    @functools.cached_property
+    def score(self) -> evaluate.Score:
+        score = find.model_score(self.subject, self.pairs.report)
+        self.say(f"  the model: loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
+        return score
+
+    @functools.cached_property
+    def _shared(self) -> Shared | None:
+        if self.storage is None:
+            return None
+        decided_by = json.dumps([self.subject.digest, _as_json(self.settings)]).encode()
+        name = f"{self.pairs.task}-{hashlib.sha256(decided_by).hexdigest()[:16]}"
+        return Shared(self.storage, name, self.where / "trials" / name, self.lease)
+
+    def _search(self) -> list[Trial] | None:
+        if self._shared is None:
+            return None
+        return find.search_trials(
+            self.subject, self.pairs, self.pruner, self.settings, self.say, shared=self._shared
+        )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one worker cleans up and measures; the claim is free again afterwards."""
+        if self._shared is None:
+            yield
+            return
+        name = f"{self._shared.name}-circuit"
+        with Pieces(1, storage=self.storage, name=name, lease=self.lease).claim() as claimed:
+            if not claimed:
+                raise ElsewhereError
+            yield
+
+    def _finish(self, circuit: Circuit | None, outcome: str) -> None:
+        status = {
+            "task": self.pairs.task,
+            "status": outcome,
+            "model": self.score._asdict(),
+            "digest": self.subject.digest,
+            "settings": _as_json(self.settings),
+        }
+        if circuit is not None:
+            circuit.save(self.where)
+            self.say(f"  {report.summary(circuit)}")
+        self.where.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.where / "status.json", status)
+
+
+def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
     """`(W, T)` windows of the run's own pretraining text, drawn once and kept."""
     path = out / "windows.npz"
     if path.exists():
@@ -108,8 +220,6 @@ def _windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
         context=trained.config.model.context,
         seed=data.seed,
         start_step=0,
-        process_index=0,
-        process_count=1,
         threads=0,
         prefetch=0,
     )
@@ -155,8 +265,24 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise UserError(f"--sweep must be numbers separated by commas: {error}") from error
     settings = find.Settings(**values)
+    folder = pathlib.Path(options.run)
+    if options.report:
+        write_report(folder, functools.partial(print, flush=True))
+        return 0
+    if options.lease <= 0:
+        raise UserError(f"--lease must be above 0 seconds, got {options.lease}")
+    storage = None if options.storage is None else open_storage(options.storage)
+    # A worker that is told to leave gives its claims back.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        run(pathlib.Path(options.run), wanted, settings, max_tokens=options.max_tokens)
+        run(
+            folder,
+            wanted,
+            settings,
+            max_tokens=options.max_tokens,
+            storage=storage,
+            lease=options.lease,
+        )
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on with the tasks that are not done")
         return 130
@@ -177,6 +303,17 @@ def _define_flags() -> None:
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
     flags.DEFINE_list("task", ["all"], "Names, .jsonl or .py files, or all.")
     flags.DEFINE_integer("max_tokens", 4096, "Longest prompt to use; at most the context.")
+    flags.DEFINE_string(
+        "storage",
+        None,
+        "Share the work with all workers that are given the same file or database URL.",
+    )
+    flags.DEFINE_float(
+        "lease", 600.0, "Seconds of silence after which other workers take a worker for dead."
+    )
+    flags.DEFINE_bool(
+        "report", False, "Only write the table and curves of the tasks that are done."
+    )
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
         about = _help_of(field.name)

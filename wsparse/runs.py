@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
+from typing import Any
 
 import jax
 
-from wsparse import checkpoint, model
-from wsparse.config import TrainConfig, from_dict
+from wsparse import checkpoint, files, model, sparsity
+from wsparse.config import TrainConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
 
@@ -71,3 +73,53 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:
     found, state = checkpoint.read(folder / "checkpoints", {"params": like}, step=step)
     tokenizer = tokenizer_lib.load(folder / "tokenizer.json")
     return Run(folder, config, found, state["params"], tokenizer)
+
+
+def sizes(params: model.Params) -> dict[str, Any]:
+    """What `summary.json` says about parameters alone.
+
+    "l0" is the share of nonzeros in the projected matrices, "nonzeros" their number, "parameters" that of all
+    parameters, and "alive_neurons", per layer, those with weights on both sides.
+    """
+    counts = sparsity.l0(params).values()
+    nonzeros = sum(count for count, _ in counts)
+    return {
+        "l0": nonzeros / sum(size for _, size in counts),
+        "nonzeros": nonzeros,
+        "parameters": model.count_parameters(params),
+        "alive_neurons": jax.device_get(sparsity.alive_neurons(params)).tolist(),
+    }
+
+
+def create(
+    folder: str | os.PathLike[str],
+    config: TrainConfig,
+    params: model.Params,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    summary: dict[str, Any],
+) -> None:
+    """Write a run that was not trained here, as `load` and the commands read it.
+
+    Args:
+      folder: where it will be, all of it or nothing; it does not exist, or is empty.
+      config: with the model's.
+      params: the model's parameters.
+      tokenizer: what the tokens mean.
+      summary: what `summary.json` has beside `sizes`.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    folder = pathlib.Path(folder).absolute()
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    files.make_folder(part)
+    try:
+        tokenizer.save(part / "tokenizer.json")
+        with checkpoint.Checkpointer(part / "checkpoints") as checkpoints:
+            checkpoints.save(0, {"params": params}, {"config": to_dict(config)})
+        files.write_json(part / "summary.json", sizes(params) | summary)
+        files.write_json(part / "config.json", to_dict(config))
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -8,6 +8,7 @@ at any step without changing a bit of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,9 +22,11 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 from jax import lax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import ml_collections
 from ml_collections import config_flags
 import numpy as np
 import optax
@@ -49,8 +52,13 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025)."""
+def make_optimizer(
+    config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None
+) -> optax.GradientTransformation:
+    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
+
+    With the mesh that parameters lie on, the projection knows whether devices hold whole matrices.
+    """
     settings = config.optimizer
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
@@ -73,6 +81,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             density if config.sparsity.density < 1 else 1.0,
             # At full density there is nothing to protect.
             min_per_neuron=config.sparsity.min_per_neuron if config.sparsity.density < 1 else 0,
+            whole=mesh is None or sharding.replicates(mesh),
         ),
     )
 
@@ -84,18 +93,27 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss(
-    params: model.Params, window_BT: jax.Array, config: ModelConfig
+    params: model.Params,
+    window_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
-    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config)
+    tap = None if mesh is None else sharding.activation_tap(mesh)
+    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config, tap=tap)
     each = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
     return jnp.mean(each), acts
 
 
 def train_step(
-    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig
+    state: TrainState,
+    batch_ABT: jax.Array,
+    *,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on `(accumulate, B, T+1)` windows.
+    """One optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
 
     Returns:
       The next state, and float32 scalars "loss", "gradient_rms", "kurtosis" (of the final residual,
@@ -105,7 +123,7 @@ def train_step(
 
     def microbatch(gradients, window_BT):
         def objective(params):
-            value, acts = loss(params, window_BT, config.model)
+            value, acts = loss(params, window_BT, config.model, mesh=mesh)
             return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
 
         (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(state.params)
@@ -120,7 +138,9 @@ def train_step(
             microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT
         )
         gradients = jax.tree.map(lambda g: g / config.accumulate, total)
-    updates, optimizer = make_optimizer(config).update(gradients, state.optimizer, state.params)
+    updates, optimizer = make_optimizer(config, mesh=mesh).update(
+        gradients, state.optimizer, state.params
+    )
     params: Any = optax.apply_updates(state.params, updates)
     finite = sparsity.find_state(optimizer).finite
     report = {
@@ -132,11 +152,29 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer), report
 
 
+def project(
+    params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
+) -> model.Params:
+    """The projection alone, at the final density: what it costs can be told apart."""
+    transform = sparsity.project_top_k(
+        config.sparsity.density,
+        min_per_neuron=config.sparsity.min_per_neuron,
+        whole=mesh is None or sharding.replicates(mesh),
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates: Any = transform.update(zeros, transform.init(params), params)[0]
+    return updates
+
+
 def eval_step(
-    params: model.Params, window_BT: jax.Array, *, config: ModelConfig
+    params: model.Params,
+    window_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
-    value, acts = loss(params, window_BT, config)
+    value, acts = loss(params, window_BT, config, mesh=mesh)
     return value, jnp.any(acts["mlp.post_act"] != 0, axis=(1, 2))
 
 
@@ -150,14 +188,16 @@ class Program:
       init: `() -> state`.
       step: `(state, batch) -> (state, metrics)`, donates the state.
       evaluate: `(params, windows) -> (loss, fired)`.
+      project: `params -> updates` that project them; part of `step`, here on its own.
       alive: `(params, fired or None) -> alive neurons per layer`.
     """
 
     mesh: jax.sharding.Mesh
     abstract_state: TrainState
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, Any]]]
+    step: jax.stages.Wrapped
     evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
+    project: Callable[[model.Params], model.Params]
     alive: Callable[..., jax.Array]
 
 
@@ -172,6 +212,17 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     shapes = jax.eval_shape(init)
     shardings = sharding.tree_shardings(shapes, mesh)
     replicated = NamedSharding(mesh, P())
+
+    def on_mesh(function, config):
+        """The function, traced where kernels can see which devices their arrays are spread over."""
+
+        def traced(*arguments):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments, config=config, mesh=mesh)
+
+        traced.__name__ = function.__name__
+        return traced
+
     return Program(
         mesh=mesh,
         abstract_state=jax.tree.map(
@@ -181,17 +232,22 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
         ),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            functools.partial(train_step, config=config),
+            on_mesh(train_step, config),
             in_shardings=(shardings, sharding.batch_sharding(mesh)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
-            functools.partial(eval_step, config=config.model),
+            on_mesh(eval_step, config.model),
             in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
             out_shardings=replicated,
         ),
-        alive=jax.jit(sparsity.alive_neurons),
+        project=jax.jit(
+            on_mesh(project, config),
+            in_shardings=(shardings.params,),
+            out_shardings=shardings.params,
+        ),
+        alive=jax.jit(sparsity.alive_neurons, out_shardings=replicated),
     )
 
 
@@ -209,14 +265,16 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
         config; a weight became NaN or infinite.
     """
     started = time.monotonic()
+    _refuse_url(workdir)
     _refuse_unwritable(workdir)
     _refuse_other(workdir, config)
     finished = workdir / "summary.json"
-    if finished.exists():
-        print(f"{workdir} is complete: {finished.read_text().strip()}")
-        return 0
     quiet = jax.process_index() != 0
     say = (lambda line: None) if quiet else functools.partial(print, flush=True)
+    # What process 0 sees decides: a network's file system may show it to others later.
+    if sharding.gather(str(finished.exists()))[0] == "True":
+        say(f"{workdir} is complete: {finished.read_text().strip()}")
+        return 0
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and not cpu.available():
@@ -231,6 +289,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
     )
     for line in str(dataset.report).splitlines():
         say(line)
+    sharding.require_same(dataset.digest, "the data")
     # Only now: a start that failed above leaves the folder free for the corrected command.
     _claim(workdir, config)
     if not quiet and not tokenizer_file.exists():
@@ -256,12 +315,21 @@ def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
             raise UserError(
                 f"{path} is not JSON: move the folder away or choose another --workdir"
             ) from error
-        changed = differences(theirs, mine)
+        # Arrays are saved whole, whatever they were spread over.
+        changed = differences(theirs | {"mesh": None}, mine | {"mesh": None})
         if changed:
             raise UserError(
                 f"{workdir} holds a run of a different config ({'; '.join(changed)}): "
                 "choose another --workdir, or undo the change"
             )
+
+
+def _refuse_url(workdir: pathlib.Path) -> None:
+    """Refuse what would become a local folder of the name `gs:`."""
+    if workdir.parts[:1] and workdir.parts[0].endswith(":") and not workdir.drive:
+        raise UserError(
+            f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it"
+        )
 
 
 def _refuse_unwritable(workdir: pathlib.Path) -> None:
@@ -282,6 +350,12 @@ def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
             files.write_json(path, to_dict(config))
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+    blind = sharding.blind_processes(path)
+    if blind:
+        raise UserError(
+            f"--workdir={workdir} must be one folder for all processes, but process {blind[0]} does not see "
+            "what process 0 wrote there: use a network's file system, or a bucket that is mounted"
+        )
 
 
 def _restore(checkpoints, program: Program, dataset: pipeline.Dataset):
@@ -319,20 +393,30 @@ class _Loop:
             context=config.model.context,
             seed=config.data.seed,
             start_step=step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.program.mesh, config.batch_size, config.accumulate),
             threads=config.data.threads,
             prefetch=config.data.prefetch,
         )
         self.progress = metrics.Progress(config.steps, step, quiet=self.quiet)
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.signal(s, handler) for s, handler in self._handlers().items()}
         try:
-            with metrics.MetricsWriter(self.workdir, step) as self.writer:
+            # One process writes for all: what it writes is the same in all of them.
+            with (
+                contextlib.nullcontext()
+                if self.quiet
+                else metrics.MetricsWriter(self.workdir, step) as self.writer
+            ):
                 return self._steps(state, step, batches, losses)
         finally:
             self.progress.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _handlers(self) -> dict[signal.Signals, Callable[..., None]]:
+        if jax.process_count() == 1:
+            return dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._on_signal)
+        # Here SIGTERM belongs to jax's service, which tells all processes; the terminal's signal joins it.
+        return {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
 
     def _on_signal(self, number, frame):
         del frame
@@ -345,7 +429,7 @@ class _Loop:
         seconds_projecting = self._time_projection(state)
         pending, evaluation = None, {}
         window_start, window_step = time.monotonic(), step
-        while step < config.steps and not self._must_stop():
+        while step < config.steps and not self._must_stop(step):
             state, report = self.program.step(state, self._put(next(batches)))
             step += 1
             # The device works on this step while the host reads the one before.
@@ -384,19 +468,17 @@ class _Loop:
         self._summarise(state, step, evaluation or self._evaluate(state, step))
         return 0
 
-    def _must_stop(self) -> bool:
-        if jax.process_count() == 1:
-            return bool(self.stop_signal)
-        from jax.experimental import multihost_utils
-
-        # Every process must leave at the same step, whichever of them was told to.
-        told = multihost_utils.process_allgather(np.int32(self.stop_signal))
-        self.stop_signal = int(np.max(told))
+    def _must_stop(self, step: int) -> bool:
+        # Every process must leave at the same step, whichever of them was told to. The service that
+        # jax runs for that agrees on one in the background: the devices are not waited for.
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.stop_signal = signal.SIGTERM
         return bool(self.stop_signal)
 
     def _put(self, local: np.ndarray) -> jax.Array:
-        split = local.reshape(self.config.accumulate, -1, local.shape[-1])
-        return sharding.put_batch(split, self.program.mesh)
+        accumulate, size = self.config.accumulate, self.config.batch_size // self.config.accumulate
+        split = local.reshape(accumulate, -1, local.shape[-1])
+        return sharding.put_batch(split, self.program.mesh, size=size)
 
     def _read(self, pending) -> float:
         """The loss of a step; stops training when a weight is no longer finite."""
@@ -435,7 +517,7 @@ class _Loop:
             "tokens_per_s": tokens_per_step / seconds_per_step,
             "projection_share": min(seconds_projecting / seconds_per_step, 1.0),
         }
-        self.writer.write(step, values)
+        self._write(step, values)
         self.progress.record(
             step,
             {
@@ -447,18 +529,21 @@ class _Loop:
             },
         )
 
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, values)
+
     def _evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
         config = self.config
-        results = []
+        results, size = [], config.batch_size // config.accumulate
         for local in pipeline.eval_batches(
             self.dataset.validation,
-            batch_size=config.batch_size // config.accumulate,
+            batch_size=size,
             context=config.model.context,
             batches=config.eval_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.program.mesh, size),
         ):
-            batch = sharding.put_batch(local, self.program.mesh, EVAL_BATCH)
+            batch = sharding.put_batch(local, self.program.mesh, EVAL_BATCH, size=size)
             results.append(jax.device_get(self.program.evaluate(state.params, batch)))
         fired = np.any([each for _, each in results], axis=0)
         values = {
@@ -466,7 +551,7 @@ class _Loop:
             "val_loss": statistics.fmean(float(value) for value, _ in results),
             "alive_neurons_fired": jax.device_get(self.program.alive(state.params, fired)).tolist(),
         }
-        self.writer.write(step, values)
+        self._write(step, values)
         self.progress.say(f"step {step}: held-out loss {values['val_loss']:.4f}")
         return values
 
@@ -483,15 +568,7 @@ class _Loop:
 
     def _time_projection(self, state: TrainState) -> float:
         """Seconds one projection takes at the final density, measured on the current parameters."""
-        project = sparsity.project_top_k(
-            self.config.sparsity.density, min_per_neuron=self.config.sparsity.min_per_neuron
-        )
-
-        @jax.jit
-        def projected(params):
-            zeros = jax.tree.map(jnp.zeros_like, params)
-            return project.update(zeros, project.init(params), params)[0]
-
+        projected = self.program.project
         jax.block_until_ready(projected(state.params))
         seconds = []
         for _ in range(3):
@@ -540,6 +617,11 @@ def main(argv: Sequence[str]) -> int:
     file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not file.is_file():
         raise UserError(f"--config={file}: no such file; recipes are in configs/")
+    if not isinstance(options.config, ml_collections.ConfigDict):
+        raise UserError(
+            f"{file}: get_config() must return a ConfigDict (wsparse.config.recipe makes one), "
+            f"got {type(options.config).__name__}"
+        )
     config = from_dict(TrainConfig, options.config.to_dict())
     sharding.initialize_processes()
     return run(config, pathlib.Path(options.workdir or f"runs/{file.stem}"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wsparse import files
+from wsparse import files, plots
 from wsparse.circuits.circuit import Circuit
 
 
@@ -136,26 +136,17 @@ def plot_curves(rows_of: dict[str, list[dict[str, Any]]], path: pathlib.Path) ->
 
     A mean is drawn over the targets that all of a run's tasks reach.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for (title, rows), color in zip(
-        rows_of.items(), ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=False
-    ):
-        for r in rows:
-            targets = [p["target"] for p in r["curve"]]
-            edges = [max(p["edges"], 1) for p in r["curve"]]
-            axes.plot(targets, edges, color=color, alpha=0.25, linewidth=0.8)
-        full = [(t, mean) for t, mean, n in curve(rows) if n == len(rows)]
-        axes.plot(*zip(*full, strict=True), color=color, marker="o", linewidth=2, label=title)
-    axes.set_yscale("log")
-    axes.set_xlabel("target task loss (nats)")
-    axes.set_ylabel("edges of the circuit")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    with files.replacing(path) as part:
-        figure.savefig(part, dpi=150, format="png")
-    plt.close(figure)
+    with plots.figure(path, figsize=(6.4, 4.4)) as axes:
+        for (title, rows), color in zip(
+            rows_of.items(), ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=False
+        ):
+            for r in rows:
+                targets = [p["target"] for p in r["curve"]]
+                edges = [max(p["edges"], 1) for p in r["curve"]]
+                axes.plot(targets, edges, color=color, alpha=0.25, linewidth=0.8)
+            full = [(t, mean) for t, mean, n in curve(rows) if n == len(rows)]
+            axes.plot(*zip(*full, strict=True), color=color, marker="o", linewidth=2, label=title)
+        axes.set_yscale("log")
+        axes.set_xlabel("target task loss (nats)")
+        axes.set_ylabel("edges of the circuit")
+        axes.legend(frameon=False)

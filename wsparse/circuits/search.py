@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optuna
 
-from wsparse import model
+from wsparse import files, model
 from wsparse.circuits import masks
 from wsparse.circuits.learn import HasPairs, HParams, arrays, prune
+from wsparse.circuits.shared import ElsewhereError, Pieces
 from wsparse.config import ModelConfig
+from wsparse.errors import UserError
 
 Sampler = Literal["tpe", "random"]
 
@@ -46,14 +50,15 @@ class Trial(NamedTuple):
       hparams: floats.
       tau: float32 `(U,)`.
       value: what the search minimises.
-      result: whatever the objective found beside the value.
+      result: gives whatever the objective found beside the value, computed anew for a trial of another
+        process.
     """
 
     number: int
     hparams: HParams
     tau: np.ndarray
     value: float
-    result: Any
+    result: Callable[[], Any]
 
 
 class Pruner:
@@ -74,6 +79,7 @@ class Pruner:
         pairs_per_step: int,
         tie_qk: bool = True,
         parallel: int = 4,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Settings are static.
 
@@ -83,6 +89,7 @@ class Pruner:
           pairs_per_step: drawn for each step.
           tie_qk: see `prune`.
           parallel: trials in one call.
+          devices: to spread trials over; None is all there are.
         """
         self.parallel = parallel
         run = functools.partial(
@@ -96,12 +103,22 @@ class Pruner:
 
             return jax.vmap(one)(hparams, keys)
 
-        self._run = jax.jit(trials)
-        self.devices = math.gcd(parallel, jax.device_count())
+        there = jax.devices() if devices is None else list(devices)
+        self.devices = math.gcd(parallel, len(there))
         self._sharding = None
-        if self.devices > 1:
-            mesh = jax.sharding.Mesh(np.asarray(jax.devices()[: self.devices]), ("trials",))
+        if self.devices > 1 or devices is not None:
+            mesh = jax.sharding.Mesh(np.asarray(there[: self.devices]), ("trials",))
             self._sharding = NamedSharding(mesh, P("trials")), NamedSharding(mesh, P())
+            # Trials have nothing to say to each other: each device runs its own, kernels included.
+            spread, everywhere = P("trials"), P()
+            trials = jax.shard_map(
+                trials,
+                mesh=mesh,
+                in_specs=(everywhere, everywhere, everywhere, spread, spread),
+                out_specs=spread,
+                check_vma=False,
+            )
+        self._run = jax.jit(trials)
 
     def __call__(
         self,
@@ -128,6 +145,58 @@ class Pruner:
             shared = jax.device_put(shared, everywhere)
         return np.asarray(self._run(*shared, columns, keys))[:wanted]
 
+    def lower(
+        self, params: model.Params, pairs: Any, means: Mapping[str, Any]
+    ) -> jax.stages.Lowered:
+        """The call for trees of shapes and dtypes, for compiling ahead of time."""
+        spread, everywhere = self._sharding or (None, None)
+
+        def place(tree, where):
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+            )
+
+        number = jax.ShapeDtypeStruct((self.parallel,), np.float32)
+        keys = jax.eval_shape(jax.vmap(jax.random.key), np.zeros(self.parallel, np.uint32))
+        each = HParams(*[number] * len(HParams._fields)), keys
+        return self._run.lower(*place((params, pairs, means), everywhere), *place(each, spread))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared:
+    """Where several processes search for one task's circuit together.
+
+    Attributes:
+      storage: who does what.
+      name: of this search in the storage; model, task and settings must decide it.
+      folder: of what trials learned, seen by all.
+      lease: seconds after which a silent process counts as dead.
+      mine: trials of this process, so that it need not score them again.
+    """
+
+    storage: optuna.storages.BaseStorage
+    name: str
+    folder: pathlib.Path
+    lease: float
+    mine: dict[int, Trial] = dataclasses.field(default_factory=dict)
+
+    def keep(self, number: int, tau_U: np.ndarray) -> None:
+        """Write what a trial learned, before it is said to be done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with files.replacing(self.folder / f"{number}.npy") as part:
+            np.save(part, tau_U)
+
+    def tau(self, number: int) -> np.ndarray:
+        """What a trial learned, in whichever process."""
+        path = self.folder / f"{number}.npy"
+        try:
+            return np.load(path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read, though the storage says that the trial is done: all workers must "
+                "see one folder; if it was deleted, begin again with another --storage"
+            ) from error
+
 
 def search(
     pruner: Pruner,
@@ -140,6 +209,7 @@ def search(
     sampler: Sampler = "tpe",
     seed: int = 0,
     said: Callable[[Trial], None] = lambda trial: None,
+    shared: Shared | None = None,
 ) -> list[Trial]:
     """Run trials, `pruner.parallel` at a time, and score each.
 
@@ -148,39 +218,66 @@ def search(
       params: of the model.
       pairs: of the search split.
       means: see `prune`.
-      objective: `tau_U -> (value to minimise, result)`.
+      objective: `tau_U -> (value to minimise, result)`, a pure function.
       trials: how many.
       sampler: "tpe" (Optuna's tree-structured Parzen estimator) or "random" (the same ranges).
-      seed: of the sampler and of the trials.
-      said: called with every finished trial.
+      seed: of the sampler and of the trials; where the search is shared the sampler's is random.
+      said: called with every trial that is finished here.
+      shared: with which other processes; None is alone.
 
     Returns:
       All trials, in order.
+
+    Raises:
+      ElsewhereError: all trials are taken, and other processes have not finished theirs.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warm = max(pruner.parallel, min(8, trials // 3))
+    # Processes with the same seed would all try the same.
+    chosen = seed if shared is None else None
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=warm, constant_liar=True
+            seed=chosen, n_startup_trials=warm, constant_liar=True
         ),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=chosen),
     }
-    study = optuna.create_study(sampler=samplers[sampler](), direction="minimize")
-    for start in (FAST, HParams()) if trials >= _FEW else (FAST,):
-        study.enqueue_trial(start._asdict())
-    done: list[Trial] = []
-    while len(done) < trials:
-        asked = [study.ask() for _ in range(min(pruner.parallel, trials - len(done)))]
-        hparams = [_suggest(trial) for trial in asked]
-        seeds = [seed * 100_003 + trial.number for trial in asked]
-        for trial, chosen, tau_U in zip(
-            asked, hparams, pruner(params, pairs, means, hparams, seeds), strict=True
-        ):
-            value, result = objective(tau_U)
-            study.tell(trial, value)
-            done.append(Trial(trial.number, chosen, tau_U, value, result))
-            said(done[-1])
-    return done
+    starts = (FAST, HParams()) if trials >= _FEW else (FAST,)
+    options: dict[str, Any] = {}
+    if shared is not None:
+        options = {"storage": shared.storage, "name": shared.name, "lease": shared.lease}
+    pieces = Pieces(
+        trials, sampler=samplers[sampler](), first=[start._asdict() for start in starts], **options
+    )
+    done = {} if shared is None else shared.mine
+    while pieces.begin():
+        with pieces.claim(pruner.parallel) as asked:
+            if not asked:
+                break
+            hparams = [_suggest(trial) for trial in asked]
+            seeds = [seed * 100_003 + trial.number for trial in asked]
+            for trial, values, tau_U in zip(
+                asked, hparams, pruner(params, pairs, means, hparams, seeds), strict=True
+            ):
+                value, result = objective(tau_U)
+                if shared is not None:
+                    shared.keep(trial.number, tau_U)
+                pieces.tell(trial, value)
+                done[trial.number] = Trial(
+                    trial.number, values, tau_U, value, lambda result=result: result
+                )
+                said(done[trial.number])
+    finished = pieces.done()
+    if len(finished) < trials:
+        raise ElsewhereError
+    for trial in finished:
+        if trial.number not in done:
+            assert shared is not None and trial.value is not None
+            tau_U = shared.tau(trial.number)
+            result = functools.cache(lambda tau_U=tau_U: objective(tau_U)[1])
+            done[trial.number] = Trial(
+                trial.number, HParams(**trial.params), tau_U, trial.value, result
+            )
+    return [done[trial.number] for trial in finished]
 
 
 def _suggest(trial: optuna.Trial) -> HParams:

@@ -18,7 +18,7 @@ no template, and no name, word or number, occurs in two of them.
 
 A user's own task is a JSONL file of pairs or a small Python file; see `load`.
 
-    python -m wsparse.circuits.tasks --run=runs/tiny [--tasks=for_while,my_task.jsonl] [--pairs=64]
+    python -m wsparse.circuits.tasks --run=runs/tiny [--task=for_while,my_task.jsonl] [--pairs=64]
 """
 
 from __future__ import annotations
@@ -973,7 +973,11 @@ TASKS: dict[str, Task] = {
             "else_elif",
             "follow `else` or `elif`",
             _alternative,
-            (Form(":\n", " not"), Form(":", " not")),
+            (
+                Form(":\n", " not"),
+                Form(":", " not"),
+                Form(":\n", " not", beginning=True),
+            ),
         ),
         _task(
             "fstring_brace",
@@ -1225,7 +1229,7 @@ def _command(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if values.pairs < 1:
         raise UserError(f"--pairs must be at least 1, got {values.pairs}")
-    wanted = [find(name) for name in values.tasks or TASKS]
+    wanted = [find(name) for name in values.task or TASKS]
     print(
         report(
             runs.load(values.run),
@@ -1240,7 +1244,7 @@ def _command(argv: Sequence[str]) -> None:
 def _define_flags() -> None:
     """Called only by the command, so that importing this module defines no global flag."""
     flags.DEFINE_string("run", None, "the folder of a training run", required=True)
-    flags.DEFINE_list("tasks", None, "names, or .jsonl and .py files (default: all 20)")
+    flags.DEFINE_list("task", None, "names, or .jsonl and .py files (default: all 20)")
     flags.DEFINE_integer("pairs", 64, "pairs of each task")
     flags.DEFINE_integer("seed", 0, "seed of the pairs")
     flags.DEFINE_enum("split", "search", SPLITS, "which templates and fillers to use")

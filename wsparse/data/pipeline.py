@@ -162,16 +162,15 @@ def train_batches(
     context: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
     prefetch: int = 8,
 ) -> Iterator[np.ndarray]:
     """Endless shuffled batches, from `start_step` on.
 
     The batch of step s is a pure function of (components, batch_size, context, seed, s), whatever
-    `start_step`, `threads` and `prefetch`; process p of P gets rows [p*B/P, (p+1)*B/P) of it and
-    reads no other. Each epoch of each component has its own shuffle. To resume, start at the step.
+    `start_step`, `threads` and `prefetch`; a process that wants some `rows` of it reads no others.
+    Each epoch of each component has its own shuffle. To resume, start at the step.
 
     Args:
       components: (weight, stream) pairs; a smaller stream is repeated as often as its weight asks.
@@ -179,25 +178,24 @@ def train_batches(
       context: T.
       seed: of the order, not negative.
       start_step: the first batch that is returned.
-      process_index: p.
-      process_count: P, divides `batch_size`.
+      rows: which rows of the global batch this process wants, R of them; None is all.
       threads: threads that read ahead.
       prefetch: batches they keep ready.
 
     Returns:
-      An iterator of (B/P, T+1) int32: inputs are `[:, :-1]`, targets `[:, 1:]`.
+      An iterator of (R, T+1) int32: inputs are `[:, :-1]`, targets `[:, 1:]`.
 
     Raises:
-      UserError: at once, when P does not divide B or the seed is negative.
+      UserError: at once, when there is no such row or the seed is negative.
     """
-    rows = _rows_of_process(batch_size, process_index, process_count)
+    wanted = _rows(batch_size, rows)
     if seed < 0:
         raise UserError(f"data.seed must not be negative, got {seed}")
     windows = _shuffled_windows(components, context, seed)
 
     def batch_BT(step: int) -> np.ndarray:
         # Grain types an element as optional; these windows have no gaps.
-        picked: list[Any] = [windows[step * batch_size + row] for row in rows]
+        picked: list[Any] = [windows[step * batch_size + row] for row in wanted]
         return np.stack(picked)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_BT)
@@ -211,8 +209,7 @@ def eval_batches(
     batch_size: int,
     context: int,
     batches: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """The same held-out batches at each call, evenly spread over each stream, in mix proportion.
 
@@ -225,13 +222,12 @@ def eval_batches(
       batch_size: B, rows of the global batch.
       context: T.
       batches: how many at most, at least 1.
-      process_index: p, gets rows [p*B/P, (p+1)*B/P) of each batch.
-      process_count: P, divides `batch_size`.
+      rows: which rows of each global batch this process wants, R of them; None is all.
 
     Returns:
-      1 to `batches` arrays (B/P, T+1) int32.
+      1 to `batches` arrays (R, T+1) int32.
     """
-    rows = _rows_of_process(batch_size, process_index, process_count)
+    wanted = _rows(batch_size, rows)
     windows = [streams.Windows(stream, context) for _, stream in components]
     weights = _normalised([weight for weight, _ in components])
     count = min(batches, max(1, sum(map(len, windows)) // batch_size))
@@ -251,7 +247,7 @@ def eval_batches(
         for j in range(share)
     )
     return [
-        np.stack([windows[c][i] for _, c, i in (plan[b * batch_size + row] for row in rows)])
+        np.stack([windows[c][i] for _, c, i in (plan[b * batch_size + row] for row in wanted)])
         for b in range(count)
     ]
 
@@ -291,17 +287,13 @@ def _digest(tokenizer: tokenizer_lib.Tokenizer, *sides: Components) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _rows_of_process(batch_size: int, process_index: int, process_count: int) -> range:
-    if not 0 <= process_index < process_count:
-        raise UserError(
-            f"process_index must be in [0, process_count={process_count}), got {process_index}"
-        )
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} must be a multiple of process_count={process_count}"
-        )
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
+def _rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    if rows is None:
+        return range(batch_size)
+    for row in rows:
+        if not 0 <= row < batch_size:
+            raise UserError(f"rows must be in [0, batch_size={batch_size}), got {row}")
+    return [int(row) for row in rows]
 
 
 class _EndlessShuffle:

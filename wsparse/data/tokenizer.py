@@ -7,7 +7,7 @@ the characters `<|endoftext|>` is encoded as those characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -129,13 +129,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"got {vocab_size}"
         )
     core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
+    _set_byte_level(core)
     seen = 0
 
     def counted() -> Iterable[str]:
@@ -150,8 +144,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     core.train_from_iterator(counted(), trainer)
-    special = tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)
-    core.add_special_tokens([special])
+    _add_end_of_text(core)
     reached = core.get_vocab_size()
     if reached != vocab_size:
         raise UserError(
@@ -159,3 +152,31 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"{reached} tokens; give more text or a smaller vocab_size"
         )
     return Tokenizer(core)
+
+
+def from_merges(ids: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """A tokenizer whose merges are known; `<|endoftext|>` is the next id where `ids` lacks it.
+
+    Args:
+      ids: of each token, its bytes written as the `tokenizers` library writes them.
+      merges: pairs of tokens, the first to be merged first.
+    """
+    core = tokenizers.Tokenizer(models.BPE(vocab=dict(ids), merges=list(merges)))
+    _set_byte_level(core)
+    _add_end_of_text(core)
+    return Tokenizer(core)
+
+
+def _set_byte_level(core: tokenizers.Tokenizer) -> None:
+    """Split by the pattern, then into bytes; and the way back."""
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+
+
+def _add_end_of_text(core: tokenizers.Tokenizer) -> None:
+    core.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])

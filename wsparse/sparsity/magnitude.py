@@ -15,16 +15,23 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
-from wsparse.kernels import cpu
+from wsparse.kernels import cpu, tpu
+
+# No search takes more passes than a 32-bit key has bits.
+SEARCH_PASSES = 31
+# A pass over a matrix in a TPU's memory has time for this many parts: 7 comparisons while 4 bytes arrive.
+_WAYS_OF_TPU = 8
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
-def magnitude_keys(x: jax.Array) -> jax.Array:
+def magnitude_keys(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """Non-negative integers that order like `abs(x)`: equal exactly for equal magnitudes, 0 for 0.
 
-    int16 for 16-bit floats, int32 for float32, int64 for float64. NaNs share one key above infinity's.
+    int16 for 16-bit floats, int32 for float32, int64 for float64, or a wider `dtype`. NaNs share one key
+    above infinity's.
 
     Raises:
       TypeError: `x` is not a real floating-point array.
@@ -34,14 +41,15 @@ def magnitude_keys(x: jax.Array) -> jax.Array:
             f"magnitudes are compared for 16, 32 and 64-bit floats, got dtype {x.dtype}"
         )
     integer = _INTEGER[x.dtype.itemsize]
-    bits = lax.bitcast_convert_type(lax.stop_gradient(x), integer)
-    keys = bits & jnp.array(jnp.iinfo(integer).max, integer)
-    return jnp.minimum(keys, infinity_key(x.dtype) + jnp.array(1, integer))
+    bits = lax.bitcast_convert_type(lax.stop_gradient(x), integer).astype(dtype or integer)
+    keys = bits & jnp.array(jnp.iinfo(integer).max, bits.dtype)
+    return jnp.minimum(keys, jnp.array(infinity_key(x.dtype) + 1, bits.dtype))
 
 
-def infinity_key(dtype: jnp.dtype) -> jax.Array:
+def infinity_key(dtype: jnp.dtype) -> int:
     """The key of infinity; finite magnitudes have smaller keys."""
-    return lax.bitcast_convert_type(jnp.array(jnp.inf, dtype), _INTEGER[jnp.dtype(dtype).itemsize])
+    integer = np.dtype(_INTEGER[jnp.dtype(dtype).itemsize])
+    return int(np.array(np.inf, dtype).view(integer))
 
 
 def bisect_counts(
@@ -52,6 +60,7 @@ def bisect_counts(
     hi: jax.Array,
     n_lo: jax.Array,
     n_hi: jax.Array,
+    ways: int = 2,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Bisect many thresholds at once until each one's count is exact.
 
@@ -60,6 +69,7 @@ def bisect_counts(
       k: how many items are wanted, `n_hi < k <= n_lo` (or anything where `hi - lo <= 1`).
       lo: thresholds with `count(lo) == n_lo`.
       hi: thresholds with `count(hi) == n_hi`.
+      ways: parts that a pass divides the interval into, by `ways - 1` counts.
 
     Returns:
       `(lo, n_lo, n_hi)` where either `n_lo == k`, or `lo` is the k-th largest value itself and `n_hi`
@@ -72,15 +82,14 @@ def bisect_counts(
     def body(state):
         lo, hi, n_lo, n_hi = state
         active = unfinished(lo, hi, n_lo)
-        middle = lo + (hi - lo) // 2
-        n = count(middle)
-        up, down = active & (n >= k), active & (n < k)
-        return (
-            jnp.where(up, middle, lo),
-            jnp.where(down, middle, hi),
-            jnp.where(up, n, n_lo),
-            jnp.where(down, n, n_hi),
-        )
+        step = (hi - lo) // ways + 1
+        middles = [jnp.minimum(lo + part * step, hi - 1) for part in range(1, ways)]
+        for middle, n in zip(middles, [count(middle) for middle in middles], strict=True):
+            # Thresholds rise: the last one that enough items reach, the first one that they do not.
+            up, down = active & (n >= k), active & (n < k) & (middle < hi)
+            lo, n_lo = jnp.where(up, middle, lo), jnp.where(up, n, n_lo)
+            hi, n_hi = jnp.where(down, middle, hi), jnp.where(down, n, n_hi)
+        return lo, hi, n_lo, n_hi
 
     lo, _, n_lo, n_hi = lax.while_loop(
         lambda state: jnp.any(unfinished(*state[:3])), body, (lo, hi, n_lo, n_hi)
@@ -140,6 +149,16 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
         ),
         default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),
     )
+
+
+def keep_largest_per_row(x: jax.Array, k: int, *values: jax.Array) -> jax.Array:
+    """Where `largest_per_row(x, k)`, `x` or the value given in its place, 0 elsewhere: plain JAX.
+
+    What `wsparse.kernels.tpu` runs on blocks of rows.
+    """
+    kept = largest_along(magnitude_keys(x, jnp.int32) + 1, k, -1)
+    value = values[0] if values else x
+    return jnp.where(kept, value, jnp.zeros_like(value))
 
 
 # Keys of one block: small enough for a core's cache, through which a search passes about 20 times.
@@ -210,11 +229,12 @@ def largest_of_each(keys: Sequence[jax.Array], k: Sequence[jax.Array]) -> list[j
         size=jnp.concatenate(
             [jnp.full(a.shape[:1], math.prod(a.shape[1:]), jnp.int32) for a in keys]
         ),
+        ways=_WAYS_OF_TPU if tpu.available() else 2,
     )
     return [_winners(*parts) for parts in zip(keys, from_end, *map(spread, found), strict=True)]
 
 
-def _search(at_least, tied_from, k, *, top, size):
+def _search(at_least, tied_from, k, *, top, size, ways=2):
     """The threshold, and the position from the end that settles its ties, of every slice.
 
     Args:
@@ -223,6 +243,7 @@ def _search(at_least, tied_from, k, *, top, size):
       k: entries wanted, int32.
       top: largest key.
       size: entries in a slice.
+      ways: see `bisect_counts`.
 
     Returns:
       `(threshold, position, wanted)`, see `_winners`.
@@ -231,7 +252,13 @@ def _search(at_least, tied_from, k, *, top, size):
     positive = at_least(one)
     wanted = jnp.clip(k, 0, positive)
     threshold, n_lo, n_hi = bisect_counts(
-        at_least, wanted, lo=one, hi=jnp.where(wanted > 0, top + 1, one), n_lo=positive, n_hi=none
+        at_least,
+        wanted,
+        lo=one,
+        hi=jnp.where(wanted > 0, top + 1, one),
+        n_lo=positive,
+        n_hi=none,
+        ways=ways,
     )
     # Where several entries equal the threshold and not all of them are wanted, the lowest indices win:
     # the same search over positions counted from the end. Without ties the loop runs zero times.
@@ -244,6 +271,7 @@ def _search(at_least, tied_from, k, *, top, size):
         hi=jnp.where(exact, 0, size),
         n_lo=jnp.where(exact, needed, n_lo - n_hi),
         n_hi=none,
+        ways=ways,
     )
     return threshold, position, wanted
 

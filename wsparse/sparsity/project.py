@@ -75,6 +75,7 @@ def project_top_k(
     *,
     min_per_neuron: int = 4,
     rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES,
+    whole: bool = False,
 ) -> optax.GradientTransformation:
     r"""Change the updates so that `params + updates` is projected to the top-k entries of each matrix.
 
@@ -89,6 +90,7 @@ def project_top_k(
       density: fraction of entries that stay, or an optax schedule of it by the number of updates so far.
       min_per_neuron: nonzeros that every neuron keeps in each of its matrices.
       rules: which parameters are projected, and along which axis their neurons lie.
+      whole: every device holds all parameters, so that a TPU's kernels may work on whole matrices.
 
     Returns:
       A transform whose `update` needs `params`. It works inside `optax.chain`, `masked`,
@@ -133,6 +135,7 @@ def project_top_k(
             ],
             neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
             min_per_neuron=min_per_neuron,
+            whole=whole,
         )
         selected = dict(zip(sparse, selections, strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from wsparse.errors import UserError
-from wsparse.kernels import cpu
+from wsparse.kernels import cpu, tpu
 from wsparse.sparsity import magnitude
 
 
@@ -35,7 +36,26 @@ def abs_top_k(x: jax.Array, k: int) -> jax.Array:
         raise UserError(f"abs_top_k keeps between 0 and {width} of {width} channels, got k={k}")
     if k == width:
         return x
+    if tpu.available() and x.dtype.itemsize <= 4:
+        return _abs_top_k_by_kernel(x, k)
     return jnp.where(magnitude.largest_per_row(x, k), x, jnp.zeros_like(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _abs_top_k_by_kernel(x: jax.Array, k: int) -> jax.Array:
+    return _keep_by_kernel(k, x)
+
+
+# What was kept of x is what would be kept of the result: it alone is stored for the backward pass.
+_abs_top_k_by_kernel.defvjp(
+    lambda x, k: (_keep_by_kernel(k, x),) * 2,
+    lambda k, kept, gradient: (_keep_by_kernel(k, kept, gradient),),
+)
+
+
+def _keep_by_kernel(k: int, *arrays: jax.Array) -> jax.Array:
+    keep = lambda x, *values: magnitude.keep_largest_per_row(x, k, *values)
+    return lax.platform_dependent(*arrays, tpu=functools.partial(tpu.by_rows, keep), default=keep)
 
 
 def keep_top_k(
@@ -94,15 +114,34 @@ def select(
     *,
     neuron_axes: Sequence[int | None],
     min_per_neuron: int,
+    whole: bool = False,
 ) -> list[Selection]:
     """`keep_top_k` for every matrix of many stacks, all in one search.
+
+    On TPUs, matrices that are whole on a device and fit into its core are each searched there instead.
 
     Args:
       stacks: float arrays `(G, ...)`, each a stack of G matrices.
       k: int32 `(G,)` budgets for each stack.
       neuron_axes: for each stack the axis of one matrix that indexes neurons, or None.
       min_per_neuron: nonzeros protected per neuron.
+      whole: no matrix is spread over devices.
     """
+    inside = [whole and tpu.available() and tpu.fits_whole(stack.shape) for stack in stacks]
+    if any(inside):
+        jobs = list(zip(stacks, k, neuron_axes, inside, strict=True))
+        others = iter(
+            select(
+                [stack for stack, _, _, alone in jobs if not alone],
+                [budget for _, budget, _, alone in jobs if not alone],
+                neuron_axes=[axis for _, _, axis, alone in jobs if not alone],
+                min_per_neuron=min_per_neuron,
+            )
+        )
+        return [
+            _select_by_kernel(stack, budget, axis, min_per_neuron) if alone else next(others)
+            for stack, budget, axis, alone in jobs
+        ]
     keys = [magnitude.magnitude_keys(stack) for stack in stacks]
     protected = [
         _protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)
@@ -131,11 +170,35 @@ def select(
 
 def _largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
     """`magnitude.largest_of_each` in the way that suits the platform; the result is the same."""
-    if cpu.available() and all(each.dtype == jnp.int32 for each in keys):
+    # With the kernels for TPUs this may be the inside of one.
+    if cpu.available() and not tpu.available() and all(key.dtype == jnp.int32 for key in keys):
         return lax.platform_dependent(
             keys, k, cpu=cpu.largest_of_each, default=magnitude.largest_of_each
         )
     return magnitude.largest_of_each(keys, k)
+
+
+def _select_by_kernel(
+    stack: jax.Array, k: jax.Array, neuron_axis: int | None, min_per_neuron: int
+) -> Selection:
+    """`select` of one stack, each matrix read into a TPU core and written once."""
+
+    def keep(k, matrices):
+        (selection,) = select(
+            [matrices],
+            [jnp.reshape(k, matrices.shape[:1])],
+            neuron_axes=[neuron_axis],
+            min_per_neuron=min_per_neuron,
+        )
+        return jnp.where(selection.kept, matrices, jnp.zeros_like(matrices))
+
+    projected = lax.platform_dependent(
+        k, stack, tpu=functools.partial(tpu.by_matrix, keep), default=keep
+    )
+    # Zeros are never selected.
+    kept = magnitude.magnitude_keys(projected) > 0
+    largest = jnp.max(magnitude.magnitude_keys(stack), range(1, stack.ndim))
+    return Selection(kept, _count(kept), largest < magnitude.infinity_key(stack.dtype))
 
 
 def _protected(keys: jax.Array, neuron_axis: int | None, min_per_neuron: int) -> jax.Array | None:

@@ -1,0 +1,494 @@
+"""Published checkpoints: the recorded outputs, strictness, runs made of them, and the way back."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+from absl import flags
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiktoken
+
+from wsparse import model, prune, runs, trees
+from wsparse.config import ABS_TOP_K_SITES, ModelConfig
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.errors import UserError
+from wsparse.interop import bpe_files, openai, parity, torch_file
+from wsparse.interop.openai import model_config, params_from_state
+from wsparse.nodes import NODES, OTHER_LOCATIONS
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN_NAMES = ("cat_pos_emb", "dense_layernorm_tied", "rms_abstopk", "sink_bigram")
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+LOCATIONS = (*NODES, *OTHER_LOCATIONS)
+VOCAB = 300
+CONFIG = ModelConfig(vocab_size=VOCAB, context=16, n_layer=2, d_model=16, n_head=2, d_head=8)
+TEXT = [
+    "def add(first, second):\n    return first + second\n" * 9,
+    "for name in names:\n    print(name)\n" * 9,
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n" * 9,
+    "while True:\n    value = compute(value, 'text')\n    if value == 0:\n        break\n" * 9,
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def golden_config(name: str) -> dict:
+    return json.loads((GOLDEN / name / "beeg_config.json").read_text())
+
+
+@functools.cache
+def golden(name: str):
+    """Fields and state of a published checkpoint."""
+    return golden_config(name), torch_file.read(GOLDEN / name / "final_model.pt")
+
+
+def abstract(config: ModelConfig):
+    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+
+
+def random_params(config: ModelConfig, seed: int = 0):
+    """Nothing at a special value, so that nothing can be lost unseen."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32), abstract(config))
+
+
+def assert_same(got, want):
+    """Same paths, and the same bits."""
+    got, want = trees.flatten(got), trees.flatten(want)
+    assert sorted(got) == sorted(want)
+    for path in want:
+        assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes(), path
+
+
+# Recorded outputs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_published_checkpoints_give_the_published_outputs(name):
+    errors = parity.measure(GOLDEN / name)
+    assert set(errors) == {"logits", "loss", *LOCATIONS}
+    for activation, error in errors.items():
+        assert error.max < 1e-5, activation
+        assert error.mean <= error.max
+
+
+def test_the_comparison_notices_a_changed_weight(tmp_path):
+    """Negative control."""
+    shutil.copytree(GOLDEN / "rms_abstopk", tmp_path / "changed")
+    _, state = golden("rms_abstopk")
+    key = "transformer.h.1.mlp.c_proj.weight"
+    changed = dict(state) | {key: state[key] * np.float32(1.001)}
+    torch_file.write(tmp_path / "changed" / "final_model.pt", changed)
+    errors = parity.measure(tmp_path / "changed")
+    assert errors["logits"].max > 1e-5 and errors["mlp.resid_delta"].max > 1e-5
+    assert errors["mlp.post_act"].max < 1e-5
+
+
+def test_the_error_is_relative_to_the_largest_magnitude():
+    error = parity.relative_error(np.array([1.0, -4.0, 2.0]), np.array([1.0, -5.0, 2.5]))
+    assert error == pytest.approx((1 / 5, 1.5 / 3 / 5))
+
+
+def test_the_table_in_the_docs_has_every_model_and_activation():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "interop.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    start = next(i for i, row in enumerate(rows) if row[0] == "activation")
+    assert [cell.removesuffix(": max") for cell in rows[start][1::2]] == list(GOLDEN_NAMES)
+    body = {row[0]: [float(cell) for cell in row[1:]] for row in rows[start + 2 : start + 16]}
+    assert set(body) == {"logits", "loss", *LOCATIONS}
+    assert max(max(numbers) for numbers in body.values()) < parity.TOLERANCE
+
+
+# Fields and keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_the_mapping_gives_the_parameters_that_init_gives(name):
+    fields, state = golden(name)
+    config = model_config(fields)
+    params = params_from_state(config, state)
+    want = {path: leaf.shape for path, leaf in trees.flatten(abstract(config)).items()}
+    assert {path: leaf.shape for path, leaf in trees.flatten(params).items()} == want
+
+
+def test_every_number_of_a_published_state_is_used_once():
+    fields, state = golden("sink_bigram")
+    params = params_from_state(model_config(fields), state)
+    assert model.count_parameters(params) == sum(array.size for array in state.values())
+    for array in (
+        state["transformer.h.2.attn.c_attn.weight"],
+        state["transformer.h.1.mlp.c_fc.bias"],
+    ):
+        assert np.isin(
+            array, np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+        ).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s | {"transformer.h.0.mlp.c_gate.weight": np.ones(3)},
+            r"no place for: transformer\.h\.0\.mlp\.c_gate\.weight",
+        ),
+        (
+            lambda s: s | {"transformer.h.3.ln_1.weight": np.ones(32)},
+            r"no place for: transformer\.h\.3\.ln_1\.weight",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "transformer.h.1.ln_2.weight"},
+            r"lacks 'transformer\.h\.1\.ln_2\.weight'",
+        ),
+        (lambda s: {k: v for k, v in s.items() if k != "bigram_table"}, "lacks 'bigram_table'"),
+        (
+            lambda s: (
+                s | {"transformer.h.0.mlp.c_fc.weight": s["transformer.h.0.mlp.c_fc.weight"].T}
+            ),
+            r"c_fc\.weight' must have shape \(128, 32\) for this config, got \(32, 128\)",
+        ),
+    ],
+    ids=["unknown key", "layer too many", "missing key", "missing table", "wrong shape"],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message):
+    fields, state = golden("sink_bigram")
+    with pytest.raises(UserError, match=message):
+        params_from_state(model_config(fields), change(state))
+
+
+def test_tied_embeddings_that_differ_are_refused():
+    fields, state = golden("dense_layernorm_tied")
+    with pytest.raises(UserError, match="ties the embeddings"):
+        params_from_state(
+            model_config(fields), state | {"lm_head.weight": state["lm_head.weight"] + 1}
+        )
+
+
+def test_an_unknown_published_field_is_refused():
+    fields, _ = golden("sink_bigram")
+    with pytest.raises(UserError, match="unknown field 'rotary'"):
+        model_config(fields | {"rotary": True})
+    with pytest.raises(UserError, match="lacks the field 'n_layer'"):
+        model_config({key: value for key, value in fields.items() if key != "n_layer"})
+
+
+def test_an_unknown_published_field_is_not_its_own_suggestion():
+    fields, _ = golden("sink_bigram")
+    with pytest.raises(UserError) as error:
+        model_config(fields | {"sinks": True})
+    assert "did you mean 'sinks'" not in str(error.value)
+    assert "did you mean 'sink'" in str(error.value)
+
+
+def test_older_published_files_are_understood():
+    fields, state = golden("cat_pos_emb")
+    older = {key: value for key, value in fields.items() if key not in ("sink", "d_mlp")}
+    assert model_config(older | {"n_mlp": fields["d_mlp"]}) == model_config(fields)
+    assert not model_config(older).sink
+    without = {key: value for key, value in state.items() if key != "final_logits_bias"}
+    params = params_from_state(model_config(fields), without)
+    np.testing.assert_array_equal(params["head"]["logits_bias"], np.zeros(96))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_type": "silu"}, "activation' must be one of 'gelu', 'relu', got 'silu'"),
+        ({"n_layer": "3"}, "n_layer' must be of type int, got '3'"),
+        ({"afrac_loctypes": None}, "afrac_loctypes must be names separated by commas, got None"),
+        ({"afrac_loctypes": "attn_inn"}, "unknown site 'attn_inn' .did you mean 'attn_in'"),
+        ({"n_head": 0, "d_head": None}, "n_head must be a positive integer, got 0"),
+        ({"d_pos_emb": 0}, "d_pos must be at least 1"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_field_with_a_bad_value_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        model_config(golden_config("rms_abstopk") | change)
+
+
+def test_fields_have_the_defaults_of_the_published_code():
+    fields = {"block_size": 8, "vocab_size": 96, "n_layer": 1, "n_head": 2, "d_model": 32}
+    config = model_config(fields)
+    assert (config.d_head, config.mlp_width, config.norm, config.tied_embeddings) == (
+        16,
+        128,
+        "layer",
+        True,
+    )
+    assert model_config(fields | {"afrac": 0.5}).abs_top_k_sites == (
+        "attn_in", "attn_out", "mlp_in", "mlp_out",
+    )  # fmt: skip
+
+
+def test_load_refuses_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"is no published checkpoint: it has no beeg_config\.json"):
+        openai.load(tmp_path)
+    (tmp_path / "beeg_config.json").write_text("[]")
+    with pytest.raises(UserError, match="must hold a JSON object"):
+        openai.load(tmp_path)
+    (tmp_path / "beeg_config.json").write_text(json.dumps(golden_config("rms_abstopk")))
+    with pytest.raises(UserError, match=r"final_model\.pt cannot be read: No such file"):
+        openai.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_weights_in_16_bits_are_widened_exactly(dtype, tmp_path):
+    fields, state = golden("rms_abstopk")
+    (tmp_path / "beeg_config.json").write_text(json.dumps(fields))
+    narrow = {key: array.astype(dtype) for key, array in state.items()}
+    torch_file.write(tmp_path / "final_model.pt", narrow)
+    _, params = openai.load(tmp_path)
+    got = np.asarray(params["embed"]["tokens"])
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, narrow["transformer.wte.weight"].astype(np.float32))
+
+
+def test_weights_that_would_be_rounded_are_refused(tmp_path):
+    fields, state = golden("rms_abstopk")
+    (tmp_path / "beeg_config.json").write_text(json.dumps(fields))
+    wide = {key: array.astype(np.float64) for key, array in state.items()}
+    torch_file.write(tmp_path / "final_model.pt", wide)
+    with pytest.raises(UserError, match="is of type float64"):
+        openai.load(tmp_path)
+
+
+def test_a_causal_mask_of_any_type_is_ignored(tmp_path):
+    fields, state = golden("rms_abstopk")
+    (tmp_path / "beeg_config.json").write_text(json.dumps(fields))
+    mask = np.tril(np.ones((1, 1, 16, 16), bool))
+    torch_file.write(tmp_path / "final_model.pt", state | {"transformer.h.0.attn.bias": mask})
+    assert_same(openai.load(tmp_path)[1], openai.load(GOLDEN / "rms_abstopk")[1])
+
+
+# There and back ------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "default": CONFIG,
+    "dense": dataclasses.replace(
+        CONFIG, norm="layer", tied_embeddings=True, position="added", sink=False, bigram="none",
+        abs_top_k_fraction=None,
+    ),
+    "concat": dataclasses.replace(
+        CONFIG, position="concat", d_pos=5, bigram="frozen", logits_bias=True, d_mlp=24,
+        abs_top_k_sites=ABS_TOP_K_SITES, activation="relu",
+    ),
+    "sinusoid": dataclasses.replace(
+        CONFIG, position="concat_sinusoid", d_pos=6, bias=False, norm="layer", norm_bias=False,
+        residual_activation="relu", n_head=3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_comes_back_from_the_published_format_bit_for_bit(name, tmp_path):
+    config, params = VARIANTS[name], random_params(VARIANTS[name])
+    openai.save(tmp_path, config, params)
+    got_config, got_params = openai.load(tmp_path)
+    assert got_config == dataclasses.replace(config, d_mlp=config.mlp_width)
+    assert_same(got_params, params)
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_a_published_checkpoint_is_written_back_bit_for_bit(name, tmp_path):
+    openai.save(tmp_path, *openai.load(GOLDEN / name))
+    fields, state = golden(name)
+    stored = {key: array for key, array in state.items() if not key.endswith(".attn.bias")}
+    assert_same(torch_file.read(tmp_path / "final_model.pt"), stored)
+    written = json.loads((tmp_path / "beeg_config.json").read_text())
+    unordered = {"afrac_loctypes": None, "flash": None}
+    assert written | unordered == fields | unordered
+    assert set(written["afrac_loctypes"].split(",")) == set(fields["afrac_loctypes"].split(","))
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    for folder in ("a", "b"):
+        openai.save(tmp_path / folder, CONFIG, random_params(CONFIG))
+    openai.save(tmp_path / "c", CONFIG, random_params(CONFIG, seed=1))
+    a, b, c = ((tmp_path / folder / "final_model.pt").read_bytes() for folder in "abc")
+    assert a == b != c
+
+
+def test_an_epsilon_the_format_cannot_say_is_refused_before_anything_is_written(tmp_path):
+    config = dataclasses.replace(CONFIG, norm_eps=1e-3)
+    with pytest.raises(UserError, match=r"no place for model\.norm_eps=0\.001"):
+        openai.save(tmp_path / "out", config, random_params(config))
+    assert not (tmp_path / "out").exists()
+
+
+# The tokenizer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_lib.train(TEXT, VOCAB)
+
+
+def as_tiktoken(folder: pathlib.Path) -> tiktoken.Encoding:
+    """The tokenizer of the two files by another implementation."""
+    printable = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if chr(b) not in printable]
+    to_byte = {c: ord(c) for c in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    ids = json.loads((folder / "encoder.json").read_text())
+    end = ids.pop(tokenizer_lib.END_OF_TEXT)
+    ranks = {bytes(to_byte[c] for c in token): i for token, i in ids.items()}
+    return tiktoken.Encoding(
+        "folder", pat_str=tokenizer_lib.PATTERN, mergeable_ranks=ranks,
+        special_tokens={tokenizer_lib.END_OF_TEXT: end},
+    )  # fmt: skip
+
+
+def test_the_published_tokenizer_encodes_as_tiktoken_does(tokenizer, tmp_path):
+    bpe_files.save(tmp_path, tokenizer)
+    loaded, other = bpe_files.load(tmp_path), as_tiktoken(tmp_path)
+    assert loaded.end_of_text == VOCAB - 1 == other.eot_token
+    random = np.random.default_rng(0)
+    alphabet = list("adefinrstx_ \n\t()'\":=.0129é漢🙂\u00a0")
+    texts = ["".join(random.choice(alphabet, size=40)) for _ in range(500)]
+    texts += [*TEXT, "a<|endoftext|>b", "", "1234567", "  \n\n  x\r\n"]
+    for text in texts:
+        assert loaded.encode(text) == other.encode_ordinary(text) == tokenizer.encode(text)
+    # The control: other priorities give other tokens.
+    merges = (tmp_path / "vocab.bpe").read_text().splitlines()
+    (tmp_path / "vocab.bpe").write_text("\n".join([merges[0], *reversed(merges[1:])]))
+    assert any(bpe_files.load(tmp_path).encode(text) != tokenizer.encode(text) for text in texts)
+
+
+def test_end_of_text_that_is_not_listed_is_the_next_id(tokenizer, tmp_path):
+    bpe_files.save(tmp_path, tokenizer)
+    ids = json.loads((tmp_path / "encoder.json").read_text())
+    del ids[tokenizer_lib.END_OF_TEXT]
+    (tmp_path / "encoder.json").write_text(json.dumps(ids))
+    assert bpe_files.load(tmp_path).end_of_text == VOCAB - 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "merges", "message"),
+    [
+        (lambda ids: ids | {"de": "7"}, None, "the id of 'de' must be an integer, got '7'"),
+        (lambda ids: ids | {"zzz": VOCAB + 1}, None, "the ids must be 0 to 300, each of them once"),
+        (lambda ids: ids | {"zzz": VOCAB}, None, r"no merge in vocab\.bpe makes the token 'zzz'"),
+        (lambda ids: {k: i for i, k in enumerate(set(ids) - {"a"})}, None, "of the 256 bytes have no token"),
+        (None, "a b c", r"vocab\.bpe:2: must be two tokens"),
+        (None, "a zzz", "needs the token 'zzz', which"),
+    ],
+    ids=["not a number", "a hole", "unmerged", "no byte", "three parts", "unknown part"],
+)  # fmt: skip
+def test_tokenizer_files_that_contradict_each_other_are_refused(
+    ids, merges, message, tokenizer, tmp_path
+):
+    bpe_files.save(tmp_path, tokenizer)
+    if ids:
+        values = json.loads((tmp_path / "encoder.json").read_text())
+        (tmp_path / "encoder.json").write_text(json.dumps(ids(values)))
+    if merges:
+        first, *rest = (tmp_path / "vocab.bpe").read_text().splitlines()
+        (tmp_path / "vocab.bpe").write_text("\n".join([first, merges, *rest]))
+    with pytest.raises(UserError, match=message):
+        bpe_files.load(tmp_path)
+
+
+# Runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tokenizer, tmp_path_factory):
+    """A published checkpoint with its tokenizer, and the parameters in it."""
+    folder = tmp_path_factory.mktemp("published")
+    params = random_params(CONFIG)
+    openai.save(folder, CONFIG, params)
+    bpe_files.save(folder, tokenizer)
+    return folder, params
+
+
+@pytest.fixture(scope="module")
+def imported(published, tmp_path_factory):
+    """The run made of it, with text from a folder of its own."""
+    where = tmp_path_factory.mktemp("imported")
+    for number, text in enumerate(TEXT):
+        (where / f"{number}.py").write_text(text)
+    openai.import_run(published[0], where / "run", source=f"files:{where}/*.py")
+    return where / "run"
+
+
+def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, tokenizer):
+    run = runs.load(imported)
+    assert run.config.model == dataclasses.replace(CONFIG, d_mlp=64)
+    assert_same(run.params, published[1])
+    assert run.tokenizer.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
+    summary = json.loads((imported / "summary.json").read_text())
+    assert summary["parameters"] == model.count_parameters(published[1])
+    assert summary["l0"] == 1.0 and run.step == 0
+    assert (imported / "checkpoints" / "0" / "digests.json").exists()
+
+
+def test_pruning_draws_its_text_from_the_source_that_the_import_named(
+    imported, tokenizer, tmp_path
+):
+    windows = prune.pretraining_windows(runs.load(imported), tmp_path)
+    assert windows.shape[1] == CONFIG.context
+    text = tokenizer.decode(windows[0])
+    assert any(text[5:-5].split("<|endoftext|>")[0] in each for each in TEXT)
+
+
+def test_an_imported_run_is_exported_as_it_came(imported, published, tmp_path):
+    openai.export_run(imported, tmp_path / "out")
+    for name in ("beeg_config.json", "final_model.pt", "encoder.json", "vocab.bpe"):
+        assert (tmp_path / "out" / name).read_bytes() == (published[0] / name).read_bytes(), name
+
+
+def test_an_import_without_a_tokenizer_says_what_works_without(tmp_path):
+    with pytest.raises(UserError, match=r"has no encoder\.json.*--tokenizer=FOLDER.*load works"):
+        openai.import_run(GOLDEN / "sink_bigram", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_with_anothers_tokenizer_is_refused(published, tmp_path):
+    with pytest.raises(UserError, match="the tokenizer has 300 tokens, the model 96"):
+        openai.import_run(GOLDEN / "sink_bigram", tmp_path / "run", tokenizer_folder=published[0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_refuses_a_bad_source_and_a_folder_that_is_taken(published, imported, tmp_path):
+    with pytest.raises(UserError, match="sdtlib"):
+        openai.import_run(published[0], tmp_path / "run", source="sdtlib")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        openai.import_run(published[0], imported)
+
+
+def test_an_import_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "sizes", fail)
+    with pytest.raises(KeyboardInterrupt):
+        openai.import_run(published[0], tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_imports_and_exports(published, tmp_path, capsys, monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    for name, default in (("from", None), ("out", None), ("tokenizer", None), ("source", "stdlib")):
+        flags.DEFINE_string(name, default, "", flag_values=values)
+    flags.DEFINE_bool("export", False, "", flag_values=values)
+    values(["", f"--from={published[0]}", f"--out={tmp_path / 'run'}"])
+    openai.main([])
+    assert runs.read_config(tmp_path / "run").data.source == "stdlib"
+    values(["", f"--from={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--export"])
+    openai.main([])
+    assert_same(openai.load(tmp_path / "out")[1], published[1])
+    assert "wrote" in capsys.readouterr().out

@@ -1,0 +1,202 @@
+"""Pretrained folders: every bit comes back, the card says what is there, and mistakes are named."""
+
+import builtins
+import dataclasses
+import json
+import re
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from wsparse import model, sparsity, trees
+from wsparse.config import ModelConfig
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.errors import UserError
+from wsparse.interop.pretrained import from_pretrained, save_pretrained
+
+CONFIG = ModelConfig(
+    vocab_size=257,
+    context=16,
+    n_layer=2,
+    d_model=16,
+    n_head=2,
+    d_head=8,
+    d_mlp=24,
+    position="added",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_lib.train(["x"], 257)
+
+
+def random_params(dtype=np.float32):
+    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda s: random.normal(size=s.shape).astype(dtype), shapes)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    save_pretrained(tmp_path / "model", CONFIG, random_params(), tokenizer)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_every_bit_comes_back(dtype, tokenizer, tmp_path):
+    want = random_params(dtype)
+    # A transposed array lies in memory in another order than it is written.
+    want["head"]["unembed"] = np.ascontiguousarray(want["head"]["unembed"].T).T
+    save_pretrained(tmp_path, CONFIG, want, tokenizer)
+    config, params, loaded = from_pretrained(tmp_path)
+    assert config == CONFIG and loaded.digest == tokenizer.digest
+    got, want = trees.flatten(params), trees.flatten(want)
+    assert sorted(got) == sorted(want)
+    for path, array in want.items():
+        assert isinstance(got[path], jax.Array) and got[path].dtype == dtype
+        assert np.asarray(got[path]).tobytes() == array.tobytes(), path
+
+
+def test_the_folder_has_the_usual_files_and_the_card_says_what_is_in_them(tokenizer, tmp_path):
+    params = random_params()
+    kernel = params["blocks"]["mlp"]["fc"]["kernel"]
+    kernel[:, 1:] = 0
+    save_pretrained(tmp_path, CONFIG, params, tokenizer, name="Tiny", val_loss=2.34567)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    card = (tmp_path / "README.md").read_text()
+    nonzeros = sum(int(count) for count, _ in sparsity.l0(params).values())
+    size = sum(int(count) for _, count in sparsity.l0(params).values())
+    assert nonzeros == size - kernel[:, 1:].size
+    assert (
+        f"| nonzero weights | {nonzeros:,}, {nonzeros / size:.2%} of the sparse matrices |" in card
+    )
+    assert f"| parameters | {model.count_parameters(params):,} |" in card
+    assert "| held-out loss | 2.3457 nats per token |" in card
+    assert card.startswith("---\nlibrary_name: wsparse\n") and "\n# Tiny\n" in card
+
+
+def test_the_card_leaves_out_a_loss_that_is_not_known(saved):
+    card = (saved / "README.md").read_text()
+    assert "held-out loss" not in card and "\n# model\n" in card
+
+
+def test_the_code_on_the_card_runs(saved):
+    (code,) = re.findall(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code.replace("path/of/this/folder", str(saved)), names)
+    assert names["logits"].shape == (1, len("def add(a, b):"), 257)
+
+
+def test_parameters_or_a_tokenizer_of_another_model_are_not_written(tokenizer, tmp_path):
+    params = random_params()
+    del params["head"]["bigram"]
+    with pytest.raises(
+        UserError, match=r"head/bigram has shape none, the config says \(257, 257\)"
+    ):
+        save_pretrained(tmp_path / "a", CONFIG, params, tokenizer)
+    other = dataclasses.replace(CONFIG, vocab_size=300)
+    shapes = jax.eval_shape(lambda: model.init(other, jax.random.key(0)))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
+    with pytest.raises(
+        UserError, match=r"tokenizer of 257 tokens, its config says model\.vocab_size=300"
+    ):
+        save_pretrained(tmp_path / "b", other, zeros, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def damage_config(folder, change):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(values)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), r"config\.json cannot be read"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer at"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            r"model\.safetensors cannot be read",
+        ),
+        (
+            lambda f: damage_config(f, lambda v: v | {"model_type": "gpt2"}),
+            r"is not of a wsparse model \(model_type='gpt2'\)",
+        ),
+        (
+            lambda f: damage_config(f, lambda v: v | {"model": v["model"] | {"d_modle": 3}}),
+            r"unknown config key 'model\.d_modle' \(did you mean 'd_model'",
+        ),
+        (
+            lambda f: damage_config(f, lambda v: v | {"model": v["model"] | {"d_mlp": 32}}),
+            r"blocks/mlp/fc/bias has shape \(2, 24\), the config says \(2, 32\)",
+        ),
+    ],
+    ids=["no config", "no tokenizer", "no weights", "truncated", "gpt2", "unknown key", "wider"],
+)  # fmt: skip
+def test_a_folder_that_is_no_whole_model_is_refused(damage, message, saved):
+    damage(saved)
+    with pytest.raises(UserError, match=message):
+        from_pretrained(saved)
+
+
+def test_a_repository_is_loaded_from_the_hub(saved, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, sorted(allow_patterns)))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config, params, _ = from_pretrained("someone/tiny", revision="v1")
+    assert config == CONFIG
+    np.testing.assert_array_equal(
+        params["embed"]["tokens"], jnp.asarray(random_params()["embed"]["tokens"])
+    )
+    files = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert asked == [("someone/tiny", "v1", files)]
+
+
+def test_no_network_is_said_in_one_line(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the files\nmore\n")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError) as error:
+        from_pretrained("someone/tiny")
+    assert str(error.value) == (
+        "someone/tiny is no folder here, and could not be loaded from the Hugging Face Hub: "
+        "cannot find the files"
+    )
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    plain_import = builtins.__import__
+
+    def refuse(name, *arguments, **options):
+        if name == "huggingface_hub":
+            raise ImportError(name)
+        return plain_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"pip install 'wsparse\[hub\]'"):
+        from_pretrained("someone/tiny")
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_refused():
+    with pytest.raises(UserError, match="is no folder, and no repository id"):
+        from_pretrained("runs/tiny/model")

@@ -1,0 +1,278 @@
+"""Workers that share a search do each piece once, take over from the dead, and find what one would."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from wsparse.circuits import search as search_lib
+from wsparse.circuits import shared
+from wsparse.circuits.search import FAST, Shared, search
+from wsparse.circuits.shared import ElsewhereError, Pieces, open_storage
+from wsparse.errors import UserError, run_plain
+from wsparse.files import read_json
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def where(request, tmp_path):
+    return str(tmp_path / "j") if request.param == "journal" else f"sqlite:///{tmp_path / 'd'}"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds to add to the time that claims see."""
+    ahead = [0.0]
+    real = time.time
+    monkeypatch.setattr(shared.time, "time", lambda: real() + ahead[0])
+    return ahead
+
+
+# Claims -----------------------------------------------------------------------------------------------
+
+
+def test_workers_that_come_at_once_do_every_piece_exactly_once(where):
+    done, lock, start = [], threading.Lock(), threading.Barrier(4)
+    storages = [open_storage(where) for _ in range(4)]
+    Pieces(20, storage=storages[0], name="work")
+
+    def work(index):
+        pieces = Pieces(20, storage=storages[index], name="work")
+        start.wait()
+        while pieces.begin():
+            with pieces.claim(3) as mine:
+                for trial in mine:
+                    with lock:
+                        done.append((index, trial.number))
+                    pieces.tell(trial, float(trial.number))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    finished = [trial.number for trial in Pieces(20, storage=storages[0], name="work").done()]
+    assert len(finished) == 20
+    assert sorted(number for _, number in done) == finished
+    assert len({index for index, _ in done}) > 1
+
+
+def test_a_piece_is_free_again_once_its_holder_fails_or_is_silent_for_a_lease(where, clock):
+    first, second = (
+        Pieces(2, storage=open_storage(where), name="work", lease=60) for _ in range(2)
+    )
+
+    def fail_at_the_second():
+        with first.claim(2) as mine:
+            assert len(mine) == 2
+            assert not second.begin()
+            first.tell(mine[0], 1.0)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail_at_the_second()
+    assert second.begin()
+    with first.claim(2) as mine:
+        (lost,) = mine
+        clock[0] = 59.0
+        assert not second.begin()
+        clock[0] = 61.0
+        assert second.begin()
+        with second.claim(2) as taken:
+            assert len(taken) == 1
+            second.tell(taken[0], 2.0)
+        # What the silent one finds after all does not count a second time.
+        first.tell(lost, 3.0)
+    assert [trial.value for trial in first.done()] == [1.0, 2.0]
+    assert not first.begin()
+
+
+def test_a_holder_at_work_keeps_its_claim_for_longer_than_a_lease(where):
+    first, second = (
+        Pieces(1, storage=open_storage(where), name="work", lease=1.0) for _ in range(2)
+    )
+    with first.claim() as (trial,):
+        time.sleep(2.5)
+        assert not second.begin()
+        first.tell(trial, 1.0)
+    assert len(second.done()) == 1
+
+
+def test_pieces_without_a_value_are_done_as_the_worst():
+    pieces = Pieces(1)
+    with pieces.claim() as (trial,):
+        pieces.tell(trial, float("nan"))
+    assert not pieces.begin()
+    assert pieces.done()[0].value == float("inf")
+
+
+@pytest.mark.parametrize("where", ["nodriver://host/name", "/dev/null/folder/journal"])
+def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(where, capsys):
+    with pytest.raises(SystemExit):
+        run_plain(lambda: open_storage(where))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --storage={where} cannot be opened")
+
+
+# Searches ---------------------------------------------------------------------------------------------
+
+
+class Pruner:
+    """Learns its hyperparameters."""
+
+    parallel = 2
+
+    def __init__(self, before=lambda: None):
+        self.trials, self.before = 0, before
+
+    def __call__(self, params, pairs, means, hparams, seeds):
+        self.before()
+        self.trials += len(hparams)
+        return np.asarray([[each.k_coef, each.noise] for each in hparams], np.float32)
+
+
+def objective(tau_U):
+    return float(np.log(tau_U[0]) ** 2), float(tau_U[1])
+
+
+def share(where, folder) -> Shared:
+    return Shared(open_storage(where), "search", folder, lease=60.0)
+
+
+def run(pruner, joined, trials=9):
+    return search(pruner, None, None, None, objective, trials=trials, shared=joined)
+
+
+def test_two_workers_see_the_same_trials_and_run_each_once(where, tmp_path):
+    first, second = Pruner(), Pruner()
+    found = []
+
+    def other():
+        with pytest.raises(ElsewhereError):
+            # The first one is in the middle of its third call: what is left of its trials is missing.
+            run(second, mine)
+        found.append(second.trials)
+
+    calls = []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) == 3:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    mine = share(where, tmp_path)
+    first.before = interrupted
+    theirs = share(where, tmp_path)
+    here = run(first, theirs)
+    assert found == [3]
+    assert (first.trials, second.trials) == (6, 3)
+    there = run(second, mine)
+    assert (first.trials, second.trials) == (6, 3)
+    assert len(here) == 9
+    assert here[0].hparams == FAST
+    for a, b in zip(here, there, strict=True):
+        assert (a.number, a.hparams, a.value, a.result()) == (
+            b.number, b.hparams, b.value, b.result(),
+        )  # fmt: skip
+        np.testing.assert_array_equal(a.tau, b.tau)
+        np.testing.assert_array_equal(a.tau, np.float32([a.hparams.k_coef, a.hparams.noise]))
+    # Nobody tried what another did.
+    assert len({trial.hparams for trial in here}) == 9
+
+
+def test_what_a_failed_worker_had_claimed_is_done_by_the_next(where, tmp_path):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Pruner(fail), share(where, tmp_path))
+    pruner = Pruner()
+    assert len(run(pruner, share(where, tmp_path))) == 9
+    assert pruner.trials == 9
+
+
+def test_a_trial_whose_file_is_gone_is_named(where, tmp_path):
+    run(Pruner(), share(where, tmp_path), trials=2)
+    gone = sorted(tmp_path.glob("*.npy"))[0]
+    gone.unlink()
+    with pytest.raises(UserError, match=f"{gone} cannot be read, though the storage says"):
+        run(Pruner(), share(where, tmp_path), trials=2)
+
+
+def test_a_search_alone_is_the_same_every_time(tmp_path):
+    first, second = run(Pruner(), None), run(Pruner(), None)
+    assert [t.hparams for t in first] == [t.hparams for t in second]
+    # Control: where the search is shared, each process draws its own.
+    a = run(Pruner(), share(str(tmp_path / "a"), tmp_path / "x"))
+    b = run(Pruner(), share(str(tmp_path / "b"), tmp_path / "y"))
+    assert {t.hparams for t in a} & {t.hparams for t in b} == {FAST, search_lib.HParams()}
+
+
+# Processes --------------------------------------------------------------------------------------------
+
+QUICK = (
+    "--task=indent_for,lambda_func", "--target=0.69", "--trials=4", "--parallel=1", "--steps=3",
+    "--pairs_per_step=4", "--search_pairs=8", "--discretise_pairs=8", "--report_pairs=8",
+    "--single_removals=8", "--sweep=0.6", "--nocontrols", "--lease=20",
+)  # fmt: skip
+SMALL = (
+    "--config.model.vocab_size=512", "--config.model.d_model=64", "--config.model.n_head=4",
+    "--config.model.context=32", "--config.data.source=idioms", "--config.data.megabytes=0.5",
+    "--config.sparsity.density=0.125", "--config.steps=60", "--config.batch_size=16",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_survives_the_death_of_one_of_two_processes(tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(REPO),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    logs: list[pathlib.Path] = []
+
+    def start(module, *arguments):
+        logs.append(tmp_path / f"log{len(logs)}")
+        with logs[-1].open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"wsparse.{module}", *arguments],
+                cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    assert start("train", f"--config={REPO}/configs/tiny.py", *SMALL).wait(600) == 0
+    command = ("prune", "--run=runs/tiny", *QUICK, "--storage=sweep.journal")
+    workers = [start(*command) for _ in range(2)]
+    try:
+        limit = time.monotonic() + 300
+        while "trial 1/4" not in logs[1].read_text() + logs[2].read_text():
+            assert time.monotonic() < limit and all(worker.poll() is None for worker in workers)
+            time.sleep(0.1)
+        dies = next(i for i in (0, 1) if "trial 1/4" in logs[1 + i].read_text())
+        workers[dies].send_signal(signal.SIGKILL)
+        assert workers[1 - dies].wait(600) == 0, logs[2 - dies].read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+    folder = tmp_path / "runs/tiny/circuits"
+    statuses = {path.parent.name: read_json(path) for path in folder.glob("*/status.json")}
+    assert set(statuses) == {"indent_for", "lambda_func"}
+    assert "found" in {status["status"] for status in statuses.values()}
+    # The one that lived did not do again what the other had finished.
+    said = logs[1].read_text() + logs[2].read_text()
+    for task, status in statuses.items():
+        if status["status"] != "the model cannot do it":
+            assert len(list((folder / task / "trials").glob("*/*.npy"))) == 4
+    assert said.count("trial 1/4") <= len(statuses)
+    (folder / "table.txt").unlink()
+    assert start("prune", "--run=runs/tiny", "--report").wait(120) == 0
+    assert "indent_for" in (folder / "table.txt").read_text()

@@ -1,0 +1,358 @@
+"""The page in a real headless Chromium: it draws, answers, and runs and fetches nothing of its data."""
+
+import base64
+import copy
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import viewer_case as case
+
+from wsparse.viewer import page as page_lib
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# What the page writes for a hyphen.
+MINUS = "\N{MINUS SIGN}"
+HOSTILE = [
+    "</script><script>window.ran = 1</script>",
+    "<img src=http://127.0.0.1:9/x onerror='window.ran = 2'>",
+    "<!--<script>",
+    '"><b onmouseover=window.ran=3>',
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        assert "WSPARSE_NEEDS_BROWSER" not in os.environ, "there is no Chromium on the path"
+        pytest.skip("there is no Chromium on the path: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    """The small run's data, with tokens and names that would do harm as HTML, and a second task."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    found = json.loads(case.data_text(tmp_path_factory.mktemp("viewer")))
+    jax.config.update("jax_disable_most_optimizations", False)
+    shown = found["circuits"][case.TASK]
+    for token, text in zip(dict.fromkeys(shown["rows"][0]["tokens"]), HOSTILE, strict=False):
+        found["tokens"][str(token)] = text
+    found["run"]["name"] = HOSTILE[0]
+    for row in found["tasks"]:
+        row["summary"] = HOSTILE[1]
+    other = dict(found["tasks"][0], task="<b>other</b>", edges=1, sufficiency=0.9)
+    found["tasks"].append(other)
+    found["circuits"]["<b>other</b>"] = copy.deepcopy(shown)
+    return found
+
+
+@pytest.fixture(scope="module")
+def path(data, tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page_lib.render(data, title=HOSTILE[0]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def open_page(browser, path):
+    """Opens the page at a fragment; nothing may be logged, raised, run or fetched while it is open."""
+    contexts, trouble = [], []
+
+    def opened(fragment="", file=path, **options):
+        context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on(
+            "request",
+            lambda r: trouble.append(r.url) if r.resource_type != "document" else None,
+        )
+        page.goto(f"{file.as_uri()}{fragment}")
+        page.wait_for_selector("main:not([hidden])")
+        return page
+
+    opened.trouble = trouble
+    yield opened
+    for context in contexts:
+        for page in context.pages:
+            assert page.evaluate("window.ran") is None
+        context.close()
+    assert trouble == []
+
+
+def names(page) -> list[str]:
+    return page.locator("#tasks tbody th a").all_text_contents()
+
+
+def state(page) -> dict[str, str]:
+    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+
+
+def node_of(data: dict, kind: str) -> str:
+    nodes = data["circuits"][case.TASK]["nodes"]
+    return next(node["name"] for node in nodes if f".{kind}." in node["name"])
+
+
+def test_the_table_sorts_both_ways_and_keeps_what_has_no_circuit_last(open_page):
+    page = open_page()
+    assert names(page) == ["<b>other</b>", case.TASK]
+    header = page.get_by_role("columnheader", name="edges", exact=True)
+    assert header.get_attribute("aria-sort") == "ascending"
+    header.get_by_role("button").click()
+    assert header.get_attribute("aria-sort") == "descending"
+    assert names(page) == [case.TASK, "<b>other</b>"]
+    page.get_by_role("columnheader", name="loss", exact=True).get_by_role("button").click()
+    rows = page.locator("#tasks tbody tr")
+    assert state(page)["sort"] == "loss" and "hard" in rows.last.inner_text()
+    assert "not found" in rows.last.inner_text()
+
+
+def test_a_row_opens_its_circuit_and_back_returns(open_page, data):
+    page = open_page()
+    page.get_by_role("link", name=case.TASK, exact=True).click()
+    assert page.locator("#circuit-title").inner_text() == case.TASK
+    assert page.locator(".node").count() == len(data["circuits"][case.TASK]["nodes"])
+    assert page.locator("path.edge").count() == len(data["circuits"][case.TASK]["edges"])
+    page.locator("#task").select_option("<b>other</b>")
+    assert page.locator("#circuit-title").inner_text() == "<b>other</b>"
+    page.go_back()
+    assert page.locator("#circuit-title").inner_text() == case.TASK
+    page.go_back()
+    assert page.locator("#overview").is_visible() and page.locator("#circuit").is_hidden()
+
+
+def test_a_clicked_node_shows_its_numbers(open_page, data):
+    page = open_page(f"#task={case.TASK}")
+    shown = data["circuits"][case.TASK]
+    index, node = next(
+        (i, n)
+        for i, n in enumerate(shown["nodes"])
+        if any(i in edge[:2] for edge in shown["edges"])
+    )
+    page.locator(f'.node[data-name="{node["name"]}"]').click()
+    panel = page.locator("#panel")
+    assert panel.locator("h2").inner_text() == node["name"]
+    weights = [edge[2] for edge in shown["edges"] if index in edge[:2]]
+    text = panel.locator("table.edges").all_inner_texts()
+    for weight in weights:
+        assert str(weight).replace("-", MINUS) in "\n".join(text)
+    assert page.locator("path.edge.lit").count() == len(weights)
+    assert panel.locator(".excerpt").count() == sum(
+        len(data["nodes"][node["name"]][k]) for k in ("highest", "lowest", "sampled")
+    )
+    assert state(page)["node"] == node["name"]
+
+
+def test_token_colours_and_values_are_those_of_the_data(open_page, data):
+    name = node_of(data, "v")
+    page = open_page(f"#task={case.TASK}&node={name}&pair=1")
+    shown = data["circuits"][case.TASK]
+    packed = shown["values"][name]["model"]
+    values = np.frombuffer(base64.b64decode(packed["data"]), "<i2") * packed["scale"]
+    starts = np.cumsum([0, *(len(row["tokens"]) for row in shown["rows"])])
+    row = values[starts[2] : starts[3]]
+    spans = page.locator("#panel .prompt").first.locator(".tokens span")
+    assert spans.count() == len(row)
+    strongest = int(np.abs(row).argmax())
+    colour = spans.nth(strongest).evaluate("e => e.style.background")
+    # Colours are relative to the largest value of both prompts.
+    share = abs(row[strongest]) / np.abs(values[starts[2] : starts[4]]).max()
+    assert ("--negative" in colour) == (row[strongest] < 0)
+    assert f"{8 + 62 * share:.0f}%" in colour
+    spans.nth(strongest).hover()
+    shown_value = page.locator("#tip").inner_text().splitlines()[-1].replace(MINUS, "-")
+    assert float(shown_value) == pytest.approx(row[strongest], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["q", "k", "v"])
+def test_queries_keys_and_values_show_attention(open_page, data, kind):
+    page = open_page(f"#task={case.TASK}&node={node_of(data, kind)}")
+    squares = page.locator("#panel canvas")
+    assert squares.count() == 2
+    drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
+    assert all(squares.nth(i).evaluate(drawn) > 8 for i in range(2))
+    squares.first.hover(position={"x": 76, "y": 76})
+    assert page.locator("#tip").inner_text().startswith("from ")
+    assert (
+        open_page(f"#task={case.TASK}&node={node_of(data, 'act_in')}").locator("canvas").count()
+        == 0
+    )
+
+
+def test_a_link_shows_the_same_thing(open_page, data):
+    page = open_page(f"#task={case.TASK}")
+    page.locator("#zoom-in").click()
+    page.locator(".node").nth(3).click()
+    page.get_by_role("button", name="circuit alone").click()
+    page.get_by_role("button", name="Next pair").click()
+    page.locator("#keep").fill("20")
+    page.locator("#residual").uncheck()
+    page.locator("#theme").click()
+    copy_of = open_page(page.evaluate("location.hash"))
+    for what in ("#panel", "#kept", "#prefix"):
+        assert copy_of.locator(what).inner_text() == page.locator(what).inner_text()
+    place = "document.querySelector('#graph > g').transform.baseVal.consolidate().matrix"
+    numbers = [p.evaluate(f"(({{a, e, f}}) => [a, e, f])({place})") for p in (page, copy_of)]
+    assert numbers[1] == pytest.approx(numbers[0], rel=2e-2, abs=2)
+    assert copy_of.locator("html").get_attribute("data-theme") == "light"
+    assert page.locator(".node.gone").count() == len(data["circuits"][case.TASK]["nodes"]) - 20
+    assert copy_of.locator("path.stream:not(.gone)").count() == 0
+    assert open_page(f"#task={case.TASK}").locator("path.stream:not(.gone)").count() > 0
+    assert state(copy_of) == state(page)
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    ["#task=nothing", "#task=__proto__", f"#task={case.TASK}&node=9.x.y.z&keep=-1&pair=99&view=a"],
+)
+def test_a_link_to_what_is_not_there_opens_what_is(open_page, fragment):
+    page = open_page(fragment)
+    assert page.locator("#overview" if "closing" not in fragment else "#circuit").is_visible()
+    assert page.locator(".node.selected").count() == 0
+
+
+def test_keys_reach_select_and_leave_nodes(open_page):
+    page = open_page(f"#task={case.TASK}")
+    page.locator('.node[tabindex="0"]').focus()
+    focused = "document.activeElement.dataset?.name"
+    page.keyboard.press("Home")
+    first = page.evaluate(focused)
+    page.keyboard.press("ArrowRight")
+    second = page.evaluate(focused)
+    assert second and second != first
+    assert page.locator("#tip").inner_text().startswith(second)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    chosen = state(page)["node"]
+    assert page.locator("#panel h2").inner_text() == chosen
+    assert page.evaluate("document.activeElement.id") == "panel"
+    assert page.locator(f'.node[data-name="{chosen}"]').get_attribute("aria-pressed") == "true"
+    page.keyboard.press("Escape")
+    assert "node" not in state(page) and page.evaluate(focused) == chosen
+    assert page.locator('.node[tabindex="0"]').count() == 1
+    page.keyboard.press("?")
+    assert page.get_by_role("dialog").is_visible()
+
+
+def test_colours_follow_the_system_and_the_button(open_page):
+    ink = "getComputedStyle(document.body).backgroundColor"
+    light, dark = (open_page(color_scheme=scheme) for scheme in ("light", "dark"))
+    assert light.evaluate(ink) != dark.evaluate(ink)
+    dark.locator("#theme").click()
+    assert dark.evaluate(ink) == light.evaluate(ink)
+
+
+def test_hostile_text_is_shown_as_text(open_page):
+    page = open_page(f"#task={case.TASK}&pair=0")
+    assert page.locator("#home").inner_text() == HOSTILE[0]
+    page.locator(".node").first.click()
+    tokens = page.locator("#panel .prompt").first.locator(".tokens").text_content()
+    assert all(text in tokens for text in HOSTILE)
+    assert page.locator("img, main b").count() == 0
+    # Even code that did get in would not run.
+    ran = page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.ran = 4';"
+        " document.body.append(s); return window.ran ?? null; }"
+    )
+    assert ran is None
+    [refused] = open_page.trouble
+    assert "Content Security Policy" in refused
+    open_page.trouble.clear()
+
+
+def large(data: dict, n_nodes: int) -> dict:
+    """The same page with a circuit of many nodes, each like one of the small run's."""
+    rng = np.random.default_rng(0)
+    grown = copy.deepcopy(data)
+    shown = grown["circuits"][case.TASK]
+    kinds = [
+        n
+        for n in shown["nodes"]
+        if n["name"].split(".")[2] in ("act_in", "post_act", "resid_delta")
+    ]
+    nodes = []
+    for i in range(n_nodes):
+        like = kinds[i % len(kinds)]
+        name = f"{like['name'].rsplit('.', 1)[0]}.{1000 + i}"
+        nodes.append(dict(like, name=name, importance=1 / (1 + i)))
+        shown["values"][name] = shown["values"][like["name"]]
+        grown["nodes"][name] = grown["nodes"][like["name"]]
+    by_kind = {}
+    for i, node in enumerate(nodes):
+        by_kind.setdefault(node["name"].split(".", 1)[1].rsplit(".", 1)[0], []).append(i)
+    ends = ("mlp.act_in", "mlp.post_act"), ("mlp.post_act", "mlp.resid_delta")
+    edges = [
+        [int(rng.choice(by_kind[a])), int(rng.choice(by_kind[b])), float(rng.normal())]
+        for a, b in ends
+        for _ in range(4000)
+    ]
+    shown |= {
+        "nodes": nodes,
+        "edges": sorted(edges, key=lambda e: -abs(e[2])),
+        "total_nodes": n_nodes,
+        "prefix": [[1, 0.6], [n_nodes, 0.1]],
+        "answer_weights": None,
+    }
+    return grown
+
+
+def test_a_circuit_of_2000_nodes_stays_usable(open_page, data, tmp_path):
+    """In seconds of the page's own thread, whatever else the machine does."""
+    path = tmp_path / "large.html"
+    path.write_text(page_lib.render(large(data, 2000), title="large"), encoding="utf-8")
+    page = open_page(file=path)
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.setTimeDomain", {"timeDomain": "threadTicks"})
+    session.send("Performance.enable")
+
+    def seconds() -> float:
+        page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return {each["name"]: each["value"] for each in metrics}["TaskDuration"]
+
+    def cost(action) -> float:
+        before = seconds()
+        action()
+        return seconds() - before
+
+    assert cost(lambda: page.locator("#task").select_option(case.TASK)) < 2
+    assert page.locator(".node").count() == 250
+    assert "250 most important nodes of 2,000" in page.locator("#notes").inner_text()
+    move = "k => { k.value = 2000; k.dispatchEvent(new Event('change')); }"
+    assert cost(lambda: page.locator("#keep").evaluate(move)) < 6
+    assert page.locator(".node").count() == 2000
+    assert "5,000 largest edges of 8,000" in page.locator("#notes").inner_text()
+    select = "n => n.dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    assert cost(lambda: page.locator(".node").nth(5).evaluate(select)) < 2
+    assert cost(lambda: page.locator("#zoom-in").click()) < 2
+
+
+@pytest.mark.parametrize("width", [390, 1024])
+def test_narrow_windows_do_not_scroll_sideways(open_page, data, width):
+    for fragment in ("", f"#task={case.TASK}", f"#task={case.TASK}&node={node_of(data, 'v')}"):
+        page = open_page(fragment)
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

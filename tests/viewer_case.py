@@ -1,0 +1,146 @@
+"""A small run with one circuit, made in memory, that the tests of the viewer share."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import files, model, runs, trees
+from wsparse.circuits import Circuit, evaluate, find, graph, masks, tasks
+from wsparse.circuits.circuit import Node, edge_list
+from wsparse.config import DataConfig, ModelConfig, TrainConfig, to_dict
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.nodes import NODES
+from wsparse.viewer import collect, page
+
+# Small programs to compile: neurons are 0 where the ReLU makes them so, and AbsTopK is off.
+CONFIG = ModelConfig(
+    vocab_size=257,
+    context=24,
+    n_layer=2,
+    d_model=16,
+    n_head=2,
+    d_head=4,
+    d_mlp=24,
+    activation="relu",
+    abs_top_k_fraction=None,
+)
+TASK = "closing"
+# Nodes of a layer's location in the circuit, and in all of it.
+EACH = 2
+N_NODES = EACH * CONFIG.n_layer * len(NODES)
+OPTIONS = collect.Options(task=("all",), pairs=2)
+
+
+@functools.cache
+def run() -> runs.Run:
+    """A model of large random sparse weights, whose tokens are bytes."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
+
+    def fill(path, leaf):
+        kept = rng.random(leaf.shape) < (0.3 if path.endswith("kernel") else 0.9)
+        return jnp.asarray(0.7 * rng.standard_normal(leaf.shape) * kept, jnp.float32)
+
+    config = TrainConfig(model=CONFIG, data=DataConfig(source="idioms", megabytes=0.2))
+    tokenizer = tokenizer_lib.train(["no merges"], CONFIG.vocab_size)
+    folder = pathlib.Path("runs/case")
+    return runs.Run(folder, config, 7, trees.map_with_path(fill, shapes), tokenizer)
+
+
+def write_task(folder: pathlib.Path) -> pathlib.Path:
+    """Close a string with the quote that opened it, as a user's own task file."""
+    words = [f"{a}{b}" for a in "abcdefghijklmnop" for b in "xyzuvw"]
+    pairs = [
+        {"prompt_a": f"f('{w}", "prompt_b": f'f("{w}', "answer_a": "'", "answer_b": '"'}
+        for w in words
+    ]
+    path = folder / f"{TASK}.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    return path
+
+
+def windows() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 257, (10, CONFIG.context)).astype(np.int32)
+
+
+def circuit(task: tasks.Task) -> Circuit:
+    """Random nodes and the edges between them but one, with what `find` says of each node."""
+    given = run()
+    rng = np.random.default_rng(1)
+    scorer = evaluate.Scorer(
+        given.params, CONFIG, evaluate.mean_activations(given.params, CONFIG, windows())
+    )
+    mask = {name: np.zeros(shape, bool) for name, shape in masks.shapes(CONFIG).items()}
+    for kept_LN in mask.values():
+        for kept_N in kept_LN:
+            kept_N[rng.choice(kept_N.size, EACH, replace=False)] = True
+    nodes_U = np.asarray(masks.flatten(mask))
+    edges = graph.between(nodes_U, scorer.weights, CONFIG)
+    removed = {path: np.zeros_like(each) for path, each in edges.items()}
+    path = next(path for path, each in edges.items() if each.any())
+    at = tuple(np.argwhere(edges[path])[0])
+    removed[path][at], edges[path][at] = True, False
+    settings = find.Settings(report_pairs=4)
+    batch = tasks.build(task, given.tokenizer, 4, settings.seed, split="report")
+    stays = {path: scorer.weights[path] & ~removed[path] for path in removed}
+    scores = scorer.mask(batch, nodes_U, stays)
+    names = np.array(masks.names(CONFIG))[nodes_U]
+    return Circuit(
+        task=task.name,
+        form="' or \"",
+        model_digest=trees.digest(given.params),
+        config=CONFIG,
+        target=0.15,
+        nodes=[
+            Node(str(n), 0.5, float(i)) for n, i in zip(names, rng.random(N_NODES), strict=True)
+        ],
+        edges=edge_list(edges, given.params),
+        loss=scores.loss,
+        scores={
+            "model": {"loss": 0.1, "accuracy": 1.0},
+            "calibrated": {"loss": 0.2},
+            "necessity": {"loss": 2.0, "accuracy": 0.1},
+            "attribution_baseline": {"reached": False, "least_loss": 0.5},
+            "edges_before_clean_up": 99,
+            "seconds_to_find": 3.0,
+        },
+        counts={"nodes": N_NODES, "edges": graph.count(edges)}
+        | dict.fromkeys(
+            ("embedding_edges", "unembedding_edges", "biases", "edges_between_nodes"), 9
+        ),
+        controls={"shuffled_labels": {"reached": False, "least_loss": 0.7, "edges": None}},
+        curve=[
+            {"target": t, "nodes": 10, "edges": e, "loss": t} for t, e in ((0.15, 50), (0.3, 20))
+        ],
+        hyperparameters={"settings": {"report_pairs": 4, "seed": settings.seed}},
+        means={name: np.asarray(each) for name, each in scorer.means.items()},
+        tau={},
+        removed=removed,
+    )
+
+
+def write_run(folder: pathlib.Path) -> tasks.Task:
+    """What `view` reads beside the checkpoint: the config, a circuit, and a task without one."""
+    files.write_json(folder / "config.json", to_dict(run().config))
+    task = tasks.find(str(write_task(folder)))
+    found = circuit(task)
+    found.save(folder / "circuits" / TASK)
+    for name, status in ((TASK, "found"), ("hard", "not found")):
+        (folder / "circuits" / name).mkdir(exist_ok=True)
+        files.write_json(
+            folder / "circuits" / name / "status.json",
+            {"task": name, "status": status, "model": {"loss": 0.1, "accuracy": 1.0}},
+        )
+    return task
+
+
+@functools.cache
+def data_text(folder: pathlib.Path) -> str:
+    """The page's data of the run that `write_run` makes in `folder`, as JSON."""
+    task = write_run(folder)
+    rows, [found] = collect.read_circuits(folder, ["all"])
+    return page.embedded(collect.measured(run(), rows, [(found, task)], windows(), OPTIONS))

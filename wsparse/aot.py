@@ -1,0 +1,339 @@
+"""Compile a recipe for a TPU slice without the slice: `python -m wsparse.aot --config=... --topology=v5e-64`.
+
+The real jitted functions (`wsparse.train.make_program`, `wsparse.circuits.search.Pruner`) are compiled by
+libtpu (the extra `aot`) for devices that need not exist. What they would need and do on each chip is printed,
+and written as JSON; the exit status is 1 if they do not fit into a chip's memory.
+
+Numbers are read from the compiled program (`wsparse.hlo`), per chip and per call. Loops over layers and steps
+are counted as often as they run. A search for a threshold stops when its data say so; its loop is counted
+as often as it can run at most, so that bytes and collectives of searches are upper bounds. FLOPs are those of
+matrix products; the model's own count is two for every weight and token, and for every score and weighted
+value of the full, unmasked attention, three times that for a training step (forward, and backward twice).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+import importlib.util
+import os
+import pathlib
+import re
+import time
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+
+from wsparse import files, hlo, model, sharding, train, trees
+from wsparse.circuits import PairArrays, masks, search
+from wsparse.config import ModelConfig, TrainConfig, from_dict
+from wsparse.errors import UserError, closest, missing_extra, run_command
+from wsparse.sparsity import magnitude
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One chip of a generation, from Google's published system architecture pages.
+
+    Attributes:
+      hbm_gib: device memory.
+      tflops: bfloat16 matrix products, 10^12 a second.
+      hbm_gbps: device memory bandwidth, 10^9 bytes a second.
+      ici_gbps: bandwidth of all its links to other chips together, 10^9 bytes a second.
+      cores: units in which slices of the generation are named; 2 where names count cores.
+      platform: settings of libtpu that make a chip one device.
+    """
+
+    hbm_gib: float
+    tflops: float
+    hbm_gbps: float
+    ici_gbps: float
+    cores: int
+    platform: dict[str, Any]
+
+
+CHIPS = {
+    "v4": Chip(32, 275, 1228, 300, 2, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16, 197, 819, 200, 1, {}),
+    "v5p": Chip(95, 459, 2765, 600, 2, {}),
+    "v6e": Chip(32, 918, 1640, 448, 1, {}),
+}
+# Chips of a slice -> how they are arranged.
+_PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+          512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"}  # fmt: skip
+# Names that people use -> libtpu's: "v5e-256" -> "v5e:16x16".
+TOPOLOGIES = {
+    f"{kind}-{chips * chip.cores}": f"{kind}:{shape}"
+    for kind, chip in CHIPS.items()
+    for chips, shape in (_CUBES if chip.cores == 2 else _PLANES).items()
+}
+
+
+class Slice(NamedTuple):
+    """Devices to compile for."""
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+
+def find_slice(name: str) -> Slice:
+    """The devices of a slice: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
+
+    Raises:
+      UserError: no such topology, or libtpu is not installed.
+    """
+    full = TOPOLOGIES.get(name.replace("v5litepod", "v5e"), name)
+    kind, colon, shape = full.partition(":")
+    if kind not in CHIPS or not colon or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise UserError(
+            f"unknown topology {name!r}{closest(name, TOPOLOGIES)}; known ones are "
+            f"{', '.join(TOPOLOGIES)}, or e.g. v5e:4x4 for chips in a grid"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise missing_extra("libtpu", "aot", "compiling for a TPU")
+    # Before libtpu is loaded: it is to look for no TPU and to share itself with other processes.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    settings = dict(CHIPS[kind].platform)
+    if full.endswith(":1x1"):
+        # A host has four chips unless libtpu is told otherwise.
+        settings["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
+    except Exception as error:  # libtpu's errors have no common type of their own
+        raise UserError(
+            f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return Slice(full, CHIPS[kind], list(found.devices))
+
+
+def model_flops(config: ModelConfig, batch: int) -> float:
+    """FLOPs of the matrix products of one forward pass over `batch` sequences of the whole context."""
+    shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    weights = sum(
+        leaf.size for path, leaf in trees.flatten(shapes["blocks"]).items() if "kernel" in path
+    )
+    weights += config.d_model * config.vocab_size
+    attention = 2 * config.n_layer * config.context * config.attention_width
+    return 2.0 * batch * config.context * (weights + attention)
+
+
+def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]:
+    """The lowered training step, and the model's own FLOPs of it on all chips."""
+    batch = jax.ShapeDtypeStruct(
+        (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1),
+        jnp.int32,
+    )
+    step: Any = program.step  # a jitted function
+    lowered = step.lower(program.abstract_state, batch)
+    return lowered, 3 * model_flops(config.model, config.batch_size)
+
+
+def projection(program: train.Program) -> tuple[Any, float]:
+    """The lowered projection on its own."""
+    project: Any = program.project
+    return project.lower(program.abstract_state.params), 0.0
+
+
+def prune(
+    config: ModelConfig, devices: Sequence[Any], *, steps: int, pairs_per_step: int
+) -> tuple[Any, float]:
+    """`Pruner`'s call with one trial on each chip, lowered, and the model's own FLOPs on all chips."""
+    trials, rows = len(devices), 2 * pairs_per_step
+    pruner = search.Pruner(
+        config, steps=steps, pairs_per_step=pairs_per_step, parallel=trials, devices=devices
+    )
+    shape = jax.ShapeDtypeStruct
+    lowered = pruner.lower(
+        jax.eval_shape(lambda: model.init(config, jax.random.key(0))),
+        PairArrays(
+            shape((rows, config.context), jnp.int32),
+            *[shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1),
+        ),
+        {name: shape(each, jnp.float32) for name, each in masks.shapes(config).items()},
+    )
+    # The weights are frozen: the backward pass is the gradient of activations only.
+    return lowered, 2 * trials * steps * model_flops(config, rows)
+
+
+def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, Any]:
+    """Compile for a slice and read the program: everything per chip and per call.
+
+    Args:
+      lowered: a `jax.stages.Lowered`.
+      target: where to.
+      flops: the model's own count on all chips; 0 where there is none.
+    """
+    started = time.monotonic()
+    limit = target.chip.hbm_gib * _GIB
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = re.sub(r"\s+", " ", str(error).split("\n")[0])[:300]
+        return {"fits": False, "reason": reason, "hbm_bytes": int(limit)}
+    seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    classes = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "generated_code": memory.generated_code_size_in_bytes,
+    }
+    total = sum(classes.values()) - 2 * classes["aliased"]
+    program = hlo.parse(compiled.as_text(), search_bound=magnitude.SEARCH_PASSES)
+    collectives = program.collectives()
+    report: dict[str, Any] = {
+        "fits": total <= limit,
+        "memory": classes | {"total": total},
+        "hbm_bytes": int(limit),
+        "flops": program.matmul_flops(),
+        "bytes_accessed": program.hbm_bytes(),
+        "collectives": _by_kind(collectives),
+        "collectives_in_searches": _by_kind([each for each in collectives if each.in_search]),
+        "compile_seconds": round(seconds, 1),
+        "xla": {
+            key: value
+            for key, value in (compiled.cost_analysis() or {}).items()
+            if key in ("flops", "bytes accessed")
+        },
+    }
+    if flops:
+        report["model_flops"] = flops / len(target.devices)
+        report["flops_ratio"] = report["flops"] / report["model_flops"]
+    report["roofline_seconds"] = {
+        "compute": report["flops"] / (target.chip.tflops * 1e12),
+        "memory": report["bytes_accessed"] / (target.chip.hbm_gbps * 1e9),
+        "collectives": _collective_seconds(collectives, target.chip),
+    }
+    return report
+
+
+def _by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, int]]:
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for each in collectives:
+        kinds[each.kind]["count"] += each.count
+        kinds[each.kind]["bytes"] += each.count * each.bytes
+    return dict(sorted(kinds.items()))
+
+
+def _collective_seconds(collectives: Sequence[hlo.Collective], chip: Chip) -> float:
+    """As rings over half of a chip's links: a group of a slice lies along one of its two or three axes."""
+    total = 0.0
+    for each in collectives:
+        share = (each.group - 1) / each.group
+        rounds = 2 if each.kind == "all-reduce" else 1
+        total += each.count * each.bytes * rounds * share / (chip.ici_gbps / 2 * 1e9)
+    return total
+
+
+def describe(what: str, report: dict[str, Any]) -> str:
+    """A report as lines of text."""
+    if "reason" in report:
+        return f"{what}: DOES NOT FIT: {report['reason']}"
+    mebi = lambda n: f"{n / 2**20:,.1f} MiB"
+    memory = report["memory"]
+    lines = [
+        f"{what}: {'fits' if report['fits'] else 'DOES NOT FIT'}: {mebi(memory['total'])} of "
+        f"{mebi(report['hbm_bytes'])} per chip (compiled in {report['compile_seconds']} s)",
+        "  memory       " + ", ".join(f"{k} {mebi(v)}" for k, v in memory.items() if k != "total"),
+    ]
+    if "flops_ratio" in report:
+        lines.append(
+            f"  FLOPs        {report['flops']:.4g}, {report['flops_ratio']:.3f} times the model's "
+            f"{report['model_flops']:.4g}"
+        )
+    lines.append(f"  HBM traffic  {mebi(report['bytes_accessed'])}")
+    for title, key in (("collectives", "collectives"), ("of searches", "collectives_in_searches")):
+        each = [f"{kind} {v['count']} x, {mebi(v['bytes'])}" for kind, v in report[key].items()]
+        lines.append(f"  {title:<12} {'; '.join(each) or 'none'}")
+    roofline = {k: f"{1e3 * v:.2f} ms" for k, v in report["roofline_seconds"].items()}
+    lines.append("  at best      " + ", ".join(f"{k} {v}" for k, v in roofline.items()))
+    return "\n".join(lines)
+
+
+def run(
+    config: TrainConfig, target: Slice, what: str, *, steps: int, pairs_per_step: int
+) -> dict[str, Any]:
+    """Compile and print; the report that the command saves."""
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    print(
+        f"{target.name}: {len(target.devices)} chips of {target.chip.hbm_gib} GiB, mesh "
+        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        flush=True,
+    )
+    jobs: dict[str, Callable[[], tuple[Any, float]]] = {}
+    if what in ("train", "all"):
+        program = train.make_program(config, mesh)
+        jobs["train"] = lambda: train_step(config, program)
+        if config.sparsity.density < 1:
+            jobs["projection"] = lambda: projection(program)
+    if what in ("prune", "all"):
+        jobs["prune"] = lambda: prune(
+            config.model, target.devices, steps=steps, pairs_per_step=pairs_per_step
+        )
+    programs = {}
+    for name, job in jobs.items():
+        lowered, flops = job()
+        programs[name] = compile_report(lowered, target, flops=flops)
+        print(describe(name, programs[name]), flush=True)
+    return {
+        "topology": target.name,
+        "chips": len(target.devices),
+        "mesh": dict(mesh.shape),
+        "fits": all(report["fits"] for report in programs.values()),
+        "programs": programs,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; see the module's docstring."""
+    del argv
+    options: Any = flags.FLAGS
+    if options.config is None:
+        raise UserError("--config is missing: python -m wsparse.aot --config=configs/gao_475m.py")
+    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    config = from_dict(TrainConfig, options.config.to_dict())
+    jax.config.update("jax_platforms", "cpu")
+    # The platform compiled for is not the default one, which would decide.
+    os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
+    target = find_slice(options.topology)
+    report = {"config": str(file)} | run(
+        config, target, options.what, steps=options.steps, pairs_per_step=options.pairs_per_step
+    )
+    name = f"{file.stem}_{target.name.replace(':', '_')}.json"
+    out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(out, report)
+    print(f"wrote {out}")
+    return 0 if report["fits"] else 1
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/gao_475m.py.")
+    flags.DEFINE_string("topology", None, "A slice, e.g. v5e-256 or v5e:16x16.", required=True)
+    flags.DEFINE_enum("what", "train", ["train", "prune", "all"], "Which functions to compile.")
+    flags.DEFINE_integer("steps", 300, "Steps of a pruning run.", lower_bound=1)
+    flags.DEFINE_integer("pairs_per_step", 64, "Pairs drawn for a pruning step.", lower_bound=1)
+    flags.DEFINE_string("out", None, "The JSON file; runs/aot/CONFIG_TOPOLOGY.json by default.")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)

@@ -1,0 +1,170 @@
+"""Work shared by independent processes through an Optuna storage: claimed, done once, retried when lost.
+
+Any number of workers, on any machines that see the storage and the run's folder, do the pieces of a task
+together. Nothing but the storage connects them, so they may come, go and die at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import math
+import pathlib
+import threading
+import time
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from wsparse.errors import UserError
+
+_SEEN = "seen"
+
+
+class ElsewhereError(Exception):
+    """What is left of a piece of work is in other processes' hands for now; come back later."""
+
+
+def open_storage(where: str) -> BaseStorage:
+    """The storage at a database's URL, or in a journal file, which is made when missing.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
+    try:
+        if "://" in where:
+            return RDBStorage(where)
+        pathlib.Path(where).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(where))
+    # The drivers of databases raise errors of their own kinds.
+    except Exception as error:
+        raise UserError(
+            f"--storage={where} cannot be opened: {str(error).splitlines()[0]}; give the path of a file "
+            "that all workers see, or a URL such as postgresql://user@host/name whose driver is installed"
+        ) from error
+
+
+class Pieces:
+    """A number of pieces of work under one name, each to be done once by whoever claims it.
+
+    A claim is a running Optuna trial. Its holder writes the time into it every quarter of a lease; once that
+    is a lease ago the holder counts as dead, and the piece is free again. Clocks must agree to a fraction of
+    a lease.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        sampler: optuna.samplers.BaseSampler | None = None,
+        storage: BaseStorage | None = None,
+        name: str | None = None,
+        lease: float = 600.0,
+        first: Sequence[Mapping[str, Any]] = (),
+    ):
+        """Join the work of this name, or begin it.
+
+        Args:
+          count: of pieces.
+          sampler: of their parameters.
+          storage: shared with other processes; None is this process's memory.
+          name: of the work in the storage.
+          lease: seconds.
+          first: parameters of the first pieces.
+        """
+        self._count, self._lease, self._shared = count, lease, storage is not None
+        options: dict[str, Any] = {"study_name": name, "storage": storage, "sampler": sampler}
+        try:
+            self._study = optuna.create_study(direction="minimize", **options)
+            for parameters in first:
+                self._study.enqueue_trial(dict(parameters))
+        except optuna.exceptions.DuplicatedStudyError:
+            self._study = optuna.load_study(**options)
+        self._held: dict[int, optuna.Trial] = {}
+        self._lock = threading.Lock()
+
+    def done(self) -> list[FrozenTrial]:
+        """The finished pieces, in order."""
+        return [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
+
+    def begin(self) -> bool:
+        """Whether there is anything that nobody does."""
+        self._free_the_lost()
+        return self._alive() < self._count
+
+    @contextlib.contextmanager
+    def claim(self, most: int = 1) -> Iterator[list[optuna.Trial]]:
+        """Up to `most` free pieces, held while the block runs; what it does not `tell` is free again."""
+        self._free_the_lost()
+        asked = [self._study.ask() for _ in range(min(most, self._count - self._alive()))]
+        for trial in asked:
+            trial.set_user_attr(_SEEN, time.time())
+            self._held[trial.number] = trial
+        # Where several processes ask at once there may be one too many: the youngest step back.
+        mine = [trial for trial in asked if self._alive(before=trial.number) < self._count]
+        for trial in asked:
+            if trial not in mine:
+                self._let_go(trial)
+        with self._kept_alive():
+            try:
+                yield mine
+            finally:
+                for trial in list(self._held.values()):
+                    self._let_go(trial)
+
+    def tell(self, trial: optuna.Trial, value: float) -> None:
+        """A claimed piece is done; ignored where the claim was lost meanwhile. NaN counts as the worst."""
+        with self._lock:
+            self._held.pop(trial.number, None)
+            # Optuna would take NaN for a failure, and the piece would be tried for ever.
+            worth = math.inf if math.isnan(value) else value
+            self._study.tell(trial, worth, skip_if_finished=True)
+
+    def _let_go(self, trial: optuna.Trial) -> None:
+        with self._lock:
+            self._held.pop(trial.number, None)
+            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _alive(self, *, before: float = float("inf")) -> int:
+        return sum(
+            trial.number < before and trial.state in (TrialState.RUNNING, TrialState.COMPLETE)
+            for trial in self._trials()
+        )
+
+    def _free_the_lost(self) -> None:
+        for trial in self._trials():
+            if trial.state != TrialState.RUNNING or trial.number in self._held:
+                continue
+            began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            if time.time() - trial.user_attrs.get(_SEEN, began) > self._lease:
+                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    @contextlib.contextmanager
+    def _kept_alive(self) -> Iterator[None]:
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self._lease / 4):
+                with self._lock:
+                    for trial in list(self._held.values()):
+                        try:
+                            trial.set_user_attr(_SEEN, time.time())
+                        except optuna.exceptions.UpdateFinishedTrialError:
+                            # Others took this process for dead; what it finds is not used.
+                            del self._held[trial.number]
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if self._shared:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if self._shared:
+                thread.join()

@@ -1,0 +1,304 @@
+"""Check a machine, or all machines of a job, before money is spent: `python -m wsparse.doctor`.
+
+    python -m wsparse.doctor --config=configs/small.py --workdir=runs/small
+
+One line per check, OK or FAIL and what to do; the exit status is 1 when anything failed. In a job of many
+processes all of them check, together, and the first one prints what any of them found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import socket
+import time
+from typing import Any
+import uuid
+
+from absl import flags
+from etils import epath
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_flags
+import numpy as np
+from packaging.requirements import Requirement
+
+from wsparse import sharding, train
+from wsparse.config import MeshConfig, TrainConfig, from_dict
+from wsparse.errors import UserError, run_command
+
+# Checkpoints are written beside the old ones, and data and metrics need a little.
+_SPARE_BYTES = 1e9
+
+
+class ProblemError(Exception):
+    """What a check found wrong, and what to do, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+      name: a word.
+      find: returns what to print when all is well; raises `ProblemError` or `UserError` otherwise.
+    """
+
+    name: str
+    find: Callable[[], str]
+
+
+def examine(checks: Sequence[Check], say: Callable[[str], None]) -> bool:
+    """Run checks in order, in all processes together, and say what came of each.
+
+    Returns:
+      Whether all went well, everywhere.
+    """
+    healthy = True
+    for check in checks:
+        outcomes = sharding.gather(_outcome(check))
+        failed = [(p, each) for p, each in enumerate(outcomes) if not each.startswith("OK")]
+        healthy &= not failed
+        process, line = failed[0] if failed else (0, outcomes[0])
+        where = f" (process {process} of {len(outcomes)})" if failed and len(outcomes) > 1 else ""
+        status, text = line.split(" ", 1)
+        say(f"{status:<4}  {check.name}: {text}{where}")
+    return healthy
+
+
+def _outcome(check: Check) -> str:
+    try:
+        return f"OK {check.find()}"
+    except (ProblemError, UserError) as problem:
+        return f"FAIL {problem}"
+    # A check that breaks has found something too; the others go on.
+    except Exception as error:
+        return f"FAIL {_brief(error)}"
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def versions() -> str:
+    """Python and the packages that wsparse needs, in the versions it needs, the same everywhere."""
+    found, wrong = [f"python {platform.python_version()}"], []
+    try:
+        needs = importlib.metadata.requires("wsparse") or []
+    except importlib.metadata.PackageNotFoundError:
+        needs = []
+        wrong.append("to be installed itself, so that its needs are known")
+    for text in needs:
+        need = Requirement(text)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "nothing"
+        if version == "nothing" or not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name}{need.specifier}, found {version}")
+        found.append(f"{need.name} {version}")
+    # Before anything is raised here: all processes must take part.
+    sharding.require_same(str(sorted(found)), "python and its packages")
+    if wrong:
+        raise ProblemError(
+            f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)"
+        )
+    return ", ".join(
+        each for each in found if each.split()[0] in ("python", "jax", "orbax-checkpoint")
+    )
+
+
+def processes() -> str:
+    """Every process of the job answers, and a number crosses all devices."""
+    hosts = sharding.gather(socket.gethostname())
+    return f"{len(hosts)} on {len(set(hosts))} machines, coordinated by {hosts[0]}"
+
+
+def devices() -> str:
+    """The devices are those that the machine has, and all are alike."""
+    backend, local, total = jax.default_backend(), jax.local_device_count(), jax.device_count()
+    missed = [kind for kind in sharding.accelerators() if backend == "cpu"]
+    if missed and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+        raise ProblemError(
+            f"this machine has {missed[0]} devices, and jax uses the CPU: pip install 'wsparse[{missed[0]}]'"
+        )
+    if total != local * jax.process_count():
+        raise ProblemError(
+            f"{local} of {total} devices are on this one of {jax.process_count()} processes: give every "
+            "process equally many"
+        )
+    kinds = {device.device_kind for device in jax.devices()}
+    if len(kinds) > 1:
+        raise ProblemError(f"the devices differ: {', '.join(sorted(kinds))}")
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    size = f", {memory / 2**30:.0f} GiB each" if memory else ""
+    return f"{total} x {kinds.pop()} ({backend}), {local} a process{size}"
+
+
+def collectives() -> str:
+    """A sum over all devices comes out right."""
+    mesh = sharding.make_mesh(MeshConfig())
+    count = mesh.size
+    rows = np.asarray(sharding.local_rows(mesh, count), np.int32)
+    spread = sharding.put_batch(rows, mesh, P(sharding.BATCH[1]), size=count)
+    start = time.monotonic()
+    total = int(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(spread))
+    if total != count * (count - 1) // 2:
+        raise ProblemError(
+            f"the devices' numbers 0 to {count - 1} sum to {total}: do not train here"
+        )
+    return f"a sum over {count} devices is right ({time.monotonic() - start:.1f} s with compiling)"
+
+
+def storage(workdir: epath.Path) -> str:
+    """The folder can be written, read and cleaned up, and is the same one for all processes."""
+    # What this creates it removes, so that a run still finds nothing there.
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    name = sharding.gather(f".doctor-{uuid.uuid4().hex}")[0]
+    probe, text, first = workdir / name, "wsparse", jax.process_index() == 0
+    reason, seconds = "", time.monotonic()
+    if first:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe.write_text(text)
+            if probe.read_text() != text:
+                reason = "a file does not hold what was written to it"
+        # A bucket's driver raises errors of its own.
+        except Exception as error:
+            reason = _brief(error)
+    reason = sharding.gather(reason)[0]
+    blind = [] if reason else sharding.blind_processes(probe)
+    seconds = time.monotonic() - seconds
+    if first:
+        try:
+            probe.unlink(missing_ok=True)
+            for path in made:
+                # Another process, or a person, may have put something there meanwhile.
+                if path.exists() and not any(path.iterdir()):
+                    path.rmdir()
+        except Exception as error:
+            reason = reason or _brief(error)
+    if reason:
+        raise ProblemError(f"cannot use {workdir}: {reason}: check its permissions and the path")
+    if blind:
+        raise ProblemError(
+            f"{workdir} is not one folder for all: process {blind[0]} does not see what process 0 wrote; "
+            "use a network's file system, or mount a bucket"
+        )
+    mount = "; training needs it mounted as a folder" if "://" in str(workdir) else ""
+    return f"{workdir} can be written, read and deleted, by all processes ({seconds:.1f} s){mount}"
+
+
+def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
+    """There is room for the run's checkpoints."""
+    if "://" in str(workdir):
+        return "a bucket has no end"
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if config is None:
+        return f"{free / 1e9:.1f} GB free"
+    state = jax.eval_shape(functools.partial(train.init_state, config))
+    one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    # While the newest is written, the oldest is still there.
+    need = (config.keep_checkpoints + 1) * one + _SPARE_BYTES
+    if free < need:
+        raise ProblemError(
+            f"{free / 1e9:.1f} GB free under {there}, {config.keep_checkpoints + 1} checkpoints need "
+            f"{need / 1e9:.1f} GB: free some, or lower keep_checkpoints"
+        )
+    return f"{free / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
+
+
+def step(config: TrainConfig) -> str:
+    """One training step of the config compiles, fits, runs, and gives a finite loss."""
+    mesh = sharding.make_mesh(config.mesh)
+    program = train.make_program(config, mesh)
+    size = config.batch_size // config.accumulate
+    rows = sharding.local_rows(mesh, size)
+    # Row r is the same in every process that holds it.
+    windows = [
+        np.random.default_rng(row).integers(config.model.vocab_size, size=config.model.context + 1)
+        for row in rows
+    ]
+    local = np.broadcast_to(
+        np.asarray(windows, np.int32), (config.accumulate, len(rows), config.model.context + 1)
+    )
+    batch = sharding.put_batch(local, mesh, size=size)
+    start = time.monotonic()
+    jitted: Any = program.step
+    compiled = jitted.lower(program.abstract_state, batch).compile()
+    compiling = time.monotonic() - start
+    state, _ = compiled(program.init(), batch)
+    jax.block_until_ready(state)
+    start = time.monotonic()
+    state, report = compiled(state, batch)
+    loss = float(report["loss"])
+    seconds = time.monotonic() - start
+    if not math.isfinite(loss):
+        raise ProblemError(f"the loss of random tokens is {loss}: lower optimizer.learning_rate")
+    shape = " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items())
+    return (
+        f"compiled in {compiling:.1f} s, then {seconds:.3f} s a step over {shape}; "
+        f"{_memory(compiled)}loss of random tokens {loss:.2f}"
+    )
+
+
+def _memory(compiled: Any) -> str:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return ""
+    used = (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    return f"{used / 2**30:.2f} GiB a device; "
+
+
+def _checks(config: TrainConfig | None, workdir: epath.Path | None) -> Iterator[Check]:
+    yield Check("versions", versions)
+    yield Check("processes", processes)
+    yield Check("devices", devices)
+    yield Check("collectives", collectives)
+    if workdir is not None:
+        yield Check("storage", functools.partial(storage, workdir))
+        yield Check("disk", functools.partial(disk, workdir, config))
+    if config is not None:
+        yield Check("step", functools.partial(step, config))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; see the module's docstring."""
+    del argv
+    options: Any = flags.FLAGS
+    config = None
+    if options.config is not None:
+        config = from_dict(TrainConfig, options.config.to_dict())
+    workdir = None if options.workdir is None else epath.Path(options.workdir)
+    sharding.initialize_processes()
+    quiet = jax.process_index() != 0
+    say = (lambda line: None) if quiet else functools.partial(print, flush=True)
+    healthy = examine(list(_checks(config, workdir)), say)
+    say("ready" if healthy else "not ready: mend what FAILs")
+    return 0 if healthy else 1
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "A recipe, to compile and run one step of it.")
+    flags.DEFINE_string("workdir", None, "Where the run is to live: a folder, or a bucket's URL.")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)

@@ -1,0 +1,364 @@
+"""What a compiled XLA program does in one call on one device, read from its text.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs. Here every instruction is
+counted as often as it runs: a loop whose condition compares a counter with a constant (a scan over layers or
+steps) by that constant, a loop that stops when its data say so (a search) by a bound that the caller
+gives, and each of the pieces that XLA makes of one asynchronous collective as that one collective.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+         "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}  # fmt: skip
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Array(NamedTuple):
+    """One array of an instruction's type."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool
+
+    @property
+    def bytes(self) -> int:
+        bits = _BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype.split("e")[0]) or 0)
+        return math.prod(self.shape) * bits // 8
+
+
+class Instruction(NamedTuple):
+    """One line of a computation: `name = result op(operands), attributes`."""
+
+    name: str
+    op: str
+    result: list[Array]
+    operands: list[str]
+    attributes: str
+    is_root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+class Collective(NamedTuple):
+    """A collective, as often as it runs.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      count: times it runs in one call.
+      bytes: of one run: the larger of what one device puts in and what it gets out.
+      group: devices that take part in it together.
+      path: where in the program it comes from, as jax names operations.
+      in_search: it runs in a loop whose length the data decide; `count` is then a bound.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+    group: int
+    path: str
+    in_search: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A parsed program.
+
+    Attributes:
+      computations: by name.
+      entry: the name of the one that is called.
+      search_bound: how often a loop is counted whose length depends on data.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+    search_bound: int
+
+    def executions(self) -> tuple[Counter[str], set[str]]:
+        """How often each computation runs in one call, and those that run inside a search."""
+        runs: Counter[str] = Counter()
+        searching: set[str] = set()
+
+        def visit(name: str, times: int, in_search: bool) -> None:
+            runs[name] += times
+            if in_search:
+                searching.add(name)
+            for each in self.computations[name].values():
+                if each.op == "while":
+                    (condition,) = _called(each, "condition")
+                    (body,) = _called(each, "body")
+                    trips = self._trips(each, condition)
+                    inner = in_search or trips is None
+                    count = times * (self.search_bound if trips is None else trips)
+                    visit(body, count, inner)
+                    visit(condition, count, inner)
+                elif each.op in ("fusion", "call", "conditional") or each.op.startswith("async"):
+                    keys = ("calls", "to_apply", "true_computation", "false_computation",
+                            "branch_computations", "called_computations")  # fmt: skip
+                    for callee in _called(each, *keys):
+                        visit(callee, times, in_search)
+
+        visit(self.entry, 1, False)
+        return runs, searching
+
+    def _trips(self, loop: Instruction, condition: str) -> int | None:
+        """Iterations of a counted loop from 0 in steps of 1, as jax writes scans; None for a search."""
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        instructions = self.computations[condition]
+        (root,) = (each for each in instructions.values() if each.is_root)
+        if root.op == "compare" and "direction=LT" in root.attributes:
+            bound = instructions[root.operands[1]]
+            if bound.op == "constant":
+                return int(bound.operands[0])
+        return None
+
+    def walk(self) -> Iterator[tuple[str, int, bool, Instruction]]:
+        """`(computation, times it runs, inside a search, instruction)` for everything that runs."""
+        runs, searching = self.executions()
+        for name, times in runs.items():
+            for each in self.computations[name].values():
+                yield name, times, name in searching, each
+
+    def matmul_flops(self) -> int:
+        """Floating-point operations of matrix products: two for every product of two numbers."""
+        total = 0
+        for name, times, _, each in self.walk():
+            if each.op in ("dot", "convolution"):
+                left, right = (self.computations[name][o].result[0] for o in each.operands[:2])
+                count = _dot_flops if each.op == "dot" else _convolution_flops
+                total += times * count(each, left, right)
+        return total
+
+    def collectives(self) -> list[Collective]:
+        """Every collective; the pieces of an asynchronous one, which share a channel, are one."""
+        found: dict[str, Collective] = {}
+        for name, times, in_search, each in self.walk():
+            kind = each.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            if name.lstrip("%").startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            results = [array.bytes for array in each.result]
+            moved = max(results) if each.op.endswith("-start") else sum(results)
+            if kind == "reduce-scatter":
+                moved = max(
+                    moved,
+                    sum(
+                        array.bytes
+                        for operand in each.operands
+                        for array in self.computations[name][operand].result
+                    ),
+                )
+            path = re.search(r'op_name="([^"]*)"', each.attributes)
+            channel = re.search(r"channel_id=(\d+)", each.attributes)
+            key = f"{kind} {channel[1]}" if channel else f"{name} {each.name}"
+            if key not in found or found[key].count < times:
+                group = _group_size(each.attributes)
+                where = path[1] if path else ""
+                found[key] = Collective(kind, times, moved, group, where, in_search)
+        return list(found.values())
+
+    def hbm_bytes(self) -> int:
+        """Bytes that instructions read from and write to device memory.
+
+        Fusions are counted by what they read of their operands (the slice, where they slice) and write.
+        What XLA keeps in a core's own memory costs nothing.
+        """
+        total = 0
+        fused = {
+            callee
+            for computation in self.computations.values()
+            for each in computation.values()
+            if each.op == "fusion"
+            for callee in _called(each, "calls")
+        }
+        for name, times, _, each in self.walk():
+            if name not in fused:
+                total += times * self._bytes(self.computations[name], each)
+        return total
+
+    def _bytes(self, computation: Computation, each: Instruction) -> int:
+        if each.op in _FREE or each.op.endswith(("-done", "-update")):
+            return 0
+        if each.op == "copy-start":
+            return _hbm(each.result[:2])
+        if each.op.endswith("-start"):
+            return _hbm(each.result[:1] and [max(each.result, key=lambda array: array.bytes)])
+        operands = [
+            computation[operand].result for operand in each.operands if operand in computation
+        ]
+        if each.op == "dynamic-slice" or each.op == "slice":
+            return 2 * _hbm(each.result)
+        if each.op == "dynamic-update-slice":
+            return 2 * _hbm(operands[1])
+        if each.op == "fusion":
+            (callee,) = _called(each, "calls")
+            return self._fusion_bytes(self.computations[callee], operands, each.result)
+        return _hbm(each.result) + sum(_hbm(operand) for operand in operands)
+
+    def _fusion_bytes(
+        self, fused: Computation, operands: list[list[Array]], result: list[Array]
+    ) -> int:
+        users: dict[str, list[Instruction]] = defaultdict(list)
+        for each in fused.values():
+            for operand in each.operands:
+                users[operand].append(each)
+        total = 0
+        for each in fused.values():
+            if each.op != "parameter":
+                continue
+            arrays = operands[int(each.operands[0])]
+            reads = users[each.name]
+            if reads and all(
+                user.op in ("dynamic-slice", "dynamic-update-slice")
+                and user.operands[0] == each.name
+                and each.name not in user.operands[1:]
+                for user in reads
+            ):
+                sliced = sum(user.result[0].bytes for user in reads if user.op == "dynamic-slice")
+                total += sliced if arrays and arrays[0].in_hbm else 0
+            else:
+                total += _hbm(arrays)
+        (root,) = (each for each in fused.values() if each.is_root)
+        while root.op == "bitcast":
+            root = fused[root.operands[0]]
+        parts = [fused[o] for o in root.operands] if root.op == "tuple" else [root]
+        if len(parts) != len(result):
+            return total + _hbm(result)
+        for part, array in zip(parts, result, strict=True):
+            while part.op == "bitcast":
+                part = fused[part.operands[0]]
+            if part.op == "dynamic-update-slice" and array.in_hbm:
+                total += fused[part.operands[1]].result[0].bytes
+            else:
+                total += _hbm([array])
+        return total
+
+
+def parse(text: str, *, search_bound: int = 1) -> Program:
+    """Parse the text of a compiled program (`jax.stages.Compiled.as_text`).
+
+    Args:
+      text: of one module.
+      search_bound: how often loops count whose length depends on data.
+    """
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            each = _instruction(found[2], found[3], bool(found[1]))
+            current[each.name] = each
+    return Program(computations, entry, search_bound)
+
+
+def _instruction(name: str, text: str, is_root: bool) -> Instruction:
+    text = re.sub(r"/\*.*?\*/", "", text)
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    kind, _, rest = text[end:].lstrip(") ").partition("(")
+    close = _closing(f"({rest}", 0) - 1
+    inside, attributes = rest[: close - 1], rest[close:]
+    arrays = [
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
+        for dtype, dims, layout in _ARRAY.findall(text[:end])
+    ]
+    operands = re.findall(r"%([\w.\-]+)", inside) or [part for part in [inside.strip()] if part]
+    return Instruction(name, kind, arrays, operands, attributes, is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    """The position just after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += (text[position] == "(") - (text[position] == ")")
+        if depth == 0:
+            return position + 1
+    return len(text)
+
+
+def _called(each: Instruction, *keys: str) -> list[str]:
+    """Names of the computations under these attributes."""
+    names = []
+    for key in keys:
+        if found := re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", each.attributes):
+            names += re.findall(r"%([\w.\-]+)", found[1])
+    return names
+
+
+def _hbm(arrays: list[Array]) -> int:
+    return sum(array.bytes for array in arrays if array.in_hbm)
+
+
+def _group_size(attributes: str) -> int:
+    """Devices per group, in any of the three ways XLA writes groups; 1 where none are given."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(tiled[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed[1].split(","))
+    return 1
+
+
+def _dot_flops(each: Instruction, left: Array, right: Array) -> int:
+    del right
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
+    axes = [int(axis) for axis in found[1].split(",")] if found and found[1] else []
+    return 2 * math.prod(each.result[0].shape) * math.prod(left.shape[axis] for axis in axes)
+
+
+def _convolution_flops(each: Instruction, left: Array, right: Array) -> int:
+    """Products that touch no padding, which is how XLA's TPU compiler writes batched products."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
+    assert labels is not None, each.attributes
+    lhs, rhs, out = labels.groups()
+    result = each.result[0]
+    total = (
+        2 * left.shape[lhs.index("b")] * right.shape[rhs.index("i")] * right.shape[rhs.index("o")]
+    )
+    window = re.search(r"window=\{([^}]*)\}", each.attributes)
+    settings = dict(part.split("=") for part in window[1].split()) if window else {}
+    for number in range(len(lhs) - 2):
+        axis = str(number)
+        values = {
+            key: settings[key].split("x")[number] if key in settings else default
+            for key, default in {
+                "stride": "1",
+                "pad": "0_0",
+                "lhs_dilate": "1",
+                "rhs_dilate": "1",
+            }.items()
+        }
+        low = int(values["pad"].split("_")[0])
+        stride, spread, dilation = (int(values[k]) for k in ("stride", "lhs_dilate", "rhs_dilate"))
+        reach = (left.shape[lhs.index(axis)] - 1) * spread
+        total *= sum(
+            0 <= position <= reach and position % spread == 0
+            for o in range(result.shape[out.index(axis)])
+            for tap in range(right.shape[rhs.index(axis)])
+            for position in [o * stride - low + tap * dilation]
+        )
+    return total

@@ -1,0 +1,103 @@
+"""Tokenizers as two files, the way GPT-2's was published: `encoder.json` and `vocab.bpe`.
+
+`encoder.json` says which id a token has, `vocab.bpe` which two tokens merge into one, in order of priority.
+Bytes are written as printable characters, which is also how the `tokenizers` library writes them. How text
+is split before merging is in neither file; it is `wsparse.data.tokenizer.PATTERN`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+from tokenizers import pre_tokenizers
+
+from wsparse import files
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.data.tokenizer import END_OF_TEXT, Tokenizer
+from wsparse.errors import UserError
+
+ENCODER_FILE, MERGES_FILE = "encoder.json", "vocab.bpe"
+_VERSION_LINE = "#version: 0.2"
+
+
+class NoTokenizerError(UserError):
+    """A folder without the two files."""
+
+
+def load(folder: str | os.PathLike[str]) -> Tokenizer:
+    """Read a byte-level BPE tokenizer.
+
+    An `encoder.json` without `<|endoftext|>` gets it as its next id.
+
+    Raises:
+      NoTokenizerError: one of the files is missing.
+      UserError: they are not such files, or contradict each other.
+    """
+    folder = pathlib.Path(folder)
+    for name in (ENCODER_FILE, MERGES_FILE):
+        if not (folder / name).is_file():
+            raise NoTokenizerError(
+                f"{folder} has no {name} (a tokenizer is {ENCODER_FILE} and {MERGES_FILE})"
+            )
+    ids = files.read_json(folder / ENCODER_FILE)
+    merges = _merges(folder / MERGES_FILE)
+    _check(folder, ids, merges)
+    return tokenizer_lib.from_merges(ids, merges)
+
+
+def save(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
+    """Write the two files of a byte-level BPE tokenizer; the folder exists."""
+    folder = pathlib.Path(folder)
+    model = json.loads(tokenizer.core.to_str())["model"]
+    # The library writes the end of text among the tokens it was added to, not among the model's.
+    ids = {**model["vocab"], END_OF_TEXT: tokenizer.end_of_text}
+    files.write_json(folder / ENCODER_FILE, ids)
+    lines = [_VERSION_LINE, *(" ".join(merge) for merge in model["merges"])]
+    with files.replacing(folder / MERGES_FILE) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _merges(path: pathlib.Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split()
+        if len(pair) != 2:
+            raise UserError(
+                f"{path}:{number}: must be two tokens and a space between, got {line!r}"
+            )
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> None:
+    """Refuse files that leave an id without a token, or in which a merge makes something unknown."""
+    encoder = folder / ENCODER_FILE
+    wrong = next((token for token, i in ids.items() if type(i) is not int), None)
+    if wrong is not None:
+        raise UserError(f"{encoder}: the id of {wrong!r} must be an integer, got {ids[wrong]!r}")
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise UserError(f"{encoder}: the ids must be 0 to {len(ids) - 1}, each of them once")
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(ids)
+    if missing:
+        raise UserError(f"{encoder}: {len(missing)} of the 256 bytes have no token")
+    for left, right in merges:
+        unknown = next((t for t in (left, right, left + right) if t not in ids), None)
+        if unknown is not None:
+            raise UserError(
+                f"{folder / MERGES_FILE}: the merge {left!r} {right!r} needs the token {unknown!r}, "
+                f"which {ENCODER_FILE} does not have"
+            )
+    extra = set(ids) - {left + right for left, right in merges} - {END_OF_TEXT}
+    extra -= set(pre_tokenizers.ByteLevel.alphabet())
+    if extra:
+        raise UserError(
+            f"{encoder}: no merge in {MERGES_FILE} makes the token {sorted(extra)[0]!r}"
+        )

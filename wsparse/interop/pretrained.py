@@ -1,0 +1,196 @@
+"""Models as a folder that one uploads to the Hugging Face Hub, and back.
+
+The folder has `config.json` (ours, under "model"), `model.safetensors` (parameters by path, in their own
+dtype), `tokenizer.json` and `README.md`, a model card made from them.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from wsparse import files, model, runs, trees
+from wsparse.config import ModelConfig, from_dict, to_dict
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.errors import UserError, missing_extra
+
+_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+_MODEL_TYPE = "wsparse"
+
+
+class Pretrained(NamedTuple):
+    """A model and what its tokens mean."""
+
+    config: ModelConfig
+    params: model.Params
+    tokenizer: tokenizer_lib.Tokenizer
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: model.Params,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    name: str | None = None,
+    val_loss: float | None = None,
+) -> None:
+    """Write a model with its tokenizer and a model card.
+
+    Args:
+      folder: made where missing; files of the same names are replaced.
+      config: the model's.
+      params: written bit for bit in the dtype they have.
+      tokenizer: the model's.
+      name: for the card's title; None is the folder's name.
+      val_loss: held-out loss in nats per token, for the card.
+
+    Raises:
+      UserError: the parameters or the tokenizer are not those of the config, or the folder cannot be made.
+    """
+    folder = pathlib.Path(folder)
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    _check_fit(config, leaves, tokenizer, "the given model")
+    files.make_folder(folder)
+    with files.replacing(folder / _WEIGHTS) as part:
+        # The library writes memory as it lies, transposed arrays included.
+        contiguous = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
+        safetensors.numpy.save_file(contiguous, part, metadata={"format": _MODEL_TYPE})
+    tokenizer.save(folder / _TOKENIZER)
+    files.write_json(folder / _CONFIG, {"model_type": _MODEL_TYPE, "model": to_dict(config)})
+    with files.replacing(folder / "README.md") as part:
+        title = name or folder.absolute().name
+        part.write_text(_card(title, config, params, val_loss), encoding="utf-8")
+
+
+def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Pretrained:
+    """Read a model from a folder of `save_pretrained`, or from a repository of the Hugging Face Hub.
+
+    Args:
+      source: a folder; where there is none, a repository id, "owner/name" (needs the extra `hub`).
+      revision: of the repository: a branch, tag or commit.
+
+    Returns:
+      The model; parameters are jax arrays of the stored dtypes.
+
+    Raises:
+      UserError: neither folder nor repository is there (or no network), or the files are no such model.
+    """
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source), revision)
+    values = files.read_json(folder / _CONFIG)
+    if values.get("model_type") != _MODEL_TYPE or not isinstance(values.get("model"), dict):
+        raise UserError(
+            f"{folder / _CONFIG} is not of a wsparse model (model_type={values.get('model_type')!r}): "
+            "published checkpoints of other formats are read by wsparse.interop.openai"
+        )
+    config = from_dict(ModelConfig, values["model"], where="model.")
+    tokenizer = tokenizer_lib.load(folder / _TOKENIZER)
+    path = folder / _WEIGHTS
+    try:
+        leaves = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    _check_fit(config, leaves, tokenizer, str(path))
+    return Pretrained(config, trees.unflatten(jax.tree.map(jnp.array, leaves)), tokenizer)
+
+
+def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, what: str) -> None:
+    """Refuse arrays that are not those of the config, by name."""
+    shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    here = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
+    there = {path: leaf.shape for path, leaf in leaves.items()}
+    for path in sorted(set(here) | set(there)):
+        if here.get(path) != there.get(path):
+            raise UserError(
+                f"{what} does not fit its config: {path} has shape {there.get(path, 'none')}, the config "
+                f"says {here.get(path, 'none')}"
+            )
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{what} has a tokenizer of {tokenizer.vocab_size} tokens, its config says "
+            f"model.vocab_size={config.vocab_size}"
+        )
+
+
+def _download(repository: str, revision: str | None) -> pathlib.Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(
+            f"{repository} is no folder, and no repository id of the Hugging Face Hub (owner/name)"
+        )
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise missing_extra(
+            "huggingface_hub", "hub", f"loading {repository} from the Hub"
+        ) from error
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS, _TOKENIZER]
+            )
+        )
+    except Exception as error:  # HTTP, name resolution and cache errors of several libraries.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{repository} is no folder here, and could not be loaded from the Hugging Face Hub: {reason}"
+        ) from error
+
+
+def _card(title: str, config: ModelConfig, params: model.Params, val_loss: float | None) -> str:
+    sizes = runs.sizes(params)
+    rows = {
+        "layers": config.n_layer,
+        "d_model": config.d_model,
+        "heads": f"{config.n_head} of {config.d_head}",
+        "MLP neurons a layer": config.mlp_width,
+        "vocabulary": config.vocab_size,
+        "context": config.context,
+        "parameters": f"{sizes['parameters']:,}",
+        "nonzero weights": f"{sizes['nonzeros']:,}, {sizes['l0']:.2%} of the sparse matrices",
+    }
+    if val_loss is not None:
+        rows["held-out loss"] = f"{val_loss:.4f} nats per token"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: wsparse
+pipeline_tag: text-generation
+tags:
+- weight-sparse
+- interpretability
+---
+
+# {title}
+
+A weight-sparse transformer: most of its weights are exactly zero, so that what it does can be read off small
+circuits ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)). Trained with wsparse.
+
+| | |
+|---|---|
+{table}
+
+## Load it
+
+```python
+import jax.numpy as jnp
+from wsparse import hooks
+from wsparse.interop.pretrained import from_pretrained
+
+config, params, tokenizer = from_pretrained("path/of/this/folder")  # or its id on the Hub
+tokens = jnp.array([tokenizer.encode("def add(a, b):")])
+logits, cache = hooks.run_with_cache(params, tokens, config)
+cache["0.mlp.post_act"]  # (batch, time, neurons)
+```
+
+`config.json` has the architecture, `model.safetensors` the parameters by path, `tokenizer.json` a byte-level
+BPE tokenizer that the `tokenizers` library reads too.
+"""

@@ -1,0 +1,144 @@
+"""Selections on TPU cores: blocks are read once into VMEM, searched there, and written once.
+
+A search passes over its data some tens of times. XLA runs each pass over device memory; here a Pallas kernel
+holds a block of rows (or a whole matrix) in a core's own memory meanwhile. The kernel's body is the plain-JAX
+selection that its caller passes, so that the two agree to the bit.
+
+Kernels are used where the default platform is a TPU; `WSPARSE_TPU_KERNELS=0` or `=1` in the environment
+decides otherwise (1 is for compiling ahead of time; other platforms then still run the plain JAX).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import math
+import os
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+# float32 values of one block; with keys, masks and double buffering a kernel needs about eight times that.
+_BLOCK = 1 << 18
+# The same for a whole matrix, whose kernel asks for more of the core's memory than the default.
+_WHOLE = 1 << 21
+_WHOLE_VMEM_BYTES = 96 << 20
+
+Select = Callable[..., jax.Array]
+
+
+def available() -> bool:
+    """Whether kernels are to be used in programs traced now."""
+    wanted = os.environ.get("WSPARSE_TPU_KERNELS", "")
+    return wanted != "0" and (wanted == "1" or jax.default_backend() == "tpu")
+
+
+def by_rows(select: Select, *arrays: jax.Array, interpret: bool = False) -> jax.Array:
+    """`select(*blocks)` of blocks of rows: a function of each row by itself, like its last argument.
+
+    Over the devices of the mesh in context (`jax.sharding.use_abstract_mesh`) rows are spread by their
+    leading axes; rows that were divided along their width come together first.
+
+    Args:
+      select: `(rows, width)` blocks -> a block like the last.
+      *arrays: `(..., width)` of one shape, 16 or 32-bit.
+      interpret: run the kernel's body as plain JAX, on any platform.
+    """
+    call = functools.partial(_rows, select, interpret)
+    if _devices() > 1:
+        spec = _rows_over_mesh(arrays[0].shape)
+        specs = (spec,) * len(arrays)
+        call = jax.shard_map(call, in_specs=specs, out_specs=spec, check_vma=False)
+    return call(*arrays)
+
+
+def _rows(select: Select, interpret: bool, *arrays: jax.Array) -> jax.Array:
+    last = arrays[-1]
+    width = last.shape[-1]
+    flat = [jnp.reshape(array, (-1, width)) for array in arrays]
+    rows = flat[0].shape[0]
+    # Whole tiles of 32 rows suit every dtype.
+    block = min(max(_BLOCK // width // 32 * 32, 32), rows)
+    spec = pl.BlockSpec((block, width), lambda i: (i, 0))
+
+    def body(*refs):
+        *sources, target = refs
+        target[...] = select(*(source[...] for source in sources))
+
+    result = pl.pallas_call(
+        body,
+        grid=(pl.cdiv(rows, block),),
+        in_specs=[spec] * len(flat),
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct((rows, width), last.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="wsparse_by_rows",
+    )(*flat)
+    return jnp.reshape(result, last.shape)
+
+
+def _rows_over_mesh(shape: tuple[int, ...]) -> P:
+    """How the rows of an array are spread over the mesh in context: the first axes that divide."""
+    sizes = _mesh_axes()
+    parts: list[tuple[str, ...]] = [()] * len(shape)
+    for name in sizes:
+        for axis, size in enumerate(shape[:-1]):
+            if size % math.prod(sizes[each] for each in (*parts[axis], name)) == 0:
+                parts[axis] += (name,)
+                break
+    return P(*(part or None for part in parts))
+
+
+def fits_whole(shape: tuple[int, ...]) -> bool:
+    """Whether `by_matrix` can hold one matrix of a stack `(G, ...)`."""
+    return len(shape) == 3 and math.prod(shape[1:]) <= _WHOLE
+
+
+def by_matrix(
+    select: Select, k: jax.Array, stack: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """`select(k[g], stack[g])` of every matrix of a stack, each held whole in a core's memory.
+
+    Args:
+      select: `(int32 scalar, (1, m, n))` -> an array like the matrix.
+      k: int32 `(G,)`.
+      stack: `(G, m, n)` where `fits_whole`; every device of the mesh in context has all of it.
+      interpret: as in `by_rows`.
+    """
+    call = functools.partial(_matrices, select, interpret)
+    if _devices() > 1:
+        call = jax.shard_map(call, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    return call(k, stack)
+
+
+def _matrices(select: Select, interpret: bool, k: jax.Array, stack: jax.Array) -> jax.Array:
+    def body(k_ref, source, target):
+        target[...] = select(k_ref[pl.program_id(0)], source[...])
+
+    spec = pl.BlockSpec((1, *stack.shape[1:]), lambda i, k_ref: (i, 0, 0))
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=stack.shape[:1], in_specs=[spec], out_specs=spec
+        ),
+        out_shape=jax.ShapeDtypeStruct(stack.shape, stack.dtype),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_WHOLE_VMEM_BYTES),
+        interpret=interpret,
+        name="wsparse_by_matrix",
+    )(k, stack)
+
+
+def _mesh_axes() -> dict[str, int]:
+    """Names and sizes of the axes of the mesh in context that are not the caller's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
+
+
+def _devices() -> int:
+    return math.prod(_mesh_axes().values())

@@ -1,0 +1,101 @@
+"""One self-contained HTML page from JSON data and the files of `static/`.
+
+The page fetches nothing: a Content-Security-Policy forbids all requests, and lets exactly the two scripts
+and the one style sheet that are written here run, each named by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from importlib import resources
+import json
+import math
+import string
+from typing import Any
+
+import numpy as np
+
+LIBRARY = "d3.min.js"
+# In the order in which they are joined; a later one uses what an earlier one defines.
+SCRIPTS = ("data.js", "layout.js", "graph.js", "charts.js", "panel.js", "overview.js", "main.js")
+
+_QUANTISED = {"int8": 127, "int16": 32767, "uint8": 255}
+
+
+def render(data: dict[str, Any], *, title: str) -> str:
+    """The page's text.
+
+    Args:
+      data: JSON values; what is not finite becomes null.
+      title: of the browser's tab.
+    """
+    style, library = static("style.css"), static(LIBRARY)
+    script = "".join(map(static, SCRIPTS))
+    script = f"(() => {{\n'use strict';\n{script}}})();\n"
+    for code in (library, script):
+        assert "</script" not in code.lower()
+    policy = (
+        f"default-src 'none'; script-src {_source(library)} {_source(script)}; "
+        f"style-src {_source(style)}; base-uri 'none'; form-action 'none'"
+    )
+    return string.Template(static("page.html")).substitute(
+        policy=policy,
+        title=html.escape(title),
+        style=style,
+        library=library,
+        script=script,
+        data=embedded(data),
+    )
+
+
+def embedded(data: Any) -> str:
+    """JSON that can stand in a `<script>` element: nothing in it can end the element."""
+    text = json.dumps(_plain(data), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def packed(values: np.ndarray, dtype: str) -> dict[str, Any]:
+    """An array in few bytes: `scale * q` with integers q, little-endian, in base64.
+
+    Args:
+      values: floats of any shape; non-negative for "uint8".
+      dtype: "int8", "int16" or "uint8".
+
+    Returns:
+      `{"dtype", "scale", "data"}`; an entry is off by at most half of `scale`.
+    """
+    values = np.asarray(values, np.float64).ravel()
+    scale = float(np.max(np.abs(values), initial=0.0)) / _QUANTISED[dtype]
+    whole = np.rint(values / scale) if scale else np.zeros_like(values)
+    return {"dtype": dtype, "scale": scale, "data": raw(whole, dtype)}
+
+
+def raw(values: np.ndarray, dtype: str) -> str:
+    """Integers, little-endian, in base64."""
+    little = np.asarray(values).astype(np.dtype(dtype).newbyteorder("<"))
+    return base64.b64encode(little.tobytes()).decode()
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types, with floats of 9 digits (a float32 to the bit), and null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
+
+
+def static(name: str) -> str:
+    """The text of a file of `static/`."""
+    return (resources.files("wsparse.viewer") / "static" / name).read_text(encoding="utf-8")
+
+
+def _source(code: str) -> str:
+    digest = hashlib.sha256(code.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

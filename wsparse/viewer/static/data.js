@@ -1,0 +1,173 @@
+// The data of the page, and how its parts are read. Text from the data enters the document only as text nodes.
+
+const data = JSON.parse(document.getElementById('data').textContent);
+const SVG = 'http://www.w3.org/2000/svg';
+
+const NUMBERS = {
+  int8: Int8Array, uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, uint32: Uint32Array,
+};
+
+/** An element with attributes, listeners (functions) and children: elements or text. */
+function el(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children);
+}
+
+function svg(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function filled(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === 'function') element.addEventListener(name, value);
+    else if (value === true) element.setAttribute(name, '');
+    else if (value !== false && value !== null && value !== undefined) {
+      element.setAttribute(name, value);
+    }
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const byId = (id) => document.getElementById(id);
+
+/** Integers that Python wrote in base64. */
+function whole(dtype, base64) {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  return new NUMBERS[dtype](bytes.buffer);
+}
+
+const unpacked = new WeakMap();
+
+/** The floats of a packed array. */
+function unpack(packed) {
+  if (!unpacked.has(packed)) {
+    unpacked.set(packed, Float32Array.from(whole(packed.dtype, packed.data), (q) => q * packed.scale));
+  }
+  return unpacked.get(packed);
+}
+
+const windowTokens = whole(data.windows.dtype, data.windows.data);
+
+/** Token ids of a stretch of a held-out window. */
+function stretch(window, start, stop) {
+  const offset = window * data.windows.length;
+  return windowTokens.subarray(offset + start, offset + stop);
+}
+
+const tokenText = (id) => data.tokens[id] ?? `token ${id}`;
+/** A token in quotes, with escapes for what cannot be seen. */
+const quoted = (id) => JSON.stringify(tokenText(id));
+const plural = (count, word) => `${count.toLocaleString('en')} ${word}${count === 1 ? '' : 's'}`;
+
+function number(value, digits = 3) {
+  if (value === null || value === undefined) return '–';
+  if (value === 0) return '0';
+  const size = Math.abs(value);
+  const text = size >= 1e5 || size < 1e-3 ? value.toExponential(digits - 1) : value.toPrecision(digits);
+  return text.replace('-', '−');
+}
+
+/** Every digit of a float32, and no zeros after it. */
+const exact = (value) => (value === null || value === undefined ? '–' : String(value).replace('-', '−'));
+const signed = (value, digits = 3) => (value > 0 ? '+' : '') + number(value, digits);
+const loss = (value) => (value === null || value === undefined ? '–' : value.toFixed(3));
+
+const KINDS = {
+  'attn.act_in': { column: 0, part: 'attention', short: '', what: 'read by attention' },
+  'attn.q': { column: 1, part: 'attention', short: 'q', what: 'query' },
+  'attn.k': { column: 1, part: 'attention', short: 'k', what: 'key' },
+  'attn.v': { column: 1, part: 'attention', short: 'v', what: 'value' },
+  'attn.resid_delta': { column: 2, part: 'attention', short: '', what: 'written by attention' },
+  'mlp.act_in': { column: 3, part: 'MLP', short: '', what: 'read by the MLP' },
+  'mlp.post_act': { column: 4, part: 'MLP', short: 'n', what: 'neuron' },
+  'mlp.resid_delta': { column: 5, part: 'MLP', short: '', what: 'written by the MLP' },
+};
+const COLUMNS = ['read', 'q k v', 'write', 'read', 'neurons', 'write'];
+
+/** What a node's name says: "0.attn.q.17". */
+function parse(name) {
+  const [layer, part, kind, channel] = name.split('.');
+  const location = `${part}.${kind}`;
+  const node = { name, location, layer: +layer, channel: +channel, ...KINDS[location] };
+  node.reads = kind === 'act_in';
+  node.writes = kind === 'resid_delta';
+  node.inHead = node.column === 1;
+  node.head = node.inHead ? Math.floor(node.channel / data.run.model.d_head) : null;
+  // Channels above the residual stream's are the concatenated positions.
+  node.position = node.reads && node.channel >= data.run.model.d_model;
+  node.label = `${node.short}${node.channel}`;
+  return node;
+}
+
+function describe(node) {
+  if (node.inHead) {
+    const j = node.channel % data.run.model.d_head;
+    return `layer ${node.layer}, head ${node.head}, ${node.what} channel ${j}`;
+  }
+  if (node.location === 'mlp.post_act') return `layer ${node.layer}, neuron ${node.channel}`;
+  const channel = node.position
+    ? `position channel ${node.channel - data.run.model.d_model}`
+    : `residual channel ${node.channel}`;
+  return `layer ${node.layer}, ${channel}, ${node.what}`;
+}
+
+/** Time of a site in the residual stream: attention before the MLP, layer after layer. */
+const siteOf = (node) => 2 * node.layer + (node.part === 'MLP' ? 1 : 0);
+
+const circuits = new Map();
+// A circuit with more nodes is drawn without the rest, anew for every number of them.
+const LARGE = 250;
+const keptAtFirst = (circuit) => Math.min(LARGE, circuit.nodes.length);
+
+/** A circuit with nodes, edges and residual connections as objects. */
+function circuitOf(task) {
+  if (circuits.has(task)) return circuits.get(task);
+  const raw = data.circuits[task];
+  const nodes = raw.nodes.map((each, rank) => ({ ...parse(each.name), ...each, rank, in: [], out: [] }));
+  const edges = raw.edges.map(([source, target, weight]) => ({
+    source: nodes[source], target: nodes[target], weight,
+  }));
+  for (const edge of edges) {
+    edge.source.out.push(edge);
+    edge.target.in.push(edge);
+  }
+  const circuit = {
+    ...raw, task, nodes, edges, streams: streams(nodes),
+    byName: new Map(nodes.map((node) => [node.name, node])),
+    large: nodes.length > LARGE,
+    largestWeight: d3.max(edges, (edge) => Math.abs(edge.weight)) || 1,
+    largestImportance: d3.max(nodes, (node) => node.importance) || 1,
+    // Where each prompt begins in the arrays that hold all of them.
+    offsets: [0, ...d3.cumsum(raw.rows, (row) => row.tokens.length)],
+  };
+  circuits.set(task, circuit);
+  return circuit;
+}
+
+/** The circuit without all but its most important nodes. */
+function part(circuit, keep) {
+  const shown = (node) => !node || node.rank < keep;
+  const between = (lines) => lines.filter(({ source, target }) => shown(source) && shown(target));
+  return { ...circuit, nodes: circuit.nodes.slice(0, keep), edges: between(circuit.edges), streams: between(circuit.streams) };
+}
+
+/** Connections of the residual stream: the same channel, written before it is read. Null is an end. */
+function streams(nodes) {
+  const found = [];
+  const writes = d3.group(nodes.filter((node) => node.writes), (node) => node.channel);
+  for (const node of nodes) {
+    if (node.reads && !node.position) {
+      if (data.nodes[node.name].n_tokens) found.push({ source: null, target: node });
+      for (const write of writes.get(node.channel) ?? []) {
+        if (siteOf(write) < siteOf(node)) found.push({ source: write, target: node });
+      }
+    }
+    if (node.writes && data.nodes[node.name].n_tokens) found.push({ source: node, target: null });
+  }
+  return found;
+}
+
+/** A node's values on one prompt, in the "model" or in the "circuit" alone. */
+function onRow(circuit, name, side, row) {
+  return unpack(circuit.values[name][side]).subarray(circuit.offsets[row], circuit.offsets[row + 1]);
+}

@@ -1,0 +1,287 @@
+// The circuit as a graph: drawing, hovering, selecting, zooming, and moving about by keys.
+
+// More edges than this would make the browser slow; the largest are drawn.
+const MAX_EDGES = 5000;
+
+// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows.
+const graph = { circuit: null, place: null, zoom: null, items: new Map(), lines: [], texts: new WeakMap(), reached: null };
+
+/** Draws a circuit, or a part of one; returns how many of its edges. */
+function drawGraph(circuit, { select, moved }) {
+  const root = byId('graph');
+  root.replaceChildren();
+  root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
+  const place = arrange(circuit);
+  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, moved, select });
+  const world = svg('g');
+  root.append(world);
+  world.append(...place.blocks.flatMap(block));
+  world.append(...place.columns.map((column) => svg('text', {
+    class: 'column', x: column.x, y: place.top - 12, 'text-anchor': 'middle',
+  }, column.title)));
+  world.append(...place.heads.flatMap(headBox));
+  ['embedding', 'unembedding'].forEach((title, i) => {
+    const middle = (place.top + place.bottom) / 2;
+    world.append(
+      svg('rect', {
+        class: 'end', x: place.ends[i] - 7, y: place.top, width: 14, height: place.bottom - place.top, rx: 4,
+      }),
+      svg('text', {
+        class: 'end', x: place.ends[i], y: middle, 'text-anchor': 'middle', dy: '0.35em',
+        transform: `rotate(-90 ${place.ends[i]} ${middle})`,
+      }, title),
+    );
+  });
+  const streamLayer = svg('g', { class: 'streams' });
+  const edgeLayer = svg('g', { class: 'edges' });
+  const nodeLayer = svg('g', { class: 'nodes' });
+  for (const stream of circuit.streams) {
+    const line = svg('path', { d: streamPath(stream), class: 'stream' });
+    graph.texts.set(line, () => streamText(stream));
+    graph.lines.push({ ...stream, line, stream: true });
+    streamLayer.append(line);
+  }
+  const drawn = circuit.edges.slice(0, MAX_EDGES);
+  // The largest weights are drawn last, on top.
+  for (const edge of [...drawn].reverse()) {
+    const line = svg('path', {
+      d: curve(edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y),
+      class: edge.weight < 0 ? 'edge negative' : 'edge positive',
+      'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
+    });
+    graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
+    graph.lines.push({ ...edge, line, stream: false });
+    edgeLayer.append(line);
+  }
+  for (const node of circuit.nodes) nodeLayer.append(drawNode(node));
+  world.append(streamLayer, edgeLayer, nodeLayer);
+
+  graph.zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', (event) => {
+    world.setAttribute('transform', event.transform);
+    hideTip();
+    // Only what a person does is written to the address.
+    if (event.sourceEvent) graph.moved();
+  });
+  d3.select(root).call(graph.zoom).on('dblclick.zoom', null);
+  reach(circuit.nodes[0]);
+  return drawn.length;
+}
+
+function block({ title, left, right }) {
+  const { top, bottom } = graph.place;
+  return [
+    svg('rect', { class: 'block', x: left, y: top - 48, width: right - left, height: bottom - top + 58, rx: 8 }),
+    svg('text', { class: 'block', x: (left + right) / 2, y: top - 32, 'text-anchor': 'middle' }, title),
+  ];
+}
+
+function headBox({ head, left, right, top, bottom }) {
+  const half = NODE.width / 2 + 7;
+  const up = top - NODE.height / 2 - 5;
+  return [
+    svg('rect', {
+      class: 'head', x: left - half, y: up, width: right - left + 2 * half, height: bottom + NODE.height / 2 + 5 - up, rx: 6,
+    }),
+    svg('text', { class: 'head', x: right + half - 2, y: up - 2, 'text-anchor': 'end' }, `head ${head}`),
+  ];
+}
+
+function drawNode(node) {
+  const strength = Math.sqrt(Math.max(0, node.importance) / graph.circuit.largestImportance);
+  const item = svg('g', {
+    class: strength > 0.55 ? 'node strong' : 'node', role: 'button', tabindex: -1, 'aria-pressed': 'false',
+    'data-name': node.name,
+    'aria-label': `${describe(node)}; the loss grows by ${number(node.importance)} without it`,
+    transform: `translate(${node.x} ${node.y})`,
+  },
+  svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
+  svg('text', { 'text-anchor': 'middle', dy: '0.35em' }, node.label));
+  item.style.setProperty('--strength', `${(6 + 84 * strength).toFixed(0)}%`);
+  graph.texts.set(item, () => nodeText(node));
+  graph.items.set(node.name, item);
+  return item;
+}
+
+function nodeText(node) {
+  return [
+    node.name, describe(node),
+    `loss without it: ${signed(node.importance)} in the circuit, ${signed(node.from_model)} in the whole model`,
+    `${plural(node.in.length, 'edge')} in, ${node.out.length} out`,
+  ];
+}
+
+function streamText({ source, target }) {
+  const channel = (source ?? target).channel;
+  return [`residual channel ${channel}: ${source?.name ?? 'embedding'} → ${target?.name ?? 'unembedding'}`];
+}
+
+function curve(x0, y0, x1, y1) {
+  const middle = (x0 + x1) / 2;
+  return `M${x0.toFixed(1)},${y0.toFixed(1)}C${middle.toFixed(1)},${y0.toFixed(1)} ${middle.toFixed(1)},${y1.toFixed(1)} ${x1.toFixed(1)},${y1.toFixed(1)}`;
+}
+
+function streamPath({ source, target }) {
+  const { ends } = graph.place;
+  if (!source) return curve(ends[0] + 7, target.y, target.x - NODE.width / 2, target.y);
+  if (!target) return curve(source.x + NODE.width / 2, source.y, ends[1] - 7, source.y);
+  return curve(source.x + NODE.width / 2, source.y, target.x - NODE.width / 2, target.y);
+}
+
+/** Shows what the state says: which nodes, which is selected, whether the residual stream is drawn. */
+function paintGraph({ keep, node: selected, residual }) {
+  const { circuit } = graph;
+  const shown = (node) => !node || node.rank < keep;
+  const near = new Set([selected]);
+  for (const { source, target, line, stream } of graph.lines) {
+    const visible = shown(source) && shown(target) && (!stream || residual);
+    const touches = source?.name === selected || target?.name === selected;
+    line.classList.toggle('gone', !visible);
+    line.classList.toggle('dim', Boolean(selected) && !touches);
+    line.classList.toggle('lit', Boolean(selected) && touches);
+    if (visible && touches) near.add(source?.name).add(target?.name);
+  }
+  for (const node of circuit.nodes) {
+    const item = graph.items.get(node.name);
+    item.classList.toggle('gone', !shown(node));
+    item.classList.toggle('dim', Boolean(selected) && !near.has(node.name));
+    item.classList.toggle('selected', node.name === selected);
+    item.setAttribute('aria-pressed', String(node.name === selected));
+  }
+  byId('graph').classList.toggle('selecting', Boolean(selected));
+  if (graph.items.has(selected)) reach(circuit.byName.get(selected));
+}
+
+/** One node at a time can be reached by Tab; arrows go on from there. */
+function reach(node) {
+  graph.items.get(graph.reached?.name)?.setAttribute('tabindex', -1);
+  graph.items.get(node.name).setAttribute('tabindex', 0);
+  graph.reached = node;
+}
+
+/** What happens in the graph, whatever is drawn: one listener for all nodes and lines. */
+function listenToGraph() {
+  const root = byId('graph');
+  const nodeOf = (event) => graph.circuit.byName.get(event.target.closest('.node')?.dataset.name);
+  root.addEventListener('click', (event) => graph.select(nodeOf(event)?.name ?? null));
+  root.addEventListener('pointermove', (event) => {
+    const text = graph.texts.get(event.target.closest('.node') ?? event.target);
+    if (text) tip(text(), event);
+    else hideTip();
+  });
+  root.addEventListener('pointerleave', hideTip);
+  root.addEventListener('focusin', (event) => {
+    const node = nodeOf(event);
+    if (!node) return;
+    reach(node);
+    showInView(node);
+    if (event.target.matches(':focus-visible')) tip(nodeText(node), event.target.getBoundingClientRect());
+  });
+  root.addEventListener('focusout', hideTip);
+  root.addEventListener('keydown', (event) => {
+    const node = nodeOf(event);
+    if (node && !event.ctrlKey && !event.metaKey && !event.altKey) nodeKey(event, node);
+  });
+}
+
+function nodeKey(event, node) {
+  if (event.key === 'Enter' || event.key === ' ') {
+    event.preventDefault();
+    graph.select(node.name);
+    byId('panel').focus({ preventScroll: true });
+    return;
+  }
+  const next = neighbour(node, event.key);
+  if (next === undefined) return;
+  event.preventDefault();
+  if (next) graph.items.get(next.name).focus();
+}
+
+/** The node that an arrow leads to; null where there is none, undefined for other keys. */
+function neighbour(node, key) {
+  const visible = (each) => !graph.items.get(each.name).classList.contains('gone');
+  const columns = graph.place.columns.map((column) => column.nodes.filter(visible)).filter((nodes) => nodes.length);
+  const at = columns.findIndex((nodes) => nodes.includes(node));
+  const nearest = (nodes, cost) => d3.least(nodes ?? [], cost) ?? null;
+  const vertical = (sign) => nearest(columns[at].filter((each) => sign * (each.y - node.y) > 1),
+    (each) => Math.abs(each.y - node.y) + 2 * Math.abs(each.x - node.x));
+  const sideways = (sign) => nearest(
+    columns[at].filter((each) => Math.abs(each.y - node.y) < 1 && sign * (each.x - node.x) > 0), (each) => sign * each.x,
+  ) ?? nearest(columns[at + sign], (each) => Math.abs(each.y - node.y) + 1e-3 * Math.abs(each.x - node.x));
+  switch (key) {
+    case 'ArrowUp': return vertical(-1);
+    case 'ArrowDown': return vertical(1);
+    case 'ArrowLeft': return sideways(-1);
+    case 'ArrowRight': return sideways(1);
+    case 'Home': return columns[0][0];
+    case 'End': return columns.at(-1).at(-1);
+    default: return undefined;
+  }
+}
+
+const graphSize = () => {
+  const { clientWidth, clientHeight } = byId('graph');
+  return [clientWidth || 800, clientHeight || 500];
+};
+
+/** The transform that shows everything. */
+function fitting() {
+  const [width, height] = graphSize();
+  const { left, right, top, bottom } = graph.place;
+  const scale = Math.min(1.6, width / (right - left), height / (bottom - top + 76));
+  return { scale, x: (left + right) / 2, y: (top + bottom) / 2 - 20 };
+}
+
+/** Shows a view: scale relative to all of the circuit, and the point in the middle. Null is everything. */
+function setView(view) {
+  const [width, height] = graphSize();
+  const all = fitting();
+  const [scale, x, y] = view ? [all.scale * view[0], view[1], view[2]] : [all.scale, all.x, all.y];
+  const transform = d3.zoomIdentity.translate(width / 2, height / 2).scale(scale).translate(-x, -y);
+  d3.select(byId('graph')).call(graph.zoom.transform, transform);
+}
+
+function getView() {
+  const [width, height] = graphSize();
+  const transform = d3.zoomTransform(byId('graph'));
+  const [x, y] = transform.invert([width / 2, height / 2]);
+  return [transform.k / fitting().scale, x, y];
+}
+
+function zoomBy(factor) {
+  d3.select(byId('graph')).call(graph.zoom.scaleBy, factor);
+  graph.moved();
+}
+
+/** Pans as little as it takes to see a node. */
+function showInView(node) {
+  const [width, height] = graphSize();
+  const transform = d3.zoomTransform(byId('graph'));
+  const [x, y] = transform.apply([node.x, node.y]);
+  const margin = Math.min(40, width / 4, height / 4);
+  const dx = Math.max(0, margin - x) - Math.max(0, x - (width - margin));
+  const dy = Math.max(0, margin - y) - Math.max(0, y - (height - margin));
+  if (!dx && !dy) return;
+  d3.select(byId('graph')).call(graph.zoom.translateBy, dx / transform.k, dy / transform.k);
+  graph.moved();
+}
+
+/** Lines of text beside the pointer, or beside a rectangle. */
+function tip(lines, at) {
+  const box = byId('tip');
+  box.replaceChildren(...lines.map((line) => el('div', {}, line)));
+  box.hidden = false;
+  const x = at.right ?? at.clientX;
+  const y = at.bottom ?? at.clientY;
+  const { offsetWidth, offsetHeight } = box;
+  box.style.left = `${Math.max(4, Math.min(x + 12, window.innerWidth - offsetWidth - 8))}px`;
+  box.style.top = `${y + 14 + offsetHeight > window.innerHeight ? y - offsetHeight - 10 : y + 14}px`;
+}
+
+function hideTip() {
+  byId('tip').hidden = true;
+}
+
+function hover(element, lines) {
+  element.addEventListener('pointermove', (event) => tip(lines(), event));
+  element.addEventListener('pointerleave', hideTip);
+}

@@ -1,0 +1,100 @@
+// Places for the nodes: columns in the model's order, few crossings and straight lines within them.
+
+// Between columns: few of them are set wider apart.
+const GAP_X = [94, 150];
+const WIDTH = 1100;
+const GAP_Y = 34;
+const HEAD_GAP = 12;
+const NODE = { width: 46, height: 20 };
+// Nodes side by side in a column that would be too tall.
+const BESIDE = NODE.width + 8;
+
+/** Sets x and y of the nodes; returns the columns, the blocks around them, the ends and the extent. */
+function arrange(circuit) {
+  const byColumn = d3.group(circuit.nodes, (node) => node.layer * 6 + node.column);
+  const tallest = Math.max(20, 1.2 * Math.sqrt(circuit.nodes.length));
+  const gap = Math.max(GAP_X[0], Math.min(GAP_X[1], WIDTH / (byColumn.size + 1)));
+  let right = gap / 2;
+  const columns = [...byColumn.keys()].sort(d3.ascending).map((key) => {
+    const nodes = byColumn.get(key);
+    const across = Math.ceil(nodes.length / tallest);
+    const width = gap + (across - 1) * BESIDE;
+    right += width;
+    return { key, nodes, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
+  });
+  const neighbours = new Map(circuit.nodes.map((node) => [node, []]));
+  const near = (source, target, weight) => {
+    neighbours.get(source).push([target, weight]);
+    neighbours.get(target).push([source, weight]);
+  };
+  for (const edge of circuit.edges) near(edge.source, edge.target, Math.abs(edge.weight));
+  for (const { source, target } of circuit.streams) {
+    if (source && target) near(source, target, circuit.largestWeight);
+  }
+
+  for (const column of columns) reorder(column, () => 0);
+  const aim = (node) => {
+    const around = neighbours.get(node);
+    const total = d3.sum(around, ([, weight]) => weight);
+    return total ? d3.sum(around, ([other, weight]) => other.y * weight) / total : node.y;
+  };
+  for (let sweep = 0; sweep < 12; sweep += 1) {
+    for (const column of sweep % 2 ? [...columns].reverse() : columns) {
+      const aims = new Map(column.nodes.map((node) => [node, aim(node)]));
+      // The last sweeps straighten lines in the order that the first ones found.
+      if (sweep < 8) reorder(column, (node) => aims.get(node));
+      else spread(column, (node) => aims.get(node));
+    }
+  }
+
+  const top = d3.min(circuit.nodes, (node) => node.y) - NODE.height;
+  const bottom = d3.max(circuit.nodes, (node) => node.y) + NODE.height;
+  const blocks = d3.groups(columns, (column) => Math.floor(column.key / 3)).map(([key, inside]) => ({
+    title: `Layer ${Math.floor(key / 2)} ${key % 2 ? 'MLP' : 'attention'}`,
+    left: inside[0].left + 5,
+    right: inside.at(-1).right - 5,
+  }));
+  const heads = columns.filter((column) => column.nodes[0].inHead).flatMap((column) => (
+    d3.groups(column.nodes, (node) => node.head).map(([head, nodes]) => ({
+      head,
+      left: d3.min(nodes, (node) => node.x), right: d3.max(nodes, (node) => node.x),
+      top: d3.min(nodes, (node) => node.y), bottom: d3.max(nodes, (node) => node.y),
+    }))));
+  return {
+    columns, blocks, heads, top, bottom, ends: [gap * 0.25, right + gap * 0.25], left: 0, right: right + gap / 2,
+  };
+}
+
+/** By where the neighbours are; heads stay together, and within a head queries, keys and values. */
+function reorder(column, aim) {
+  const height = d3.rollup(column.nodes, (nodes) => d3.mean(nodes, aim), (node) => node.head);
+  column.nodes.sort((a, b) => d3.ascending(height.get(a.head), height.get(b.head))
+    || d3.ascending(a.head, b.head)
+    || (a.inHead ? d3.ascending(a.location, b.location) : 0)
+    || d3.ascending(aim(a), aim(b)) || d3.ascending(a.channel, b.channel));
+  column.rows = d3.groups(column.nodes, (node) => node.head).flatMap(([, nodes]) => (
+    d3.range(0, nodes.length, column.across).map((start) => nodes.slice(start, start + column.across))));
+  for (const row of column.rows) {
+    row.forEach((node, i) => { node.x = column.x + (i - (row.length - 1) / 2) * BESIDE; });
+  }
+  spread(column, aim);
+}
+
+/** Nearest heights to the aims, in order and apart: isotonic regression by pooling neighbours. */
+function spread({ rows }, aim) {
+  let offset = 0;
+  const offsets = [];
+  const pools = [];
+  rows.forEach((row, i) => {
+    if (i) offset += GAP_Y + (row[0].head === rows[i - 1][0].head ? 0 : HEAD_GAP);
+    offsets.push(offset);
+    let pool = { sum: d3.mean(row, aim) - offset, count: 1 };
+    while (pools.length && pools.at(-1).sum / pools.at(-1).count > pool.sum / pool.count) {
+      const before = pools.pop();
+      pool = { sum: before.sum + pool.sum, count: before.count + pool.count };
+    }
+    pools.push(pool);
+  });
+  const base = pools.flatMap(({ sum, count }) => d3.range(count).map(() => sum / count));
+  rows.forEach((row, i) => row.forEach((node) => { node.y = base[i] + offsets[i]; }));
+}

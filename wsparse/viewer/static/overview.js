@@ -1,0 +1,63 @@
+// The table of all tasks, and their curves.
+
+const TABLE = [
+  ['task', 'task', (row) => row.task, 'what is decided between two next tokens'],
+  ['nodes', 'nodes', (row) => row.nodes, 'nodes of the circuit'],
+  ['edges', 'edges', (row) => row.edges, 'weights left after single edges were cut'],
+  ['all', 'all edges', (row) => row.edges_between_nodes, 'every nonzero weight between the kept nodes'],
+  ['loss', 'loss', (row) => row.sufficiency, 'task loss of the circuit alone, everything else at its mean'],
+  ['calibrated', 'calibrated', (row) => row.calibrated, 'the same after a fitted scale and shift of the logits'],
+  ['model', 'model', (row) => row.model_loss, 'task loss of the whole model'],
+  ['without', 'without', (row) => row.necessity, 'loss when the circuit is removed and the rest stays; chance is 0.693'],
+  ['shuffled', 'shuffled', (row) => row.controls?.shuffled_labels, 'control: least loss of the same search on shuffled labels'],
+  ['random', 'random', (row) => row.controls?.random_model, 'control: least loss of the same search in a model with weights at random places'],
+  ['attribution', 'attribution', (row) => row.attribution_edges, 'edges of the circuit that gradient attribution finds'],
+  ['seconds', 'seconds', (row) => row.seconds, 'search and clean-up'],
+];
+const WHOLE = new Set(['nodes', 'edges', 'all', 'attribution', 'seconds']);
+
+function drawOverview(state, change, hrefOf) {
+  const withCircuit = data.tasks.filter((row) => data.circuits[row.task]);
+  byId('headline').textContent = `${plural(withCircuit.length, 'circuit')} of ${plural(data.tasks.length, 'task')}; `
+    + `geometric mean of edges ${number(data.mean_edges)}. Losses are in nats, on prompts that the search has not seen.`;
+  const value = TABLE.find(([key]) => key === state.sort)[2];
+  const down = state.order === 'down';
+  const rows = [...data.tasks].sort((a, b) => {
+    const [u, v] = [value(a), value(b)];
+    // What is missing stays at the end.
+    if ((u ?? null) === null || (v ?? null) === null) return ((u ?? null) === null) - ((v ?? null) === null);
+    return (down ? -1 : 1) * d3.ascending(u, v) || d3.ascending(a.task, b.task);
+  });
+  byId('tasks').tHead.replaceChildren(el('tr', {}, ...TABLE.map(([key, name, , title]) => el('th', {
+    scope: 'col', 'aria-sort': key !== state.sort ? 'none' : down ? 'descending' : 'ascending',
+  }, el('button', {
+    type: 'button', title,
+    click: () => {
+      change({ sort: key, order: key === state.sort && !down ? 'down' : 'up' });
+      byId('tasks').tHead.querySelector(`[aria-sort="${state.order}ending"] button`)?.focus();
+    },
+  }, name)))));
+  byId('tasks').tBodies[0].replaceChildren(...rows.map((row) => {
+    const opens = Boolean(data.circuits[row.task]);
+    const cells = TABLE.map(([key, , of]) => {
+      if (key === 'task') {
+        return el('th', { scope: 'row' }, opens ? el('a', { href: hrefOf(row.task) }, row.task) : row.task,
+          el('div', { class: 'quiet' }, opens ? row.summary : row.status));
+      }
+      const number = of(row);
+      return el('td', { class: 'number' }, (number ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(number).toLocaleString('en') : loss(number));
+    });
+    const light = (on) => () => {
+      for (const each of byId('curves').querySelectorAll('.curve')) {
+        each.classList.toggle('chosen', on && each.dataset.task === row.task);
+        each.classList.toggle('other', on && each.dataset.task !== row.task);
+      }
+    };
+    return el('tr', {
+      class: opens ? 'opens' : '', pointerenter: light(true), pointerleave: light(false), focusin: light(true), focusout: light(false),
+      click: () => opens && change({ task: row.task }, true),
+    }, ...cells);
+  }));
+  byId('columns').replaceChildren(...TABLE.slice(1).flatMap(([, name, , title]) => [el('dt', {}, name), el('dd', {}, title)]));
+  drawCurves(byId('curves'), withCircuit, null, { pick: (task) => change({ task }, true) });
+}

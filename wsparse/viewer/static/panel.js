@@ -1,0 +1,230 @@
+// What is beside the graph: the circuit's numbers, or everything about the selected node.
+
+function drawPanel(circuit, state, change) {
+  const node = circuit.byName.get(state.node);
+  const panel = byId('panel');
+  panel.replaceChildren(...(node ? nodePanel(circuit, node, state, change) : circuitPanel(circuit, state, change)));
+}
+
+const section = (title, ...content) => el('section', {}, el('h3', {}, title), ...content);
+const facts = (pairs) => el('dl', { class: 'facts' }, ...pairs.filter(Boolean).flatMap(([name, value, title]) => [
+  el('dt', { title }, name), el('dd', {}, value),
+]));
+
+function circuitPanel(circuit, state, change) {
+  const row = data.tasks.find((each) => each.task === circuit.task);
+  const { scores, counts, controls } = circuit;
+  const curves = el('div', {});
+  // Drawn when it is in the page, and has a width.
+  requestAnimationFrame(() => drawCurves(curves, data.tasks.filter((each) => each.curve), circuit.task, {
+    height: 230, pick: (task) => change({ task, node: null, view: null }, true),
+  }));
+  return [
+    el('h2', {}, circuit.task),
+    el('p', {}, row.summary),
+    el('p', { class: 'quiet' }, `Answers: ${circuit.form}`),
+    section('Evidence', facts([
+      ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
+      ['after scale and shift of the logits', loss(scores.calibrated?.loss)],
+      ['loss of the whole model', loss(scores.model?.loss)],
+      ['loss without the circuit', loss(scores.necessity?.loss), 'the circuit at its mean, the rest as it is'],
+      ['chance', '0.693'],
+      ...Object.entries(controls).map(([name, control]) => [
+        `control: ${name.replaceAll('_', ' ')}`, `${loss(control.least_loss)}${control.reached ? ' (reached the target)' : ''}`,
+        'least loss of the same search where there is nothing to find',
+      ]),
+    ])),
+    section('Size', facts([
+      ['nodes', counts.nodes], ['edges', counts.edges],
+      ['all weights between its nodes', counts.edges_between_nodes],
+      ['found by gradient attribution', scores.attribution_baseline?.reached ? plural(scores.attribution_baseline.edges, 'edge') : 'target missed'],
+      ['embedding entries it reads', counts.embedding_edges], ['unembedding entries it writes', counts.unembedding_edges],
+      ['biases', counts.biases],
+    ])),
+    section('Loss against edges', curves),
+    section('Most important nodes', el('ol', { class: 'links' }, ...circuit.nodes.slice(0, 12).map((node) => el('li', {},
+      link(node, change), el('span', { class: 'quiet' }, ` ${signed(node.importance)}`))))),
+  ];
+}
+
+const link = (node, change) => el('button', {
+  type: 'button', class: 'link', title: describe(node), click: () => change({ node: node.name }, true),
+}, node.name);
+
+function nodePanel(circuit, node, state, change) {
+  const about = data.nodes[node.name];
+  return [
+    el('div', { class: 'heading' },
+      el('h2', {}, node.name),
+      el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ node: null }, true) }, '×')),
+    el('p', {}, describe(node)),
+    facts([
+      ['loss without it, in the circuit', signed(node.importance), 'growth of the task loss when it alone is removed from the circuit'],
+      ['loss without it, in the whole model', signed(node.from_model), `growth of the task loss when it alone is removed from the whole model, on ${plural(circuit.ablation_pairs, 'pair')}`],
+      about.bias === null ? null : ['bias', exact(about.bias)],
+      about.gain === null ? null : ['gain of the norm', exact(about.gain)],
+      ['mean, its value when removed', exact(node.mean), 'over pretraining text'],
+      ['tau', number(node.tau), 'what pruning learned for it'],
+    ]),
+    section('Edges', ...edgeTables(circuit, node, about, change)),
+    section('On the task', ...onTask(circuit, node, state, change)),
+    node.inHead ? section(`Attention of head ${node.head}`, ...attention(circuit, node, state, change)) : null,
+    section('In other text', ...inText(about)),
+  ].filter(Boolean);
+}
+
+function edgeTables(circuit, node, about, change) {
+  const table = (title, edges, end) => (edges.length ? el('table', { class: 'edges' },
+    el('caption', {}, `${title} (${edges.length})`),
+    el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
+      el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)),
+      el('td', { class: 'number' }, exact(edge.weight)),
+      el('td', {}, link(edge[end], change))))),
+  ) : null);
+  const stream = circuit.streams.filter((each) => (each.source === node && each.target) || (each.target === node && each.source));
+  const content = [table('In', node.in, 'source'), table('Out', node.out, 'target')];
+  if (stream.length) {
+    content.push(el('p', { class: 'stream-list' },
+      node.reads ? `Residual channel ${node.channel} is written before by ` : `Residual channel ${node.channel} is read later by `,
+      ...stream.flatMap((each, i) => [i ? ', ' : '', link(node.reads ? each.source : each.target, change)])));
+  }
+  if (about.tokens.length) {
+    const largest = Math.abs(about.tokens[0][1]);
+    content.push(el('p', { class: 'quiet' }, node.reads
+      ? `The embedding of ${plural(about.n_tokens, 'token')} has an entry here; the largest:`
+      : `The unembedding of ${plural(about.n_tokens, 'token')} has an entry here; the largest, times the final gain:`));
+    content.push(el('p', { class: 'chips' }, ...about.tokens.map(([id, weight]) => chip(id, weight, largest))));
+  }
+  const answers = circuit.answer_weights;
+  if (answers && node.writes) {
+    const weights = answers.weights[node.name];
+    const largest = d3.max(weights, Math.abs);
+    content.push(el('p', {}, 'Weights to the two answers: ', ...answers.tokens.map((id, i) => chip(id, weights[i], largest))));
+  }
+  const filled = content.filter(Boolean);
+  return filled.length ? filled : [el('p', { class: 'quiet' }, 'No edges: its constant is all that counts.')];
+}
+
+function weightBar(weight, largest) {
+  const bar = el('i', { class: weight < 0 ? 'bar negative' : 'bar positive' });
+  bar.style.width = `${(100 * Math.abs(weight) / largest).toFixed(1)}%`;
+  return bar;
+}
+
+function chip(id, weight, largest) {
+  const span = el('span', { class: 'chip' }, el('code', {}, quoted(id)), ` ${signed(weight)}`);
+  colour(span, weight, largest);
+  return span;
+}
+
+/** Previous, next and a list of the pairs, and where values come from. */
+function pairControls(circuit, state, change) {
+  const count = circuit.rows.length / 2;
+  const choose = el('select', { 'aria-label': 'Pair of prompts', change: (event) => change({ pair: +event.target.value }) },
+    ...d3.range(count).map((i) => el('option', { value: i, selected: i === state.pair }, `pair ${i + 1} of ${count}`)));
+  return el('div', { class: 'controls' },
+    el('button', { type: 'button', 'aria-label': 'Previous pair', disabled: state.pair === 0, click: () => change({ pair: state.pair - 1 }) }, '‹'),
+    choose,
+    el('button', { type: 'button', 'aria-label': 'Next pair', disabled: state.pair === count - 1, click: () => change({ pair: state.pair + 1 }) }, '›'),
+    choice('Values from', [['model', 'whole model'], ['circuit', 'circuit alone']], state.side, (side) => change({ side })));
+}
+
+/** A row of buttons of which one is pressed. */
+const choice = (label, options, value, pick) => el('span', { class: 'choice', role: 'group', 'aria-label': label },
+  ...options.map(([key, text]) => el('button', {
+    type: 'button', 'aria-pressed': String(key === value), click: () => pick(key),
+  }, text)));
+
+function onTask(circuit, node, state, change) {
+  const rows = [2 * state.pair, 2 * state.pair + 1];
+  const ids = rows.map((row) => circuit.rows[row].tokens);
+  const values = rows.map((row) => onRow(circuit, node.name, state.side, row));
+  const largest = d3.max(values.flatMap((each) => [...each]), Math.abs);
+  // Prompts of different lengths agree from their ends backwards.
+  const length = Math.min(...ids.map((each) => each.length));
+  const [a, b] = ids.map((each) => each.slice(each.length - length));
+  const [u, v] = values.map((each) => each.slice(each.length - length));
+  const changed = a.map((id, i) => id !== b[i]);
+  const texts = a.map((id, i) => (changed[i] ? `${shortText(id)}|${shortText(b[i])}` : tokenText(id).replaceAll('\n', '↵\n')));
+  const differences = Array.from(u, (value, i) => value - v[i]);
+  return [
+    pairControls(circuit, state, change),
+    ...rows.map((row, i) => {
+      const { answer } = circuit.rows[row];
+      const margin = circuit.rows[row][state.side];
+      return el('div', { class: 'prompt' },
+        el('p', {}, i ? 'Second prompt, answer ' : 'First prompt, answer ', el('code', {}, quoted(answer)),
+          el('span', { class: margin > 0 ? 'quiet' : 'wrong' },
+            ` ${margin > 0 ? 'preferred' : 'not preferred'}: ${signed(margin)} logits over the other`)),
+        drawTokens(ids[i], values[i], largest, {
+          changed: ids[i].map((_, at) => changed[at - (ids[i].length - length)] ?? true), label: `Prompt ${i + 1}`,
+        }));
+    }),
+    el('div', { class: 'prompt' },
+      el('p', {}, 'Difference, first less second'),
+      drawTokens(a, differences, largest, { texts, changed, label: 'Difference' })),
+  ];
+}
+
+const shortText = (id) => tokenText(id).replaceAll('\n', '↵').replaceAll('\t', '⇥');
+
+function attention(circuit, node, state, change) {
+  const row = 2 * state.pair + state.second;
+  const all = circuit.rows[row].tokens;
+  const start = Math.max(0, all.length - circuit.pattern_tokens);
+  const ids = all.slice(start);
+  const key = `${node.layer}.${node.head}`;
+  // Rows of a lower triangle follow one another, prompt after prompt.
+  const sizes = circuit.rows.map((each) => Math.min(each.tokens.length, circuit.pattern_tokens));
+  const offset = d3.sum(sizes.slice(0, row), (size) => size * (size + 1) / 2);
+  const pattern = unpack(circuit.patterns[key][state.side]);
+  const head = (t, s) => pattern[offset + t * (t + 1) / 2 + s];
+  const of = (kind) => onRow(circuit, `${node.layer}.attn.${kind}.${node.channel}`, state.side, row).subarray(start);
+  let own;
+  let title;
+  if (node.location === 'attn.v') {
+    const v = of('v');
+    own = (t, s) => head(t, s) * v[s];
+    title = `This channel: attention times the value at the key`;
+  } else {
+    const [q, k] = [of('q'), of('k')];
+    const root = Math.sqrt(data.run.model.d_head);
+    own = (t, s) => q[t] * k[s] / root;
+    title = `This channel: its share of the score, query times key over the root of ${data.run.model.d_head}`;
+  }
+  let largest = 0;
+  ids.forEach((_, t) => { for (let s = 0; s <= t; s += 1) largest = Math.max(largest, Math.abs(own(t, s))); });
+  return [
+    choice('Prompt', [[0, 'first prompt'], [1, 'second prompt']], state.second, (second) => change({ second })),
+    start ? el('p', { class: 'quiet' }, `The last ${ids.length} of ${all.length} tokens.`) : null,
+    drawSquare(ids, head, {
+      title: 'The head: attention from each token (rows) to those before; the colour is the square root', scale: 1, diverging: false, shade: Math.sqrt,
+    }),
+    drawSquare(ids, own, { title: `${title}; the deepest colour is ${number(largest)}`, scale: largest, diverging: true }),
+  ].filter(Boolean);
+}
+
+function inText(about) {
+  const values = unpack(about.values);
+  let at = 0;
+  const list = (title, spans, note = () => '') => {
+    if (!spans.length) return null;
+    return el('div', {}, el('h4', {}, title), ...spans.map((span) => {
+      const [window, start, stop, token] = span;
+      const own = values.subarray(at, at + stop - start);
+      at += stop - start;
+      return el('div', { class: 'excerpt' },
+        el('span', { class: 'number' }, number(own[token - start])), note(span),
+        drawTokens(stretch(window, start, stop), own, about.largest, { focus: token - start, label: 'Excerpt' }));
+    }));
+  };
+  const percent = (share) => `${(100 * share).toFixed(share > 0.999 && share < 1 ? 2 : 0)}%`;
+  return [
+    el('p', { class: 'quiet' }, `Text: ${data.run.text}. The node is 0 on ${percent(about.zero)} of tokens, which the histogram leaves out (its heights are square roots).`),
+    drawHistogram(about),
+    // In this order, since their values follow one another.
+    list('Highest', about.highest),
+    list('Lowest', about.lowest),
+    list('At quantiles of the values that are not 0', about.sampled, (span) => el('span', { class: 'quiet' }, ` ${percent(span[4])} `)),
+  ].filter(Boolean);
+}
