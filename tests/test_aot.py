@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from wsparse import aot, hlo, sharding, train
 from wsparse.config import MeshConfig, from_dict
 from wsparse.errors import UserError
+from wsparse.sparsity import magnitude
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (REPO / "configs").glob("gao_*.py"))
@@ -25,7 +27,7 @@ CONFIG = from_dict(
     train.TrainConfig,
     {
         "model": {"vocab_size": 256, "context": 32, "n_layer": 3, "d_model": 128, "n_head": 8,
-                  "compute_dtype": "bfloat16", "remat": True},
+                  "compute_dtype": "bfloat16"},
         "sparsity": {"density": 0.1},
         "mesh": {"data": 2, "fsdp": 2},
         "batch_size": 8,
@@ -36,7 +38,7 @@ CONFIG = from_dict(
 # Reading programs -------------------------------------------------------------------------------------
 
 # A scan over four layers, as the TPU compiler writes it, shortened.
-LOOP = (REPO / "tests" / "loop.hlo").read_text()
+LOOP = (REPO / "tests" / "golden" / "loop.hlo").read_text()
 
 
 def test_a_scan_counts_as_often_as_it_runs_and_one_channel_is_one_collective():
@@ -59,12 +61,36 @@ def _condition_bytes(text: str) -> int:
     return 4 * (4 + 4 + 1)
 
 
-def test_a_search_counts_as_often_as_the_caller_says():
+@pytest.mark.parametrize(("scope", "passes"), [("at_most_11_passes/", 11), ("", 1)])
+def test_a_search_counts_as_often_as_its_name_says(scope, passes):
     text = LOOP.replace("%four = s32[]{:T(128)} constant(4)", "%four = s32[]{:T(128)} copy(%q)")
-    for bound in (1, 31):
-        program = hlo.parse(text, search_bound=bound)
-        assert program.matmul_flops() == bound * 2 * 8 * 128 * 128
-        assert [(each.count, each.in_search) for each in program.collectives()] == [(bound, True)]
+    loop = "condition=%below, body=%body"
+    assert loop in text
+    text = text.replace(loop, f'{loop}, metadata={{op_name="jit(f)/{scope}while"}}')
+    program = hlo.parse(text)
+    assert program.matmul_flops() == passes * 2 * 8 * 128 * 128
+    assert [(each.count, each.in_search) for each in program.collectives()] == [(passes, True)]
+
+
+@pytest.mark.parametrize("ways", [2, 8])
+@pytest.mark.parametrize("span", [1, 2, 7, 100, 1000])
+def test_no_search_takes_more_passes_than_its_name_says(span, ways):
+    counts = []
+    wanted = np.arange(span)
+
+    def count(t):
+        counts.append(t)
+        return 2 * (wanted >= t)  # never exactly k, so that no search ends early
+
+    ones = np.ones(span, np.int32)
+    with jax.disable_jit():
+        found, _, _ = magnitude.bisect_counts(
+            count, ones, lo=0 * ones, hi=span * ones, n_lo=2 * ones, n_hi=0 * ones, span=span, ways=ways
+        )  # fmt: skip
+    np.testing.assert_array_equal(found, wanted)
+    assert len(counts) <= magnitude._passes(span, ways) * (ways - 1)
+    # Negative control: the bound is no idle one.
+    assert len(counts) >= (magnitude._passes(span, ways) - 2) * (ways - 1)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +194,10 @@ def test_arguments_are_a_chips_share_of_the_state(reports):
     assert memory["aliased"] > 0.9 * memory["outputs"]
 
 
-def test_flops_are_the_models_and_one_recomputed_forward_pass(reports):
-    ratio = reports["programs"]["train"]["flops_ratio"]
-    assert 1.2 < ratio <= 1.4
-    # Three steps of a scan, each a forward and a backward pass over activations.
-    assert 0.8 < reports["programs"]["prune"]["flops_ratio"] <= 1.4
+def test_flops_are_the_models(reports):
+    assert 0.95 < reports["programs"]["train"]["flops_ratio"] <= 1.05
+    # Three steps of a scan; the last layer's queries and neurons are computed at one position only.
+    assert 0.6 < reports["programs"]["prune"]["flops_ratio"] <= 1.05
 
 
 def test_the_models_count_is_six_flops_a_weight_and_token_and_the_scores():
@@ -189,10 +214,10 @@ def test_the_projection_gathers_nothing_and_counts_little(reports):
     assert reports["programs"]["train"]["collectives"]["all-gather"]["bytes"] > 3 * 12 * 128**2 * 2
 
 
-def test_no_activation_crosses_chips_and_trials_do_not_meet(reports):
-    per_layer = CONFIG.batch_size * CONFIG.model.context * CONFIG.model.d_model * 2 // 4
+def test_no_layers_activations_cross_chips_and_trials_do_not_meet(reports):
     collectives = reports["programs"]["train"]["collectives"]
-    assert collectives.get("all-to-all", {"bytes": 0})["bytes"] <= per_layer
+    # Embeddings are looked up a share of the channels at a time, before the layers.
+    assert collectives.get("all-to-all", {"count": 0})["count"] < CONFIG.model.n_layer
     assert reports["programs"]["prune"]["collectives"] == {}
 
 
@@ -246,9 +271,8 @@ def test_a_recipe_names_a_slice_that_its_mesh_and_batch_divide_over(name):
     assert (config.batch_size // config.accumulate) % (chips // mesh.tensor) == 0
 
 
-# Not the larger three: on a loaded machine they failed here, for a reason not yet known.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gao_7m", "gao_30m"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_compiles_and_fits_on_its_slice(libtpu, monkeypatch, name):
     monkeypatch.setenv("WSPARSE_TPU_KERNELS", "1")
     config, topology = load(name)

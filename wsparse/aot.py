@@ -31,7 +31,6 @@ from wsparse import files, hlo, model, sharding, train, trees
 from wsparse.circuits import PairArrays, masks, search
 from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest, missing_extra, run_command
-from wsparse.sparsity import magnitude
 
 _GIB = 2**30
 
@@ -197,7 +196,7 @@ def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, An
         "generated_code": memory.generated_code_size_in_bytes,
     }
     total = sum(classes.values()) - 2 * classes["aliased"]
-    program = hlo.parse(compiled.as_text(), search_bound=magnitude.SEARCH_PASSES)
+    program = hlo.parse(compiled.as_text())
     collectives = program.collectives()
     report: dict[str, Any] = {
         "fits": total <= limit,

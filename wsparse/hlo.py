@@ -2,8 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once, however often it runs. Here every instruction is
 counted as often as it runs: a loop whose condition compares a counter with a constant (a scan over layers or
-steps) by that constant, a loop that stops when its data say so (a search) by a bound that the caller
-gives, and each of the pieces that XLA makes of one asynchronous collective as that one collective.
+steps) by that constant, a loop that stops when its data say so (a search) by the bound in its name, a scope
+`at_most_N_passes` (once without), and the pieces that XLA makes of one asynchronous collective as one.
 """
 
 from __future__ import annotations
@@ -86,12 +86,10 @@ class Program:
     Attributes:
       computations: by name.
       entry: the name of the one that is called.
-      search_bound: how often a loop is counted whose length depends on data.
     """
 
     computations: dict[str, Computation]
     entry: str
-    search_bound: int
 
     def executions(self) -> tuple[Counter[str], set[str]]:
         """How often each computation runs in one call, and those that run inside a search."""
@@ -106,11 +104,9 @@ class Program:
                 if each.op == "while":
                     (condition,) = _called(each, "condition")
                     (body,) = _called(each, "body")
-                    trips = self._trips(each, condition)
-                    inner = in_search or trips is None
-                    count = times * (self.search_bound if trips is None else trips)
-                    visit(body, count, inner)
-                    visit(condition, count, inner)
+                    trips, is_search = self._trips(each, condition)
+                    visit(body, times * trips, in_search or is_search)
+                    visit(condition, times * trips, in_search or is_search)
                 elif each.op in ("fusion", "call", "conditional") or each.op.startswith("async"):
                     keys = ("calls", "to_apply", "true_computation", "false_computation",
                             "branch_computations", "called_computations")  # fmt: skip
@@ -120,17 +116,16 @@ class Program:
         visit(self.entry, 1, False)
         return runs, searching
 
-    def _trips(self, loop: Instruction, condition: str) -> int | None:
-        """Iterations of a counted loop from 0 in steps of 1, as jax writes scans; None for a search."""
-        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
-            return int(known[1])
+    def _trips(self, loop: Instruction, condition: str) -> tuple[int, bool]:
+        """`(iterations, whether that is a bound)`; counters run from 0 in steps of 1, as jax's do."""
         instructions = self.computations[condition]
         (root,) = (each for each in instructions.values() if each.is_root)
         if root.op == "compare" and "direction=LT" in root.attributes:
             bound = instructions[root.operands[1]]
             if bound.op == "constant":
-                return int(bound.operands[0])
-        return None
+                return int(bound.operands[0]), False
+        bounds = re.findall(r"at_most_(\d+)_passes", loop.attributes)
+        return int(bounds[-1]) if bounds else 1, True
 
     def walk(self) -> Iterator[tuple[str, int, bool, Instruction]]:
         """`(computation, times it runs, inside a search, instruction)` for everything that runs."""
@@ -255,13 +250,8 @@ class Program:
         return total
 
 
-def parse(text: str, *, search_bound: int = 1) -> Program:
-    """Parse the text of a compiled program (`jax.stages.Compiled.as_text`).
-
-    Args:
-      text: of one module.
-      search_bound: how often loops count whose length depends on data.
-    """
+def parse(text: str) -> Program:
+    """Parse the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -271,7 +261,7 @@ def parse(text: str, *, search_bound: int = 1) -> Program:
         elif found := _INSTRUCTION.match(line):
             each = _instruction(found[2], found[3], bool(found[1]))
             current[each.name] = each
-    return Program(computations, entry, search_bound)
+    return Program(computations, entry)
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:

@@ -35,10 +35,9 @@ RULES: trees.Rules[P] = (
     (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step)", P()),
     (r"(.*/)?blocks/attn/[qkv]/kernel|(.*/)?blocks/mlp/fc/kernel", P(None, None, _NEURONS)),
     (r"(.*/)?blocks/attn/out/kernel|(.*/)?blocks/mlp/proj/kernel", P(None, _NEURONS, None)),
-    (
-        r"(.*/)?blocks/attn/[qkv]/bias|(.*/)?blocks/mlp/fc/bias|(.*/)?blocks/attn/sink",
-        P(None, "tensor"),
-    ),
+    (r"(.*/)?blocks/attn/[qkv]/bias|(.*/)?blocks/mlp/fc/bias", P(None, _NEURONS)),
+    (r"(.*/)?blocks/attn/out/bias|(.*/)?blocks/mlp/proj/bias", P(None, "fsdp")),
+    (r"(.*/)?blocks/attn/sink", P(None, "tensor")),
     (r"(.*/)?embed/tokens", P("tensor", "fsdp")),
     (r"(.*/)?head/unembed", P("fsdp", "tensor")),
     (r"(.*/)?head/bigram", P("fsdp", "tensor")),

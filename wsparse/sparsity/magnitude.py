@@ -19,8 +19,6 @@ import numpy as np
 
 from wsparse.kernels import cpu, tpu
 
-# No search takes more passes than a 32-bit key has bits.
-SEARCH_PASSES = 31
 # A pass over a matrix in a TPU's memory has time for this many parts: 7 comparisons while 4 bytes arrive.
 _WAYS_OF_TPU = 8
 
@@ -60,6 +58,7 @@ def bisect_counts(
     hi: jax.Array,
     n_lo: jax.Array,
     n_hi: jax.Array,
+    span: int,
     ways: int = 2,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Bisect many thresholds at once until each one's count is exact.
@@ -69,6 +68,7 @@ def bisect_counts(
       k: how many items are wanted, `n_hi < k <= n_lo` (or anything where `hi - lo <= 1`).
       lo: thresholds with `count(lo) == n_lo`.
       hi: thresholds with `count(hi) == n_hi`.
+      span: the most that `hi - lo` can be.
       ways: parts that a pass divides the interval into, by `ways - 1` counts.
 
     Returns:
@@ -91,10 +91,21 @@ def bisect_counts(
             hi, n_hi = jnp.where(down, middle, hi), jnp.where(down, n, n_hi)
         return lo, hi, n_lo, n_hi
 
-    lo, _, n_lo, n_hi = lax.while_loop(
-        lambda state: jnp.any(unfinished(*state[:3])), body, (lo, hi, n_lo, n_hi)
-    )
+    # The name says in a compiled program what its data decide in a running one.
+    with jax.named_scope(f"at_most_{_passes(span, ways)}_passes"):
+        lo, _, n_lo, n_hi = lax.while_loop(
+            lambda state: jnp.any(unfinished(*state[:3])), body, (lo, hi, n_lo, n_hi)
+        )
     return lo, n_lo, n_hi
+
+
+def _passes(span: int, ways: int) -> int:
+    """Passes after which an interval of `span` has become one of 1."""
+    passes = 0
+    while span > 1:
+        span = min(span // ways + 1, span - 1)
+        passes += 1
+    return passes
 
 
 def largest_along(
@@ -122,12 +133,15 @@ def largest_along(
         return jnp.sum(mask, axes, dtype=count_dtype, keepdims=True).astype(jnp.int32)
 
     top = jnp.max(keys, axes, keepdims=True).astype(_wide([keys]))
+    length = math.prod(keys.shape[axis] for axis in axes)
     threshold, position, wanted = _search(
         lambda t: count(keys >= t.astype(keys.dtype)),
         lambda t, p: count((keys == t.astype(keys.dtype)) & (from_end >= p)),
         jnp.broadcast_to(jnp.asarray(k, jnp.int32), top.shape),
         top=top,
-        size=math.prod(keys.shape[axis] for axis in axes),
+        top_span=int(jnp.iinfo(keys.dtype).max),
+        size=length,
+        longest=length,
     )
     return _winners(keys, from_end, threshold, position, wanted)
 
@@ -229,12 +243,14 @@ def largest_of_each(keys: Sequence[jax.Array], k: Sequence[jax.Array]) -> list[j
         size=jnp.concatenate(
             [jnp.full(a.shape[:1], math.prod(a.shape[1:]), jnp.int32) for a in keys]
         ),
+        top_span=max(int(jnp.iinfo(a.dtype).max) for a in keys),
+        longest=max(math.prod(a.shape[1:]) for a in keys),
         ways=_WAYS_OF_TPU if tpu.available() else 2,
     )
     return [_winners(*parts) for parts in zip(keys, from_end, *map(spread, found), strict=True)]
 
 
-def _search(at_least, tied_from, k, *, top, size, ways=2):
+def _search(at_least, tied_from, k, *, top, top_span, size, longest, ways=2):
     """The threshold, and the position from the end that settles its ties, of every slice.
 
     Args:
@@ -242,7 +258,9 @@ def _search(at_least, tied_from, k, *, top, size, ways=2):
       tied_from: (thresholds, positions) -> entries that equal the threshold at or above the position.
       k: entries wanted, int32.
       top: largest key.
+      top_span: the most that can be, static.
       size: entries in a slice.
+      longest: the most that is, static.
       ways: see `bisect_counts`.
 
     Returns:
@@ -258,6 +276,7 @@ def _search(at_least, tied_from, k, *, top, size, ways=2):
         hi=jnp.where(wanted > 0, top + 1, one),
         n_lo=positive,
         n_hi=none,
+        span=top_span,
         ways=ways,
     )
     # Where several entries equal the threshold and not all of them are wanted, the lowest indices win:
@@ -271,6 +290,7 @@ def _search(at_least, tied_from, k, *, top, size, ways=2):
         hi=jnp.where(exact, 0, size),
         n_lo=jnp.where(exact, needed, n_lo - n_hi),
         n_hi=none,
+        span=longest,
         ways=ways,
     )
     return threshold, position, wanted
