@@ -74,6 +74,7 @@ def parts(config: TrainConfig, params: model.Params) -> dict[str, Callable[[], o
         return lambda: run(operands, tangent)
 
     def every(calls):
+        calls = list(calls)
         return lambda: [call() for call in calls]
 
     block = params["blocks"]

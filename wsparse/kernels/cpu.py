@@ -1,15 +1,19 @@
-"""AbsTopK's selection for CPUs, compiled by numba and called by XLA as a foreign function.
+"""What a step spends its time on, for CPUs: compiled by numba and called by XLA as foreign functions.
 
 XLA:CPU makes one program of each of the twenty or so compare-and-count passes of a search, and a block of
-rows is done only when its slowest row is. Here each row is searched by itself in the first-level cache,
-about five passes each: 2 to 3 ns an element instead of 16. numba is the extra `cpu`; without it, or with
-`WSPARSE_CPU_KERNELS=0` in the environment, the plain JAX of `wsparse.sparsity.magnitude` is used.
+rows is done only when its slowest row is; it writes attention's scores out and reads them back several
+times; it multiplies by zeros. Here each row is searched by itself in the first-level cache, scores stay
+there too, and a matrix with few nonzeros is multiplied by those alone. The threads of XLA's own pool share
+the work. numba is the extra `cpu`; without it, or with `WSPARSE_CPU_KERNELS=0` in the environment, plain
+JAX is used, and so it is for other types than float32. The kernels have gradients, but no forward-mode
+derivatives (`jax.jvp`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 from typing import Any
 
@@ -25,10 +29,10 @@ DENSITY_LIMIT = 1 / 16
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernel can be used in this process.
+    """Whether the kernels can be used in this process.
 
     XLA does not partition a foreign call: over several devices it would gather the rows first, so the
-    kernel is for processes with one device.
+    kernels are for processes with one device.
     """
     if os.environ.get("WSPARSE_CPU_KERNELS", "1") == "0" or jax.device_count() > 1:
         return False
@@ -65,7 +69,13 @@ def attend(
 
     Query t attends to the keys up to t, or up to `positions_BT[:, t]`. Returns `(B, T, H, K)` float32.
     """
-    batch, time, heads, _ = q_BTHK.shape
+    batch, time, heads, width = q_BTHK.shape
+    if width % 4:
+        # The kernel takes channels in fours. It scales by the padded width, which the queries make good.
+        pad = [(0, 0)] * 3 + [(0, -width % 4)]
+        q_BTHK, k_BSHK, v_BSHK = (jnp.pad(each, pad) for each in (q_BTHK, k_BSHK, v_BSHK))
+        q_BTHK = q_BTHK * math.sqrt(q_BTHK.shape[-1] / width)
+        return attend(q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT)[..., :width]
     if sink_H is None:
         sink_H = jnp.full(heads, -jnp.inf, jnp.float32)
     if positions_BT is None:
@@ -121,7 +131,7 @@ def product(x_RI: jax.Array, w_IO: jax.Array) -> jax.Array:
     """`x @ w`, float32: over the nonzeros of `w` where they are few, else a dense product.
 
     The choice is made when the program runs, by counting; see `DENSITY_LIMIT`. The gradient of `x` is found
-    likewise, that of `w` is dense.
+    likewise, that of `w` is dense. A NaN or infinity in `x` spoils only what a nonzero weight brings it to.
     """
     return _product(x_RI, w_IO, by_row=False)
 
