@@ -38,7 +38,7 @@ CONFIG = from_dict(
 # Reading programs -------------------------------------------------------------------------------------
 
 # A scan over four layers, as the TPU compiler writes it, shortened.
-LOOP = (REPO / "tests" / "golden" / "loop.hlo").read_text()
+LOOP = (REPO / "tests" / "loop.hlo").read_text()
 
 
 def test_a_scan_counts_as_often_as_it_runs_and_one_channel_is_one_collective():
