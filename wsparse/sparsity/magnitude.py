@@ -199,7 +199,9 @@ def _largest_per_row_blocked(x: jax.Array, k: int) -> jax.Array:
     return jnp.reshape(jnp.reshape(kept, (-1, width))[: rows.shape[0]], keys.shape)
 
 
-def largest_of_each(keys: Sequence[jax.Array], k: Sequence[jax.Array]) -> list[jax.Array]:
+def largest_of_each(
+    keys: Sequence[jax.Array], k: Sequence[jax.Array], *, whole: bool = False
+) -> list[jax.Array]:
     """Masks of the `k` largest positive keys of every matrix, ties to the lowest flat index.
 
     All matrices of all arrays advance in one loop: on sharded arrays a search costs a fixed number of
@@ -208,6 +210,7 @@ def largest_of_each(keys: Sequence[jax.Array], k: Sequence[jax.Array]) -> list[j
     Args:
       keys: arrays `(G, ...)`: a stack of G matrices (or vectors) each.
       k: int32 `(G,)` for each array; may be traced.
+      whole: no array is spread over devices.
 
     Returns:
       Boolean arrays shaped like `keys`, `min(k, number of positive keys)` of them true in each matrix.
@@ -215,7 +218,9 @@ def largest_of_each(keys: Sequence[jax.Array], k: Sequence[jax.Array]) -> list[j
     if not keys:
         return []
     ends = list(itertools.accumulate(array.shape[0] for array in keys))
-    from_end = [_positions_from_end(array.shape, range(1, array.ndim)) for array in keys]
+    from_end = [
+        _positions_from_end(array.shape, range(1, array.ndim), whole=whole) for array in keys
+    ]
 
     def spread(per_matrix):
         """One value per matrix, as one array per stack that broadcasts against it."""
@@ -301,13 +306,20 @@ def _winners(keys, from_end, threshold, position, wanted):
     return (wanted > 0) & ((keys > t) | ((keys == t) & (from_end >= position)))
 
 
-def _positions_from_end(shape: Sequence[int], axes: Iterable[int]) -> jax.Array:
+def _positions_from_end(
+    shape: Sequence[int], axes: Iterable[int], *, whole: bool = True
+) -> jax.Array:
     """int32 `shape`: how many entries follow each one in its slice, in row-major order."""
     position, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in sorted(axes, reverse=True):
-        position = (
-            position + (shape[axis] - 1 - lax.broadcasted_iota(jnp.int32, shape, axis)) * stride
-        )
+        if whole:
+            after = shape[axis] - 1 - lax.broadcasted_iota(jnp.int32, shape, axis)
+        else:
+            # XLA would count once for all arrays, spread as one of them is, and gather it for the others.
+            # It recognises a constant that counts upwards, but not one that counts downwards.
+            indices = jnp.asarray(np.arange(shape[axis], dtype=np.int32)[::-1].copy())
+            after = lax.broadcast_in_dim(indices, shape, (axis,))
+        position = position + after * stride
         stride *= shape[axis]
     return position
 

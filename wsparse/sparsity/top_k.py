@@ -131,17 +131,32 @@ def select(
     if any(inside):
         jobs = list(zip(stacks, k, neuron_axes, inside, strict=True))
         others = iter(
-            select(
+            _select_in_one_search(
                 [stack for stack, _, _, alone in jobs if not alone],
                 [budget for _, budget, _, alone in jobs if not alone],
                 neuron_axes=[axis for _, _, axis, alone in jobs if not alone],
                 min_per_neuron=min_per_neuron,
+                whole=whole,
             )
         )
         return [
             _select_by_kernel(stack, budget, axis, min_per_neuron) if alone else next(others)
             for stack, budget, axis, alone in jobs
         ]
+    return _select_in_one_search(
+        stacks, k, neuron_axes=neuron_axes, min_per_neuron=min_per_neuron, whole=whole
+    )
+
+
+def _select_in_one_search(
+    stacks: Sequence[jax.Array],
+    k: Sequence[jax.Array],
+    *,
+    neuron_axes: Sequence[int | None],
+    min_per_neuron: int,
+    whole: bool,
+) -> list[Selection]:
+    """`select` without the kernel."""
     keys = [magnitude.magnitude_keys(stack) for stack in stacks]
     protected = [
         _protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)
@@ -156,7 +171,7 @@ def select(
     ]
     kept = [
         chosen if mask is None else chosen | mask
-        for chosen, mask in zip(_largest_of_each(free, budgets), protected, strict=True)
+        for chosen, mask in zip(_largest_of_each(free, budgets, whole), protected, strict=True)
     ]
     return [
         Selection(
@@ -168,14 +183,15 @@ def select(
     ]
 
 
-def _largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
+def _largest_of_each(
+    keys: list[jax.Array], k: list[jax.Array], whole: bool
+) -> list[jax.Array]:
     """`magnitude.largest_of_each` in the way that suits the platform; the result is the same."""
+    plain = functools.partial(magnitude.largest_of_each, whole=whole)
     # With the kernels for TPUs this may be the inside of one.
     if cpu.available() and not tpu.available() and all(key.dtype == jnp.int32 for key in keys):
-        return lax.platform_dependent(
-            keys, k, cpu=cpu.largest_of_each, default=magnitude.largest_of_each
-        )
-    return magnitude.largest_of_each(keys, k)
+        return lax.platform_dependent(keys, k, cpu=cpu.largest_of_each, default=plain)
+    return plain(keys, k)
 
 
 def _select_by_kernel(
@@ -184,11 +200,12 @@ def _select_by_kernel(
     """`select` of one stack, each matrix read into a TPU core and written once."""
 
     def keep(k, matrices):
-        (selection,) = select(
+        (selection,) = _select_in_one_search(
             [matrices],
             [jnp.reshape(k, matrices.shape[:1])],
             neuron_axes=[neuron_axis],
             min_per_neuron=min_per_neuron,
+            whole=True,
         )
         return jnp.where(selection.kept, matrices, jnp.zeros_like(matrices))
 
