@@ -183,9 +183,7 @@ def _select_in_one_search(
     ]
 
 
-def _largest_of_each(
-    keys: list[jax.Array], k: list[jax.Array], whole: bool
-) -> list[jax.Array]:
+def _largest_of_each(keys: list[jax.Array], k: list[jax.Array], whole: bool) -> list[jax.Array]:
     """`magnitude.largest_of_each` in the way that suits the platform; the result is the same."""
     plain = functools.partial(magnitude.largest_of_each, whole=whole)
     # With the kernels for TPUs this may be the inside of one.
