@@ -107,7 +107,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
-    """`magnitude.largest_of_each` for int32 keys: each matrix is searched by itself."""
+    """`magnitude.largest_of_each` for keys of float32: each matrix is searched by itself."""
     return [
         _call("largest", jax.ShapeDtypeStruct(each.shape, jnp.bool), each, budget)
         for each, budget in zip(keys, k, strict=True)
