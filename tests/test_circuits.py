@@ -161,6 +161,28 @@ def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
         assert control["least_loss"] > 0.4
 
 
+def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):
+    scorer, everything = subject.scorer, masks.names(PLANTED)
+    one_neuron = np.array([name == "1.mlp.post_act.7" for name in everything])
+    parts = shrink.circuit_of(scorer, one_neuron, 0.6)
+    tau = np.zeros(one_neuron.size)
+
+    def completed(parts, **limits):
+        return shrink.complete(scorer, pairs.discretise, parts, tau, **limits)
+
+    # The other neuron does the task alone; both share a path whose every node is a bottleneck.
+    assert scorer.mask(pairs.discretise, ~one_neuron).loss < 0.3
+    whole = completed(parts, target=2.0, least=0.6)
+    added = {everything[i] for i in np.flatnonzero(whole.nodes & ~one_neuron)}
+    assert len(added) == 1 and added <= PLANTED_NODES
+    assert scorer.mask(pairs.discretise, ~whole.nodes).loss >= 0.6
+    assert whole.loss == scorer.mask(pairs.discretise, whole.nodes).loss
+    # Nothing is added where nothing is missing, where it cannot help, or where the circuit would suffer.
+    assert completed(whole, target=2.0, least=0.6) is whole
+    assert completed(parts, target=2.0, least=50.0) is parts
+    assert completed(parts, target=0.01, least=0.6) is parts
+
+
 def test_every_planted_node_matters_when_removed_alone(circuit):
     # One of the two neurons alone nearly does.
     assert min(node.importance for node in circuit.nodes) > 0.01
@@ -527,6 +549,8 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         find.Settings(target=0.9)
     with pytest.raises(UserError, match="margin"):
         find.Settings(margin=-1.0)
+    with pytest.raises(UserError, match="necessity"):
+        find.Settings(necessity=-1.0)
 
 
 # ---- Tables and comparisons ----

@@ -105,10 +105,12 @@ class Scorer:
         ranks = jax.tree.map(jnp.asarray, ranks)
         for start in range(0, len(spans_M2), _MASKS):
             part = spans_M2[start : start + _MASKS]
-            # Two shapes, so that at most two programs are compiled.
-            filled = part if len(part) == 1 else np.resize(part, (_MASKS, 2))
-            score = _score_spans(self.params, self.means, pairs, ranks, filled, config=self.config)
-            parts.append([np.asarray(each)[: len(part)] for each in score])
+            # One shape, so that one program is compiled; what fills it up is not computed.
+            filled, n = np.resize(part, (_MASKS, 2)), np.int32(len(part))
+            score = _score_spans(
+                self.params, self.means, pairs, ranks, filled, n, config=self.config
+            )
+            parts.append([np.asarray(each)[:n] for each in score])
         return Score(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
     def mask(
@@ -180,13 +182,16 @@ def _logits(params, means, pairs: PairArrays, kept: Ranks, config) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, *, config) -> Score:
-    def score(span_2):
-        logits_BV = _logits(params, means, pairs, _kept(ranks, span_2), config)
-        chosen = (logits_BV, pairs.answer, pairs.other)
-        return Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
+def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, *, config) -> Score:
+    """Scores of the first `n` spans; 0 for the rest."""
 
-    return lax.map(score, spans_M2)
+    def score(i, scores):
+        logits_BV = _logits(params, means, pairs, _kept(ranks, spans_M2[i]), config)
+        chosen = (logits_BV, pairs.answer, pairs.other)
+        each = Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
+        return jax.tree.map(lambda all_M, one: all_M.at[i].set(one), scores, each)
+
+    return lax.fori_loop(0, n, score, Score(*[jnp.zeros(len(spans_M2))] * 2))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -45,6 +45,8 @@ class Settings:
       discretise_pairs: pairs of the second split that circuits are chosen on, beside as many of the first.
       report_pairs: pairs that numbers are reported on.
       finalists: trials whose circuits are cleaned up.
+      necessity: loss, in nats, that the model must have without the circuit: nodes are added to the smallest
+        sufficient one until it has, see `shrink.complete`. 0 adds none.
       single_removals: see `shrink.clean_up`.
       tie_qk: see `learn.prune`.
       controls: whether to run the controls.
@@ -63,6 +65,7 @@ class Settings:
     discretise_pairs: int = 48
     report_pairs: int = 96
     finalists: int = 2
+    necessity: float = 0.65
     single_removals: int = 256
     tie_qk: bool = True
     controls: bool = True
@@ -80,6 +83,7 @@ class Settings:
             "finalists",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(self.necessity >= 0, "necessity must be at least 0", self.necessity)
         for target in (self.target, *self.sweep):
             require(0 < target < np.log(2), "a target must be between 0 and ln 2", target)
         require(
@@ -293,10 +297,15 @@ def find_circuit(
         )
         for trial in reached[: settings.finalists]
     ]
-    parts, best = min(cleaned, key=lambda pair: pair[0].n_edges)
+    smallest, best = min(cleaned, key=lambda pair: pair[0].n_edges)
+    say(f"  cleaned up: {smallest.n_nodes} nodes, {smallest.n_edges} edges")
+    parts = shrink.complete(
+        scorer, pairs.discretise, smallest, best.tau, goal, least=settings.necessity
+    )
+    if parts is not smallest:
+        say(f"  until it is necessary: {parts.n_nodes} nodes, {parts.n_edges} edges")
     seconds_found = time.monotonic() - started
-    say(f"  cleaned up: {parts.n_nodes} nodes, {parts.n_edges} edges")
-    curve = _curve(subject, pairs, best.tau, parts, settings)
+    curve = _curve(subject, pairs, best.tau, smallest, settings)
     scores = measure(subject, pairs, parts)
     scores["discretise_loss"] = parts.loss
     scores["trials"] = [
@@ -307,6 +316,7 @@ def find_circuit(
         }
         for number, each in cuts.items()
     ]
+    scores["sufficient"] = {"nodes": smallest.n_nodes, "edges": smallest.n_edges}
     scores["edges_before_clean_up"] = cuts[best.number].n_edges
     scores["attribution_baseline"] = attribution_baseline(subject, pairs, goal)
     controls = (

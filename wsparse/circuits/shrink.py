@@ -127,6 +127,75 @@ def clean_up(
     return _without_nodes(scorer, pairs, parts, target, singles)
 
 
+def complete(
+    scorer: Scorer,
+    pairs: HasPairs,
+    parts: Parts,
+    tau_U: np.ndarray,
+    target: float,
+    *,
+    least: float,
+    most: int = 128,
+) -> Parts:
+    """Add nodes until the model without the circuit loses the task.
+
+    A model may do a task in more than one way, and the smallest sufficient circuit is then only one of
+    them. Nodes are added in the order in which first-order estimates say that the rest of the model needs
+    them, as few as possible, and those that turn out not to be needed are taken back.
+
+    Args:
+      scorer: of the model.
+      pairs: that losses are taken on.
+      parts: a circuit.
+      tau_U: what was learned; of equal estimates the larger comes first.
+      target: largest loss that the circuit alone may have.
+      least: loss that the model without the circuit must have.
+      most: nodes added at most.
+
+    Returns:
+      The circuit with its additions and the weights between all of them; `parts` itself where it needs
+      none, or where adding nodes does not get there.
+    """
+    size = parts.nodes.size
+
+    def without(order: np.ndarray, spans: Any) -> np.ndarray:
+        """Losses of the model without the circuit and without spans of an order."""
+        ranks = scorer.ranks(~parts.nodes)
+        ranks.nodes[order] = np.arange(order.size)
+        return scorer.spans(pairs, ranks, spans).loss
+
+    none = np.zeros(0, int)
+    if without(none, [[0, 0]])[0] >= least:
+        return parts
+    added = none
+    while added.size < most:
+        rest = ~parts.nodes & ~_bools(size, added)
+        estimates = scorer.attributions(pairs, rest)[0]
+        ranking = np.lexsort((-np.asarray(tau_U), -estimates))
+        order = np.concatenate([added, ranking[rest[ranking]][: most - added.size]])
+        # First-order estimates hold near the model as it is: half as many again at a time.
+        lengths = np.unique(
+            np.linspace(added.size + 1, added.size * 1.5 + _GRID, _GRID).astype(int)
+        )
+        lengths = lengths[lengths <= order.size]
+        reached = np.flatnonzero(without(order, [[0, n] for n in lengths]) >= least)
+        if reached.size:
+            added = order[: lengths[reached[0]]]
+            break
+        added = order[: lengths[-1]]
+    else:
+        return parts
+    # Taking one back is tried for each, the last first.
+    for node in added[::-1]:
+        fewer = added[added != node]
+        if without(fewer, [[0, fewer.size]])[0] >= least:
+            added = fewer
+    nodes_U = parts.nodes | _bools(size, added)
+    edges = graph.between(nodes_U, parts.stays(scorer), scorer.config)
+    loss = scorer.mask(pairs, nodes_U, parts.stays(scorer)).loss
+    return Parts(nodes_U, edges, parts.removed, loss) if loss <= target else parts
+
+
 def _without_nodes(
     scorer: Scorer, pairs: HasPairs, parts: Parts, target: float, singles: int
 ) -> Parts:
