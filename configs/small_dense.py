@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         sparsity={"density": 1.0, "anneal_end": 0.4},
         optimizer={"learning_rate": 6e-3},
         data={"source": "0.8*idioms+0.2*stdlib", "megabytes": 24.0, "validation_fraction": 0.05},
-        steps=400,
+        steps=440,
         batch_size=64,
         checkpoint_every=600,
     )
