@@ -1,12 +1,12 @@
-"""The dense twin of configs/small.py, trained to the same held-out loss.
+"""A narrow dense twin of configs/small.py, trained to the same held-out loss.
 
-Reproduces: the dense model whose circuits are set beside those of configs/small.py. Same data, tokens and
-    steps, no weight sparsity, and a narrower residual stream: d_model 56 comes to the loss of the sparse
+Reproduces: the other dense model whose circuits are set beside those of configs/small.py. Same data, tokens
+    and steps, no weight sparsity, and a narrower residual stream: d_model 56 comes to the loss of the sparse
     model's 256 (64 to 2.320).
 Hardware: 2 CPU cores.
 Minutes: 30 on one core of a 2.5 GHz Xeon whose other core did other work.
 Expected loss: 2.34 held out (seed 0). Expected L0: 1, no weight is removed.
-Command: python -m wsparse.train --config=configs/small_dense.py
+Command: python -m wsparse.train --config=configs/small_dense_narrow.py
 """
 
 import ml_collections
