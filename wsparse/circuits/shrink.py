@@ -156,13 +156,14 @@ def complete(
       The circuit with its additions and the weights between all of them; `parts` itself where it needs
       none, or where adding nodes does not get there.
     """
-    size = parts.nodes.size
+    size, stays = parts.nodes.size, parts.stays(scorer)
+    outside = scorer.ranks(~parts.nodes)
 
     def without(order: np.ndarray, spans: Any) -> np.ndarray:
         """Losses of the model without the circuit and without spans of an order."""
-        ranks = scorer.ranks(~parts.nodes)
-        ranks.nodes[order] = np.arange(order.size)
-        return scorer.spans(pairs, ranks, spans).loss
+        ranks = outside.nodes.copy()
+        ranks[order] = np.arange(order.size)
+        return scorer.spans(pairs, outside._replace(nodes=ranks), spans).loss
 
     none = np.zeros(0, int)
     if without(none, [[0, 0]])[0] >= least:
@@ -191,8 +192,8 @@ def complete(
         if without(fewer, [[0, fewer.size]])[0] >= least:
             added = fewer
     nodes_U = parts.nodes | _bools(size, added)
-    edges = graph.between(nodes_U, parts.stays(scorer), scorer.config)
-    loss = scorer.mask(pairs, nodes_U, parts.stays(scorer)).loss
+    edges = graph.between(nodes_U, stays, scorer.config)
+    loss = scorer.mask(pairs, nodes_U, stays).loss
     return Parts(nodes_U, edges, parts.removed, loss) if loss <= target else parts
 
 
