@@ -378,6 +378,22 @@ def test_spans_score_what_a_masked_forward_pass_gives(subject):
     assert len(set(score.loss.tolist())) == 3
 
 
+def test_scoring_stops_after_the_first_span_that_reaches_the_loss_asked_for(subject):
+    pairs = planted_pairs(4, 3)
+    size = masks.n_nodes(PLANTED)
+    order = np.random.default_rng(0).permutation(size).astype(np.int32)
+    ranks = subject.scorer.ranks(np.ones(size, bool))._replace(nodes=order)
+    # More than one call holds, and the span that ends it in the second.
+    spans = [[k, size] for k in range(size - 40, size)]
+    everything = subject.scorer.spans(pairs, ranks, spans).loss
+    until = np.min(everything[:30])
+    first = np.flatnonzero(everything <= until)[0]
+    found = subject.scorer.spans(pairs, ranks, spans, until=until)
+    np.testing.assert_array_equal(found.loss[: first + 1], everything[: first + 1])
+    assert np.isnan(found.loss[first + 1 :]).all()
+    assert found.loss.shape == found.accuracy.shape == (40,)
+
+
 def test_cutting_all_edges_of_a_read_equals_closing_its_node(subject):
     pairs = planted_pairs(8, 3)
     everything = np.ones(masks.n_nodes(PLANTED), bool)

@@ -98,8 +98,14 @@ class Scorer:
         self.means = means
         self.weights = graph.nonzero(params)
 
-    def spans(self, pairs: HasPairs, ranks: Ranks, spans_M2: Any) -> Score:
-        """Score the masks of spans. Returns NumPy arrays `(M,)`."""
+    def spans(
+        self, pairs: HasPairs, ranks: Ranks, spans_M2: Any, *, until: float = -np.inf
+    ) -> Score:
+        """Score the masks of spans, in turn, up to the first whose loss is at most `until`.
+
+        Returns:
+          NumPy arrays `(M,)`; NaN for masks that were not scored.
+        """
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
         pairs, parts = arrays(pairs), []
         ranks = jax.tree.map(jnp.asarray, ranks)
@@ -108,10 +114,21 @@ class Scorer:
             # One shape, so that one program is compiled; what fills it up is not computed.
             filled, n = np.resize(part, (_MASKS, 2)), np.int32(len(part))
             score = _score_spans(
-                self.params, self.means, pairs, ranks, filled, n, config=self.config
+                self.params,
+                self.means,
+                pairs,
+                ranks,
+                filled,
+                n,
+                np.float32(until),
+                config=self.config,
             )
             parts.append([np.asarray(each)[:n] for each in score])
-        return Score(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+            if np.any(parts[-1][0] <= until):
+                break
+        scored = Score(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        rest = (0, len(spans_M2) - len(scored.loss))
+        return Score(*(np.pad(each, rest, constant_values=np.nan) for each in scored))
 
     def mask(
         self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
@@ -182,16 +199,23 @@ def _logits(params, means, pairs: PairArrays, kept: Ranks, config) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, *, config) -> Score:
-    """Scores of the first `n` spans; 0 for the rest."""
+def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, config) -> Score:
+    """Scores of the first `n` spans, up to one whose loss is at most `until`; NaN for the rest."""
 
-    def score(i, scores):
+    def goes_on(carry):
+        i, scores = carry
+        reached = (i > 0) & (scores.loss[i - 1] <= until)
+        return (i < n) & ~reached
+
+    def score(carry):
+        i, scores = carry
         logits_BV = _logits(params, means, pairs, _kept(ranks, spans_M2[i]), config)
         chosen = (logits_BV, pairs.answer, pairs.other)
         each = Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
-        return jax.tree.map(lambda all_M, one: all_M.at[i].set(one), scores, each)
+        return i + 1, jax.tree.map(lambda all_M, one: all_M.at[i].set(one), scores, each)
 
-    return lax.fori_loop(0, n, score, Score(*[jnp.zeros(len(spans_M2))] * 2))
+    nothing = Score(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
+    return lax.while_loop(goes_on, score, (jnp.int32(0), nothing))[1]
 
 
 @functools.partial(jax.jit, static_argnames="config")

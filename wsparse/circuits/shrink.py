@@ -68,8 +68,9 @@ def discretise(
     ranks[order] = np.arange(order.size)
     all_ranks = scorer.ranks(np.ones(order.size, bool))._replace(nodes=ranks)
 
-    def losses(sizes):
-        return scorer.spans(pairs, all_ranks, [[k, order.size] for k in sizes]).loss
+    def first_reached(sizes: np.ndarray) -> tuple[int | None, np.ndarray]:
+        """Index of the smallest size that reaches the target, and the losses."""
+        return _first_within(scorer, pairs, all_ranks, [[k, order.size] for k in sizes], target)
 
     # Most circuits are somewhat smaller than the number of open gates: the grid is dense there.
     n_open = max(int(np.count_nonzero(np.asarray(tau_U) > 0)), 1)
@@ -80,23 +81,19 @@ def discretise(
         ]
     )
     sizes = np.unique(sizes.round().astype(int))
-    found = losses(sizes)
-    least = float(found.min())
-    reached = np.flatnonzero(found <= target)
-    if not reached.size:
+    at, found = first_reached(sizes)
+    least = float(np.nanmin(found))
+    if at is None:
         return None, least
-    at = reached[0]
     low, high, loss = (int(sizes[at - 1]) if at else 0), int(sizes[at]), float(found[at])
     while high - low > 1:
         between = _between(low, high)
-        found = losses(between)
-        reached = np.flatnonzero(found <= target)
-        if reached.size:
-            at = reached[0]
+        at, found = first_reached(between)
+        if at is None:
+            low = int(between[-1])
+        else:
             low = int(between[at - 1]) if at else low
             high, loss = int(between[at]), float(found[at])
-        else:
-            low = int(between[-1])
     return circuit_of(scorer, ranks < high, loss), least
 
 
@@ -344,24 +341,36 @@ def _longest_prefix(
 ) -> tuple[int, float]:
     """The longest prefix of an order that can go, and the loss without it; 0 where none can."""
 
-    def losses(lengths):
-        return scorer.spans(pairs, ranks, [[0, n] for n in lengths]).loss
+    def longest(lengths: np.ndarray) -> tuple[int | None, float]:
+        """Index of the longest length that can go, and the loss without it: the longest is tried first."""
+        spans = [[0, n] for n in lengths[::-1]]
+        at, found = _first_within(scorer, pairs, ranks, spans, target)
+        return (None, 0.0) if at is None else (lengths.size - 1 - at, float(found[at]))
 
     lengths = np.unique(np.geomspace(1, size, _GRID).round().astype(int))
-    found = losses(lengths)
-    reached = np.flatnonzero(found <= target)
-    if not reached.size:
+    at, loss = longest(lengths)
+    if at is None:
         return 0, 0.0
-    at = reached[-1]
-    low, loss = int(lengths[at]), float(found[at])
+    low = int(lengths[at])
     high = int(lengths[at + 1]) if at + 1 < lengths.size else low + 1
     if high - low > 1:
         between = _between(low, high)
-        found = losses(between)
-        reached = np.flatnonzero(found <= target)
-        if reached.size:
-            low, loss = int(between[reached[-1]]), float(found[reached[-1]])
+        at, new = longest(between)
+        if at is not None:
+            low, loss = int(between[at]), new
     return low, loss
+
+
+def _first_within(
+    scorer: Scorer, pairs: HasPairs, ranks: Ranks, spans: list[list[int]], target: float
+) -> tuple[int | None, np.ndarray]:
+    """Index of the first span whose mask has at most the target's loss, and all losses, NaN after it.
+
+    What comes after it is not computed: masks are scored one after the other.
+    """
+    found = scorer.spans(pairs, ranks, spans, until=target).loss
+    reached = np.flatnonzero(found <= target)
+    return (int(reached[0]) if reached.size else None), found
 
 
 def _between(low: int, high: int) -> np.ndarray:
