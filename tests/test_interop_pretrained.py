@@ -260,14 +260,14 @@ except UserError as error:
 
 def test_no_network_is_said_in_one_line(monkeypatch):
     def snapshot_download(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the files\nmore\n")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError\nmore\n")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError) as error:
         from_pretrained("someone/tiny")
     assert str(error.value) == (
-        "someone/tiny is no folder here, and could not be loaded from the Hugging Face Hub: "
-        "cannot find the files"
+        "someone/tiny is no folder here, was not downloaded before, and the Hugging Face Hub does not "
+        "answer: is there a network? (ConnectError)"
     )
 
 

@@ -309,8 +309,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     folder = pathlib.Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is no published checkpoint: it has no {CONFIG_FILE}")
+    fields = files.read_json(folder / CONFIG_FILE)
     try:
-        config = model_config(files.read_json(folder / CONFIG_FILE))
+        config = model_config(fields)
     except UserError as error:
         raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
     state = torch_file.read(folder / WEIGHTS_FILE)
