@@ -279,7 +279,10 @@ def change_edge(**values):
         (change_node(importance="large"), "'large' is where a number must be"),
         (change_edge(weight=None), "None is where a number must be"),
         (change_edge(source="0.attn.q.0"), "an edge ends at '0.attn.q.0'"),
-        (lambda circuit: circuit["model"]["config"].update(d_mlp=99), r"means of mlp\.post_act must"),
+        (
+            lambda circuit: circuit["model"]["config"].update(d_mlp=99),
+            r"means of mlp\.post_act must",
+        ),
     ],
 )
 def test_a_circuit_that_contradicts_itself_is_refused(damage, message, circuit, tmp_path):

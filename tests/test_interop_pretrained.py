@@ -197,7 +197,12 @@ def hub(folder):
                 body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings})
             elif path == f"/api/models/someone/tiny/tree/{COMMIT}":
                 entries = [
-                    {"type": "file", "path": each.name, "oid": each.name, "size": each.stat().st_size}
+                    {
+                        "type": "file",
+                        "path": each.name,
+                        "oid": each.name,
+                        "size": each.stat().st_size,
+                    }
                     for each in folder.iterdir()
                 ]
                 body = json.dumps(entries)
