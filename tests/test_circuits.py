@@ -264,6 +264,37 @@ def test_a_damaged_or_missing_circuit_is_refused_by_name(circuit, tmp_path):
         Circuit.load(tmp_path / "c")
 
 
+def change_node(**values):
+    return lambda circuit: circuit["nodes"][0].update(values)
+
+
+def change_edge(**values):
+    return lambda circuit: circuit["edges"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_node(name="9.attn.q.1"), "no node '9.attn.q.1'"),
+        (change_node(importance="large"), "'large' is where a number must be"),
+        (change_edge(weight=None), "None is where a number must be"),
+        (change_edge(source="0.attn.q.0"), "an edge ends at '0.attn.q.0'"),
+        (
+            lambda circuit: circuit["model"]["config"].update(d_mlp=99),
+            r"means of mlp\.post_act must",
+        ),
+    ],
+)
+def test_a_circuit_that_contradicts_itself_is_refused(damage, message, circuit, tmp_path):
+    circuit.save(tmp_path)
+    values = json.loads((tmp_path / "circuit.json").read_text())
+    assert "0.attn.q.0" not in {node["name"] for node in values["nodes"]}
+    damage(values)
+    (tmp_path / "circuit.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"is damaged: .*{message}"):
+        Circuit.load(tmp_path)
+
+
 # ---- Masks ----
 
 

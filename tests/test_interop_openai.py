@@ -198,9 +198,33 @@ def test_older_published_files_are_understood():
     older = {key: value for key, value in fields.items() if key not in ("sink", "d_mlp")}
     assert model_config(older | {"n_mlp": fields["d_mlp"]}) == model_config(fields)
     assert not model_config(older).sink
+    assert not model_config(fields | {"sink": None}).sink
+    # What the code that the models were trained with wrote, and the published code leaves out.
+    more = dict.fromkeys(("n_embd", "expansion_factor", "expansion_factor_mlp", "pfrac"), 2)
+    more |= {"bigram_table_rank": None, "debug_exact_topk": True, "sparse_matmul_impl": "triton"}
+    more |= {"use_tied_aux_matrix": False, "rtopk": False, "mup_width_multiplier": None}
+    assert model_config(fields | more) == model_config(fields)
     without = {key: value for key, value in state.items() if key != "final_logits_bias"}
     params = params_from_state(model_config(fields), without)
     np.testing.assert_array_equal(params["head"]["logits_bias"], np.zeros(96))
+
+
+def test_a_field_of_older_files_that_changes_inference_must_be_off():
+    with pytest.raises(UserError, match=r"use_tied_aux_matrix must be off.*got True"):
+        model_config(golden_config("rms_abstopk") | {"use_tied_aux_matrix": True})
+
+
+def test_an_older_file_loads_with_the_same_outputs(tmp_path):
+    """No sink, n_mlp, more fields, and a causal mask among the weights."""
+    fields, state = golden("rms_abstopk")
+    older = {key: value for key, value in fields.items() if key not in ("sink", "d_mlp")}
+    older |= {"n_mlp": fields["d_mlp"], "bigram_table_rank": None, "pfrac": 0.5}
+    mask = {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), np.float32)}
+    (tmp_path / "beeg_config.json").write_text(json.dumps(older))
+    torch_file.write(tmp_path / "final_model.pt", state | mask)
+    shutil.copy(GOLDEN / "rms_abstopk" / "expected.npz", tmp_path)
+    errors = parity.measure(tmp_path)
+    assert max(error.max for error in errors.values()) < parity.TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -367,6 +391,21 @@ def test_the_published_tokenizer_encodes_as_tiktoken_does(tokenizer, tmp_path):
     assert any(bpe_files.load(tmp_path).encode(text) != tokenizer.encode(text) for text in texts)
 
 
+def test_a_trained_tokenizer_comes_back_from_the_two_files_with_its_digest(tokenizer, tmp_path):
+    bpe_files.save(tmp_path, tokenizer)
+    assert bpe_files.load(tmp_path).digest == tokenizer.digest
+
+
+def test_end_of_text_keeps_an_id_that_is_not_the_last(tokenizer, tmp_path):
+    bpe_files.save(tmp_path, tokenizer)
+    ids = json.loads((tmp_path / "encoder.json").read_text())
+    moved = {token: (i + 1) % VOCAB for token, i in ids.items()}
+    (tmp_path / "encoder.json").write_text(json.dumps(moved))
+    loaded = bpe_files.load(tmp_path)
+    assert loaded.end_of_text == 0 and loaded.vocab_size == VOCAB
+    assert loaded.encode(TEXT[0]) == [i + 1 for i in tokenizer.encode(TEXT[0])]
+
+
 def test_end_of_text_that_is_not_listed_is_the_next_id(tokenizer, tmp_path):
     bpe_files.save(tmp_path, tokenizer)
     ids = json.loads((tmp_path / "encoder.json").read_text())
@@ -428,7 +467,7 @@ def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, 
     run = runs.load(imported)
     assert run.config.model == dataclasses.replace(CONFIG, d_mlp=64)
     assert_same(run.params, published[1])
-    assert run.tokenizer.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
+    assert run.tokenizer.digest == tokenizer.digest
     summary = json.loads((imported / "summary.json").read_text())
     assert summary["parameters"] == model.count_parameters(published[1])
     assert summary["l0"] == 1.0 and run.step == 0

@@ -1,9 +1,17 @@
 """Pretrained folders: every bit comes back, the card says what is there, and mistakes are named."""
 
 import builtins
+import contextlib
 import dataclasses
+import hashlib
+import http.server
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+import urllib.parse
 
 import huggingface_hub
 import jax
@@ -171,16 +179,100 @@ def test_a_repository_is_loaded_from_the_hub(saved, monkeypatch):
     assert asked == [("someone/tiny", "v1", files)]
 
 
+COMMIT = "c0ffee" + 34 * "0"
+
+
+@contextlib.contextmanager
+def hub(folder):
+    """A Hub on this machine, whose one repository, someone/tiny, has the folder's files in branch v1."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+            asked.append(path)
+            name = path.rsplit("/", 1)[-1]
+            if path == "/api/models/someone/tiny/revision/v1":
+                siblings = [{"rfilename": each.name} for each in folder.iterdir()]
+                body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings})
+            elif path == f"/api/models/someone/tiny/tree/{COMMIT}":
+                entries = [
+                    {
+                        "type": "file",
+                        "path": each.name,
+                        "oid": each.name,
+                        "size": each.stat().st_size,
+                    }
+                    for each in folder.iterdir()
+                ]
+                body = json.dumps(entries)
+            elif path == f"/someone/tiny/resolve/{COMMIT}/{name}":
+                body = (folder / name).read_bytes()
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            body = body.encode() if isinstance(body, str) else body
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_the_clients_own_download_brings_every_bit(saved, tmp_path):
+    """In a process of its own: the client reads its settings when it is imported."""
+    code = """
+from wsparse import trees
+from wsparse.errors import UserError
+from wsparse.interop.pretrained import from_pretrained
+config, params, tokenizer = from_pretrained("someone/tiny", revision="v1")
+print(config, trees.digest(params), tokenizer.digest)
+try:
+    from_pretrained("someone/else")
+except UserError as error:
+    print(error)
+"""
+    with hub(saved) as (address, asked):
+        settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    loaded, refused = done.stdout.splitlines()
+    want = from_pretrained(saved)
+    assert loaded == f"{CONFIG} {trees.digest(want.params)} {want.tokenizer.digest}"
+    assert refused.startswith("someone/else is no folder here, and could not be loaded from the")
+    files = {path.rsplit("/", 1)[-1] for path in asked if "/resolve/" in path}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
 def test_no_network_is_said_in_one_line(monkeypatch):
     def snapshot_download(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the files\nmore\n")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError\nmore\n")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError) as error:
         from_pretrained("someone/tiny")
     assert str(error.value) == (
-        "someone/tiny is no folder here, and could not be loaded from the Hugging Face Hub: "
-        "cannot find the files"
+        "someone/tiny is no folder here, was not downloaded before, and the Hugging Face Hub does not "
+        "answer: is there a network? (ConnectError)"
     )
 
 

@@ -129,6 +129,13 @@ def test_the_table_sorts_both_ways_and_keeps_what_has_no_circuit_last(open_page)
     assert "not found" in rows.last.inner_text()
 
 
+def test_all_columns_of_the_table_are_in_sight_on_a_laptop(open_page):
+    page = open_page()
+    page.set_viewport_size({"width": 1280, "height": 800})
+    hidden = "e => e.scrollWidth - e.clientWidth"
+    assert page.locator("#overview .scroll").first.evaluate(hidden) <= 0
+
+
 def test_a_row_opens_its_circuit_and_back_returns(open_page, data):
     page = open_page()
     page.get_by_role("link", name=case.TASK, exact=True).click()

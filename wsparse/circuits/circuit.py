@@ -141,7 +141,7 @@ class Circuit:
         """Read a circuit's folder, or the `circuit.json` in it.
 
         Raises:
-          UserError: nothing there, or it is not a circuit of this version.
+          UserError: nothing there, or it is not a circuit of this version, or contradicts itself.
         """
         path = pathlib.Path(path)
         folder = path.parent if path.name == _JSON else path
@@ -163,9 +163,9 @@ class Circuit:
         kinds: dict[str, dict[str, np.ndarray]] = {"means": {}, "tau": {}, "removed": {}}
         for name, array in arrays.items():
             kind, _, rest = name.partition("/")
-            kinds[kind][rest] = array
+            kinds.setdefault(kind, {})[rest] = array
         try:
-            return cls(
+            circuit = cls(
                 task=values["task"],
                 form=values["form"],
                 model_digest=values["model"]["digest"],
@@ -183,6 +183,28 @@ class Circuit:
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / _JSON} lacks what a circuit has: {error}") from error
+        if fault := _fault(circuit):
+            raise UserError(f"the circuit in {folder} is damaged: {fault}")
+        return circuit
+
+
+def _fault(circuit: Circuit) -> str | None:
+    """What in a circuit's file cannot be of the model that it names."""
+    known, kept = set(masks.names(circuit.config)), {node.name for node in circuit.nodes}
+    if strangers := kept - known:
+        return f"its model has no node {min(strangers, key=str)!r}"
+    ends = {end for edge in circuit.edges for end in (edge.source, edge.target)}
+    if strangers := ends - kept:
+        return f"an edge ends at {min(strangers, key=str)!r}, which is no node of it"
+    numbers = [number for node in circuit.nodes for number in (node.tau, node.importance)]
+    numbers += [circuit.loss, circuit.target, *(edge.weight for edge in circuit.edges)]
+    for number in numbers:
+        if not isinstance(number, int | float):
+            return f"{number!r} is where a number must be"
+    for name, shape in masks.shapes(circuit.config).items():
+        if name not in circuit.means or circuit.means[name].shape != shape:
+            return f"the means of {name} must have shape {shape}"
+    return None
 
 
 def edge_list(edges: graph.EdgeMask, params: model.Params) -> list[Edge]:

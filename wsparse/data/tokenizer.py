@@ -157,11 +157,16 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def from_merges(ids: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
     """A tokenizer whose merges are known; `<|endoftext|>` is the next id where `ids` lacks it.
 
+    From the ids and merges of a trained tokenizer this makes it again, with its digest.
+
     Args:
       ids: of each token, its bytes written as the `tokenizers` library writes them.
       merges: pairs of tokens, the first to be merged first.
     """
-    core = tokenizers.Tokenizer(models.BPE(vocab=dict(ids), merges=list(merges)))
+    vocab = dict(ids)
+    if vocab.get(END_OF_TEXT) == len(vocab) - 1:
+        del vocab[END_OF_TEXT]  # it is the next id then
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     _set_byte_level(core)
     _add_end_of_text(core)
     return Tokenizer(core)

@@ -50,6 +50,30 @@ _IGNORED_FIELDS = frozenset(
         "dropout_cat_pos_emb",
         "enable_sparse_kernels",
         "flash",
+        # What older files have beside the published code's fields: how the model was trained, widths that are
+        # given once more, and ranks of tables that are stored whole.
+        "n_embd",
+        "expansion_factor",
+        "expansion_factor_mlp",
+        "pfrac",
+        "bigram_table_rank",
+        "unembed_rank",
+        "afrac_ste",
+        "afrac_ste_only_non_neurons",
+        "debug_exact_topk",
+        "sparse_matmul_impl",
+    ]
+)
+# Fields of older files that would change inference if they were on.
+_FIELDS_OFF = frozenset(
+    [
+        "use_tied_aux_matrix",
+        "afrac_approx",
+        "rtopk",
+        "mup",
+        "mup_width_multiplier",
+        "enable_fp8_linear",
+        "scale_invariance",
     ]
 )
 # What files leave out that were written before there was a choice.
@@ -65,12 +89,13 @@ _WEIGHT_TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     """The model of a `beeg_config.json`.
 
-    Older files say `n_mlp` for `d_mlp` and lack `sink`. Fields that do not change inference are ignored.
+    Older files say `n_mlp` for `d_mlp`, lack `sink` and have more fields. What does not change inference is
+    ignored, by name.
 
     Raises:
       UserError: a field is missing, has a value this model has no variant for, or is unknown.
     """
-    rest, known = dict(fields), set(_IGNORED_FIELDS)
+    rest, known = dict(fields), set(_IGNORED_FIELDS | _FIELDS_OFF)
 
     def take(name, *default):
         known.add(name)
@@ -106,11 +131,17 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         "position": "added" if d_pos is None else "concat_sinusoid" if sinusoid else "concat",
         "d_pos": 0 if d_pos is None else d_pos,
         "bigram": ("learned" if learnable else "frozen") if enabled else "none",
-        "sink": take("sink", False),
+        "sink": False if (sink := take("sink", None)) is None else sink,
         "logits_bias": True,
         "abs_top_k_fraction": take("afrac", None),
         "abs_top_k_sites": [site.strip() for site in sites.split(",") if site.strip()],
     }
+    for name in sorted(_FIELDS_OFF & set(rest)):
+        require(
+            not rest.pop(name),
+            f"{name} must be off: there is no variant of the model for it",
+            fields[name],
+        )
     unknown = sorted(set(rest) - _IGNORED_FIELDS)
     if unknown:
         raise UserError(
@@ -309,8 +340,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     folder = pathlib.Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is no published checkpoint: it has no {CONFIG_FILE}")
+    fields = files.read_json(folder / CONFIG_FILE)
     try:
-        config = model_config(files.read_json(folder / CONFIG_FILE))
+        config = model_config(fields)
     except UserError as error:
         raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
     state = torch_file.read(folder / WEIGHTS_FILE)

@@ -141,6 +141,11 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
         )
     except Exception as error:  # HTTP, name resolution and cache errors of several libraries.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            raise UserError(
+                f"{repository} is no folder here, was not downloaded before, and the Hugging Face Hub does "
+                f"not answer: is there a network? ({reason.removeprefix('Got: ')})"
+            ) from error
         raise UserError(
             f"{repository} is no folder here, and could not be loaded from the Hugging Face Hub: {reason}"
         ) from error

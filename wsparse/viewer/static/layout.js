@@ -1,8 +1,8 @@
 // Places for the nodes: columns in the model's order, few crossings and straight lines within them.
 
 // Between columns: few of them are set wider apart.
-const GAP_X = [94, 150];
-const WIDTH = 1100;
+const GAP_X = [84, 150];
+const WIDTH = 900;
 const GAP_Y = 34;
 const HEAD_GAP = 12;
 const NODE = { width: 46, height: 20 };
@@ -50,7 +50,9 @@ function arrange(circuit) {
   const top = d3.min(circuit.nodes, (node) => node.y) - NODE.height;
   const bottom = d3.max(circuit.nodes, (node) => node.y) + NODE.height;
   const blocks = d3.groups(columns, (column) => Math.floor(column.key / 3)).map(([key, inside]) => ({
-    title: `Layer ${Math.floor(key / 2)} ${key % 2 ? 'MLP' : 'attention'}`,
+    // A single narrow column has no room for the words.
+    title: inside.length > 1 || gap > 130
+      ? `Layer ${Math.floor(key / 2)} ${key % 2 ? 'MLP' : 'attention'}` : `L${Math.floor(key / 2)} ${key % 2 ? 'MLP' : 'attn'}`,
     left: inside[0].left + 5,
     right: inside.at(-1).right - 5,
   }));

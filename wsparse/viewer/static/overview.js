@@ -6,12 +6,12 @@ const TABLE = [
   ['edges', 'edges', (row) => row.edges, 'weights left after single edges were cut'],
   ['all', 'all edges', (row) => row.edges_between_nodes, 'every nonzero weight between the kept nodes'],
   ['loss', 'loss', (row) => row.sufficiency, 'task loss of the circuit alone, everything else at its mean'],
-  ['calibrated', 'calibrated', (row) => row.calibrated, 'the same after a fitted scale and shift of the logits'],
+  ['calibrated', 'calib.', (row) => row.calibrated, 'the same after a fitted scale and shift of the logits'],
   ['model', 'model', (row) => row.model_loss, 'task loss of the whole model'],
   ['without', 'without', (row) => row.necessity, 'loss when the circuit is removed and the rest stays; chance is 0.693'],
   ['shuffled', 'shuffled', (row) => row.controls?.shuffled_labels, 'control: least loss of the same search on shuffled labels'],
   ['random', 'random', (row) => row.controls?.random_model, 'control: least loss of the same search in a model with weights at random places'],
-  ['attribution', 'attribution', (row) => row.attribution_edges, 'edges of the circuit that gradient attribution finds'],
+  ['attribution', 'attrib.', (row) => row.attribution_edges, 'edges of the circuit that gradient attribution finds'],
   ['seconds', 'seconds', (row) => row.seconds, 'search and clean-up'],
 ];
 const WHOLE = new Set(['nodes', 'edges', 'all', 'attribution', 'seconds']);
