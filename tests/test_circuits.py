@@ -648,3 +648,17 @@ def test_the_table_names_every_task_and_the_geometric_mean(circuit, tmp_path):
     assert "the model cannot do it" in text
     assert "geometric mean over 2 tasks: 6.0 edges (12.0" in text
     assert report.geometric_mean([0, 1, 16]) == pytest.approx(16 ** (1 / 3))
+
+
+def test_a_circuit_as_text_has_every_node_in_order_and_every_weight(circuit):
+    lines = report.text(circuit).splitlines()
+    assert circuit.task in lines[0]
+    listed = [line.split()[0] for line in lines[4:]]
+    assert sorted(listed) == sorted(node.name for node in circuit.nodes)
+    assert [name.split(".")[0] for name in listed] == sorted(n.split(".")[0] for n in listed)
+    line_of = dict(zip(listed, lines[4:], strict=True))
+    assert circuit.edges
+    for edge in circuit.edges:
+        assert f"{edge.weight:+.3f} {edge.source}" in line_of[edge.target]
+    # Reads come before what is made of them.
+    assert all(listed.index(e.source) < listed.index(e.target) for e in circuit.edges)

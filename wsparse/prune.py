@@ -196,6 +196,8 @@ class _Job:
         }
         if circuit is not None:
             circuit.save(self.where)
+            with files.replacing(self.where / "circuit.txt") as part:
+                part.write_text(report.text(circuit))
             self.say(f"  {report.summary(circuit)}")
         self.where.mkdir(parents=True, exist_ok=True)
         files.write_json(self.where / "status.json", status)

@@ -10,6 +10,7 @@ import numpy as np
 
 from wsparse import files, plots
 from wsparse.circuits.circuit import Circuit
+from wsparse.nodes import NODES
 
 
 def row(status: dict[str, Any], circuit: Circuit | None) -> dict[str, Any]:
@@ -62,6 +63,37 @@ def summary(circuit: Circuit) -> str:
         f"{scores['necessity']['loss']:.3f}; {'controls: ' + controls + '; ' if controls else ''}"
         f"{scores['seconds_to_find']:.0f} s to find, {scores['seconds']:.0f} s in all"
     )
+
+
+def text(circuit: Circuit) -> str:
+    """The circuit to be read: each node in the model's order, and the weighted sum that it is.
+
+    Biases and what removed nodes bring are constants, and are left out.
+    """
+    lines = [
+        f"{circuit.task}, {circuit.form}",
+        summary(circuit),
+        "",
+        f"{'node':<22}{'importance':>10}   made of",
+    ]
+    incoming: dict[str, list[str]] = {node.name: [] for node in circuit.nodes}
+    for edge in circuit.edges:
+        incoming[edge.target].append(f"{edge.weight:+.3f} {edge.source}")
+    for node in sorted(circuit.nodes, key=lambda node: _place(node.name)):
+        made_of = "  ".join(incoming[node.name])
+        if ".act_in." in node.name:
+            made_of = "the normed residual stream"
+        elif ".attn.resid_delta." in node.name:
+            made_of = f"where attention looks: {made_of}"
+        lines.append(f"{node.name:<22}{node.importance:>10.3f}   {made_of or 'constants'}")
+    return "\n".join(lines) + "\n"
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Sorts nodes' names: layer, location, channel."""
+    layer, _, rest = name.partition(".")
+    location, _, channel = rest.rpartition(".")
+    return int(layer), list(NODES).index(location), int(channel)
 
 
 def geometric_mean(values: list[float]) -> float:
