@@ -70,9 +70,9 @@ def attend(
     Query t attends to the keys up to t, or up to `positions_BT[:, t]`. Returns `(B, T, H, K)` float32.
     """
     batch, time, heads, width = q_BTHK.shape
-    if width % 4:
-        # The kernel takes channels in fours. It scales by the padded width, which the queries make good.
-        pad = [(0, 0)] * 3 + [(0, -width % 4)]
+    if width % 16:
+        # The kernel takes channels in sixteens. It scales by the padded width, which the queries make good.
+        pad = [(0, 0)] * 3 + [(0, -width % 16)]
         q_BTHK, k_BSHK, v_BSHK = (jnp.pad(each, pad) for each in (q_BTHK, k_BSHK, v_BSHK))
         q_BTHK = q_BTHK * math.sqrt(q_BTHK.shape[-1] / width)
         return attend(q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT)[..., :width]

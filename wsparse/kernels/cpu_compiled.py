@@ -355,10 +355,15 @@ def _broadcast(builder, address, index):
     return _splat(builder, value)
 
 
-def _splat(builder, value):
-    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
+def _splat(builder, value, kind=_VECTOR):
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
     lanes = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
-    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), lanes)
+
+
+def _groups(builder, n, size):
+    """How many groups of a size hold n."""
+    return builder.sdiv(builder.add(n, ir.Constant(_WORD, size - 1)), ir.Constant(_WORD, size))
 
 
 def _constant(value):
@@ -381,34 +386,98 @@ def _add_to(builder, slot, a, b):
     builder.store(_multiply_add(builder, a, b, builder.load(slot)), slot)
 
 
-def _emit_dots(builder, columns, scalars, n, out):
-    slots = _accumulators(builder, 4)
+def _emit_scores(builder, columns, rows, n, width, out):
+    # Four rows at once share the loads of the columns; four sums of each hide the latency of adding.
     four = ir.Constant(_WORD, 4)
-    with cgutils.for_range(builder, builder.sdiv(n, four)) as loop:
-        for lane, slot in enumerate(slots):
-            i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
-            _add_to(builder, slot, _load(builder, columns, i), _broadcast(builder, scalars, i))
-    a, b, c, d = (builder.load(slot) for slot in slots)
-    _store(builder, builder.fadd(builder.fadd(a, b), builder.fadd(c, d)), out)
+    with cgutils.for_range(builder, _groups(builder, n, 4)) as group:
+        first = builder.mul(group.index, four)
+        slots = [_accumulators(builder, 4) for _ in range(4)]
+        with cgutils.for_range(builder, builder.sdiv(width, four)) as loop:
+            for lane in range(4):
+                i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
+                column = _load(builder, columns, i)
+                for row in range(4):
+                    at = builder.mul(builder.add(first, ir.Constant(_WORD, row)), width)
+                    _add_to(
+                        builder,
+                        slots[row][lane],
+                        column,
+                        _broadcast(builder, rows, builder.add(at, i)),
+                    )
+        for row in range(4):
+            a, b, c, d = (builder.load(slot) for slot in slots[row])
+            total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+            _store(builder, total, out, builder.add(first, ir.Constant(_WORD, row)))
 
 
-def _emit_spread(builder, weights, scalars, n, columns):
-    vector, four = _load(builder, weights), ir.Constant(_WORD, 4)
-    with cgutils.for_range(builder, builder.sdiv(n, four)) as loop:
-        for lane in range(4):
-            i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
-            scalar, column = _broadcast(builder, scalars, i), _load(builder, columns, i)
-            _store(builder, _multiply_add(builder, vector, scalar, column), columns, i)
+def _emit_mix(builder, weights, rows, n, width, out):
+    with cgutils.for_range(builder, _groups(builder, width, _LANES)) as block:
+        first = builder.mul(block.index, ir.Constant(_WORD, _LANES))
+        slots = _accumulators(builder, _LANES)
+        with cgutils.for_range(builder, n) as loop:
+            weight = _load(builder, weights, loop.index)
+            at = builder.add(first, builder.mul(loop.index, width))
+            for i, slot in enumerate(slots):
+                scalar = _broadcast(builder, rows, builder.add(at, ir.Constant(_WORD, i)))
+                _add_to(builder, slot, weight, scalar)
+        for i, slot in enumerate(slots):
+            _store(builder, builder.load(slot), out, builder.add(first, ir.Constant(_WORD, i)))
 
 
-def _emit_gather(builder, weights, rows, n, out):
+def _emit_gather(builder, weights, rows, n, blocks, out):
+    with cgutils.for_range(builder, blocks) as block:
+        # The rows' vectors stay in registers.
+        vectors = [
+            _load(
+                builder,
+                rows,
+                builder.add(builder.mul(blocks, ir.Constant(_WORD, lane)), block.index),
+            )
+            for lane in range(_LANES)
+        ]
+        with cgutils.for_range(builder, n) as loop:
+            at = builder.add(builder.mul(loop.index, blocks), block.index)
+            sums = [_load(builder, out, at), _constant(0)]
+            for lane, vector in enumerate(vectors):
+                scalar = builder.add(
+                    builder.mul(loop.index, ir.Constant(_WORD, _LANES)), ir.Constant(_WORD, lane)
+                )
+                weight = _broadcast(builder, weights, scalar)
+                sums[lane % 2] = _multiply_add(builder, weight, vector, sums[lane % 2])
+            _store(builder, builder.fadd(*sums), out, at)
+
+
+def _emit_overlap(builder, a, b, n, out):
+    slot = _accumulators(builder, 1)[0]
     with cgutils.for_range(builder, n) as loop:
-        sums = [_load(builder, out, loop.index), _constant(0)]
-        for lane in range(_LANES):
-            weight = _broadcast(builder, weights, ir.Constant(_WORD, lane))
-            i = builder.add(builder.mul(n, ir.Constant(_WORD, lane)), loop.index)
-            sums[lane % 2] = _multiply_add(builder, weight, _load(builder, rows, i), sums[lane % 2])
-        _store(builder, builder.fadd(*sums), out, loop.index)
+        each = builder.fmul(_load(builder, a, loop.index), _load(builder, b, loop.index))
+        builder.store(builder.fadd(builder.load(slot), each), slot)
+    _store(builder, builder.load(slot), out)
+
+
+def _emit_scale(builder, values, n, by):
+    factor = _load(builder, by)
+    with cgutils.for_range(builder, n) as loop:
+        _store(
+            builder, builder.fmul(_load(builder, values, loop.index), factor), values, loop.index
+        )
+
+
+def _emit_hide(builder, positions, first, n, value, rows):
+    integers = ir.VectorType(_INT, _LANES)
+    seen_to = builder.load(_at(builder, positions, ir.Constant(_WORD, 0), integers), align=4)
+    hidden = _load(builder, value)
+    with cgutils.for_range(builder, n) as loop:
+        j = builder.add(first, loop.index)
+        row = builder.trunc(j, _INT)
+        seen = builder.icmp_signed(">=", seen_to, _splat(builder, row, integers))
+        _store(builder, builder.select(seen, _load(builder, rows, j), hidden), rows, j)
+
+
+def _emit_copy_rows(builder, source, source_stride, n, target, target_stride):
+    with cgutils.for_range(builder, n) as loop:
+        value = _load(builder, builder.add(source, builder.mul(source_stride, loop.index)))
+        _store(builder, value, builder.add(target, builder.mul(target_stride, loop.index)))
 
 
 def _emit_raise(builder, values, n, most):
@@ -448,9 +517,12 @@ def _emit_exponentials(builder, values, n, shift, total):
     _store(builder, builder.load(slot), total)
 
 
-def _emit_score_gradients(builder, weights, d_weights, overlap):
-    excess = builder.fsub(_load(builder, d_weights), _load(builder, overlap))
-    _store(builder, builder.fmul(_load(builder, weights), excess), d_weights)
+def _emit_score_gradients(builder, weights, d_weights, n, overlap):
+    by = _load(builder, overlap)
+    with cgutils.for_range(builder, n) as loop:
+        excess = builder.fsub(_load(builder, d_weights, loop.index), by)
+        each = builder.fmul(_load(builder, weights, loop.index), excess)
+        _store(builder, each, d_weights, loop.index)
 
 
 def _emit_transpose(builder, source, source_stride, target, target_stride):
@@ -495,18 +567,28 @@ def _emit_combine(builder, values, indices, n, columns, out):
         _store(builder, builder.load(slot), out, block)
 
 
-# dots(columns, scalars, n, out): out = sum of scalars[i] * columns[i] over n, a multiple of 4.
-_dots = _operation(_emit_dots, 4)
-# spread(weights, scalars, n, columns): columns[i] += weights * scalars[i], n a multiple of 4.
-_spread = _operation(_emit_spread, 4)
-# gather(weights, rows, n, out): out += sum of weights[lane] * rows[lane]; a row is n vectors.
-_gather = _operation(_emit_gather, 4)
+# scores(columns, rows, n, width, out): out[j] = sum of rows[j, i] * columns[i] over i < width, for j < n
+# rounded up to a multiple of 4; width is a multiple of 4.
+_scores = _operation(_emit_scores, 5)
+# mix(weights, rows, n, width, out): out[i] = sum of rows[j, i] * weights[j] over j < n; width in 16s.
+_mix = _operation(_emit_mix, 5)
+# gather(weights, rows, n, blocks, out): out[j] += sum of weights[j, lane] * rows[lane] over lanes, for j < n;
+# rows of rows and out are `blocks` vectors.
+_gather = _operation(_emit_gather, 5)
+# overlap(a, b, n, out): out = sum of a[i] * b[i], lane by lane.
+_overlap = _operation(_emit_overlap, 4)
+# scale(values, n, by): values[i] *= by, lane by lane.
+_scale = _operation(_emit_scale, 3)
+# hide(positions, first, n, value, rows): rows[j] = value where positions < j, for first <= j < first + n.
+_hide = _operation(_emit_hide, 5)
+# copy_rows(source, stride, n, target, stride): n vectors, strides in bytes.
+_copy_rows = _operation(_emit_copy_rows, 5)
 # raise(values, n, most): most = max(most, values[0], ..., values[n - 1]).
 _raise = _operation(_emit_raise, 3)
 # exponentials(values, n, shift, total): values[i] = exp(values[i] - shift); their sum is added to total.
 _exponentials = _operation(_emit_exponentials, 4)
-# score_gradients(weights, d_weights, overlap): d_weights = weights * (d_weights - overlap).
-_score_gradients = _operation(_emit_score_gradients, 3)
+# score_gradients(weights, d_weights, n, overlap): d_weights[i] = weights[i] * (d_weights[i] - overlap).
+_score_gradients = _operation(_emit_score_gradients, 4)
 # transpose(source, stride, target, stride): 16 rows of 16, strides in floats.
 _transpose = _operation(_emit_transpose, 4)
 # combine(values, indices, n, columns, out): out = sum of values[i] * columns[indices[i]]; of _BLOCKS vectors.
@@ -930,32 +1012,44 @@ def _attention_sizes(frame):
 
 
 @_njit
-def _fill_queries(rows, first, scale, out):
-    """16 queries (fewer at the end) along the lanes: `out[channel, lane]`."""
-    n = min(_LANES, rows.shape[0] - first)
-    _fill(out, _ZERO)
-    for lane in range(n):
-        for c in range(rows.shape[1]):
-            out[c, lane] = rows[first + lane, c] * scale
-
-
-@_njit
-def _sight(positions, first, keys):
-    """How many keys the 16 queries from `first` see: the least and the most."""
-    n = min(_LANES, positions.shape[0] - first)
+def _sight(positions, keys, seen_to):
+    """How many keys some queries see: the least and the most; fills the lanes of their positions."""
     least, most = keys, 0
-    for lane in range(n):
-        seen = min(_i32(positions[first + lane] + 1), keys)
+    for lane in range(_LANES):
+        seen_to[lane] = keys
+    for lane in range(positions.shape[0]):
+        seen_to[lane] = positions[lane]
+        seen = min(_i32(positions[lane] + 1), keys)
         least, most = min(least, seen), max(most, seen)
-    return n, least, most
+    return least, most
 
 
 @_njit
-def _hide(positions, first, n, j, value, row):
-    """Replace the entries of key j for the queries that do not see it."""
-    for lane in range(n):
-        if positions[first + lane] < j:
-            row[lane] = value
+def _lay_head(source, stride, n, width, target):
+    """Copy n rows of a head's channels, `stride` bytes apart, side by side."""
+    for c in range(0, width, _LANES):
+        _copy_rows(source + 4 * c, stride, n, target + 4 * c, 4 * width)
+
+
+@_njit
+def _put_head(source, n, width, target, stride):
+    """The reverse of `_lay_head`."""
+    for c in range(0, width, _LANES):
+        _copy_rows(source + 4 * c, 4 * width, n, target + 4 * c, stride)
+
+
+@_njit
+def _turn(rows, width, columns):
+    """16 rows of channels to channels of 16 lanes."""
+    for c in range(0, width, _LANES):
+        _transpose(rows + 4 * c, width, columns + 4 * _LANES * c, _LANES)
+
+
+@_njit
+def _turn_back(columns, width, rows):
+    """The reverse of `_turn`."""
+    for c in range(0, width, _LANES):
+        _transpose(columns + 4 * _LANES * c, _LANES, rows + 4 * c, width)
 
 
 # Far below every score, and not infinite: the difference of two infinities is no number.
@@ -968,57 +1062,68 @@ def _attend_task(job):
         return 0
     frame = _words(job, _JOB_WORDS)[_FRAME]
     batch, time, keys, heads, width, sets = _attention_sizes(frame)
-    q_all = carray(_operand(frame, 0), (batch, time, heads, width), np.float32)
-    k_all = carray(_operand(frame, 1), (batch, keys, heads, width), np.float32)
-    v_all = carray(_operand(frame, 2), (batch, keys, heads, width), np.float32)
     sinks = carray(_operand(frame, 3), (sets, heads), np.float32)
     positions = carray(_operand(frame, 4), (batch, time), np.int32)
-    y_all = carray(_result(frame, 0), (batch, time, heads, width), np.float32)
     logs = carray(_result(frame, 1), (batch, time, heads), np.float32)
-    scale = _f32(1 / math.sqrt(width))
-    vector = 4 * _LANES
-    key = 4 * width
-    memory = _malloc(vector * (2 * width + keys + 2) + 2 * key * keys + 64)
-    q_T_at = _aligned(memory)
-    y_T_at, most_at = q_T_at + vector * width, q_T_at + 2 * vector * width
-    total_at = most_at + vector
-    p_at = total_at + vector
-    k_at = p_at + vector * keys
-    v_at = k_at + key * keys
-    k = carray(_pointer(k_at), (keys, width), np.float32)
-    v = carray(_pointer(v_at), (keys, width), np.float32)
-    q_T = carray(_pointer(q_T_at), (width, _LANES), np.float32)
-    y_T = carray(_pointer(y_T_at), (width, _LANES), np.float32)
+    vector, row, stride = 4 * _LANES, 4 * width, 4 * heads * width
+    # Scores are found for four keys at a time.
+    padded = (keys + 3) // 4 * 4
+    memory = _malloc(vector * (3 * width + padded + 6) + 2 * row * padded + 64)
+    q_at = _aligned(memory)
+    q_T_at = q_at + vector * width
+    y_T_at = q_T_at + vector * width
+    p_at = y_T_at + vector * width
+    k_at = p_at + vector * padded
+    v_at = k_at + row * padded
+    lanes_at = v_at + row * padded
+    most_at, total_at = lanes_at, lanes_at + vector
+    scale_at, hidden_at, seen_to_at = (
+        total_at + vector,
+        total_at + 2 * vector,
+        total_at + 3 * vector,
+    )
+    q = carray(_pointer(q_at), (_LANES, width), np.float32)
+    k_and_v = carray(_pointer(k_at), (2 * padded, width), np.float32)
     most = carray(_pointer(most_at), (1, _LANES), np.float32)
     total = carray(_pointer(total_at), (1, _LANES), np.float32)
-    p = carray(_pointer(p_at), (keys, _LANES), np.float32)
+    constants = carray(_pointer(scale_at), (2, _LANES), np.float32)
+    seen_to = carray(_pointer(seen_to_at), _LANES, np.int32)
+    _fill(constants[:1], _f32(1 / math.sqrt(width)))
+    _fill(constants[1:], _HIDDEN)
+    _fill(k_and_v, _ZERO)
     while start < stop:
         for item in range(start, stop):
             b, h = item // heads, item % heads
             sink = sinks[b * sets // batch, h]
+            head = row * h
             # Side by side: a head's keys lie so far apart that they would share few of the cache's sets.
-            _copy(k_all[b, :, h], k)
-            _copy(v_all[b, :, h], v)
+            of_keys = stride * keys * b + head
+            _lay_head(_operand_address(frame, 1) + of_keys, stride, keys, width, k_at)
+            _lay_head(_operand_address(frame, 2) + of_keys, stride, keys, width, v_at)
             for first in range(0, time, _LANES):
-                n, least, seen = _sight(positions[b], first, keys)
-                _fill_queries(q_all[b, :, h], first, scale, q_T)
-                for j in range(seen):
-                    _dots(q_T_at, k_at + key * j, width, p_at + vector * j)
-                    if j >= least:
-                        _hide(positions[b], first, n, j, _HIDDEN, p[j])
+                n = min(_LANES, time - first)
+                of_queries = stride * (time * b + first) + head
+                least, seen = _sight(positions[b, first : first + n], keys, seen_to)
+                _fill(q, _ZERO)
+                _lay_head(_operand_address(frame, 0) + of_queries, stride, n, width, q_at)
+                _scale(q_at, width, scale_at)
+                _turn(q_at, width, q_T_at)
+                _scores(q_T_at, k_at, seen, width, p_at)
+                _hide(seen_to_at, least, seen - least, hidden_at, p_at)
                 _fill(most, sink)
                 _fill(total, _ZERO)
-                _fill(y_T, _ZERO)
                 _raise(p_at, seen, most_at)
                 _exponentials(p_at, seen, most_at, total_at)
-                for j in range(seen):
-                    _spread(p_at + vector * j, v_at + key * j, width, y_T_at)
-                for lane in range(n):
+                _mix(p_at, v_at, seen, width, y_T_at)
+                for lane in range(_LANES):
                     whole = total[0, lane] + _exp(sink - most[0, lane])
-                    share = _ONE / whole
-                    for c in range(width):
-                        y_all[b, first + lane, h, c] = y_T[c, lane] * share
-                    logs[b, first + lane, h] = most[0, lane] + _f32(math.log(whole))
+                    total[0, lane] = _ONE / whole
+                    if lane < n:
+                        logs[b, first + lane, h] = most[0, lane] + _f32(math.log(whole))
+                for c in range(width):
+                    _scale(y_T_at + vector * c, 1, total_at)
+                _turn_back(y_T_at, width, q_at)
+                _put_head(q_at, n, width, _result_address(frame, 0) + of_queries, stride)
         start, stop = _take(job, stop - start)
     _free(memory)
     return 0
@@ -1040,96 +1145,85 @@ def _attend_gradient_task(job):
         return 0
     frame = _words(job, _JOB_WORDS)[_FRAME]
     batch, time, keys, heads, width, sets = _attention_sizes(frame)
-    q_all = carray(_operand(frame, 0), (batch, time, heads, width), np.float32)
-    k_all = carray(_operand(frame, 1), (batch, keys, heads, width), np.float32)
-    v_all = carray(_operand(frame, 2), (batch, keys, heads, width), np.float32)
     sinks = carray(_operand(frame, 3), (sets, heads), np.float32)
     positions = carray(_operand(frame, 4), (batch, time), np.int32)
-    y_all = carray(_operand(frame, 5), (batch, time, heads, width), np.float32)
     logs = carray(_operand(frame, 6), (batch, time, heads), np.float32)
-    dy_all = carray(_operand(frame, 7), (batch, time, heads, width), np.float32)
-    dq_all = carray(_result(frame, 0), (batch, time, heads, width), np.float32)
-    dk_all = carray(_result(frame, 1), (batch, keys, heads, width), np.float32)
-    dv_all = carray(_result(frame, 2), (batch, keys, heads, width), np.float32)
     d_sinks = carray(_result(frame, 3), (batch, heads), np.float32)
-    scale = _f32(1 / math.sqrt(width))
-    vector = 4 * _LANES
-    # Vectors of channels, of queries and of keys are whole.
-    blocks = -(-width // _LANES)
-    wide = blocks * _LANES
-    key = 4 * width
-    memory = _malloc(vector * (3 * width + 2 * wide + 2 * blocks * keys + 5) + 2 * key * keys + 64)
-    q_T_at = _aligned(memory)
+    vector, row, stride = 4 * _LANES, 4 * width, 4 * heads * width
+    blocks = width // _LANES
+    # Scores are found for four keys at a time.
+    padded = (keys + 3) // 4 * 4
+    memory = _malloc(vector * (6 * width + 2 * padded + 7) + 4 * row * padded + 64)
+    q_at = _aligned(memory)
+    dy_at = q_at + vector * width
+    y_at = dy_at + vector * width
+    q_T_at = y_at + vector * width
     dy_T_at = q_T_at + vector * width
     dq_T_at = dy_T_at + vector * width
-    q_at = dq_T_at + vector * width
-    dy_at = q_at + vector * wide
-    dk_at = dy_at + vector * wide
-    dv_at = dk_at + vector * blocks * keys
-    log_at = dv_at + vector * blocks * keys
-    overlap_at, total_at, p_at, ds_at = (
-        log_at + vector,
-        log_at + 2 * vector,
-        log_at + 3 * vector,
-        log_at + 4 * vector,
-    )
-    k_at = ds_at + vector
-    v_at = k_at + key * keys
-    k = carray(_pointer(k_at), (keys, width), np.float32)
-    v = carray(_pointer(v_at), (keys, width), np.float32)
-    q_T = carray(_pointer(q_T_at), (width, _LANES), np.float32)
-    dy_T = carray(_pointer(dy_T_at), (width, _LANES), np.float32)
-    dq_T = carray(_pointer(dq_T_at), (width, _LANES), np.float32)
-    q = carray(_pointer(q_at), (_LANES, wide), np.float32)
-    dy = carray(_pointer(dy_at), (_LANES, wide), np.float32)
-    dk = carray(_pointer(dk_at), (keys, wide), np.float32)
-    dv = carray(_pointer(dv_at), (keys, wide), np.float32)
+    p_at = dq_T_at + vector * width
+    ds_at = p_at + vector * padded
+    k_at = ds_at + vector * padded
+    v_at = k_at + row * padded
+    dk_at = v_at + row * padded
+    dv_at = dk_at + row * padded
+    log_at = dv_at + row * padded
+    overlap_at, ignored_at, seen_to_at = log_at + vector, log_at + 2 * vector, log_at + 3 * vector
+    scale_at, hidden_at, zero_at = log_at + 4 * vector, log_at + 5 * vector, log_at + 6 * vector
+    queries = carray(_pointer(q_at), (3 * _LANES, width), np.float32)
+    k_and_v = carray(_pointer(k_at), (2 * padded, width), np.float32)
+    gradients = carray(_pointer(dk_at), (2 * padded, width), np.float32)
     log = carray(_pointer(log_at), (1, _LANES), np.float32)
-    overlap = carray(_pointer(overlap_at), (1, _LANES), np.float32)
-    p = carray(_pointer(p_at), _LANES, np.float32)
+    overlap = carray(_pointer(overlap_at), _LANES, np.float32)
+    constants = carray(_pointer(scale_at), (3, _LANES), np.float32)
+    seen_to = carray(_pointer(seen_to_at), _LANES, np.int32)
+    _fill(constants[:1], _f32(1 / math.sqrt(width)))
+    _fill(constants[1:2], _HIDDEN)
+    _fill(constants[2:], _ZERO)
+    _fill(k_and_v, _ZERO)
     while start < stop:
         for item in range(start, stop):
             b, h = item // heads, item % heads
             sink = sinks[b * sets // batch, h]
+            head = row * h
             # Side by side: a head's keys lie so far apart that they would share few of the cache's sets.
-            _copy(k_all[b, :, h], k)
-            _copy(v_all[b, :, h], v)
-            _fill(dk, _ZERO)
-            _fill(dv, _ZERO)
+            of_keys = stride * keys * b + head
+            _lay_head(_operand_address(frame, 1) + of_keys, stride, keys, width, k_at)
+            _lay_head(_operand_address(frame, 2) + of_keys, stride, keys, width, v_at)
+            _fill(gradients, _ZERO)
             d_sink = _ZERO
             for first in range(0, time, _LANES):
-                n, least, seen = _sight(positions[b], first, keys)
-                _fill_queries(q_all[b, :, h], first, scale, q_T)
-                _fill_queries(dy_all[b, :, h], first, _ONE, dy_T)
-                for array in (q, dy, dq_T, log, overlap):
-                    _fill(array, _ZERO)
+                n = min(_LANES, time - first)
+                of_queries = stride * (time * b + first) + head
+                least, seen = _sight(positions[b, first : first + n], keys, seen_to)
+                _fill(queries, _ZERO)
+                _lay_head(_operand_address(frame, 0) + of_queries, stride, n, width, q_at)
+                _lay_head(_operand_address(frame, 7) + of_queries, stride, n, width, dy_at)
+                _lay_head(_operand_address(frame, 5) + of_queries, stride, n, width, y_at)
+                _scale(q_at, width, scale_at)
+                # The scaled queries' columns are needed last, the outputs' only for the overlap.
+                _turn(dy_at, width, dy_T_at)
+                _turn(y_at, width, q_T_at)
+                _overlap(dy_T_at, q_T_at, width, overlap_at)
+                _turn(q_at, width, q_T_at)
+                _fill(log, _ZERO)
                 for lane in range(n):
-                    t = first + lane
-                    log[0, lane] = logs[b, t, h]
-                    total = _ZERO
-                    for c in range(width):
-                        q[lane, c], dy[lane, c] = q_T[c, lane], dy_T[c, lane]
-                        total += dy_T[c, lane] * y_all[b, t, h, c]
-                    overlap[0, lane] = total
-                    d_sink -= _exp(sink - log[0, lane]) * total
-                for j in range(seen):
-                    _dots(q_T_at, k_at + key * j, width, p_at)
-                    if j >= least:
-                        _hide(positions[b], first, n, j, _HIDDEN, p)
-                    _exponentials(p_at, 1, log_at, total_at)
-                    if j >= least:
-                        _hide(positions[b], first, n, j, _ZERO, p)
-                    _dots(dy_T_at, v_at + key * j, width, ds_at)
-                    _score_gradients(p_at, ds_at, overlap_at)
-                    _spread(ds_at, k_at + key * j, width, dq_T_at)
-                    _gather(ds_at, q_at, blocks, dk_at + vector * blocks * j)
-                    _gather(p_at, dy_at, blocks, dv_at + vector * blocks * j)
-                for lane in range(n):
-                    for c in range(width):
-                        dq_all[b, first + lane, h, c] = dq_T[c, lane] * scale
-            for j in range(keys):
-                for c in range(width):
-                    dk_all[b, j, h, c], dv_all[b, j, h, c] = dk[j, c], dv[j, c]
+                    log[0, lane] = logs[b, first + lane, h]
+                    d_sink -= _exp(sink - log[0, lane]) * overlap[lane]
+                hidden = seen - least
+                _scores(q_T_at, k_at, seen, width, p_at)
+                _hide(seen_to_at, least, hidden, hidden_at, p_at)
+                _exponentials(p_at, seen, log_at, ignored_at)
+                _hide(seen_to_at, least, hidden, zero_at, p_at)
+                _scores(dy_T_at, v_at, seen, width, ds_at)
+                _score_gradients(p_at, ds_at, seen, overlap_at)
+                _mix(ds_at, k_at, seen, width, dq_T_at)
+                _gather(ds_at, q_at, seen, blocks, dk_at)
+                _gather(p_at, dy_at, seen, blocks, dv_at)
+                _scale(dq_T_at, width, scale_at)
+                _turn_back(dq_T_at, width, q_at)
+                _put_head(q_at, n, width, _result_address(frame, 0) + of_queries, stride)
+            _put_head(dk_at, keys, width, _result_address(frame, 1) + of_keys, stride)
+            _put_head(dv_at, keys, width, _result_address(frame, 2) + of_keys, stride)
             d_sinks[b, h] = d_sink
         start, stop = _take(job, stop - start)
     _free(memory)
