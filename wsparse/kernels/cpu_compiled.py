@@ -284,6 +284,8 @@ def _share_with(frame_address, items, task, scratch):
 
 # --- Functions ---
 
+# The key of NaN is one above infinity's; see `wsparse.sparsity.magnitude.magnitude_keys`.
+_TOP_KEY = _i32(np.array(np.inf, np.float32).view(np.int32) + 1)
 _EXP_LEAST = _f32(-87.0)
 _LOG2E = _f32(math.log2(math.e))
 # ln 2 in two parts: the first has few bits, so that its products with small integers are exact.
@@ -330,6 +332,7 @@ def _operation(emit: Any, n: int) -> Any:
         3: lambda typing_context, a, b, c: (signature, codegen),
         4: lambda typing_context, a, b, c, d: (signature, codegen),
         5: lambda typing_context, a, b, c, d, e: (signature, codegen),
+        6: lambda typing_context, a, b, c, d, e, f: (signature, codegen),
     }
     return _intrinsic(makers[n])
 
@@ -525,6 +528,55 @@ def _emit_score_gradients(builder, weights, d_weights, n, overlap):
         _store(builder, each, d_weights, loop.index)
 
 
+_INTEGERS = ir.VectorType(_INT, _LANES)
+
+
+def _integers(value):
+    return ir.Constant(_INTEGERS, [int(value)] * _LANES)
+
+
+def _kept(builder, x, index, limits):
+    """Which lanes of a vector of floats, the one at `index` of its row, a row's `_limits` keep."""
+    bits = builder.and_(builder.bitcast(x, _INTEGERS), _integers(0x7FFFFFFF))
+    top = _integers(_TOP_KEY)
+    bits = builder.select(builder.icmp_signed("<", bits, top), bits, top)
+    keys = builder.add(bits, _integers(1))
+    least, last = (
+        _splat(builder, builder.load(_at(builder, limits, ir.Constant(_WORD, i), _INT)), _INTEGERS)
+        for i in range(2)
+    )
+    first = builder.trunc(builder.mul(index, ir.Constant(_WORD, _LANES)), _INT)
+    lanes = builder.add(
+        _splat(builder, first, _INTEGERS), ir.Constant(_INTEGERS, list(range(_LANES)))
+    )
+    tied = builder.and_(
+        builder.icmp_signed("==", keys, least), builder.icmp_signed("<=", lanes, last)
+    )
+    return builder.or_(builder.icmp_signed(">", keys, least), tied)
+
+
+def _emit_blend(builder, x, limits, constants, n, y):
+    with cgutils.for_range(builder, n) as loop:
+        value, gate = _load(builder, x, loop.index), _load(builder, constants, loop.index)
+        rest = _load(builder, constants, builder.add(n, loop.index))
+        kept = _kept(builder, value, loop.index, limits)
+        value = builder.select(kept, value, _constant(0))
+        _store(builder, _multiply_add(builder, gate, value, rest), y, loop.index)
+
+
+def _emit_blend_gradient(builder, x, dy, limits, constants, n, dx):
+    with cgutils.for_range(builder, n) as loop:
+        value, gate = _load(builder, x, loop.index), _load(builder, constants, loop.index)
+        d_value = _load(builder, dy, loop.index)
+        kept = _kept(builder, value, loop.index, limits)
+        value = builder.select(kept, value, _constant(0))
+        d_x = builder.select(kept, builder.fmul(d_value, gate), _constant(0))
+        _store(builder, d_x, dx, loop.index)
+        for part, added in ((1, builder.fmul(d_value, value)), (2, d_value)):
+            at = builder.add(builder.mul(n, ir.Constant(_WORD, part)), loop.index)
+            _store(builder, builder.fadd(_load(builder, constants, at), added), constants, at)
+
+
 def _emit_transpose(builder, source, source_stride, target, target_stride):
     def row(base, stride, i):
         return builder.add(base, builder.mul(stride, ir.Constant(_WORD, 4 * i)))
@@ -593,12 +645,15 @@ _score_gradients = _operation(_emit_score_gradients, 4)
 _transpose = _operation(_emit_transpose, 4)
 # combine(values, indices, n, columns, out): out = sum of values[i] * columns[indices[i]]; of _BLOCKS vectors.
 _combine = _operation(_emit_combine, 5)
+# blend(x, limits, constants, n, y): y = gate * (x where it is kept, else 0) + rest; the constants are n
+# vectors of gates and n of rests.
+_blend = _operation(_emit_blend, 5)
+# blend_gradient(x, dy, limits, sums, n, dx): the gradient of x; the sums are n vectors of gates, to n more
+# dy * (x where it is kept) is added, and to n more dy.
+_blend_gradient = _operation(_emit_blend_gradient, 6)
 
 
 # --- AbsTopK ---
-
-# The key of NaN is one above infinity's; see `wsparse.sparsity.magnitude.magnitude_keys`.
-_TOP_KEY = _i32(np.array(np.inf, np.float32).view(np.int32) + 1)
 
 # Every sum is cast back to 32 bits: numba would widen it, and half the vector lanes would idle.
 
@@ -650,8 +705,11 @@ def _write_with_ties(keys, threshold, ties, kept):
 
 
 @_njit
-def _select(keys, k, top, kept):
-    """Mark the k largest of keys, of which at least k are positive; `top` is the largest."""
+def _threshold(keys, k, top):
+    """What separates the k largest of keys, of which at least k are positive; `top` is the largest.
+
+    Returns the least key to be kept, and how many of those that equal it, 0 for all.
+    """
     low, high, n_high = _lower_bound(keys, k, top), _i32(top + _i32(1)), _i32(0)
     n_low = _count(keys, low)
     passes = 0
@@ -670,10 +728,17 @@ def _select(keys, k, top, kept):
             low, n_low = middle, n
         else:
             high, n_high = middle, n
-    if n_low == k:
-        _write(keys, low, kept)
+    return low, (0 if n_low == k else k - n_high)
+
+
+@_njit
+def _select(keys, k, top, kept):
+    """Mark the k largest of keys."""
+    least, ties = _threshold(keys, k, top)
+    if ties == 0:
+        _write(keys, least, kept)
     else:
-        _write_with_ties(keys, low, k - n_high, kept)
+        _write_with_ties(keys, least, ties, kept)
 
 
 def _top_k_task(job):
@@ -699,6 +764,163 @@ _top_k_address = _address_of("wsparse_top_k_task")
 def _top_k(frame):
     if _executes(frame):
         _share(frame, _rows_and_width(frame)[0], _top_k_address())
+    return 0
+
+
+# --- AbsTopK and mean ablation ---
+
+# Rows whose gradients are summed in one piece.
+_ABLATED = 64
+
+
+@_njit
+def _ablation_sizes(frame):
+    """Sets of gates, rows of each, and channels."""
+    rows, width = _rows_and_width(frame)
+    gates, sets = _dims(frame, 1), 1
+    for axis in range(gates.shape[0] - 1):
+        sets *= gates[axis]
+    return sets, rows // sets, width
+
+
+@_njit
+def _limits(x, keys, k, limits):
+    """What is kept of a row: keys above `limits[0]`, and those equal to it up to place `limits[1]`."""
+    width = _i32(x.shape[0])
+    limits[0], limits[1] = _i32(0), width
+    if k < width:
+        limits[0], ties = _threshold(keys, k, _read_keys(x, keys))
+        if ties > 0:
+            limits[1] = _i32(-1)
+            while ties > 0:
+                limits[1] += _i32(1)
+                ties -= keys[limits[1]] == limits[0]
+
+
+@_njit
+def _lay_gates(gates, means, constants):
+    """Gates, and what closed ones add, each filled up to whole vectors."""
+    _fill(constants, _ZERO)
+    for i in range(gates.shape[0]):
+        constants[0, i], constants[1, i] = gates[i], (_ONE - gates[i]) * means[i]
+
+
+@_njit
+def _copy_row(source, target):
+    for i in range(source.shape[0]):
+        target[i] = source[i]
+
+
+def _ablate_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    sets, rows, width = _ablation_sizes(frame)
+    k = _i32(_attribute(frame, 0))
+    x = carray(_operand(frame, 0), (sets * rows, width), np.float32)
+    bits = carray(_operand(frame, 0), (sets * rows, width), np.int32)
+    gates = carray(_operand(frame, 1), (sets, width), np.float32)
+    means = carray(_operand(frame, 2), (sets, width), np.float32)
+    y = carray(_result(frame, 0), (sets * rows, width), np.float32)
+    limits = carray(_result(frame, 1), (sets * rows, 2), np.int32)
+    # Gates and rests, and a copy of rows that fill no vector.
+    pieces, n = -(-rows // _ABLATED), -(-width // _LANES)
+    vector = 4 * _LANES
+    memory = _malloc(4 * n * vector + 64)
+    constants_at = _aligned(memory)
+    x_at, y_at = constants_at + 2 * n * vector, constants_at + 3 * n * vector
+    scratch = carray(_pointer(constants_at), (4, n * _LANES), np.float32)
+    _fill(scratch, _ZERO)
+    keys = np.empty(width, np.int32)
+    while start < stop:
+        for item in range(start, stop):
+            group, first = item // pieces, item % pieces * _ABLATED
+            _lay_gates(gates[group], means[group], scratch)
+            for i in range(first, min(first + _ABLATED, rows)):
+                row = group * rows + i
+                _limits(bits[row], keys, k, limits[row])
+                limits_at = _result_address(frame, 1) + 8 * row
+                if width % _LANES:
+                    _copy_row(x[row], scratch[2])
+                    _blend(x_at, limits_at, constants_at, n, y_at)
+                    _copy_row(scratch[3, :width], y[row])
+                else:
+                    at = 4 * width * row
+                    source, target = _operand_address(frame, 0), _result_address(frame, 0)
+                    _blend(source + at, limits_at, constants_at, n, target + at)
+        start, stop = _take(job, stop - start)
+    _free(memory)
+    return 0
+
+
+_ablate_address = _address_of("wsparse_ablate_task")
+
+
+def _ablate(frame):
+    if _executes(frame):
+        sets, rows, _ = _ablation_sizes(frame)
+        _share(frame, sets * -(-rows // _ABLATED), _ablate_address())
+    return 0
+
+
+def _ablate_gradient_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    sets, rows, width = _ablation_sizes(frame)
+    gates = carray(_operand(frame, 1), (sets, width), np.float32)
+    x = carray(_operand(frame, 0), (sets * rows, width), np.float32)
+    dy = carray(_operand(frame, 3), (sets * rows, width), np.float32)
+    dx = carray(_result(frame, 0), (sets * rows, width), np.float32)
+    pieces, n = -(-rows // _ABLATED), -(-width // _LANES)
+    sums = carray(_result(frame, 1), (sets * pieces, 2, width), np.float32)
+    # Gates and sums, and a copy of rows that fill no vector.
+    vector = 4 * _LANES
+    memory = _malloc(6 * n * vector + 64)
+    sums_at = _aligned(memory)
+    x_at = sums_at + 3 * n * vector
+    dy_at, dx_at = x_at + n * vector, x_at + 2 * n * vector
+    scratch = carray(_pointer(sums_at), (6, n * _LANES), np.float32)
+    _fill(scratch, _ZERO)
+    while start < stop:
+        for item in range(start, stop):
+            group, first = item // pieces, item % pieces * _ABLATED
+            _copy_row(gates[group], scratch[0])
+            _fill(scratch[1:3], _ZERO)
+            for i in range(first, min(first + _ABLATED, rows)):
+                row = group * rows + i
+                limits_at = _operand_address(frame, 2) + 8 * row
+                if width % _LANES:
+                    _copy_row(x[row], scratch[3])
+                    _copy_row(dy[row], scratch[4])
+                    _blend_gradient(x_at, dy_at, limits_at, sums_at, n, dx_at)
+                    _copy_row(scratch[5, :width], dx[row])
+                else:
+                    at = 4 * width * row
+                    _blend_gradient(
+                        _operand_address(frame, 0) + at,
+                        _operand_address(frame, 3) + at,
+                        limits_at,
+                        sums_at,
+                        n,
+                        _result_address(frame, 0) + at,
+                    )
+            for part in range(2):
+                _copy_row(scratch[1 + part, :width], sums[item, part])
+        start, stop = _take(job, stop - start)
+    _free(memory)
+    return 0
+
+
+_ablate_gradient_address = _address_of("wsparse_ablate_gradient_task")
+
+
+def _ablate_gradient(frame):
+    if _executes(frame):
+        sets, rows, _ = _ablation_sizes(frame)
+        _share(frame, sets * -(-rows // _ABLATED), _ablate_gradient_address())
     return 0
 
 
@@ -1242,6 +1464,8 @@ def _attend_gradient(frame):
 
 _KERNELS = {
     "top_k": (_top_k_task, _top_k),
+    "ablate": (_ablate_task, _ablate),
+    "ablate_gradient": (_ablate_gradient_task, _ablate_gradient),
     "largest": (_largest_task, _largest),
     "gelu": (_gelu_task, _gelu),
     "gelu_gradient": (_gelu_gradient_task, _gelu_gradient),
