@@ -669,10 +669,46 @@ def _read_keys(bits, keys):
     return top
 
 
+@_intrinsic
+def _count_vectors(typing_context, keys, n, threshold):
+    """How many of n vectors' int32 are at least a threshold."""
+    del typing_context
+
+    def codegen(context, builder, signature, arguments):
+        del context, signature
+        address, n, threshold = arguments
+        least = _splat(builder, threshold, _INTEGERS)
+        slots = [cgutils.alloca_once(builder, _INTEGERS) for _ in range(4)]
+        for slot in slots:
+            builder.store(_integers(0), slot)
+
+        def add(slot, index):
+            key = builder.load(_at(builder, address, index, _INTEGERS), align=4)
+            reached = builder.sext(builder.icmp_signed(">=", key, least), _INTEGERS)
+            builder.store(builder.sub(builder.load(slot), reached), slot)
+
+        four = ir.Constant(_WORD, 4)
+        with cgutils.for_range(builder, builder.udiv(n, four)) as loop:
+            for i, slot in enumerate(slots):
+                add(slot, builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, i)))
+        rest = builder.urem(n, four)
+        with cgutils.for_range(builder, rest) as loop:
+            add(slots[0], builder.add(builder.sub(n, rest), loop.index))
+        a, b, c, d = (builder.load(slot) for slot in slots)
+        total = builder.add(builder.add(a, b), builder.add(c, d))
+        reduce = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_INT, [_INTEGERS]), "llvm.vector.reduce.add.v16i32"
+        )
+        return builder.call(reduce, [total])
+
+    return types.int32(types.int64, types.int64, types.int32), codegen
+
+
 @_njit
 def _count(keys, threshold):
-    n = _i32(0)
-    for i in range(keys.shape[0]):
+    vectors = keys.shape[0] // _LANES
+    n = _count_vectors(np.int64(keys.ctypes.data), np.int64(vectors), threshold)
+    for i in range(vectors * _LANES, keys.shape[0]):
         n = _i32(n + _i32(keys[i] >= threshold))
     return n
 
