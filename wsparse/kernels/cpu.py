@@ -26,6 +26,9 @@ _PREFIX = "wsparse_"
 # Share of nonzeros below which a product over them is faster than a dense one; benchmarks/products.py.
 DENSITY_LIMIT = 1 / 16
 
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
 
 @functools.cache
 def available() -> bool:
@@ -40,7 +43,20 @@ def available() -> bool:
         _register("top_k")
     except ImportError:
         return False
+    _keep_freed_memory()
     return True
+
+
+def _keep_freed_memory() -> None:
+    """Let the process keep what it frees.
+
+    glibc returns large arrays to the system at once, and the next one comes back page by page, which can
+    take longer than to compute it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def largest_per_row(x: jax.Array, k: int) -> jax.Array:

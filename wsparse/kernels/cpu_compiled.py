@@ -577,11 +577,12 @@ def _emit_blend_gradient(builder, x, dy, limits, constants, n, dx):
             _store(builder, builder.fadd(_load(builder, constants, at), added), constants, at)
 
 
-def _emit_transpose(builder, source, source_stride, target, target_stride):
-    def row(base, stride, i):
-        return builder.add(base, builder.mul(stride, ir.Constant(_WORD, 4 * i)))
+def _row_at(builder, base, stride, i):
+    return builder.add(base, builder.mul(stride, ir.Constant(_WORD, 4 * i)))
 
-    rows = [_load(builder, row(source, source_stride, i)) for i in range(_LANES)]
+
+def _transposed(builder, source, stride):
+    rows = [_load(builder, _row_at(builder, source, stride, i)) for i in range(_LANES)]
     half = _LANES // 2
     masks = [
         ir.Constant(
@@ -597,8 +598,20 @@ def _emit_transpose(builder, source, source_stride, target, target_stride):
             for i in range(half)
             for mask in masks
         ]
-    for i, vector in enumerate(rows):
-        _store(builder, vector, row(target, target_stride, i))
+    return rows
+
+
+def _emit_transpose(builder, source, source_stride, target, target_stride):
+    for i, vector in enumerate(_transposed(builder, source, source_stride)):
+        _store(builder, vector, _row_at(builder, target, target_stride, i))
+
+
+def _emit_transpose_away(builder, source, source_stride, target, target_stride):
+    past_caches = builder.module.add_metadata([ir.Constant(_INT, 1)])
+    for i, vector in enumerate(_transposed(builder, source, source_stride)):
+        row = _row_at(builder, target, target_stride, i)
+        pointer = _at(builder, row, ir.Constant(_WORD, 0), _VECTOR)
+        builder.store(vector, pointer, align=64).set_metadata("nontemporal", past_caches)
 
 
 # How many vectors of rows a product takes at once.
@@ -643,6 +656,8 @@ _exponentials = _operation(_emit_exponentials, 4)
 _score_gradients = _operation(_emit_score_gradients, 4)
 # transpose(source, stride, target, stride): 16 rows of 16, strides in floats.
 _transpose = _operation(_emit_transpose, 4)
+# The same, written past the caches to whole cache lines, which are then not read first.
+_transpose_away = _operation(_emit_transpose_away, 4)
 # combine(values, indices, n, columns, out): out = sum of values[i] * columns[indices[i]]; of _BLOCKS vectors.
 _combine = _operation(_emit_combine, 5)
 # blend(x, limits, constants, n, y): y = gate * (x where it is kept, else 0) + rest; the constants are n
@@ -1118,6 +1133,8 @@ def _gelu_gradient(frame):
 
 # Rows of a piece.
 _ROWS = _LANES * _BLOCKS
+# Bytes of an output of which the caches would hold little until it is read.
+_LARGE = 1 << 25
 
 
 @_njit
@@ -1174,6 +1191,7 @@ def _product_task(job):
     edge = carray(_pointer(edge_at), (_ROWS, wide), np.float32)
     y_edge = carray(_pointer(y_edge_at), (_ROWS, _LANES), np.float32)
     used = carray(_pointer(table[3]), wide // _LANES, np.bool_)
+    large = 4 * rows * n_out > _LARGE
     while start < stop:
         for item in range(start, stop):
             first = item * _ROWS
@@ -1206,13 +1224,14 @@ def _product_task(job):
                 whole = n == _ROWS and width == _LANES
                 target = _result_address(frame, 0) + 4 * (first * n_out + o) if whole else y_edge_at
                 stride = n_out if whole else _LANES
+                lines = large and whole and (target | 4 * n_out) % 64 == 0
                 for block in range(_BLOCKS):
-                    _transpose(
-                        y_T_at + 4 * _LANES * block,
-                        _ROWS,
-                        target + 4 * _LANES * block * stride,
-                        stride,
-                    )
+                    turned = y_T_at + 4 * _LANES * block
+                    to = target + 4 * _LANES * block * stride
+                    if lines:
+                        _transpose_away(turned, _ROWS, to, stride)
+                    else:
+                        _transpose(turned, _ROWS, to, stride)
                 if not whole:
                     _copy(y_edge[:n, :width], y[first : first + n, o : o + width])
         start, stop = _take(job, stop - start)
