@@ -33,6 +33,10 @@ def brute_force(x: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, np.inf, -np.inf, np.nan, 3e38]),
     st.floats(width=32),
@@ -75,8 +79,70 @@ def test_the_kernel_works_under_vmap_jit_and_scan():
     np.testing.assert_array_equal(scanned, expected)
 
 
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def ablated(x, gate, mean, k):
+    """Mean ablation of the k largest of each row, in the arithmetic of NumPy."""
+    return gate * np.where(brute_force(x, k), x, 0) + (1 - gate) * mean
+
+
+@given(
+    x=hnp.arrays(np.float32, st.tuples(st.just(5), st.sampled_from([1, 16, 37])), elements=VALUES),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 99),
+)
+def test_mean_ablation_of_the_largest_equals_numpy_exactly(x, share, seed):
+    k = max(1, int(share * x.shape[1]))
+    gate = np.random.default_rng(seed).integers(0, 2, x.shape[1]).astype(np.float32)
+    mean = draw(seed, x.shape[1])
+    got = jax.jit(cpu.ablate_largest, static_argnums=3)(x, gate, mean, k)
+    with np.errstate(invalid="ignore"):
+        # Subnormal numbers become 0, as everywhere in XLA.
+        np.testing.assert_allclose(got, ablated(x, gate, mean, k), rtol=0, atol=1.2e-38)
+
+
+@pytest.mark.parametrize(("width", "k"), [(64, 16), (37, 9), (40, 40)])
+def test_gradients_of_mean_ablation_equal_a_float64_reference(width, k):
+    # Several pieces of rows, the last not whole, and rows with ties at the threshold.
+    x, gate, mean = draw(0, 2, 65, width), draw(1, width), draw(2, width)
+    x[1] = np.sign(x[1])
+    dy = draw(3, *x.shape)
+    y, pull = jax.vjp(lambda *each: cpu.ablate_largest(*each, k), x, gate, mean)
+    np.testing.assert_allclose(y, ablated(x, gate, mean, k), rtol=1e-5, atol=1e-6)
+    kept = brute_force(x, k)
+    wide = np.float64(dy)
+    expected = (
+        np.where(kept, wide * gate, 0),
+        (wide * (np.where(kept, x, 0) - mean)).sum((0, 1)),
+        (wide * (1 - gate)).sum((0, 1)),
+    )
+    for got, wanted in zip(pull(dy), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5)
+
+
+def test_mean_ablation_under_vmap_gives_each_trial_what_it_gets_alone():
+    x, gates, means = draw(0, 3, 2, 70, 24), draw(1, 3, 24), draw(2, 24)
+
+    def gradients(x, gate):
+        value = lambda x, gate, mean: jnp.sum(jnp.sin(cpu.ablate_largest(x, gate, mean, 6)))
+        return jax.grad(value, argnums=(0, 1, 2))(x, gate, means)
+
+    together = jax.jit(jax.vmap(gradients))(x, gates)
+    shared = jax.jit(jax.vmap(gradients, (None, 0)))(x[0], gates)
+    _, scanned = jax.lax.scan(lambda c, xs: (c, gradients(*xs)), 0, (x, gates))
+    for i in range(3):
+        alone = jax.jit(gradients)(x[i], gates[i])
+        for all_trials in (together, scanned):
+            jax.tree.map(
+                lambda many, one, i=i: np.testing.assert_allclose(
+                    many[i], one, rtol=1e-6, atol=1e-6
+                ),
+                all_trials,
+                alone,
+            )
+        jax.tree.map(
+            lambda many, one, i=i: np.testing.assert_allclose(many[i], one, rtol=1e-6, atol=1e-6),
+            shared,
+            jax.jit(gradients)(x[0], gates[i]),
+        )
 
 
 def attention_reference(q, k, v, sink, positions, dy):
@@ -100,7 +166,9 @@ def attention_reference(q, k, v, sink, positions, dy):
     )
 
 
-@pytest.mark.parametrize(("time", "keys", "width"), [(19, 19, 16), (3, 21, 5), (1, 9, 8)])
+@pytest.mark.parametrize(
+    ("time", "keys", "width"), [(19, 19, 16), (3, 21, 5), (1, 9, 8), (37, 38, 40)]
+)
 def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width):
     q, dy = draw(0, 2, time, 3, width), draw(1, 2, time, 3, width)
     k, v, sink = draw(2, 2, keys, 3, width), draw(3, 2, keys, 3, width), draw(4, 3)
@@ -177,6 +245,12 @@ def test_products_and_their_gradients_equal_a_float64_reference(rows, density):
     np.testing.assert_allclose(dw, wide[0].T @ wide[2], rtol=1e-5, atol=1e-5)
 
 
+def test_products_too_large_for_the_caches_are_whole():
+    x, w = draw(0, 8300, 16), sparse_matrix(1, 16, 1040, 0.1)
+    assert x.shape[0] * w.shape[1] * 4 > 2**25
+    np.testing.assert_allclose(cpu.sparse_product(x, w), x @ w, rtol=1e-5, atol=1e-5)
+
+
 def test_a_matrix_with_few_nonzeros_is_multiplied_by_its_nonzeros_alone():
     # What meets only zeros is not looked at: infinity leaves no trace there.
     x = np.full((4, 32), np.inf, np.float32)
@@ -220,7 +294,7 @@ def test_selections_of_matrices_equal_the_plain_jax(keys, k):
 MODEL_GRADIENT = """
 from wsparse import model, sparsity, train, trees
 from wsparse.config import ModelConfig
-config = ModelConfig(vocab_size=64, context=16, n_layer=3, d_model=32, n_head=2)
+config = ModelConfig(vocab_size=64, context=17, n_layer=3, d_model=32, n_head=2)
 params = model.init(config, jax.random.key(0))
 params = trees.map_with_path(
     lambda path, p: jnp.where(jax.random.uniform(jax.random.key(p.size), p.shape) < 0.05, 8 * p, 0)
@@ -233,6 +307,20 @@ gradient = trees.flatten(step(params))
 print(*(float(jnp.linalg.norm(gradient[path])) for path in sorted(gradient)))
 """
 
+# The same of the gates of a masked model.
+MASK_GRADIENT = """
+from wsparse import nodes
+from wsparse.circuits import masks
+gates = {n: jnp.full(s, 0.5) for n, s in masks.shapes(config).items()}
+means = {n: jnp.full(s, 0.1) for n, s in masks.shapes(config).items()}
+masked = lambda g: model.forward(params, window, config, tap=nodes.mask(g, means))[0]
+step = jax.jit(jax.grad(lambda g: jnp.sum(jnp.sin(masked(g)))))
+text = step.lower(gates).as_text()
+print(*(f"wsparse_{name}" in text for name in ("ablate", "ablate_gradient")))
+gradient = step(gates)
+print(*(float(jnp.linalg.norm(gradient[name])) for name in sorted(gradient)))
+"""
+
 
 def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     program = (
@@ -243,7 +331,9 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
         "f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(abs_top_k(x, 16)))))\n"
         "print(cpu.available(), 'wsparse_top_k' in f.lower(x).as_text())\n"
         "value, gradient = f(x)\n"
-        "print(float(value), np.asarray(gradient).tobytes().hex())\n" + MODEL_GRADIENT
+        "print(float(value), np.asarray(gradient).tobytes().hex())\n"
+        + MODEL_GRADIENT
+        + MASK_GRADIENT
     )
     outputs = []
     for switch in ("1", "0"):
@@ -264,9 +354,11 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     assert outputs[1][0] == "False False"
     assert outputs[0][1].split()[1] == outputs[1][1].split()[1]
     assert (outputs[0][2], outputs[1][2]) == ("True " * 3 + "True", "False " * 3 + "False")
-    norms = [[float(each) for each in lines[3].split()] for lines in outputs]
-    np.testing.assert_allclose(*norms, rtol=1e-4)
-    assert min(norms[0]) > 1e-6
+    assert (outputs[0][4], outputs[1][4]) == ("True True", "False False")
+    for line in (3, 5):
+        norms = [[float(each) for each in lines[line].split()] for lines in outputs]
+        np.testing.assert_allclose(*norms, rtol=1e-4)
+        assert min(norms[0]) > 1e-6
 
 
 def test_several_devices_keep_to_the_plain_jax():

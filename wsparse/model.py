@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.kernels import cpu
-from wsparse.nodes import Location, Tap
+from wsparse.nodes import Location, MeanAblation, Tap
 from wsparse.sparsity.top_k import abs_top_k
 
 __all__ = ["ModelConfig", "Params", "count_parameters", "forward", "init"]
@@ -141,9 +141,14 @@ def _recorder(config: ModelConfig, tap: Tap | None, layer: jax.Array | None, act
     """The node function of one layer: AbsTopK, then the tap, then the record."""
 
     def node(name, site, value):
-        value = _activation_sparsity(config, site, value)
-        if tap is not None:
-            value = tap(Location(name, layer), value)
+        location = Location(name, layer)
+        # Mean ablation and AbsTopK have a kernel together.
+        ablation = tap.vectors(location) if isinstance(tap, MeanAblation) else None
+        if ablation is not None and _has_cpu_kernels(value):
+            value = _ablate_largest(value, *ablation, _n_kept(config, site, value))
+        else:
+            value = _activation_sparsity(config, site, value)
+            value = value if tap is None else tap(location, value)
         acts[name] = value
         return value
 
@@ -151,9 +156,26 @@ def _recorder(config: ModelConfig, tap: Tap | None, layer: jax.Array | None, act
 
 
 def _activation_sparsity(config: ModelConfig, site: str | None, value: jax.Array) -> jax.Array:
+    return abs_top_k(value, _n_kept(config, site, value))
+
+
+def _n_kept(config: ModelConfig, site: str | None, value: jax.Array) -> int:
+    """How many channels AbsTopK keeps of a value: all where it does not act."""
+    width = value.shape[-1]
     if config.abs_top_k_fraction is None or site not in config.abs_top_k_sites:
-        return value
-    return abs_top_k(value, int(config.abs_top_k_fraction * value.shape[-1]))
+        return width
+    return int(config.abs_top_k_fraction * width)
+
+
+def _ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
+    """AbsTopK and mean ablation of float32."""
+
+    def plain(x, gate_N, mean_N):
+        gate, mean = _along_last(gate_N, x), _along_last(mean_N, x)
+        return gate * abs_top_k(x, k) + (1 - gate) * mean
+
+    kernel = functools.partial(cpu.ablate_largest, k=k)
+    return lax.platform_dependent(x, gate_N, mean_N, cpu=kernel, default=plain)
 
 
 def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:

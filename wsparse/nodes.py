@@ -89,22 +89,36 @@ def compose(*taps: Tap) -> Tap:
     return tap
 
 
-def mask(gates: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> Tap:
+@dataclasses.dataclass(frozen=True)
+class MeanAblation:
+    """The tap `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning); see `mask`."""
+
+    gates: Mapping[str, jax.Array]
+    means: Mapping[str, jax.Array]
+
+    def __call__(self, name: Location, value: jax.Array) -> jax.Array:
+        if name not in self.gates:
+            return value
+        gate, mean = (at_layer(each[name], name, value) for each in (self.gates, self.means))
+        return gate * value + (1 - gate) * mean
+
+    def vectors(self, name: Location) -> tuple[jax.Array, jax.Array] | None:
+        """The gate and the mean `(N,)` at a location, if it has them and they are float32."""
+        if name not in self.gates:
+            return None
+        gate, mean = (at_layer(each[name], name) for each in (self.gates, self.means))
+        both = gate.dtype == mean.dtype == jnp.float32 and gate.size == mean.size == gate.shape[-1]
+        return (jnp.ravel(gate), jnp.ravel(mean)) if both else None
+
+
+def mask(gates: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> MeanAblation:
     """Mean ablation: `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning).
 
     Args:
       gates: location -> `(n_layer, N)`; locations without an entry are left alone.
       means: location -> `(n_layer, N)`, for at least the locations of `gates`.
     """
-
-    def tap(name, value):
-        per_layer = gates.get(name)
-        if per_layer is None:
-            return value
-        gate = at_layer(per_layer, name, value)
-        return gate * value + (1 - gate) * at_layer(means[name], name, value)
-
-    return tap
+    return MeanAblation(gates, means)
 
 
 def patch(values: Mapping[str, jax.Array], where: Mapping[str, jax.Array]) -> Tap:

@@ -26,6 +26,9 @@ _PREFIX = "wsparse_"
 # Share of nonzeros below which a product over them is faster than a dense one; benchmarks/products.py.
 DENSITY_LIMIT = 1 / 16
 
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
 
 @functools.cache
 def available() -> bool:
@@ -40,7 +43,20 @@ def available() -> bool:
         _register("top_k")
     except ImportError:
         return False
+    _keep_freed_memory()
     return True
+
+
+def _keep_freed_memory() -> None:
+    """Let the process keep what it frees.
+
+    glibc returns large arrays to the system at once, and the next one comes back page by page, which can
+    take longer than to compute it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def largest_per_row(x: jax.Array, k: int) -> jax.Array:
@@ -58,6 +74,39 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
     return _call("top_k", jax.ShapeDtypeStruct(x.shape, jnp.bool), x, k=k)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
+    """Mean ablation of the `k` largest entries of every row, `gate * kept + (1 - gate) * mean`.
+
+    Args:
+      x: float32 `(..., N)`; what `largest_per_row` does not choose counts as 0.
+      gate_N: float32, as is `mean_N`.
+      mean_N: what closed gates show instead.
+      k: `0 < k <= N`.
+    """
+    return _ablate_forward(x, gate_N, mean_N, k)[0]
+
+
+def _ablate_forward(x, gate_N, mean_N, k):
+    # What was kept of each row follows from two numbers: the least key, and the last place of those equal.
+    limits = jax.ShapeDtypeStruct((*x.shape[:-1], 2), jnp.int32)
+    y, limits = _call("ablate", (_like(x), limits), x, gate_N, mean_N, k=k)
+    return y, (x, gate_N, mean_N, limits)
+
+
+def _ablate_backward(k, residuals, dy):
+    del k
+    x, gate_N, mean_N, limits = residuals
+    pieces = -(-math.prod(x.shape[:-1]) // 64)
+    sums_P2N = jax.ShapeDtypeStruct((pieces, 2, x.shape[-1]), jnp.float32)
+    dx, sums_P2N = _call("ablate_gradient", (_like(x), sums_P2N), x, gate_N, limits, dy)
+    by_value_N, plain_N = jnp.sum(sums_P2N, axis=0)
+    return dx, by_value_N - mean_N * plain_N, (1 - gate_N) * plain_N
+
+
+ablate_largest.defvjp(_ablate_forward, _ablate_backward)
+
+
 def attend(
     q_BTHK: jax.Array,
     k_BSHK: jax.Array,
@@ -70,9 +119,9 @@ def attend(
     Query t attends to the keys up to t, or up to `positions_BT[:, t]`. Returns `(B, T, H, K)` float32.
     """
     batch, time, heads, width = q_BTHK.shape
-    if width % 4:
-        # The kernel takes channels in fours. It scales by the padded width, which the queries make good.
-        pad = [(0, 0)] * 3 + [(0, -width % 4)]
+    if width % 16:
+        # The kernel takes channels in sixteens. It scales by the padded width, which the queries make good.
+        pad = [(0, 0)] * 3 + [(0, -width % 16)]
         q_BTHK, k_BSHK, v_BSHK = (jnp.pad(each, pad) for each in (q_BTHK, k_BSHK, v_BSHK))
         q_BTHK = q_BTHK * math.sqrt(q_BTHK.shape[-1] / width)
         return attend(q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT)[..., :width]

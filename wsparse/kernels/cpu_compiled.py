@@ -284,6 +284,8 @@ def _share_with(frame_address, items, task, scratch):
 
 # --- Functions ---
 
+# The key of NaN is one above infinity's; see `wsparse.sparsity.magnitude.magnitude_keys`.
+_TOP_KEY = _i32(np.array(np.inf, np.float32).view(np.int32) + 1)
 _EXP_LEAST = _f32(-87.0)
 _LOG2E = _f32(math.log2(math.e))
 # ln 2 in two parts: the first has few bits, so that its products with small integers are exact.
@@ -330,6 +332,7 @@ def _operation(emit: Any, n: int) -> Any:
         3: lambda typing_context, a, b, c: (signature, codegen),
         4: lambda typing_context, a, b, c, d: (signature, codegen),
         5: lambda typing_context, a, b, c, d, e: (signature, codegen),
+        6: lambda typing_context, a, b, c, d, e, f: (signature, codegen),
     }
     return _intrinsic(makers[n])
 
@@ -355,10 +358,15 @@ def _broadcast(builder, address, index):
     return _splat(builder, value)
 
 
-def _splat(builder, value):
-    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
+def _splat(builder, value, kind=_VECTOR):
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
     lanes = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
-    return builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), lanes)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), lanes)
+
+
+def _groups(builder, n, size):
+    """How many groups of a size hold n."""
+    return builder.sdiv(builder.add(n, ir.Constant(_WORD, size - 1)), ir.Constant(_WORD, size))
 
 
 def _constant(value):
@@ -381,34 +389,98 @@ def _add_to(builder, slot, a, b):
     builder.store(_multiply_add(builder, a, b, builder.load(slot)), slot)
 
 
-def _emit_dots(builder, columns, scalars, n, out):
-    slots = _accumulators(builder, 4)
+def _emit_scores(builder, columns, rows, n, width, out):
+    # Four rows at once share the loads of the columns; four sums of each hide the latency of adding.
     four = ir.Constant(_WORD, 4)
-    with cgutils.for_range(builder, builder.sdiv(n, four)) as loop:
-        for lane, slot in enumerate(slots):
-            i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
-            _add_to(builder, slot, _load(builder, columns, i), _broadcast(builder, scalars, i))
-    a, b, c, d = (builder.load(slot) for slot in slots)
-    _store(builder, builder.fadd(builder.fadd(a, b), builder.fadd(c, d)), out)
+    with cgutils.for_range(builder, _groups(builder, n, 4)) as group:
+        first = builder.mul(group.index, four)
+        slots = [_accumulators(builder, 4) for _ in range(4)]
+        with cgutils.for_range(builder, builder.sdiv(width, four)) as loop:
+            for lane in range(4):
+                i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
+                column = _load(builder, columns, i)
+                for row in range(4):
+                    at = builder.mul(builder.add(first, ir.Constant(_WORD, row)), width)
+                    _add_to(
+                        builder,
+                        slots[row][lane],
+                        column,
+                        _broadcast(builder, rows, builder.add(at, i)),
+                    )
+        for row in range(4):
+            a, b, c, d = (builder.load(slot) for slot in slots[row])
+            total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+            _store(builder, total, out, builder.add(first, ir.Constant(_WORD, row)))
 
 
-def _emit_spread(builder, weights, scalars, n, columns):
-    vector, four = _load(builder, weights), ir.Constant(_WORD, 4)
-    with cgutils.for_range(builder, builder.sdiv(n, four)) as loop:
-        for lane in range(4):
-            i = builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, lane))
-            scalar, column = _broadcast(builder, scalars, i), _load(builder, columns, i)
-            _store(builder, _multiply_add(builder, vector, scalar, column), columns, i)
+def _emit_mix(builder, weights, rows, n, width, out):
+    with cgutils.for_range(builder, _groups(builder, width, _LANES)) as block:
+        first = builder.mul(block.index, ir.Constant(_WORD, _LANES))
+        slots = _accumulators(builder, _LANES)
+        with cgutils.for_range(builder, n) as loop:
+            weight = _load(builder, weights, loop.index)
+            at = builder.add(first, builder.mul(loop.index, width))
+            for i, slot in enumerate(slots):
+                scalar = _broadcast(builder, rows, builder.add(at, ir.Constant(_WORD, i)))
+                _add_to(builder, slot, weight, scalar)
+        for i, slot in enumerate(slots):
+            _store(builder, builder.load(slot), out, builder.add(first, ir.Constant(_WORD, i)))
 
 
-def _emit_gather(builder, weights, rows, n, out):
+def _emit_gather(builder, weights, rows, n, blocks, out):
+    with cgutils.for_range(builder, blocks) as block:
+        # The rows' vectors stay in registers.
+        vectors = [
+            _load(
+                builder,
+                rows,
+                builder.add(builder.mul(blocks, ir.Constant(_WORD, lane)), block.index),
+            )
+            for lane in range(_LANES)
+        ]
+        with cgutils.for_range(builder, n) as loop:
+            at = builder.add(builder.mul(loop.index, blocks), block.index)
+            sums = [_load(builder, out, at), _constant(0)]
+            for lane, vector in enumerate(vectors):
+                scalar = builder.add(
+                    builder.mul(loop.index, ir.Constant(_WORD, _LANES)), ir.Constant(_WORD, lane)
+                )
+                weight = _broadcast(builder, weights, scalar)
+                sums[lane % 2] = _multiply_add(builder, weight, vector, sums[lane % 2])
+            _store(builder, builder.fadd(*sums), out, at)
+
+
+def _emit_overlap(builder, a, b, n, out):
+    slot = _accumulators(builder, 1)[0]
     with cgutils.for_range(builder, n) as loop:
-        sums = [_load(builder, out, loop.index), _constant(0)]
-        for lane in range(_LANES):
-            weight = _broadcast(builder, weights, ir.Constant(_WORD, lane))
-            i = builder.add(builder.mul(n, ir.Constant(_WORD, lane)), loop.index)
-            sums[lane % 2] = _multiply_add(builder, weight, _load(builder, rows, i), sums[lane % 2])
-        _store(builder, builder.fadd(*sums), out, loop.index)
+        each = builder.fmul(_load(builder, a, loop.index), _load(builder, b, loop.index))
+        builder.store(builder.fadd(builder.load(slot), each), slot)
+    _store(builder, builder.load(slot), out)
+
+
+def _emit_scale(builder, values, n, by):
+    factor = _load(builder, by)
+    with cgutils.for_range(builder, n) as loop:
+        _store(
+            builder, builder.fmul(_load(builder, values, loop.index), factor), values, loop.index
+        )
+
+
+def _emit_hide(builder, positions, first, n, value, rows):
+    integers = ir.VectorType(_INT, _LANES)
+    seen_to = builder.load(_at(builder, positions, ir.Constant(_WORD, 0), integers), align=4)
+    hidden = _load(builder, value)
+    with cgutils.for_range(builder, n) as loop:
+        j = builder.add(first, loop.index)
+        row = builder.trunc(j, _INT)
+        seen = builder.icmp_signed(">=", seen_to, _splat(builder, row, integers))
+        _store(builder, builder.select(seen, _load(builder, rows, j), hidden), rows, j)
+
+
+def _emit_copy_rows(builder, source, source_stride, n, target, target_stride):
+    with cgutils.for_range(builder, n) as loop:
+        value = _load(builder, builder.add(source, builder.mul(source_stride, loop.index)))
+        _store(builder, value, builder.add(target, builder.mul(target_stride, loop.index)))
 
 
 def _emit_raise(builder, values, n, most):
@@ -448,16 +520,69 @@ def _emit_exponentials(builder, values, n, shift, total):
     _store(builder, builder.load(slot), total)
 
 
-def _emit_score_gradients(builder, weights, d_weights, overlap):
-    excess = builder.fsub(_load(builder, d_weights), _load(builder, overlap))
-    _store(builder, builder.fmul(_load(builder, weights), excess), d_weights)
+def _emit_score_gradients(builder, weights, d_weights, n, overlap):
+    by = _load(builder, overlap)
+    with cgutils.for_range(builder, n) as loop:
+        excess = builder.fsub(_load(builder, d_weights, loop.index), by)
+        each = builder.fmul(_load(builder, weights, loop.index), excess)
+        _store(builder, each, d_weights, loop.index)
 
 
-def _emit_transpose(builder, source, source_stride, target, target_stride):
-    def row(base, stride, i):
-        return builder.add(base, builder.mul(stride, ir.Constant(_WORD, 4 * i)))
+_INTEGERS = ir.VectorType(_INT, _LANES)
 
-    rows = [_load(builder, row(source, source_stride, i)) for i in range(_LANES)]
+
+def _integers(value):
+    return ir.Constant(_INTEGERS, [int(value)] * _LANES)
+
+
+def _kept(builder, x, index, limits):
+    """Which lanes of a vector of floats, the one at `index` of its row, a row's `_limits` keep."""
+    bits = builder.and_(builder.bitcast(x, _INTEGERS), _integers(0x7FFFFFFF))
+    top = _integers(_TOP_KEY)
+    bits = builder.select(builder.icmp_signed("<", bits, top), bits, top)
+    keys = builder.add(bits, _integers(1))
+    least, last = (
+        _splat(builder, builder.load(_at(builder, limits, ir.Constant(_WORD, i), _INT)), _INTEGERS)
+        for i in range(2)
+    )
+    first = builder.trunc(builder.mul(index, ir.Constant(_WORD, _LANES)), _INT)
+    lanes = builder.add(
+        _splat(builder, first, _INTEGERS), ir.Constant(_INTEGERS, list(range(_LANES)))
+    )
+    tied = builder.and_(
+        builder.icmp_signed("==", keys, least), builder.icmp_signed("<=", lanes, last)
+    )
+    return builder.or_(builder.icmp_signed(">", keys, least), tied)
+
+
+def _emit_blend(builder, x, limits, constants, n, y):
+    with cgutils.for_range(builder, n) as loop:
+        value, gate = _load(builder, x, loop.index), _load(builder, constants, loop.index)
+        rest = _load(builder, constants, builder.add(n, loop.index))
+        kept = _kept(builder, value, loop.index, limits)
+        value = builder.select(kept, value, _constant(0))
+        _store(builder, _multiply_add(builder, gate, value, rest), y, loop.index)
+
+
+def _emit_blend_gradient(builder, x, dy, limits, constants, n, dx):
+    with cgutils.for_range(builder, n) as loop:
+        value, gate = _load(builder, x, loop.index), _load(builder, constants, loop.index)
+        d_value = _load(builder, dy, loop.index)
+        kept = _kept(builder, value, loop.index, limits)
+        value = builder.select(kept, value, _constant(0))
+        d_x = builder.select(kept, builder.fmul(d_value, gate), _constant(0))
+        _store(builder, d_x, dx, loop.index)
+        for part, added in ((1, builder.fmul(d_value, value)), (2, d_value)):
+            at = builder.add(builder.mul(n, ir.Constant(_WORD, part)), loop.index)
+            _store(builder, builder.fadd(_load(builder, constants, at), added), constants, at)
+
+
+def _row_at(builder, base, stride, i):
+    return builder.add(base, builder.mul(stride, ir.Constant(_WORD, 4 * i)))
+
+
+def _transposed(builder, source, stride):
+    rows = [_load(builder, _row_at(builder, source, stride, i)) for i in range(_LANES)]
     half = _LANES // 2
     masks = [
         ir.Constant(
@@ -473,8 +598,20 @@ def _emit_transpose(builder, source, source_stride, target, target_stride):
             for i in range(half)
             for mask in masks
         ]
-    for i, vector in enumerate(rows):
-        _store(builder, vector, row(target, target_stride, i))
+    return rows
+
+
+def _emit_transpose(builder, source, source_stride, target, target_stride):
+    for i, vector in enumerate(_transposed(builder, source, source_stride)):
+        _store(builder, vector, _row_at(builder, target, target_stride, i))
+
+
+def _emit_transpose_away(builder, source, source_stride, target, target_stride):
+    past_caches = builder.module.add_metadata([ir.Constant(_INT, 1)])
+    for i, vector in enumerate(_transposed(builder, source, source_stride)):
+        row = _row_at(builder, target, target_stride, i)
+        pointer = _at(builder, row, ir.Constant(_WORD, 0), _VECTOR)
+        builder.store(vector, pointer, align=64).set_metadata("nontemporal", past_caches)
 
 
 # How many vectors of rows a product takes at once.
@@ -495,28 +632,43 @@ def _emit_combine(builder, values, indices, n, columns, out):
         _store(builder, builder.load(slot), out, block)
 
 
-# dots(columns, scalars, n, out): out = sum of scalars[i] * columns[i] over n, a multiple of 4.
-_dots = _operation(_emit_dots, 4)
-# spread(weights, scalars, n, columns): columns[i] += weights * scalars[i], n a multiple of 4.
-_spread = _operation(_emit_spread, 4)
-# gather(weights, rows, n, out): out += sum of weights[lane] * rows[lane]; a row is n vectors.
-_gather = _operation(_emit_gather, 4)
+# scores(columns, rows, n, width, out): out[j] = sum of rows[j, i] * columns[i] over i < width, for j < n
+# rounded up to a multiple of 4; width is a multiple of 4.
+_scores = _operation(_emit_scores, 5)
+# mix(weights, rows, n, width, out): out[i] = sum of rows[j, i] * weights[j] over j < n; width in 16s.
+_mix = _operation(_emit_mix, 5)
+# gather(weights, rows, n, blocks, out): out[j] += sum of weights[j, lane] * rows[lane] over lanes, for j < n;
+# rows of rows and out are `blocks` vectors.
+_gather = _operation(_emit_gather, 5)
+# overlap(a, b, n, out): out = sum of a[i] * b[i], lane by lane.
+_overlap = _operation(_emit_overlap, 4)
+# scale(values, n, by): values[i] *= by, lane by lane.
+_scale = _operation(_emit_scale, 3)
+# hide(positions, first, n, value, rows): rows[j] = value where positions < j, for first <= j < first + n.
+_hide = _operation(_emit_hide, 5)
+# copy_rows(source, stride, n, target, stride): n vectors, strides in bytes.
+_copy_rows = _operation(_emit_copy_rows, 5)
 # raise(values, n, most): most = max(most, values[0], ..., values[n - 1]).
 _raise = _operation(_emit_raise, 3)
 # exponentials(values, n, shift, total): values[i] = exp(values[i] - shift); their sum is added to total.
 _exponentials = _operation(_emit_exponentials, 4)
-# score_gradients(weights, d_weights, overlap): d_weights = weights * (d_weights - overlap).
-_score_gradients = _operation(_emit_score_gradients, 3)
+# score_gradients(weights, d_weights, n, overlap): d_weights[i] = weights[i] * (d_weights[i] - overlap).
+_score_gradients = _operation(_emit_score_gradients, 4)
 # transpose(source, stride, target, stride): 16 rows of 16, strides in floats.
 _transpose = _operation(_emit_transpose, 4)
+# The same, written past the caches to whole cache lines, which are then not read first.
+_transpose_away = _operation(_emit_transpose_away, 4)
 # combine(values, indices, n, columns, out): out = sum of values[i] * columns[indices[i]]; of _BLOCKS vectors.
 _combine = _operation(_emit_combine, 5)
+# blend(x, limits, constants, n, y): y = gate * (x where it is kept, else 0) + rest; the constants are n
+# vectors of gates and n of rests.
+_blend = _operation(_emit_blend, 5)
+# blend_gradient(x, dy, limits, sums, n, dx): the gradient of x; the sums are n vectors of gates, to n more
+# dy * (x where it is kept) is added, and to n more dy.
+_blend_gradient = _operation(_emit_blend_gradient, 6)
 
 
 # --- AbsTopK ---
-
-# The key of NaN is one above infinity's; see `wsparse.sparsity.magnitude.magnitude_keys`.
-_TOP_KEY = _i32(np.array(np.inf, np.float32).view(np.int32) + 1)
 
 # Every sum is cast back to 32 bits: numba would widen it, and half the vector lanes would idle.
 
@@ -532,10 +684,46 @@ def _read_keys(bits, keys):
     return top
 
 
+@_intrinsic
+def _count_vectors(typing_context, keys, n, threshold):
+    """How many of n vectors' int32 are at least a threshold."""
+    del typing_context
+
+    def codegen(context, builder, signature, arguments):
+        del context, signature
+        address, n, threshold = arguments
+        least = _splat(builder, threshold, _INTEGERS)
+        slots = [cgutils.alloca_once(builder, _INTEGERS) for _ in range(4)]
+        for slot in slots:
+            builder.store(_integers(0), slot)
+
+        def add(slot, index):
+            key = builder.load(_at(builder, address, index, _INTEGERS), align=4)
+            reached = builder.sext(builder.icmp_signed(">=", key, least), _INTEGERS)
+            builder.store(builder.sub(builder.load(slot), reached), slot)
+
+        four = ir.Constant(_WORD, 4)
+        with cgutils.for_range(builder, builder.udiv(n, four)) as loop:
+            for i, slot in enumerate(slots):
+                add(slot, builder.add(builder.mul(loop.index, four), ir.Constant(_WORD, i)))
+        rest = builder.urem(n, four)
+        with cgutils.for_range(builder, rest) as loop:
+            add(slots[0], builder.add(builder.sub(n, rest), loop.index))
+        a, b, c, d = (builder.load(slot) for slot in slots)
+        total = builder.add(builder.add(a, b), builder.add(c, d))
+        reduce = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_INT, [_INTEGERS]), "llvm.vector.reduce.add.v16i32"
+        )
+        return builder.call(reduce, [total])
+
+    return types.int32(types.int64, types.int64, types.int32), codegen
+
+
 @_njit
 def _count(keys, threshold):
-    n = _i32(0)
-    for i in range(keys.shape[0]):
+    vectors = keys.shape[0] // _LANES
+    n = _count_vectors(np.int64(keys.ctypes.data), np.int64(vectors), threshold)
+    for i in range(vectors * _LANES, keys.shape[0]):
         n = _i32(n + _i32(keys[i] >= threshold))
     return n
 
@@ -568,8 +756,11 @@ def _write_with_ties(keys, threshold, ties, kept):
 
 
 @_njit
-def _select(keys, k, top, kept):
-    """Mark the k largest of keys, of which at least k are positive; `top` is the largest."""
+def _threshold(keys, k, top):
+    """What separates the k largest of keys, of which at least k are positive; `top` is the largest.
+
+    Returns the least key to be kept, and how many of those that equal it, 0 for all.
+    """
     low, high, n_high = _lower_bound(keys, k, top), _i32(top + _i32(1)), _i32(0)
     n_low = _count(keys, low)
     passes = 0
@@ -588,10 +779,17 @@ def _select(keys, k, top, kept):
             low, n_low = middle, n
         else:
             high, n_high = middle, n
-    if n_low == k:
-        _write(keys, low, kept)
+    return low, (0 if n_low == k else k - n_high)
+
+
+@_njit
+def _select(keys, k, top, kept):
+    """Mark the k largest of keys."""
+    least, ties = _threshold(keys, k, top)
+    if ties == 0:
+        _write(keys, least, kept)
     else:
-        _write_with_ties(keys, low, k - n_high, kept)
+        _write_with_ties(keys, least, ties, kept)
 
 
 def _top_k_task(job):
@@ -617,6 +815,163 @@ _top_k_address = _address_of("wsparse_top_k_task")
 def _top_k(frame):
     if _executes(frame):
         _share(frame, _rows_and_width(frame)[0], _top_k_address())
+    return 0
+
+
+# --- AbsTopK and mean ablation ---
+
+# Rows whose gradients are summed in one piece.
+_ABLATED = 64
+
+
+@_njit
+def _ablation_sizes(frame):
+    """Sets of gates, rows of each, and channels."""
+    rows, width = _rows_and_width(frame)
+    gates, sets = _dims(frame, 1), 1
+    for axis in range(gates.shape[0] - 1):
+        sets *= gates[axis]
+    return sets, rows // sets, width
+
+
+@_njit
+def _limits(x, keys, k, limits):
+    """What is kept of a row: keys above `limits[0]`, and those equal to it up to place `limits[1]`."""
+    width = _i32(x.shape[0])
+    limits[0], limits[1] = _i32(0), width
+    if k < width:
+        limits[0], ties = _threshold(keys, k, _read_keys(x, keys))
+        if ties > 0:
+            limits[1] = _i32(-1)
+            while ties > 0:
+                limits[1] += _i32(1)
+                ties -= keys[limits[1]] == limits[0]
+
+
+@_njit
+def _lay_gates(gates, means, constants):
+    """Gates, and what closed ones add, each filled up to whole vectors."""
+    _fill(constants, _ZERO)
+    for i in range(gates.shape[0]):
+        constants[0, i], constants[1, i] = gates[i], (_ONE - gates[i]) * means[i]
+
+
+@_njit
+def _copy_row(source, target):
+    for i in range(source.shape[0]):
+        target[i] = source[i]
+
+
+def _ablate_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    sets, rows, width = _ablation_sizes(frame)
+    k = _i32(_attribute(frame, 0))
+    x = carray(_operand(frame, 0), (sets * rows, width), np.float32)
+    bits = carray(_operand(frame, 0), (sets * rows, width), np.int32)
+    gates = carray(_operand(frame, 1), (sets, width), np.float32)
+    means = carray(_operand(frame, 2), (sets, width), np.float32)
+    y = carray(_result(frame, 0), (sets * rows, width), np.float32)
+    limits = carray(_result(frame, 1), (sets * rows, 2), np.int32)
+    # Gates and rests, and a copy of rows that fill no vector.
+    pieces, n = -(-rows // _ABLATED), -(-width // _LANES)
+    vector = 4 * _LANES
+    memory = _malloc(4 * n * vector + 64)
+    constants_at = _aligned(memory)
+    x_at, y_at = constants_at + 2 * n * vector, constants_at + 3 * n * vector
+    scratch = carray(_pointer(constants_at), (4, n * _LANES), np.float32)
+    _fill(scratch, _ZERO)
+    keys = np.empty(width, np.int32)
+    while start < stop:
+        for item in range(start, stop):
+            group, first = item // pieces, item % pieces * _ABLATED
+            _lay_gates(gates[group], means[group], scratch)
+            for i in range(first, min(first + _ABLATED, rows)):
+                row = group * rows + i
+                _limits(bits[row], keys, k, limits[row])
+                limits_at = _result_address(frame, 1) + 8 * row
+                if width % _LANES:
+                    _copy_row(x[row], scratch[2])
+                    _blend(x_at, limits_at, constants_at, n, y_at)
+                    _copy_row(scratch[3, :width], y[row])
+                else:
+                    at = 4 * width * row
+                    source, target = _operand_address(frame, 0), _result_address(frame, 0)
+                    _blend(source + at, limits_at, constants_at, n, target + at)
+        start, stop = _take(job, stop - start)
+    _free(memory)
+    return 0
+
+
+_ablate_address = _address_of("wsparse_ablate_task")
+
+
+def _ablate(frame):
+    if _executes(frame):
+        sets, rows, _ = _ablation_sizes(frame)
+        _share(frame, sets * -(-rows // _ABLATED), _ablate_address())
+    return 0
+
+
+def _ablate_gradient_task(job):
+    start, stop = _take(job, 0)
+    if start == stop:
+        return 0
+    frame = _words(job, _JOB_WORDS)[_FRAME]
+    sets, rows, width = _ablation_sizes(frame)
+    gates = carray(_operand(frame, 1), (sets, width), np.float32)
+    x = carray(_operand(frame, 0), (sets * rows, width), np.float32)
+    dy = carray(_operand(frame, 3), (sets * rows, width), np.float32)
+    dx = carray(_result(frame, 0), (sets * rows, width), np.float32)
+    pieces, n = -(-rows // _ABLATED), -(-width // _LANES)
+    sums = carray(_result(frame, 1), (sets * pieces, 2, width), np.float32)
+    # Gates and sums, and a copy of rows that fill no vector.
+    vector = 4 * _LANES
+    memory = _malloc(6 * n * vector + 64)
+    sums_at = _aligned(memory)
+    x_at = sums_at + 3 * n * vector
+    dy_at, dx_at = x_at + n * vector, x_at + 2 * n * vector
+    scratch = carray(_pointer(sums_at), (6, n * _LANES), np.float32)
+    _fill(scratch, _ZERO)
+    while start < stop:
+        for item in range(start, stop):
+            group, first = item // pieces, item % pieces * _ABLATED
+            _copy_row(gates[group], scratch[0])
+            _fill(scratch[1:3], _ZERO)
+            for i in range(first, min(first + _ABLATED, rows)):
+                row = group * rows + i
+                limits_at = _operand_address(frame, 2) + 8 * row
+                if width % _LANES:
+                    _copy_row(x[row], scratch[3])
+                    _copy_row(dy[row], scratch[4])
+                    _blend_gradient(x_at, dy_at, limits_at, sums_at, n, dx_at)
+                    _copy_row(scratch[5, :width], dx[row])
+                else:
+                    at = 4 * width * row
+                    _blend_gradient(
+                        _operand_address(frame, 0) + at,
+                        _operand_address(frame, 3) + at,
+                        limits_at,
+                        sums_at,
+                        n,
+                        _result_address(frame, 0) + at,
+                    )
+            for part in range(2):
+                _copy_row(scratch[1 + part, :width], sums[item, part])
+        start, stop = _take(job, stop - start)
+    _free(memory)
+    return 0
+
+
+_ablate_gradient_address = _address_of("wsparse_ablate_gradient_task")
+
+
+def _ablate_gradient(frame):
+    if _executes(frame):
+        sets, rows, _ = _ablation_sizes(frame)
+        _share(frame, sets * -(-rows // _ABLATED), _ablate_gradient_address())
     return 0
 
 
@@ -778,6 +1133,8 @@ def _gelu_gradient(frame):
 
 # Rows of a piece.
 _ROWS = _LANES * _BLOCKS
+# Bytes of an output of which the caches would hold little until it is read.
+_LARGE = 1 << 25
 
 
 @_njit
@@ -834,6 +1191,7 @@ def _product_task(job):
     edge = carray(_pointer(edge_at), (_ROWS, wide), np.float32)
     y_edge = carray(_pointer(y_edge_at), (_ROWS, _LANES), np.float32)
     used = carray(_pointer(table[3]), wide // _LANES, np.bool_)
+    large = 4 * rows * n_out > _LARGE
     while start < stop:
         for item in range(start, stop):
             first = item * _ROWS
@@ -866,13 +1224,14 @@ def _product_task(job):
                 whole = n == _ROWS and width == _LANES
                 target = _result_address(frame, 0) + 4 * (first * n_out + o) if whole else y_edge_at
                 stride = n_out if whole else _LANES
+                lines = large and whole and (target | 4 * n_out) % 64 == 0
                 for block in range(_BLOCKS):
-                    _transpose(
-                        y_T_at + 4 * _LANES * block,
-                        _ROWS,
-                        target + 4 * _LANES * block * stride,
-                        stride,
-                    )
+                    turned = y_T_at + 4 * _LANES * block
+                    to = target + 4 * _LANES * block * stride
+                    if lines:
+                        _transpose_away(turned, _ROWS, to, stride)
+                    else:
+                        _transpose(turned, _ROWS, to, stride)
                 if not whole:
                     _copy(y_edge[:n, :width], y[first : first + n, o : o + width])
         start, stop = _take(job, stop - start)
@@ -930,32 +1289,44 @@ def _attention_sizes(frame):
 
 
 @_njit
-def _fill_queries(rows, first, scale, out):
-    """16 queries (fewer at the end) along the lanes: `out[channel, lane]`."""
-    n = min(_LANES, rows.shape[0] - first)
-    _fill(out, _ZERO)
-    for lane in range(n):
-        for c in range(rows.shape[1]):
-            out[c, lane] = rows[first + lane, c] * scale
-
-
-@_njit
-def _sight(positions, first, keys):
-    """How many keys the 16 queries from `first` see: the least and the most."""
-    n = min(_LANES, positions.shape[0] - first)
+def _sight(positions, keys, seen_to):
+    """How many keys some queries see: the least and the most; fills the lanes of their positions."""
     least, most = keys, 0
-    for lane in range(n):
-        seen = min(_i32(positions[first + lane] + 1), keys)
+    for lane in range(_LANES):
+        seen_to[lane] = keys
+    for lane in range(positions.shape[0]):
+        seen_to[lane] = positions[lane]
+        seen = min(_i32(positions[lane] + 1), keys)
         least, most = min(least, seen), max(most, seen)
-    return n, least, most
+    return least, most
 
 
 @_njit
-def _hide(positions, first, n, j, value, row):
-    """Replace the entries of key j for the queries that do not see it."""
-    for lane in range(n):
-        if positions[first + lane] < j:
-            row[lane] = value
+def _lay_head(source, stride, n, width, target):
+    """Copy n rows of a head's channels, `stride` bytes apart, side by side."""
+    for c in range(0, width, _LANES):
+        _copy_rows(source + 4 * c, stride, n, target + 4 * c, 4 * width)
+
+
+@_njit
+def _put_head(source, n, width, target, stride):
+    """The reverse of `_lay_head`."""
+    for c in range(0, width, _LANES):
+        _copy_rows(source + 4 * c, 4 * width, n, target + 4 * c, stride)
+
+
+@_njit
+def _turn(rows, width, columns):
+    """16 rows of channels to channels of 16 lanes."""
+    for c in range(0, width, _LANES):
+        _transpose(rows + 4 * c, width, columns + 4 * _LANES * c, _LANES)
+
+
+@_njit
+def _turn_back(columns, width, rows):
+    """The reverse of `_turn`."""
+    for c in range(0, width, _LANES):
+        _transpose(columns + 4 * _LANES * c, _LANES, rows + 4 * c, width)
 
 
 # Far below every score, and not infinite: the difference of two infinities is no number.
@@ -968,57 +1339,68 @@ def _attend_task(job):
         return 0
     frame = _words(job, _JOB_WORDS)[_FRAME]
     batch, time, keys, heads, width, sets = _attention_sizes(frame)
-    q_all = carray(_operand(frame, 0), (batch, time, heads, width), np.float32)
-    k_all = carray(_operand(frame, 1), (batch, keys, heads, width), np.float32)
-    v_all = carray(_operand(frame, 2), (batch, keys, heads, width), np.float32)
     sinks = carray(_operand(frame, 3), (sets, heads), np.float32)
     positions = carray(_operand(frame, 4), (batch, time), np.int32)
-    y_all = carray(_result(frame, 0), (batch, time, heads, width), np.float32)
     logs = carray(_result(frame, 1), (batch, time, heads), np.float32)
-    scale = _f32(1 / math.sqrt(width))
-    vector = 4 * _LANES
-    key = 4 * width
-    memory = _malloc(vector * (2 * width + keys + 2) + 2 * key * keys + 64)
-    q_T_at = _aligned(memory)
-    y_T_at, most_at = q_T_at + vector * width, q_T_at + 2 * vector * width
-    total_at = most_at + vector
-    p_at = total_at + vector
-    k_at = p_at + vector * keys
-    v_at = k_at + key * keys
-    k = carray(_pointer(k_at), (keys, width), np.float32)
-    v = carray(_pointer(v_at), (keys, width), np.float32)
-    q_T = carray(_pointer(q_T_at), (width, _LANES), np.float32)
-    y_T = carray(_pointer(y_T_at), (width, _LANES), np.float32)
+    vector, row, stride = 4 * _LANES, 4 * width, 4 * heads * width
+    # Scores are found for four keys at a time.
+    padded = (keys + 3) // 4 * 4
+    memory = _malloc(vector * (3 * width + padded + 6) + 2 * row * padded + 64)
+    q_at = _aligned(memory)
+    q_T_at = q_at + vector * width
+    y_T_at = q_T_at + vector * width
+    p_at = y_T_at + vector * width
+    k_at = p_at + vector * padded
+    v_at = k_at + row * padded
+    lanes_at = v_at + row * padded
+    most_at, total_at = lanes_at, lanes_at + vector
+    scale_at, hidden_at, seen_to_at = (
+        total_at + vector,
+        total_at + 2 * vector,
+        total_at + 3 * vector,
+    )
+    q = carray(_pointer(q_at), (_LANES, width), np.float32)
+    k_and_v = carray(_pointer(k_at), (2 * padded, width), np.float32)
     most = carray(_pointer(most_at), (1, _LANES), np.float32)
     total = carray(_pointer(total_at), (1, _LANES), np.float32)
-    p = carray(_pointer(p_at), (keys, _LANES), np.float32)
+    constants = carray(_pointer(scale_at), (2, _LANES), np.float32)
+    seen_to = carray(_pointer(seen_to_at), _LANES, np.int32)
+    _fill(constants[:1], _f32(1 / math.sqrt(width)))
+    _fill(constants[1:], _HIDDEN)
+    _fill(k_and_v, _ZERO)
     while start < stop:
         for item in range(start, stop):
             b, h = item // heads, item % heads
             sink = sinks[b * sets // batch, h]
+            head = row * h
             # Side by side: a head's keys lie so far apart that they would share few of the cache's sets.
-            _copy(k_all[b, :, h], k)
-            _copy(v_all[b, :, h], v)
+            of_keys = stride * keys * b + head
+            _lay_head(_operand_address(frame, 1) + of_keys, stride, keys, width, k_at)
+            _lay_head(_operand_address(frame, 2) + of_keys, stride, keys, width, v_at)
             for first in range(0, time, _LANES):
-                n, least, seen = _sight(positions[b], first, keys)
-                _fill_queries(q_all[b, :, h], first, scale, q_T)
-                for j in range(seen):
-                    _dots(q_T_at, k_at + key * j, width, p_at + vector * j)
-                    if j >= least:
-                        _hide(positions[b], first, n, j, _HIDDEN, p[j])
+                n = min(_LANES, time - first)
+                of_queries = stride * (time * b + first) + head
+                least, seen = _sight(positions[b, first : first + n], keys, seen_to)
+                _fill(q, _ZERO)
+                _lay_head(_operand_address(frame, 0) + of_queries, stride, n, width, q_at)
+                _scale(q_at, width, scale_at)
+                _turn(q_at, width, q_T_at)
+                _scores(q_T_at, k_at, seen, width, p_at)
+                _hide(seen_to_at, least, seen - least, hidden_at, p_at)
                 _fill(most, sink)
                 _fill(total, _ZERO)
-                _fill(y_T, _ZERO)
                 _raise(p_at, seen, most_at)
                 _exponentials(p_at, seen, most_at, total_at)
-                for j in range(seen):
-                    _spread(p_at + vector * j, v_at + key * j, width, y_T_at)
-                for lane in range(n):
+                _mix(p_at, v_at, seen, width, y_T_at)
+                for lane in range(_LANES):
                     whole = total[0, lane] + _exp(sink - most[0, lane])
-                    share = _ONE / whole
-                    for c in range(width):
-                        y_all[b, first + lane, h, c] = y_T[c, lane] * share
-                    logs[b, first + lane, h] = most[0, lane] + _f32(math.log(whole))
+                    total[0, lane] = _ONE / whole
+                    if lane < n:
+                        logs[b, first + lane, h] = most[0, lane] + _f32(math.log(whole))
+                for c in range(width):
+                    _scale(y_T_at + vector * c, 1, total_at)
+                _turn_back(y_T_at, width, q_at)
+                _put_head(q_at, n, width, _result_address(frame, 0) + of_queries, stride)
         start, stop = _take(job, stop - start)
     _free(memory)
     return 0
@@ -1040,96 +1422,85 @@ def _attend_gradient_task(job):
         return 0
     frame = _words(job, _JOB_WORDS)[_FRAME]
     batch, time, keys, heads, width, sets = _attention_sizes(frame)
-    q_all = carray(_operand(frame, 0), (batch, time, heads, width), np.float32)
-    k_all = carray(_operand(frame, 1), (batch, keys, heads, width), np.float32)
-    v_all = carray(_operand(frame, 2), (batch, keys, heads, width), np.float32)
     sinks = carray(_operand(frame, 3), (sets, heads), np.float32)
     positions = carray(_operand(frame, 4), (batch, time), np.int32)
-    y_all = carray(_operand(frame, 5), (batch, time, heads, width), np.float32)
     logs = carray(_operand(frame, 6), (batch, time, heads), np.float32)
-    dy_all = carray(_operand(frame, 7), (batch, time, heads, width), np.float32)
-    dq_all = carray(_result(frame, 0), (batch, time, heads, width), np.float32)
-    dk_all = carray(_result(frame, 1), (batch, keys, heads, width), np.float32)
-    dv_all = carray(_result(frame, 2), (batch, keys, heads, width), np.float32)
     d_sinks = carray(_result(frame, 3), (batch, heads), np.float32)
-    scale = _f32(1 / math.sqrt(width))
-    vector = 4 * _LANES
-    # Vectors of channels, of queries and of keys are whole.
-    blocks = -(-width // _LANES)
-    wide = blocks * _LANES
-    key = 4 * width
-    memory = _malloc(vector * (3 * width + 2 * wide + 2 * blocks * keys + 5) + 2 * key * keys + 64)
-    q_T_at = _aligned(memory)
+    vector, row, stride = 4 * _LANES, 4 * width, 4 * heads * width
+    blocks = width // _LANES
+    # Scores are found for four keys at a time.
+    padded = (keys + 3) // 4 * 4
+    memory = _malloc(vector * (6 * width + 2 * padded + 7) + 4 * row * padded + 64)
+    q_at = _aligned(memory)
+    dy_at = q_at + vector * width
+    y_at = dy_at + vector * width
+    q_T_at = y_at + vector * width
     dy_T_at = q_T_at + vector * width
     dq_T_at = dy_T_at + vector * width
-    q_at = dq_T_at + vector * width
-    dy_at = q_at + vector * wide
-    dk_at = dy_at + vector * wide
-    dv_at = dk_at + vector * blocks * keys
-    log_at = dv_at + vector * blocks * keys
-    overlap_at, total_at, p_at, ds_at = (
-        log_at + vector,
-        log_at + 2 * vector,
-        log_at + 3 * vector,
-        log_at + 4 * vector,
-    )
-    k_at = ds_at + vector
-    v_at = k_at + key * keys
-    k = carray(_pointer(k_at), (keys, width), np.float32)
-    v = carray(_pointer(v_at), (keys, width), np.float32)
-    q_T = carray(_pointer(q_T_at), (width, _LANES), np.float32)
-    dy_T = carray(_pointer(dy_T_at), (width, _LANES), np.float32)
-    dq_T = carray(_pointer(dq_T_at), (width, _LANES), np.float32)
-    q = carray(_pointer(q_at), (_LANES, wide), np.float32)
-    dy = carray(_pointer(dy_at), (_LANES, wide), np.float32)
-    dk = carray(_pointer(dk_at), (keys, wide), np.float32)
-    dv = carray(_pointer(dv_at), (keys, wide), np.float32)
+    p_at = dq_T_at + vector * width
+    ds_at = p_at + vector * padded
+    k_at = ds_at + vector * padded
+    v_at = k_at + row * padded
+    dk_at = v_at + row * padded
+    dv_at = dk_at + row * padded
+    log_at = dv_at + row * padded
+    overlap_at, ignored_at, seen_to_at = log_at + vector, log_at + 2 * vector, log_at + 3 * vector
+    scale_at, hidden_at, zero_at = log_at + 4 * vector, log_at + 5 * vector, log_at + 6 * vector
+    queries = carray(_pointer(q_at), (3 * _LANES, width), np.float32)
+    k_and_v = carray(_pointer(k_at), (2 * padded, width), np.float32)
+    gradients = carray(_pointer(dk_at), (2 * padded, width), np.float32)
     log = carray(_pointer(log_at), (1, _LANES), np.float32)
-    overlap = carray(_pointer(overlap_at), (1, _LANES), np.float32)
-    p = carray(_pointer(p_at), _LANES, np.float32)
+    overlap = carray(_pointer(overlap_at), _LANES, np.float32)
+    constants = carray(_pointer(scale_at), (3, _LANES), np.float32)
+    seen_to = carray(_pointer(seen_to_at), _LANES, np.int32)
+    _fill(constants[:1], _f32(1 / math.sqrt(width)))
+    _fill(constants[1:2], _HIDDEN)
+    _fill(constants[2:], _ZERO)
+    _fill(k_and_v, _ZERO)
     while start < stop:
         for item in range(start, stop):
             b, h = item // heads, item % heads
             sink = sinks[b * sets // batch, h]
+            head = row * h
             # Side by side: a head's keys lie so far apart that they would share few of the cache's sets.
-            _copy(k_all[b, :, h], k)
-            _copy(v_all[b, :, h], v)
-            _fill(dk, _ZERO)
-            _fill(dv, _ZERO)
+            of_keys = stride * keys * b + head
+            _lay_head(_operand_address(frame, 1) + of_keys, stride, keys, width, k_at)
+            _lay_head(_operand_address(frame, 2) + of_keys, stride, keys, width, v_at)
+            _fill(gradients, _ZERO)
             d_sink = _ZERO
             for first in range(0, time, _LANES):
-                n, least, seen = _sight(positions[b], first, keys)
-                _fill_queries(q_all[b, :, h], first, scale, q_T)
-                _fill_queries(dy_all[b, :, h], first, _ONE, dy_T)
-                for array in (q, dy, dq_T, log, overlap):
-                    _fill(array, _ZERO)
+                n = min(_LANES, time - first)
+                of_queries = stride * (time * b + first) + head
+                least, seen = _sight(positions[b, first : first + n], keys, seen_to)
+                _fill(queries, _ZERO)
+                _lay_head(_operand_address(frame, 0) + of_queries, stride, n, width, q_at)
+                _lay_head(_operand_address(frame, 7) + of_queries, stride, n, width, dy_at)
+                _lay_head(_operand_address(frame, 5) + of_queries, stride, n, width, y_at)
+                _scale(q_at, width, scale_at)
+                # The scaled queries' columns are needed last, the outputs' only for the overlap.
+                _turn(dy_at, width, dy_T_at)
+                _turn(y_at, width, q_T_at)
+                _overlap(dy_T_at, q_T_at, width, overlap_at)
+                _turn(q_at, width, q_T_at)
+                _fill(log, _ZERO)
                 for lane in range(n):
-                    t = first + lane
-                    log[0, lane] = logs[b, t, h]
-                    total = _ZERO
-                    for c in range(width):
-                        q[lane, c], dy[lane, c] = q_T[c, lane], dy_T[c, lane]
-                        total += dy_T[c, lane] * y_all[b, t, h, c]
-                    overlap[0, lane] = total
-                    d_sink -= _exp(sink - log[0, lane]) * total
-                for j in range(seen):
-                    _dots(q_T_at, k_at + key * j, width, p_at)
-                    if j >= least:
-                        _hide(positions[b], first, n, j, _HIDDEN, p)
-                    _exponentials(p_at, 1, log_at, total_at)
-                    if j >= least:
-                        _hide(positions[b], first, n, j, _ZERO, p)
-                    _dots(dy_T_at, v_at + key * j, width, ds_at)
-                    _score_gradients(p_at, ds_at, overlap_at)
-                    _spread(ds_at, k_at + key * j, width, dq_T_at)
-                    _gather(ds_at, q_at, blocks, dk_at + vector * blocks * j)
-                    _gather(p_at, dy_at, blocks, dv_at + vector * blocks * j)
-                for lane in range(n):
-                    for c in range(width):
-                        dq_all[b, first + lane, h, c] = dq_T[c, lane] * scale
-            for j in range(keys):
-                for c in range(width):
-                    dk_all[b, j, h, c], dv_all[b, j, h, c] = dk[j, c], dv[j, c]
+                    log[0, lane] = logs[b, first + lane, h]
+                    d_sink -= _exp(sink - log[0, lane]) * overlap[lane]
+                hidden = seen - least
+                _scores(q_T_at, k_at, seen, width, p_at)
+                _hide(seen_to_at, least, hidden, hidden_at, p_at)
+                _exponentials(p_at, seen, log_at, ignored_at)
+                _hide(seen_to_at, least, hidden, zero_at, p_at)
+                _scores(dy_T_at, v_at, seen, width, ds_at)
+                _score_gradients(p_at, ds_at, seen, overlap_at)
+                _mix(ds_at, k_at, seen, width, dq_T_at)
+                _gather(ds_at, q_at, seen, blocks, dk_at)
+                _gather(p_at, dy_at, seen, blocks, dv_at)
+                _scale(dq_T_at, width, scale_at)
+                _turn_back(dq_T_at, width, q_at)
+                _put_head(q_at, n, width, _result_address(frame, 0) + of_queries, stride)
+            _put_head(dk_at, keys, width, _result_address(frame, 1) + of_keys, stride)
+            _put_head(dv_at, keys, width, _result_address(frame, 2) + of_keys, stride)
             d_sinks[b, h] = d_sink
         start, stop = _take(job, stop - start)
     _free(memory)
@@ -1148,6 +1519,8 @@ def _attend_gradient(frame):
 
 _KERNELS = {
     "top_k": (_top_k_task, _top_k),
+    "ablate": (_ablate_task, _ablate),
+    "ablate_gradient": (_ablate_gradient_task, _ablate_gradient),
     "largest": (_largest_task, _largest),
     "gelu": (_gelu_task, _gelu),
     "gelu_gradient": (_gelu_gradient_task, _gelu_gradient),
