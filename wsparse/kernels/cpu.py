@@ -97,9 +97,13 @@ def _ablate_forward(x, gate_N, mean_N, k):
 def _ablate_backward(k, residuals, dy):
     del k
     x, gate_N, mean_N, limits = residuals
-    pieces = -(-math.prod(x.shape[:-1]) // 64)
-    sums_P2N = jax.ShapeDtypeStruct((pieces, 2, x.shape[-1]), jnp.float32)
-    dx, sums_P2N = _call("ablate_gradient", (_like(x), sums_P2N), x, gate_N, limits, dy)
+    # The gates' gradient is summed over so many rows at a time, whichever thread does them.
+    piece = 64
+    sums_P2N = jax.ShapeDtypeStruct(
+        (-(-math.prod(x.shape[:-1]) // piece), 2, x.shape[-1]), jnp.float32
+    )
+    operands = (x, gate_N, limits, dy)
+    dx, sums_P2N = _call("ablate_gradient", (_like(x), sums_P2N), *operands, piece=piece)
     by_value_N, plain_N = jnp.sum(sums_P2N, axis=0)
     return dx, by_value_N - mean_N * plain_N, (1 - gate_N) * plain_N
 

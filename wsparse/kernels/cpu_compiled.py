@@ -820,7 +820,7 @@ def _top_k(frame):
 
 # --- AbsTopK and mean ablation ---
 
-# Rows whose gradients are summed in one piece.
+# Rows that a thread takes at a time.
 _ABLATED = 64
 
 
@@ -921,11 +921,12 @@ def _ablate_gradient_task(job):
         return 0
     frame = _words(job, _JOB_WORDS)[_FRAME]
     sets, rows, width = _ablation_sizes(frame)
+    piece = _attribute(frame, 0)
     gates = carray(_operand(frame, 1), (sets, width), np.float32)
     x = carray(_operand(frame, 0), (sets * rows, width), np.float32)
     dy = carray(_operand(frame, 3), (sets * rows, width), np.float32)
     dx = carray(_result(frame, 0), (sets * rows, width), np.float32)
-    pieces, n = -(-rows // _ABLATED), -(-width // _LANES)
+    pieces, n = -(-rows // piece), -(-width // _LANES)
     sums = carray(_result(frame, 1), (sets * pieces, 2, width), np.float32)
     # Gates and sums, and a copy of rows that fill no vector.
     vector = 4 * _LANES
@@ -937,10 +938,10 @@ def _ablate_gradient_task(job):
     _fill(scratch, _ZERO)
     while start < stop:
         for item in range(start, stop):
-            group, first = item // pieces, item % pieces * _ABLATED
+            group, first = item // pieces, item % pieces * piece
             _copy_row(gates[group], scratch[0])
             _fill(scratch[1:3], _ZERO)
-            for i in range(first, min(first + _ABLATED, rows)):
+            for i in range(first, min(first + piece, rows)):
                 row = group * rows + i
                 limits_at = _operand_address(frame, 2) + 8 * row
                 if width % _LANES:
@@ -971,7 +972,8 @@ _ablate_gradient_address = _address_of("wsparse_ablate_gradient_task")
 def _ablate_gradient(frame):
     if _executes(frame):
         sets, rows, _ = _ablation_sizes(frame)
-        _share(frame, sets * -(-rows // _ABLATED), _ablate_gradient_address())
+        piece = _attribute(frame, 0)
+        _share(frame, sets * -(-rows // piece), _ablate_gradient_address())
     return 0
 
 
