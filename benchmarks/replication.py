@@ -136,7 +136,7 @@ def main(argv) -> None:
         medians["optimizer without projection"] -= medians["projection"]
         rate = timing.matmul_rate()
         tokens = config.batch_size * config.model.context
-        flops = timing.matmul_flops(config.model, tokens)
+        flops = 3 * model.forward_flops(config.model, tokens)
         ours, floor = tokens / medians["step"], flops / rate
         print(f"{name}: {ours:.0f} tokens/s, {ours / theirs:.2f} times {theirs}")
         rest = medians["step"] - sum(value for part, value in medians.items() if part != "step")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing calls in turns, training steps, and the floor of their FLOPs."""
+"""What the benchmarks share: timing calls in turns, training steps, and the machine's rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from wsparse import model, train
-from wsparse.config import ModelConfig, TrainConfig
+from wsparse.config import TrainConfig
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -37,23 +37,6 @@ def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
     product = jax.jit(lambda x: x @ x)
     seconds(lambda: product(x))
     return max(2 * size**3 / seconds(lambda: product(x)) for _ in range(repeats))
-
-
-def matmul_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of the matrix products of one forward and backward pass over `tokens` tokens.
-
-    Two per multiply-add, three products (forward and both gradients) per weight matrix and attention
-    product; all positions of a window attend to all, as a masked product does.
-    """
-    per_layer = (
-        config.read_width * 3 * config.attention_width
-        + config.attention_width * config.d_model
-        + config.read_width * config.mlp_width
-        + config.mlp_width * config.d_model
-        + 2 * config.context * config.attention_width
-    )
-    weights = config.n_layer * per_layer + config.d_model * config.vocab_size
-    return 6 * weights * tokens
 
 
 def stepper(

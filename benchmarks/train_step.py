@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 import timing
 
-from wsparse import sharding, train
+from wsparse import model, sharding, train
 from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import run_command
 
@@ -41,7 +41,7 @@ def main(argv) -> None:
     medians = timing.medians_in_turns(steps, flags.FLAGS.rounds)
     rate = timing.matmul_rate()
     tokens = config.batch_size * config.model.context
-    floor = timing.matmul_flops(config.model, tokens) / rate
+    floor = 3 * model.forward_flops(config.model, tokens) / rate
     for name, value in medians.items():
         print(
             f"{name:14} {value:8.3f} s  {tokens / value:8.0f} tokens/s  {value / floor:5.2f}x the floor"

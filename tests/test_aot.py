@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from wsparse import aot, hlo, sharding, train
+from wsparse import aot, hlo, model, sharding, train
 from wsparse.config import MeshConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.sparsity import magnitude
@@ -203,7 +203,7 @@ def test_flops_are_the_models(reports):
 def test_the_models_count_is_six_flops_a_weight_and_token_and_the_scores():
     weights = 3 * 12 * 128**2 + 128 * 256
     scores = 2 * 3 * 32 * 128
-    assert aot.model_flops(CONFIG.model, 8) == 2 * 8 * 32 * (weights + scores)
+    assert model.forward_flops(CONFIG.model, 8 * 32) == 2 * 8 * 32 * (weights + scores)
 
 
 def test_the_projection_gathers_nothing_and_counts_little(reports):

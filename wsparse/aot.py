@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from wsparse import files, hlo, model, sharding, train, trees
+from wsparse import files, hlo, model, sharding, train
 from wsparse.circuits import PairArrays, masks, search
 from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest, missing_extra, run_command
@@ -120,17 +120,6 @@ def find_slice(name: str) -> Slice:
     return Slice(full, CHIPS[kind], list(found.devices))
 
 
-def model_flops(config: ModelConfig, batch: int) -> float:
-    """FLOPs of the matrix products of one forward pass over `batch` sequences of the whole context."""
-    shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
-    weights = sum(
-        leaf.size for path, leaf in trees.flatten(shapes["blocks"]).items() if "kernel" in path
-    )
-    weights += config.d_model * config.vocab_size
-    attention = 2 * config.n_layer * config.context * config.attention_width
-    return 2.0 * batch * config.context * (weights + attention)
-
-
 def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]:
     """The lowered training step, and the model's own FLOPs of it on all chips."""
     batch = jax.ShapeDtypeStruct(
@@ -139,7 +128,7 @@ def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]
     )
     step: Any = program.step  # a jitted function
     lowered = step.lower(program.abstract_state, batch)
-    return lowered, 3 * model_flops(config.model, config.batch_size)
+    return lowered, 3 * model.forward_flops(config.model, config.batch_size * config.model.context)
 
 
 def projection(program: train.Program) -> tuple[Any, float]:
@@ -166,7 +155,7 @@ def prune(
         {name: shape(each, jnp.float32) for name, each in masks.shapes(config).items()},
     )
     # The weights are frozen: the backward pass is the gradient of activations only.
-    return lowered, 2 * trials * steps * model_flops(config, rows)
+    return lowered, 2 * trials * steps * model.forward_flops(config, rows * config.context)
 
 
 def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from wsparse import trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.kernels import cpu
@@ -130,6 +131,18 @@ def forward(
 def count_parameters(params: Params) -> int:
     """Number of parameters, all of them."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def forward_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of the matrix products of a forward pass over `tokens` tokens in windows of the whole context.
+
+    Two for each weight and token, and for each score and weighted value of the full, unmasked attention. A
+    forward and backward pass needs three times as many.
+    """
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    kernels = [leaf for path, leaf in trees.flatten(shapes["blocks"]).items() if "kernel" in path]
+    weights = sum(leaf.size for leaf in kernels) + config.d_model * config.vocab_size
+    return 2 * tokens * (weights + 2 * config.n_layer * config.context * config.attention_width)
 
 
 def _plain(name: str, site: str | None, value: jax.Array) -> jax.Array:
