@@ -515,9 +515,10 @@ class FakeScorer:
     def ranks(self, nodes_U, edges=None):
         return evaluate.Ranks(np.zeros(len(nodes_U), np.int32), self.weights)
 
-    def spans(self, pairs, ranks, spans):
+    def spans(self, pairs, ranks, spans, *, until=-np.inf):
         loss = np.array([self.losses(lo) for lo, _ in spans])
-        return evaluate.Score(loss, loss)
+        after = np.cumsum(loss <= until) > (loss <= until)
+        return evaluate.Score(*[np.where(after, np.nan, loss)] * 2)
 
 
 @pytest.mark.parametrize("smallest", [1, 2, 17, 90, 224])
@@ -637,6 +638,27 @@ def test_two_runs_are_compared_on_the_tasks_that_both_can_do(circuit, tmp_path, 
     assert (tmp_path / "a" / "circuits" / "compare.png").stat().st_size > 1000
     with pytest.raises(UserError, match="has no circuits"):
         compare.compare(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_a_comparison_sets_apart_what_is_empty_or_misses_the_target_on_the_report_split(
+    circuit, tmp_path, capsys
+):
+    held = dataclasses.replace(circuit, loss=circuit.target)
+    edges_of = {"one": (4, 64), "empty": (0, 36), "overfit": (2, 2000)}
+    for i, name in enumerate("ab"):
+        write_run(tmp_path / name, held, {task: each[i] for task, each in edges_of.items()}, 2.0)
+    where = tmp_path / "b" / "circuits" / "overfit"
+    counts = {**circuit.counts, "edges": 2000, "edges_between_nodes": 4000}
+    fails = dataclasses.replace(held, task="overfit", counts=counts, loss=circuit.target + 0.1)
+    fails.save(where)
+    result = compare.compare(tmp_path / "a", tmp_path / "b")
+    assert result["held"] == ["one"]
+    assert result["ratio_edges_held"] == pytest.approx(16.0)
+    assert result["ratio_edges"] == pytest.approx((16 * 36 * 1000) ** (1 / 3))
+    compare.main(["", "--runs", str(tmp_path / "a"), str(tmp_path / "b")])
+    lines = capsys.readouterr().out.splitlines()
+    starred = [line.split()[0] for line in lines if line.endswith("  *")]
+    assert sorted(starred) == ["empty", "overfit"]
 
 
 def test_the_table_names_every_task_and_the_geometric_mean(circuit, tmp_path):

@@ -84,8 +84,14 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
         "only_first": sorted(t for t in a if "edges" in a[t] and t not in shared),
         "only_second": sorted(t for t in b if "edges" in b[t] and t not in shared),
     }
-    for key in ("edges", "edges_between_nodes"):
-        means = [report.geometric_mean([t[key][i] for t in tasks]) for i in (0, 1)]
+    counts = {key: [t[key] for t in tasks] for key in ("edges", "edges_between_nodes")}
+    # Circuits are chosen on other pairs than their loss is reported on, and some do not generalise.
+    held = [t for t in tasks if max(t["loss"]) <= result["target"] and min(t["edges"]) > 0]
+    result["held"] = [t["task"] for t in held]
+    if held:
+        counts["edges_held"] = [t["edges"] for t in held]
+    for key, pairs in counts.items():
+        means = [report.geometric_mean([pair[i] for pair in pairs]) for i in (0, 1)]
         result[f"geometric_mean_{key}"] = means
         result[f"ratio_{key}"] = means[1] / means[0]
     return result
@@ -99,12 +105,16 @@ def text(result: dict[str, Any]) -> str:
     ]
     lines += [
         f"{t['task']:<28}{t['edges'][0]:>16}{t['edges'][1]:>16}{t['ratio']:>9.1f}"
+        f"{'' if t['task'] in result['held'] else '  *'}"
         for t in result["tasks"]
     ]
     for key, name in (
         ("edges", "geometric mean of edges"),
         ("edges_between_nodes", "with all between nodes"),
+        ("edges_held", "of edges, without *"),
     ):
+        if f"ratio_{key}" not in result:
+            continue
         means = result[f"geometric_mean_{key}"]
         lines.append(f"{name:<28}{means[0]:>16.1f}{means[1]:>16.1f}{result[f'ratio_{key}']:>9.1f}")
     for key, name in (("val_loss", "held-out loss"), ("nonzeros", "nonzero weights")):
@@ -112,6 +122,10 @@ def text(result: dict[str, Any]) -> str:
             "-" if v is None else f"{v:.4g}" if key == "val_loss" else f"{v}" for v in result[key]
         ]
         lines.append(f"{name:<28}{values[0]:>16}{values[1]:>16}")
+    if len(result["held"]) < len(result["tasks"]):
+        lines.append(
+            "*: a circuit without edges, or one that misses the target on the report split"
+        )
     for key, name in (("only_first", names[0]), ("only_second", names[1])):
         if result[key]:
             lines.append(f"a circuit only in {name}: {', '.join(result[key])}")
