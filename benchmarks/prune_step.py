@@ -4,7 +4,9 @@ The model is that of the public PyTorch replication (d_model 256, 2 layers, voca
 location, sinks, bigram table), with 64 pairs of 64 tokens a step; that replication takes 0.64 s a step on two
 CPU cores. In one process the step is timed beside the same step without AbsTopK, beside a forward and
 backward pass of the whole dense model, and beside its floors: the matrix products at the rate this machine
-reaches on a large product, and one selection of every AbsTopK site.
+reaches on a large product, and one selection of every AbsTopK site. Its parts are timed by themselves, each
+beside its own floor: reading what it needs and writing what it gives once, at the rate at which this machine
+negates an array of 8 MB, or its FLOPs at the rate of a large product.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+from typing import NamedTuple
 
 from absl import flags
 import jax
@@ -81,6 +84,87 @@ def dense_pass(config: ModelConfig, params: model.Params) -> Callable[[], object
     return lambda: [gradient(params) for _ in range(STEPS)]
 
 
+class Part(NamedTuple):
+    """A part of a step: a call that runs it, forward and backward, and its least bytes and FLOPs."""
+
+    call: Callable[[], object]
+    n_bytes: float
+    flops: float
+
+
+def parts(config: ModelConfig, params: model.Params) -> dict[str, Part]:
+    """A step's largest parts; in the last layer all but keys and values is computed at the answers only."""
+    rows, full, first = 2 * PAIRS, 2 * PAIRS * TIME, config.n_layer - 1
+    keys = iter(jax.random.split(jax.random.key(3), 256))
+
+    def normal(*sizes):
+        return jax.random.normal(next(keys), sizes)
+
+    block, read = params["blocks"], ("attn.act_in", "attn.k", "attn.v")
+    sites, products = [], []
+    for layer in range(config.n_layer):
+        for name, (_, width) in masks.shapes(config).items():
+            sites.append((full if layer < first or name in read else rows, width))
+        for path, each in trees.flatten(block).items():
+            if path.endswith("kernel"):
+                whole = layer < first or any(f"attn/{name}/" in path for name in "kv")
+                products.append((full if whole else rows, each[layer]))
+    products.append((rows, params["head"]["unembed"]))
+
+    def ablation(x, gate_N, mean_N):
+        return model.ablate_largest(x, gate_N, mean_N, x.shape[-1] // 4)
+
+    heads = (config.n_head, config.d_head)
+    attention = [
+        timing.forward_and_backward(
+            lambda q, k, v, sink, at: model.attend(q, k, v, sink, at),
+            normal(rows, queries, *heads),
+            *(normal(rows, TIME, *heads) for _ in range(2)),
+            normal(config.n_head),
+            jnp.broadcast_to(jnp.arange(TIME - queries, TIME, dtype=jnp.int32), (rows, queries)),
+            gradients=3,
+        )
+        for queries in [TIME] * first + [1]
+    ]
+    elements = sum(n * width for n, width in sites)
+    nonzeros = [int(jnp.count_nonzero(w)) * n for n, w in products]
+    width = config.attention_width
+    scores = full * TIME * first + rows * TIME
+    return {
+        "AbsTopK and ablation": Part(
+            timing.every(
+                timing.forward_and_backward(
+                    ablation, normal(n, wide), jnp.ones(wide), normal(wide), gradients=2
+                )
+                for n, wide in sites
+            ),
+            # Read and write forward; backward reads the value and the gradient, and writes one.
+            4 * 5 * elements,
+            0,
+        ),
+        "products over the nonzeros": Part(
+            timing.every(
+                timing.forward_and_backward(model.matmul, normal(n, w.shape[0]), w, gradients=1)
+                for n, w in products
+            ),
+            4 * 2 * sum(n * sum(w.shape) for n, w in products),
+            4 * sum(nonzeros),
+        ),
+        "attention": Part(
+            timing.every(attention),
+            # Four arrays forward; backward those, the result's gradient, and three gradients.
+            4 * 12 * width * full,
+            # Two products forward, and five backward, of which one makes the scores again.
+            2 * 7 * scores * width,
+        ),
+        "GELU": Part(
+            timing.forward_and_backward(model.gelu, normal(first * full + rows, config.mlp_width)),
+            4 * 5 * (first * full + rows) * config.mlp_width,
+            0,
+        ),
+    }
+
+
 def main(argv) -> None:
     """Time the variants in turns and print a table and one JSON line."""
     del argv
@@ -92,20 +176,25 @@ def main(argv) -> None:
         "step without AbsTopK": stepper(plain, params),
         "dense forward and backward": dense_pass(config, params),
     }
-    medians = {
-        name: each / STEPS
-        for name, each in timing.medians_in_turns(calls, flags.FLAGS.rounds).items()
-    }
+    of_step = parts(config, params)
+    timed = {**calls, **{name: part.call for name, part in of_step.items()}}
+    medians = timing.medians_in_turns(timed, flags.FLAGS.rounds)
+    medians |= {name: medians[name] / STEPS for name in calls}
     tokens, answers = 2 * PAIRS * TIME, 2 * PAIRS
     floors = {
-        "products (forward, and the activations' gradients)": _products(config, tokens, answers)
-        / timing.matmul_rate(),
+        "products, were they dense": _products(config, tokens, answers) / timing.matmul_rate(),
         "AbsTopK (one selection of every site)": _selections(config, tokens),
     }
-    for name, value in medians.items():
-        print(f"{name:52}{value:8.3f} s")
-    for name, value in floors.items():
-        print(f"floor: {name:45}{value:8.3f} s")
+    rate, bandwidth = timing.matmul_rate(), timing.bandwidth()
+    for name, part in of_step.items():
+        floors[name] = max(part.n_bytes / bandwidth, part.flops / rate)
+    for name in calls:
+        print(f"{name:52}{medians[name]:8.3f} s")
+    for name in of_step:
+        print(f"  {name:50}{medians[name]:8.3f} s, floor {floors[name]:.3f}")
+    for name in floors.keys() - of_step.keys():
+        print(f"floor: {name:45}{floors[name]:8.3f} s")
+    print(f"at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.1f} GB/s")
     nonzeros = sum(n for n, _ in sparsity.l0(params).values())
     print(
         f"{nonzeros} nonzero weights of {sum(leaf.size for leaf in trees.flatten(params).values())}; "

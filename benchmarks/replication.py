@@ -51,31 +51,14 @@ def recipe(name: str, density: float) -> TrainConfig:
 def parts(config: TrainConfig, params: model.Params) -> dict[str, Callable[[], object]]:
     """Calls that do what a step does of each part: all layers, forward and backward."""
     shape, tokens = config.model, config.batch_size * config.model.context
-    layers = range(shape.n_layer)
     heads = (config.batch_size, shape.context, shape.n_head, shape.d_head)
     keys = iter(jax.random.split(jax.random.key(2), 64))
 
     def normal(*sizes):
         return jax.random.normal(next(keys), sizes)
 
-    def forward_and_backward(function, *operands):
-        """All layers' calls of a function, and the gradients of all its operands."""
-
-        @jax.jit
-        def run(operands, tangent):
-            out = []
-            for layer in layers:
-                # A product with the layer's index keeps the compiler from doing one layer for all.
-                y, pull = jax.vjp(function, operands[0] * (1.0 + layer), *operands[1:])
-                out.append((y, pull(tangent)))
-            return out
-
-        tangent = jnp.ones_like(jax.eval_shape(function, *operands))
-        return lambda: run(operands, tangent)
-
-    def every(calls):
-        calls = list(calls)
-        return lambda: [call() for call in calls]
+    def both_ways(function, *operands):
+        return timing.forward_and_backward(function, *operands, layers=shape.n_layer)
 
     block = params["blocks"]
     kernels = [block["attn"][name]["kernel"][0] for name in ("q", "k", "v", "out")]
@@ -104,20 +87,17 @@ def parts(config: TrainConfig, params: model.Params) -> dict[str, Callable[[], o
         return jax.grad(value, argnums=(0, 1))(head_params, x_BTD)
 
     return {
-        "attention": forward_and_backward(
+        "attention": both_ways(
             model.attend, normal(*heads), normal(*heads), normal(*heads), normal(shape.n_head)
         ),
-        "AbsTopK": every(
-            forward_and_backward(
-                lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4), normal(tokens, width)
-            )
+        "AbsTopK": timing.every(
+            both_ways(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4), normal(tokens, width))
             for width in widths
         ),
-        "products of the layers": every(
-            forward_and_backward(model.matmul, normal(tokens, kernel.shape[0]), kernel)
-            for kernel in kernels
+        "products of the layers": timing.every(
+            both_ways(model.matmul, normal(tokens, kernel.shape[0]), kernel) for kernel in kernels
         ),
-        "GELU": forward_and_backward(model.gelu, normal(tokens, shape.mlp_width)),
+        "GELU": both_ways(model.gelu, normal(tokens, shape.mlp_width)),
         "logits and loss": lambda: head(params["head"], x_BTD),
         "optimizer without projection": lambda: update(gradients, state, params),
         "projection": lambda: projected(gradients, projection, params),

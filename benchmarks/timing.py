@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import statistics
 import time
 
@@ -31,12 +31,44 @@ def medians_in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> 
     return {name: statistics.median(each[name] for each in times) for name in calls}
 
 
+def forward_and_backward(
+    function: Callable[..., jax.Array], *operands: jax.Array, layers: int = 1, gradients: int = 99
+) -> Callable[[], object]:
+    """A call that runs a function for so many layers, and the gradients of its first operands."""
+
+    @jax.jit
+    def run(operands, tangent):
+        out, of, fixed = [], operands[:gradients], operands[gradients:]
+        for layer in range(layers):
+            # A product with the layer's index keeps the compiler from doing one layer for all.
+            scaled = (of[0] * (1.0 + layer), *of[1:])
+            y, pull = jax.vjp(lambda *of: function(*of, *fixed), *scaled)
+            out.append((y, pull(tangent)))
+        return out
+
+    tangent = jnp.ones_like(jax.eval_shape(function, *operands))
+    return lambda: run(operands, tangent)
+
+
+def every(calls: Iterable[Callable[[], object]]) -> Callable[[], object]:
+    """A call that makes all of some calls."""
+    calls = list(calls)
+    return lambda: [call() for call in calls]
+
+
 def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
     """FLOPs per second of a float32 `size x size` product, the best of `repeats`."""
     x = jnp.ones((size, size))
     product = jax.jit(lambda x: x @ x)
     seconds(lambda: product(x))
     return max(2 * size**3 / seconds(lambda: product(x)) for _ in range(repeats))
+
+
+def bandwidth(size: int = 2**21, repeats: int = 20) -> float:
+    """Bytes per second, read and written together, of negating a float32 array; the best of `repeats`."""
+    x, negated = jnp.ones(size), jax.jit(jnp.negative)
+    seconds(lambda: negated(x))
+    return max(2 * 4 * size / seconds(lambda: negated(x)) for _ in range(repeats))
 
 
 def stepper(

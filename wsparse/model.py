@@ -158,7 +158,7 @@ def _recorder(config: ModelConfig, tap: Tap | None, layer: jax.Array | None, act
         # Mean ablation and AbsTopK have a kernel together.
         ablation = tap.vectors(location) if isinstance(tap, MeanAblation) else None
         if ablation is not None and _has_cpu_kernels(value):
-            value = _ablate_largest(value, *ablation, _n_kept(config, site, value))
+            value = ablate_largest(value, *ablation, _n_kept(config, site, value))
         else:
             value = _activation_sparsity(config, site, value)
             value = value if tap is None else tap(location, value)
@@ -180,8 +180,8 @@ def _n_kept(config: ModelConfig, site: str | None, value: jax.Array) -> int:
     return int(config.abs_top_k_fraction * width)
 
 
-def _ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
-    """AbsTopK and mean ablation of float32."""
+def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
+    """AbsTopK of the last axis, then mean ablation: `gate * kept + (1 - gate) * mean`; float32."""
 
     def plain(x, gate_N, mean_N):
         gate, mean = _along_last(gate_N, x), _along_last(mean_N, x)
