@@ -15,6 +15,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+import math
 from typing import NamedTuple
 
 from absl import flags
@@ -29,6 +30,7 @@ from wsparse.config import ModelConfig
 from wsparse.errors import run_command
 
 PAIRS, TIME, STEPS = 64, 64, 4
+ANSWERS, TOKENS = 2 * PAIRS, 2 * PAIRS * TIME
 
 
 def sparse_params(config: ModelConfig, density: float) -> model.Params:
@@ -92,77 +94,100 @@ class Part(NamedTuple):
     flops: float
 
 
+def sites(config: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and width of every AbsTopK site; the last layer works at the answers but for keys and values."""
+    everywhere = ("attn.act_in", "attn.k", "attn.v")
+    return [
+        (TOKENS if layer < config.n_layer - 1 or name in everywhere else ANSWERS, width)
+        for layer in range(config.n_layer)
+        for name, (_, width) in masks.shapes(config).items()
+    ]
+
+
+def products(config: ModelConfig, params: model.Params) -> list[tuple[int, jax.Array]]:
+    """Rows of activations and the matrix of every product; see `sites`."""
+    kernels = {
+        path: each for path, each in trees.flatten(params["blocks"]).items() if "kernel" in path
+    }
+    everywhere = ("attn/k/kernel", "attn/v/kernel")
+    found = [
+        (TOKENS if layer < config.n_layer - 1 or path in everywhere else ANSWERS, each[layer])
+        for layer in range(config.n_layer)
+        for path, each in kernels.items()
+    ]
+    return [*found, (ANSWERS, params["head"]["unembed"])]
+
+
+def attention_flops(config: ModelConfig) -> int:
+    """FLOPs of scores and weighted values, forward."""
+    queries = TOKENS * (config.n_layer - 1) + ANSWERS
+    return 2 * 2 * queries * TIME * config.attention_width
+
+
 def parts(config: ModelConfig, params: model.Params) -> dict[str, Part]:
-    """A step's largest parts; in the last layer all but keys and values is computed at the answers only."""
-    rows, full, first = 2 * PAIRS, 2 * PAIRS * TIME, config.n_layer - 1
+    """A step's largest parts."""
+    first, heads = config.n_layer - 1, (config.n_head, config.d_head)
     keys = iter(jax.random.split(jax.random.key(3), 256))
 
     def normal(*sizes):
         return jax.random.normal(next(keys), sizes)
 
-    block, read = params["blocks"], ("attn.act_in", "attn.k", "attn.v")
-    sites, products = [], []
-    for layer in range(config.n_layer):
-        for name, (_, width) in masks.shapes(config).items():
-            sites.append((full if layer < first or name in read else rows, width))
-        for path, each in trees.flatten(block).items():
-            if path.endswith("kernel"):
-                whole = layer < first or any(f"attn/{name}/" in path for name in "kv")
-                products.append((full if whole else rows, each[layer]))
-    products.append((rows, params["head"]["unembed"]))
-
     def ablation(x, gate_N, mean_N):
         return model.ablate_largest(x, gate_N, mean_N, x.shape[-1] // 4)
 
-    heads = (config.n_head, config.d_head)
-    attention = [
-        timing.forward_and_backward(
-            lambda q, k, v, sink, at: model.attend(q, k, v, sink, at),
-            normal(rows, queries, *heads),
-            *(normal(rows, TIME, *heads) for _ in range(2)),
-            normal(config.n_head),
-            jnp.broadcast_to(jnp.arange(TIME - queries, TIME, dtype=jnp.int32), (rows, queries)),
-            gradients=3,
+    def attention(queries):
+        at_BT = jnp.arange(TIME - queries, TIME, dtype=jnp.int32)[None]
+        return timing.forward_and_backward(
+            model.attend,
+            normal(ANSWERS, queries, *heads),
+            *(normal(ANSWERS, TIME, *heads) for _ in range(2)),
+            fixed=(normal(config.n_head), jnp.broadcast_to(at_BT, (ANSWERS, queries))),
         )
-        for queries in [TIME] * first + [1]
-    ]
-    elements = sum(n * width for n, width in sites)
-    nonzeros = [int(jnp.count_nonzero(w)) * n for n, w in products]
-    width = config.attention_width
-    scores = full * TIME * first + rows * TIME
+
+    all_sites, all_products = sites(config), products(config, params)
+    neurons = (first * TOKENS + ANSWERS, config.mlp_width)
     return {
         "AbsTopK and ablation": Part(
             timing.every(
                 timing.forward_and_backward(
-                    ablation, normal(n, wide), jnp.ones(wide), normal(wide), gradients=2
+                    ablation, normal(n, width), jnp.ones(width), fixed=(normal(width),)
                 )
-                for n, wide in sites
+                for n, width in all_sites
             ),
             # Read and write forward; backward reads the value and the gradient, and writes one.
-            4 * 5 * elements,
+            4 * 5 * sum(n * width for n, width in all_sites),
             0,
         ),
         "products over the nonzeros": Part(
             timing.every(
-                timing.forward_and_backward(model.matmul, normal(n, w.shape[0]), w, gradients=1)
-                for n, w in products
+                timing.forward_and_backward(model.matmul, normal(n, w.shape[0]), fixed=(w,))
+                for n, w in all_products
             ),
-            4 * 2 * sum(n * sum(w.shape) for n, w in products),
-            4 * sum(nonzeros),
+            4 * 2 * sum(n * sum(w.shape) for n, w in all_products),
+            4 * sum(n * int(jnp.count_nonzero(w)) for n, w in all_products),
         ),
         "attention": Part(
-            timing.every(attention),
+            timing.every(attention(queries) for queries in [TIME] * first + [1]),
             # Four arrays forward; backward those, the result's gradient, and three gradients.
-            4 * 12 * width * full,
+            4 * 12 * config.attention_width * TOKENS,
             # Two products forward, and five backward, of which one makes the scores again.
-            2 * 7 * scores * width,
+            attention_flops(config) * 7 / 2,
         ),
         "GELU": Part(
-            timing.forward_and_backward(model.gelu, normal(first * full + rows, config.mlp_width)),
-            4 * 5 * (first * full + rows) * config.mlp_width,
-            0,
+            timing.forward_and_backward(model.gelu, normal(*neurons)), 4 * 5 * math.prod(neurons), 0
         ),
     }
+
+
+def selections(config: ModelConfig) -> float:
+    """Seconds for AbsTopK of every site that is not at the answers only."""
+    total = 0.0
+    for width in [width for rows, width in sites(config) if rows == TOKENS]:
+        x = jax.random.normal(jax.random.key(width), (TOKENS, width))
+        select = jax.jit(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4))
+        timing.seconds(lambda select=select, x=x: select(x))
+        total += timing.seconds(lambda select=select, x=x: select(x))
+    return total
 
 
 def main(argv) -> None:
@@ -180,54 +205,29 @@ def main(argv) -> None:
     timed = {**calls, **{name: part.call for name, part in of_step.items()}}
     medians = timing.medians_in_turns(timed, flags.FLAGS.rounds)
     medians |= {name: medians[name] / STEPS for name in calls}
-    tokens, answers = 2 * PAIRS * TIME, 2 * PAIRS
-    floors = {
-        "products, were they dense": _products(config, tokens, answers) / timing.matmul_rate(),
-        "AbsTopK (one selection of every site)": _selections(config, tokens),
-    }
     rate, bandwidth = timing.matmul_rate(), timing.bandwidth()
-    for name, part in of_step.items():
-        floors[name] = max(part.n_bytes / bandwidth, part.flops / rate)
+    # Forward, and the gradients of the activations: weights get none.
+    dense = sum(2 * n * w.size for n, w in products(config, params)) + attention_flops(config)
+    floors = {
+        "products, were they dense": 2 * dense / rate,
+        "AbsTopK (one selection of every site)": selections(config),
+    }
+    of_parts = {
+        name: max(part.n_bytes / bandwidth, part.flops / rate) for name, part in of_step.items()
+    }
     for name in calls:
         print(f"{name:52}{medians[name]:8.3f} s")
-    for name in of_step:
-        print(f"  {name:50}{medians[name]:8.3f} s, floor {floors[name]:.3f}")
-    for name in floors.keys() - of_step.keys():
-        print(f"floor: {name:45}{floors[name]:8.3f} s")
+    for name, floor in of_parts.items():
+        print(f"  {name:50}{medians[name]:8.3f} s, floor {floor:.3f}")
+    for name, floor in floors.items():
+        print(f"floor: {name:45}{floor:8.3f} s")
     print(f"at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.1f} GB/s")
     nonzeros = sum(n for n, _ in sparsity.l0(params).values())
     print(
         f"{nonzeros} nonzero weights of {sum(leaf.size for leaf in trees.flatten(params).values())}; "
         f"{masks.n_nodes(config)} nodes; {0.64 / medians['step']:.2f} times as fast as 0.64 s"
     )
-    print(json.dumps({"seconds": medians, "floors": floors}))
-
-
-def _products(config: ModelConfig, tokens: int, answers: int) -> float:
-    """FLOPs of a step: weights get no gradient, and the last layer runs at the answers only."""
-    reads = 3 * config.d_model * config.attention_width
-    rest = config.attention_width * config.d_model + 2 * config.d_model * config.mlp_width
-    attention = 2 * TIME * config.attention_width
-    full = tokens * (reads + rest + attention) * (config.n_layer - 1)
-    last = tokens * reads * 2 / 3 + answers * (reads / 3 + rest + attention)
-    return 4 * (full + last + answers * config.d_model * config.vocab_size)
-
-
-def _selections(config: ModelConfig, tokens: int) -> float:
-    """Seconds for AbsTopK of every site of a full layer and of the last layer's reads."""
-    widths = [shape[1] for shape in masks.shapes(config).values()]
-    last = [
-        shape[1]
-        for name, shape in masks.shapes(config).items()
-        if name in ("attn.act_in", "attn.k", "attn.v")
-    ]
-    total = 0.0
-    for width in [*widths * (config.n_layer - 1), *last]:
-        x = jax.random.normal(jax.random.key(width), (tokens, width))
-        select = jax.jit(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4))
-        timing.seconds(lambda select=select, x=x: select(x))
-        total += timing.seconds(lambda select=select, x=x: select(x))
-    return total
+    print(json.dumps({"seconds": medians, "floors": floors | of_parts}))
 
 
 if __name__ == "__main__":

@@ -32,22 +32,25 @@ def medians_in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> 
 
 
 def forward_and_backward(
-    function: Callable[..., jax.Array], *operands: jax.Array, layers: int = 1, gradients: int = 99
+    function: Callable[..., jax.Array],
+    *operands: jax.Array,
+    fixed: tuple[jax.Array, ...] = (),
+    layers: int = 1,
 ) -> Callable[[], object]:
-    """A call that runs a function for so many layers, and the gradients of its first operands."""
+    """A call that runs a function for so many layers, with gradients of all but the fixed operands."""
 
     @jax.jit
-    def run(operands, tangent):
-        out, of, fixed = [], operands[:gradients], operands[gradients:]
+    def run(operands, fixed, tangent):
+        out = []
         for layer in range(layers):
             # A product with the layer's index keeps the compiler from doing one layer for all.
-            scaled = (of[0] * (1.0 + layer), *of[1:])
-            y, pull = jax.vjp(lambda *of: function(*of, *fixed), *scaled)
+            scaled = (operands[0] * (1.0 + layer), *operands[1:])
+            y, pull = jax.vjp(lambda *varied: function(*varied, *fixed), *scaled)
             out.append((y, pull(tangent)))
         return out
 
-    tangent = jnp.ones_like(jax.eval_shape(function, *operands))
-    return lambda: run(operands, tangent)
+    tangent = jnp.ones_like(jax.eval_shape(function, *operands, *fixed))
+    return lambda: run(operands, fixed, tangent)
 
 
 def every(calls: Iterable[Callable[[], object]]) -> Callable[[], object]:

@@ -21,7 +21,7 @@ from wsparse import trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.kernels import cpu
-from wsparse.nodes import Location, MeanAblation, Tap
+from wsparse.nodes import Location, MeanAblation, Tap, ablate
 from wsparse.sparsity.top_k import abs_top_k
 
 __all__ = ["ModelConfig", "Params", "count_parameters", "forward", "init"]
@@ -184,8 +184,7 @@ def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -
     """AbsTopK of the last axis, then mean ablation: `gate * kept + (1 - gate) * mean`; float32."""
 
     def plain(x, gate_N, mean_N):
-        gate, mean = _along_last(gate_N, x), _along_last(mean_N, x)
-        return gate * abs_top_k(x, k) + (1 - gate) * mean
+        return ablate(abs_top_k(x, k), _along_last(gate_N, x), _along_last(mean_N, x))
 
     kernel = functools.partial(cpu.ablate_largest, k=k)
     return lax.platform_dependent(x, gate_N, mean_N, cpu=kernel, default=plain)

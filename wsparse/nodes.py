@@ -89,9 +89,14 @@ def compose(*taps: Tap) -> Tap:
     return tap
 
 
+def ablate(value: jax.Array, gate: jax.Array, mean: jax.Array) -> jax.Array:
+    """`gate * value + (1 - gate) * mean`: a closed gate shows the mean."""
+    return gate * value + (1 - gate) * mean
+
+
 @dataclasses.dataclass(frozen=True)
 class MeanAblation:
-    """The tap `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning); see `mask`."""
+    """The tap that `ablate`s (Gao et al. 2025, pruning); see `mask`."""
 
     gates: Mapping[str, jax.Array]
     means: Mapping[str, jax.Array]
@@ -100,7 +105,7 @@ class MeanAblation:
         if name not in self.gates:
             return value
         gate, mean = (at_layer(each[name], name, value) for each in (self.gates, self.means))
-        return gate * value + (1 - gate) * mean
+        return ablate(value, gate, mean)
 
     def vectors(self, name: Location) -> tuple[jax.Array, jax.Array] | None:
         """The gate and the mean `(N,)` at a location, if it has them and they are float32."""

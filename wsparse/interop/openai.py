@@ -138,11 +138,11 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     }
     for name in sorted(_FIELDS_OFF & set(rest)):
         require(
-            not rest.pop(name),
+            not rest[name],
             f"{name} must be off: there is no variant of the model for it",
-            fields[name],
+            rest[name],
         )
-    unknown = sorted(set(rest) - _IGNORED_FIELDS)
+    unknown = sorted(set(rest) - _IGNORED_FIELDS - _FIELDS_OFF)
     if unknown:
         raise UserError(
             f"the published config has an unknown field {unknown[0]!r}{closest(unknown[0], known)}: "

@@ -315,6 +315,7 @@ def _exp(x):
 
 _LANES = 16
 _VECTOR, _WORD, _INT = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(64), ir.IntType(32)
+_INTEGERS = ir.VectorType(_INT, _LANES)
 _CONTRACT = ("contract",)
 
 
@@ -360,7 +361,7 @@ def _broadcast(builder, address, index):
 
 def _splat(builder, value, kind=_VECTOR):
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
-    lanes = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
+    lanes = ir.Constant(_INTEGERS, [0] * _LANES)
     return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), lanes)
 
 
@@ -467,13 +468,12 @@ def _emit_scale(builder, values, n, by):
 
 
 def _emit_hide(builder, positions, first, n, value, rows):
-    integers = ir.VectorType(_INT, _LANES)
-    seen_to = builder.load(_at(builder, positions, ir.Constant(_WORD, 0), integers), align=4)
+    seen_to = builder.load(_at(builder, positions, ir.Constant(_WORD, 0), _INTEGERS), align=4)
     hidden = _load(builder, value)
     with cgutils.for_range(builder, n) as loop:
         j = builder.add(first, loop.index)
         row = builder.trunc(j, _INT)
-        seen = builder.icmp_signed(">=", seen_to, _splat(builder, row, integers))
+        seen = builder.icmp_signed(">=", seen_to, _splat(builder, row, _INTEGERS))
         _store(builder, builder.select(seen, _load(builder, rows, j), hidden), rows, j)
 
 
@@ -496,17 +496,16 @@ def _exponential(builder, x):
     """`_exp` of every lane."""
     least = _constant(_EXP_LEAST)
     x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
-    integers = ir.VectorType(_INT, _LANES)
     scaled = _multiply_add(builder, x, _constant(_LOG2E), _constant(-0.5))
-    power = builder.fptosi(scaled, integers)
+    power = builder.fptosi(scaled, _INTEGERS)
     n = builder.sitofp(power, _VECTOR)
     r = _multiply_add(builder, n, _constant(-_LN2_HIGH), x)
     r = _multiply_add(builder, n, _constant(-_LN2_LOW), r)
     y = _constant(_EXP_TERMS[-1])
     for term in _EXP_TERMS[-2::-1]:
         y = _multiply_add(builder, y, r, _constant(term))
-    bits = builder.add(power, ir.Constant(integers, [127] * _LANES))
-    bits = builder.shl(bits, ir.Constant(integers, [23] * _LANES))
+    bits = builder.add(power, ir.Constant(_INTEGERS, [127] * _LANES))
+    bits = builder.shl(bits, ir.Constant(_INTEGERS, [23] * _LANES))
     return builder.fmul(y, builder.bitcast(bits, _VECTOR))
 
 
@@ -526,9 +525,6 @@ def _emit_score_gradients(builder, weights, d_weights, n, overlap):
         excess = builder.fsub(_load(builder, d_weights, loop.index), by)
         each = builder.fmul(_load(builder, weights, loop.index), excess)
         _store(builder, each, d_weights, loop.index)
-
-
-_INTEGERS = ir.VectorType(_INT, _LANES)
 
 
 def _integers(value):
@@ -856,12 +852,6 @@ def _lay_gates(gates, means, constants):
         constants[0, i], constants[1, i] = gates[i], (_ONE - gates[i]) * means[i]
 
 
-@_njit
-def _copy_row(source, target):
-    for i in range(source.shape[0]):
-        target[i] = source[i]
-
-
 def _ablate_task(job):
     start, stop = _take(job, 0)
     if start == stop:
@@ -893,9 +883,9 @@ def _ablate_task(job):
                 _limits(bits[row], keys, k, limits[row])
                 limits_at = _result_address(frame, 1) + 8 * row
                 if width % _LANES:
-                    _copy_row(x[row], scratch[2])
+                    _copy(x[row : row + 1], scratch[2:])
                     _blend(x_at, limits_at, constants_at, n, y_at)
-                    _copy_row(scratch[3, :width], y[row])
+                    _copy(scratch[3:, :width], y[row:])
                 else:
                     at = 4 * width * row
                     source, target = _operand_address(frame, 0), _result_address(frame, 0)
@@ -939,16 +929,16 @@ def _ablate_gradient_task(job):
     while start < stop:
         for item in range(start, stop):
             group, first = item // pieces, item % pieces * piece
-            _copy_row(gates[group], scratch[0])
+            _copy(gates[group : group + 1], scratch)
             _fill(scratch[1:3], _ZERO)
             for i in range(first, min(first + piece, rows)):
                 row = group * rows + i
                 limits_at = _operand_address(frame, 2) + 8 * row
                 if width % _LANES:
-                    _copy_row(x[row], scratch[3])
-                    _copy_row(dy[row], scratch[4])
+                    _copy(x[row : row + 1], scratch[3:])
+                    _copy(dy[row : row + 1], scratch[4:])
                     _blend_gradient(x_at, dy_at, limits_at, sums_at, n, dx_at)
-                    _copy_row(scratch[5, :width], dx[row])
+                    _copy(scratch[5:, :width], dx[row:])
                 else:
                     at = 4 * width * row
                     _blend_gradient(
@@ -959,8 +949,7 @@ def _ablate_gradient_task(job):
                         n,
                         _result_address(frame, 0) + at,
                     )
-            for part in range(2):
-                _copy_row(scratch[1 + part, :width], sums[item, part])
+            _copy(scratch[1:3, :width], sums[item])
         start, stop = _take(job, stop - start)
     _free(memory)
     return 0
@@ -1354,13 +1343,9 @@ def _attend_task(job):
     p_at = y_T_at + vector * width
     k_at = p_at + vector * padded
     v_at = k_at + row * padded
-    lanes_at = v_at + row * padded
-    most_at, total_at = lanes_at, lanes_at + vector
-    scale_at, hidden_at, seen_to_at = (
-        total_at + vector,
-        total_at + 2 * vector,
-        total_at + 3 * vector,
-    )
+    most_at = v_at + row * padded
+    total_at, scale_at = most_at + vector, most_at + 2 * vector
+    hidden_at, seen_to_at = most_at + 3 * vector, most_at + 4 * vector
     q = carray(_pointer(q_at), (_LANES, width), np.float32)
     k_and_v = carray(_pointer(k_at), (2 * padded, width), np.float32)
     most = carray(_pointer(most_at), (1, _LANES), np.float32)
@@ -1399,8 +1384,7 @@ def _attend_task(job):
                     total[0, lane] = _ONE / whole
                     if lane < n:
                         logs[b, first + lane, h] = most[0, lane] + _f32(math.log(whole))
-                for c in range(width):
-                    _scale(y_T_at + vector * c, 1, total_at)
+                _scale(y_T_at, width, total_at)
                 _turn_back(y_T_at, width, q_at)
                 _put_head(q_at, n, width, _result_address(frame, 0) + of_queries, stride)
         start, stop = _take(job, stop - start)
