@@ -38,6 +38,27 @@ def abs_top_k(x: np.ndarray, k: int) -> np.ndarray:
     return np.stack([np.where(largest(np.abs(row), k), row, 0.0) for row in rows]).reshape(x.shape)
 
 
+def attention(q, k, v, sink, positions, dy):
+    """Attention with sinks and its gradients, in float64 NumPy."""
+    q, k, v, sink, dy = (np.asarray(a, np.float64) for a in (q, k, v, sink, dy))
+    scale = 1 / np.sqrt(q.shape[-1])
+    scores = np.einsum("bthk,bshk->bhts", q, k) * scale
+    future = np.arange(k.shape[1]) > positions[:, None, :, None]
+    weights = np.where(future, 0, np.exp(scores))
+    total = weights.sum(-1, keepdims=True) + np.exp(sink)[:, None, None]
+    weights, sunk = weights / total, np.exp(sink)[:, None, None] / total
+    y = np.einsum("bhts,bshk->bthk", weights, v)
+    d_weights = np.einsum("bthk,bshk->bhts", dy, v)
+    overlap = (weights * d_weights).sum(-1, keepdims=True)
+    d_scores = weights * (d_weights - overlap)
+    return y, (
+        np.einsum("bhts,bshk->bthk", d_scores, k) * scale,
+        np.einsum("bhts,bthk->bshk", d_scores, q) * scale,
+        np.einsum("bhts,bthk->bshk", weights, dy),
+        -(sunk * overlap).sum((0, 2, 3)),
+    )
+
+
 class Model:
     """The decoder of Gao et al. 2025 for one config and tree of parameters, token by token.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from scipy import special
 
 from wsparse import model
@@ -145,27 +146,6 @@ def test_mean_ablation_under_vmap_gives_each_trial_what_it_gets_alone():
         )
 
 
-def attention_reference(q, k, v, sink, positions, dy):
-    """Attention with sinks and its gradients, in float64 NumPy."""
-    q, k, v, sink, dy = (np.asarray(a, np.float64) for a in (q, k, v, sink, dy))
-    scale = 1 / np.sqrt(q.shape[-1])
-    scores = np.einsum("bthk,bshk->bhts", q, k) * scale
-    future = np.arange(k.shape[1]) > positions[:, None, :, None]
-    weights = np.where(future, 0, np.exp(scores))
-    total = weights.sum(-1, keepdims=True) + np.exp(sink)[:, None, None]
-    weights, sunk = weights / total, np.exp(sink)[:, None, None] / total
-    y = np.einsum("bhts,bshk->bthk", weights, v)
-    d_weights = np.einsum("bthk,bshk->bhts", dy, v)
-    overlap = (weights * d_weights).sum(-1, keepdims=True)
-    d_scores = weights * (d_weights - overlap)
-    return y, (
-        np.einsum("bhts,bshk->bthk", d_scores, k) * scale,
-        np.einsum("bhts,bthk->bshk", d_scores, q) * scale,
-        np.einsum("bhts,bthk->bshk", weights, dy),
-        -(sunk * overlap).sum((0, 2, 3)),
-    )
-
-
 @pytest.mark.parametrize(
     ("time", "keys", "width"), [(19, 19, 16), (3, 21, 5), (1, 9, 8), (37, 38, 40)]
 )
@@ -174,12 +154,12 @@ def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width
     k, v, sink = draw(2, 2, keys, 3, width), draw(3, 2, keys, 3, width), draw(4, 3)
     positions = np.arange(time)[None] + np.array([[0], [keys - time]])
     y, pull = jax.vjp(lambda *each: cpu.attend(*each, jnp.asarray(positions)), q, k, v, sink)
-    expected, gradients = attention_reference(q, k, v, sink, positions, dy)
+    expected, gradients = reference.attention(q, k, v, sink, positions, dy)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
     for got, wanted in zip(pull(dy), gradients, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=5e-6)
     # One key more in sight is another result.
-    shifted, _ = attention_reference(q, k, v, sink, positions - 1, dy)
+    shifted, _ = reference.attention(q, k, v, sink, positions - 1, dy)
     assert np.abs(shifted - expected).max() > 1e-2
 
 

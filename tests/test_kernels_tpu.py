@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import reference
 
-from wsparse import aot, hlo
-from wsparse.kernels import tpu
+from wsparse import aot, hlo, model
+from wsparse.kernels import tpu, tpu_attention
 from wsparse.sparsity import magnitude, top_k
 
 VALUES = st.one_of(
@@ -154,6 +154,119 @@ def test_a_cpu_runs_the_plain_jax_where_kernels_are_forced(monkeypatch):
     assert np.count_nonzero(value) == 32
 
 
+# Attention --------------------------------------------------------------------------------------------
+
+attend = functools.partial(tpu_attention.attend, interpret=True)
+
+
+def heads_of(*shape: int, dtype=np.float32) -> list[np.ndarray]:
+    """Queries, keys, values and the result's gradient."""
+    return [np.asarray(jax.random.normal(jax.random.key(i), shape), dtype) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("time", "heads", "width", "scores"),
+    [(128, 8, 16, 1 << 18), (256, 16, 16, 1 << 15), (256, 2, 128, 1 << 18), (128, 32, 4, 1 << 18)],
+    ids=["one block", "two blocks of queries, two tiles", "wide heads", "narrow heads"],
+)
+def test_attention_and_its_gradients_equal_a_float64_reference(
+    monkeypatch, time, heads, width, scores
+):
+    monkeypatch.setattr(tpu_attention, "_SCORES", scores)
+    q, k, v, dy = heads_of(2, time, heads, width)
+    sink = np.linspace(-3, 3, heads, dtype=np.float32)
+    positions = np.broadcast_to(np.arange(time), (2, time))
+    y, pull = jax.vjp(attend, q, k, v, sink)
+    expected, gradients = reference.attention(q, k, v, sink, positions, dy)
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=3e-6)
+    for got, wanted in zip(pull(dy), gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
+    # Negative control: neighbouring heads' sinks exchanged.
+    other, _ = reference.attention(q, k, v, sink[::-1], positions, dy)
+    assert np.abs(other - expected).max() > 1e-2
+
+
+def test_attention_of_bfloat16_is_as_exact_as_the_plain_jax():
+    q, k, v, dy = heads_of(2, 128, 8, 16, dtype=ml_dtypes.bfloat16)
+    sink = np.linspace(-3, 3, 8, dtype=np.float32)
+    positions = np.broadcast_to(np.arange(128), (2, 128))
+    expected, gradients = reference.attention(q, k, v, sink, positions, dy)
+
+    def errors(function):
+        y, pull = jax.vjp(function, q, k, v, sink)
+        pairs = zip((y, *pull(dy)), (expected, *gradients), strict=True)
+        return np.array([np.sqrt(np.mean((np.float64(a) - b) ** 2)) for a, b in pairs])
+
+    assert (errors(attend) <= 1.1 * errors(model.attend_plainly)).all()
+
+
+def test_attention_without_a_sink_and_with_large_scores_stays_exact():
+    q, k, v, _ = heads_of(1, 128, 8, 16)
+    np.testing.assert_allclose(
+        attend(30 * q, k, v, None),
+        model.attend_plainly(30 * q, k, v, None),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_attention_works_under_vmap_and_checkpoint():
+    q, k, v, _ = (np.stack([each, 2 * each]) for each in heads_of(1, 128, 8, 16))
+    sink = np.zeros(8, np.float32)
+
+    def value(function):
+        each = jax.checkpoint(lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, sink))))
+        return jax.value_and_grad(lambda *xs: jnp.sum(jax.vmap(each)(*xs)), argnums=(0, 1, 2))
+
+    got, expected = value(attend)(q, k, v), value(model.attend_plainly)(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "spread"),
+    [(4, P(("data", "fsdp"), None, ("tensor",))), (2, P(("data",), None, ("fsdp",)))],
+    ids=["all axes", "what divides"],
+)
+def test_attention_over_a_mesh_has_batches_and_heads_apart(batch, spread):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    q, k, v, dy = heads_of(batch, 128, 16, 16)
+    sink = np.linspace(-3, 3, 16, dtype=np.float32)
+
+    def run(q, k, v, sink, dy):
+        y, pull = jax.vjp(attend, q, k, v, sink)
+        return y, pull(dy)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        rows, tiles = tpu.spread(batch, 2, last=("tensor",))
+    assert P(rows, None, tiles) == spread
+    placed = jax.device_put((q, k, v, sink, dy), NamedSharding(mesh, P()))
+
+    @jax.jit
+    def over_mesh(*operands):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(*operands)
+
+    got, expected = over_mesh(*placed), jax.jit(run)(q, k, v, sink, dy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "takes"),
+    [
+        ((2, 256, 128, 16), jnp.bfloat16, True),
+        ((2, 256, 2, 128), jnp.float32, True),
+        ((2, 100, 8, 16), jnp.float32, False),
+        ((2, 128, 7, 16), jnp.float32, False),
+        ((2, 128, 16, 24), jnp.float32, False),
+        ((2, 128, 1, 256), jnp.float32, False),
+        ((2, 16384, 8, 16), jnp.float32, False),
+        ((2, 128, 8, 16), jnp.float16, False),
+    ],
+)
+def test_attention_that_does_not_fit_the_tiles_is_left_to_plain_jax(shape, dtype, takes):
+    assert tpu_attention.takes(jax.ShapeDtypeStruct(shape, dtype)) == takes
+
+
 # Compiled by Mosaic -----------------------------------------------------------------------------------
 
 
@@ -201,11 +314,51 @@ def test_any_width_compiles(compiled):
     assert len(kernels(compiled(lambda x: top_k.abs_top_k(x, 25), ((3, 100), jnp.bfloat16)))) == 1
 
 
-def test_a_whole_matrix_is_read_and_written_once(compiled):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_a_whole_matrix_is_read_once_and_its_mask_written_once(compiled, dtype):
     def project(w, k):
         (selection,) = top_k.select([w], [k], neuron_axes=[1], min_per_neuron=4, whole=True)
-        return selection.nonzeros
+        return selection
 
-    program = compiled(project, ((2, 256, 512), jnp.float32), ((2,), jnp.int32))
+    shape = (4, 256, 512)
+    program = compiled(project, (shape, dtype), ((4,), jnp.int32))
     assert len(kernels(program)) == 1
     assert not [each for _, _, searching, each in program.walk() if searching]
+    entries = 4 * 256 * 512
+    floor = entries * (jnp.dtype(dtype).itemsize + 1)
+    # The counts of each matrix are a row of lanes; the mask becomes booleans outside.
+    assert floor <= program.hbm_bytes() <= floor + 2 * entries + 16 * 1024
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_attention_reads_and_writes_device_memory_once_each_way(compiled, dtype):
+    # Channels as the products around attention have them: heads are apart in the tracing alone.
+    shape, size = (2, 256, 8 * 128), 2 * 256 * 8 * 128 * jnp.dtype(dtype).itemsize
+
+    def run(q, k, v, sink):
+        apart = (jnp.reshape(each, (2, 256, 64, 16)) for each in (q, k, v))
+        return jnp.reshape(model.attend(*apart, sink), shape)
+
+    operands = *((shape, dtype),) * 3, ((64,), jnp.float32)
+    forward = compiled(run, *operands)
+    assert len(kernels(forward)) == 1
+    scores = 2 * 64 * 256 * 256
+    assert forward.matmul_flops() == 2 * 2 * scores * 16
+    sinks = 4 * 1024
+    assert 4 * size <= forward.hbm_bytes() <= 4 * size + 4 * sinks
+
+    def both(dy, *operands):
+        y, pull = jax.vjp(run, *operands)
+        return y, pull(dy)
+
+    program = compiled(both, (shape, dtype), *operands)
+    assert len(kernels(program)) == 2
+    assert program.matmul_flops() == (2 + 5) * 2 * scores * 16
+    # The gradients of the sinks are a row for each sequence.
+    assert 11 * size <= program.hbm_bytes() <= 11 * size + 16 * sinks
+
+
+def test_attention_of_long_sequences_compiles(compiled):
+    heads = ((1, 8192, 8, 16), jnp.bfloat16)
+    program = compiled(model.attend, *[heads] * 3, ((8,), jnp.float32))
+    assert len(kernels(program)) == 1

@@ -135,13 +135,20 @@ class Program:
                 yield name, times, name in searching, each
 
     def matmul_flops(self) -> int:
-        """Floating-point operations of matrix products: two for every product of two numbers."""
+        """Floating-point operations of matrix products: two for every product of two numbers.
+
+        Those of a Pallas kernel are what it was declared with (`pallas.CostEstimate`).
+        """
         total = 0
         for name, times, _, each in self.walk():
             if each.op in ("dot", "convolution"):
                 left, right = (self.computations[name][o].result[0] for o in each.operands[:2])
                 count = _dot_flops if each.op == "dot" else _convolution_flops
                 total += times * count(each, left, right)
+            elif each.op == "custom-call" and (
+                declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.attributes)
+            ):
+                total += times * int(declared[1])
         return total
 
     def collectives(self) -> list[Collective]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from wsparse import trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
-from wsparse.kernels import cpu
+from wsparse.kernels import cpu, tpu, tpu_attention
 from wsparse.nodes import Location, MeanAblation, Tap, ablate
 from wsparse.sparsity.top_k import abs_top_k
 
@@ -321,10 +321,14 @@ def attend(
     Scores are scaled by `1/sqrt(d_head)`. Query t is at position t, or at `positions_BT[:, t]`. Returns
     `(B, T, H, K)`. The platform chooses the way; the results are equal up to rounding.
     """
-    operands = (q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT)
+    kernels: dict[str, Callable[..., jax.Array]] = {}
     if _has_cpu_kernels(q_BTHK):
-        return lax.platform_dependent(*operands, cpu=cpu.attend, default=attend_plainly)
-    return attend_plainly(*operands)
+        kernels["cpu"] = cpu.attend
+    if tpu.available() and positions_BT is None and tpu_attention.takes(q_BTHK):
+        kernels["tpu"] = lambda q, k, v, sink, _: tpu_attention.attend(q, k, v, sink)
+    return lax.platform_dependent(
+        q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT, default=attend_plainly, **kernels
+    )
 
 
 def attend_plainly(

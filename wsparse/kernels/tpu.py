@@ -14,6 +14,7 @@ from collections.abc import Callable
 import functools
 import math
 import os
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -50,7 +51,7 @@ def by_rows(select: Select, *arrays: jax.Array, interpret: bool = False) -> jax.
     """
     call = functools.partial(_rows, select, interpret)
     if _devices() > 1:
-        spec = _rows_over_mesh(arrays[0].shape)
+        spec = P(*(part or None for part in spread(*arrays[0].shape[:-1])))
         specs = (spec,) * len(arrays)
         call = jax.shard_map(call, in_specs=specs, out_specs=spec, check_vma=False)
     return call(*arrays)
@@ -82,30 +83,22 @@ def _rows(select: Select, interpret: bool, *arrays: jax.Array) -> jax.Array:
     return jnp.reshape(result, last.shape)
 
 
-def _rows_over_mesh(shape: tuple[int, ...]) -> P:
-    """How the rows of an array are spread over the mesh in context: the first axes that divide."""
-    sizes = _mesh_axes()
-    parts: list[tuple[str, ...]] = [()] * len(shape)
-    for name in sizes:
-        for axis, size in enumerate(shape[:-1]):
-            if size % math.prod(sizes[each] for each in (*parts[axis], name)) == 0:
-                parts[axis] += (name,)
-                break
-    return P(*(part or None for part in parts))
-
-
 def fits_whole(shape: tuple[int, ...]) -> bool:
     """Whether `by_matrix` can hold one matrix of a stack `(G, ...)`."""
     return len(shape) == 3 and math.prod(shape[1:]) <= _WHOLE
 
 
 def by_matrix(
-    select: Select, k: jax.Array, stack: jax.Array, *, interpret: bool = False
-) -> jax.Array:
+    select: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    k: jax.Array,
+    stack: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
     """`select(k[g], stack[g])` of every matrix of a stack, each held whole in a core's memory.
 
     Args:
-      select: `(int32 scalar, (1, m, n))` -> an array like the matrix.
+      select: `(int32 scalar, (1, m, n))` -> arrays `(1, ..., ...)` of three axes.
       k: int32 `(G,)`.
       stack: `(G, m, n)` where `fits_whole`; every device of the mesh in context has all of it.
       interpret: as in `by_rows`.
@@ -116,21 +109,51 @@ def by_matrix(
     return call(k, stack)
 
 
-def _matrices(select: Select, interpret: bool, k: jax.Array, stack: jax.Array) -> jax.Array:
-    def body(k_ref, source, target):
-        target[...] = select(k_ref[pl.program_id(0)], source[...])
+def _matrices(
+    select: Any, interpret: bool, k: jax.Array, stack: jax.Array
+) -> tuple[jax.Array, ...]:
+    def body(k_ref, source, *targets):
+        results = select(k_ref[pl.program_id(0)], source[...])
+        for target, result in zip(targets, results, strict=True):
+            target[...] = result
 
-    spec = pl.BlockSpec((1, *stack.shape[1:]), lambda i, k_ref: (i, 0, 0))
+    def spec(shape):
+        return pl.BlockSpec((1, *shape[1:]), lambda i, k_ref: (i, 0, 0))
+
+    results = jax.eval_shape(select, k[0], stack[:1])
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=stack.shape[:1], in_specs=[spec], out_specs=spec
+            num_scalar_prefetch=1,
+            grid=stack.shape[:1],
+            in_specs=[spec(stack.shape)],
+            out_specs=tuple(spec(each.shape) for each in results),
         ),
-        out_shape=jax.ShapeDtypeStruct(stack.shape, stack.dtype),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct((*stack.shape[:1], *each.shape[1:]), each.dtype)
+            for each in results
+        ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_WHOLE_VMEM_BYTES),
         interpret=interpret,
         name="wsparse_by_matrix",
     )(k, stack)
+
+
+def spread(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """How axes of an array are spread over the mesh in context: for each, the mesh axes that divide it.
+
+    An axis of the mesh goes to the first of `sizes` that it divides evenly, beside those that went there;
+    one that `last` names to the last such.
+    """
+    axes = _mesh_axes()
+    parts: list[tuple[str, ...]] = [()] * len(sizes)
+    for name, devices in axes.items():
+        places = range(len(sizes))
+        for place in reversed(places) if name in last else places:
+            if sizes[place] % (devices * math.prod(axes[each] for each in parts[place])) == 0:
+                parts[place] += (name,)
+                break
+    return parts
 
 
 def _mesh_axes() -> dict[str, int]:

@@ -127,25 +127,25 @@ def select(
       min_per_neuron: nonzeros protected per neuron.
       whole: no matrix is spread over devices.
     """
-    inside = [whole and tpu.available() and tpu.fits_whole(stack.shape) for stack in stacks]
-    if any(inside):
-        jobs = list(zip(stacks, k, neuron_axes, inside, strict=True))
-        others = iter(
-            _select_in_one_search(
-                [stack for stack, _, _, alone in jobs if not alone],
-                [budget for _, budget, _, alone in jobs if not alone],
-                neuron_axes=[axis for _, _, axis, alone in jobs if not alone],
-                min_per_neuron=min_per_neuron,
-                whole=whole,
-            )
+    jobs = list(zip(stacks, k, neuron_axes, strict=True))
+    alone = [
+        whole and tpu.available() and tpu.fits_whole(stack.shape) and stack.dtype.itemsize <= 4
+        for stack in stacks
+    ]
+    together = [job for job, inside in zip(jobs, alone, strict=True) if not inside]
+    others = iter(
+        _select_in_one_search(
+            [stack for stack, _, _ in together],
+            [budget for _, budget, _ in together],
+            neuron_axes=[axis for _, _, axis in together],
+            min_per_neuron=min_per_neuron,
+            whole=whole,
         )
-        return [
-            _select_by_kernel(stack, budget, axis, min_per_neuron) if alone else next(others)
-            for stack, budget, axis, alone in jobs
-        ]
-    return _select_in_one_search(
-        stacks, k, neuron_axes=neuron_axes, min_per_neuron=min_per_neuron, whole=whole
     )
+    return [
+        _select_by_kernel(*job, min_per_neuron) if inside else next(others)
+        for job, inside in zip(jobs, alone, strict=True)
+    ]
 
 
 def _select_in_one_search(
@@ -155,9 +155,10 @@ def _select_in_one_search(
     neuron_axes: Sequence[int | None],
     min_per_neuron: int,
     whole: bool,
+    key_dtype: jnp.dtype | None = None,
 ) -> list[Selection]:
-    """`select` without the kernel."""
-    keys = [magnitude.magnitude_keys(stack) for stack in stacks]
+    """`select` without the kernel; keys are of `key_dtype`, see `magnitude.magnitude_keys`."""
+    keys = [magnitude.magnitude_keys(stack, key_dtype) for stack in stacks]
     protected = [
         _protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)
     ]
@@ -195,7 +196,7 @@ def _largest_of_each(keys: list[jax.Array], k: list[jax.Array], whole: bool) -> 
 def _select_by_kernel(
     stack: jax.Array, k: jax.Array, neuron_axis: int | None, min_per_neuron: int
 ) -> Selection:
-    """`select` of one stack, each matrix read into a TPU core and written once."""
+    """`select` of one stack, each matrix read into a TPU core once and its mask written once."""
 
     def keep(k, matrices):
         (selection,) = _select_in_one_search(
@@ -204,16 +205,24 @@ def _select_by_kernel(
             neuron_axes=[neuron_axis],
             min_per_neuron=min_per_neuron,
             whole=True,
+            # A core cannot sum 16-bit integers.
+            key_dtype=jnp.dtype(jnp.int32),
         )
-        return jnp.where(selection.kept, matrices, jnp.zeros_like(matrices))
+        # A row of a tile's lanes is the least that a core writes.
+        lane = lax.broadcasted_iota(jnp.int32, (1, 1, 128), 2)
+        nonzeros, finite = (
+            jnp.reshape(each.astype(jnp.int32), (1, 1, 1))
+            for each in (selection.nonzeros, selection.finite)
+        )
+        return selection.kept.astype(jnp.int8), jnp.where(lane == 0, nonzeros, finite)
 
-    projected = lax.platform_dependent(
-        k, stack, tpu=functools.partial(tpu.by_matrix, keep), default=keep
+    kept, numbers = lax.platform_dependent(
+        k,
+        stack,
+        tpu=functools.partial(tpu.by_matrix, keep),
+        default=jax.vmap(lambda k, w: tuple(r[0] for r in keep(k, w[None]))),
     )
-    # Zeros are never selected.
-    kept = magnitude.magnitude_keys(projected) > 0
-    largest = jnp.max(magnitude.magnitude_keys(stack), range(1, stack.ndim))
-    return Selection(kept, _count(kept), largest < magnitude.infinity_key(stack.dtype))
+    return Selection(kept != 0, numbers[:, 0, 0], numbers[:, 0, 1] != 0)
 
 
 def _protected(keys: jax.Array, neuron_axis: int | None, min_per_neuron: int) -> jax.Array | None:
