@@ -26,7 +26,7 @@ RECIPES = sorted(path.stem for path in (REPO / "configs").glob("gao_*.py"))
 CONFIG = from_dict(
     train.TrainConfig,
     {
-        "model": {"vocab_size": 256, "context": 32, "n_layer": 3, "d_model": 128, "n_head": 8,
+        "model": {"vocab_size": 256, "context": 128, "n_layer": 3, "d_model": 128, "n_head": 8,
                   "compute_dtype": "bfloat16"},
         "sparsity": {"density": 0.1},
         "mesh": {"data": 2, "fsdp": 2},
@@ -120,6 +120,7 @@ def test_products_are_counted_without_padding(line, flops):
 @pytest.mark.parametrize(
     ("groups", "size"),
     [("mesh['a'=2,'b'=4] {'b'}", 4), ("mesh['a'=2,'b'=4] {'a','b'}", 8), ("[4,2]<=[8]", 2),
+     ("mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}, dimensions={2}", 4),
      ("{{0,1,2},{3,4,5}}", 3)],
 )  # fmt: skip
 def test_every_way_to_write_groups_is_read(groups, size):
@@ -186,6 +187,13 @@ def test_a_train_step_a_projection_and_a_pruning_run_compile_and_fit(reports):
     json.dumps(reports)
 
 
+def test_attention_is_the_kernel_and_its_products_are_counted(reports):
+    # The backward pass finds the scores again: one product of six more than the model's own count.
+    scores = 3 * 2 * 2 * 128 * 128 * 128 * 8
+    step = reports["programs"]["train"]
+    assert step["flops"] == pytest.approx(step["model_flops"] + scores / 2 / 4)
+
+
 def test_arguments_are_a_chips_share_of_the_state(reports):
     memory = reports["programs"]["train"]["memory"]
     state = jax.eval_shape(lambda: train.init_state(CONFIG))
@@ -202,8 +210,8 @@ def test_flops_are_the_models(reports):
 
 def test_the_models_count_is_six_flops_a_weight_and_token_and_the_scores():
     weights = 3 * 12 * 128**2 + 128 * 256
-    scores = 2 * 3 * 32 * 128
-    assert model.forward_flops(CONFIG.model, 8 * 32) == 2 * 8 * 32 * (weights + scores)
+    scores = 2 * 3 * 128 * 128
+    assert model.forward_flops(CONFIG.model, 8 * 128) == 2 * 8 * 128 * (weights + scores)
 
 
 def test_the_projection_gathers_nothing_and_counts_little(reports):
@@ -214,10 +222,14 @@ def test_the_projection_gathers_nothing_and_counts_little(reports):
     assert reports["programs"]["train"]["collectives"]["all-gather"]["bytes"] > 3 * 12 * 128**2 * 2
 
 
-def test_no_layers_activations_cross_chips_and_trials_do_not_meet(reports):
-    collectives = reports["programs"]["train"]["collectives"]
-    # Embeddings are looked up a share of the channels at a time, before the layers.
-    assert collectives.get("all-to-all", {"count": 0})["count"] < CONFIG.model.n_layer
+def test_groups_that_are_written_in_an_unknown_way_are_not_passed_over():
+    with pytest.raises(ValueError, match="unknown replica groups"):
+        hlo.parse(LOOP.replace("mesh['axis_0'", "grid['axis_0'")).collectives()
+
+
+def test_no_activations_cross_chips_and_trials_do_not_meet(reports):
+    assert "all-to-all" not in reports["programs"]["train"]["collectives"]
+    assert "collective-permute" not in reports["programs"]["train"]["collectives"]
     assert reports["programs"]["prune"]["collectives"] == {}
 
 

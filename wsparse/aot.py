@@ -225,7 +225,8 @@ def _collective_seconds(collectives: Sequence[hlo.Collective], chip: Chip) -> fl
     """As rings over half of a chip's links: a group of a slice lies along one of its two or three axes."""
     total = 0.0
     for each in collectives:
-        share = (each.group - 1) / each.group
+        # A permutation has no groups: every device sends all of it to one other.
+        share = 1 if each.kind == "collective-permute" else (each.group - 1) / each.group
         rounds = 2 if each.kind == "all-reduce" else 1
         total += each.count * each.bytes * rounds * share / (chip.ici_gbps / 2 * 1e9)
     return total

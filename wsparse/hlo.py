@@ -309,15 +309,22 @@ def _hbm(arrays: list[Array]) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices per group, in any of the three ways XLA writes groups; 1 where none are given."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    """Devices per group, in any of the three ways XLA writes groups; 1 where none are given.
+
+    Raises:
+      ValueError: they are written in another way.
+    """
+    groups = re.search(r"replica_groups=(.*)", attributes)
+    if groups is None:
+        return 1
+    if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", groups[1]):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+    if tiled := re.match(r"\[\d+,(\d+)\]", groups[1]):
         return int(tiled[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+    if listed := re.match(r"\{\{([\d,]*)\}", groups[1]):
         return len(listed[1].split(","))
-    return 1
+    raise ValueError(f"unknown replica groups: {groups[1][:80]}")
 
 
 def _dot_flops(each: Instruction, left: Array, right: Array) -> int:
