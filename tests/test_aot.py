@@ -178,6 +178,7 @@ def reports(libtpu):
         yield aot.run(CONFIG, target, "all", steps=3, pairs_per_step=2)
 
 
+@pytest.mark.slow
 def test_a_train_step_a_projection_and_a_pruning_run_compile_and_fit(reports):
     assert set(reports["programs"]) == {"train", "projection", "prune"}
     assert reports["fits"]
@@ -187,6 +188,7 @@ def test_a_train_step_a_projection_and_a_pruning_run_compile_and_fit(reports):
     json.dumps(reports)
 
 
+@pytest.mark.slow
 def test_attention_is_the_kernel_and_its_products_are_counted(reports):
     # The backward pass finds the scores again: one product of six more than the model's own count.
     scores = 3 * 2 * 2 * 128 * 128 * 128 * 8
@@ -194,6 +196,7 @@ def test_attention_is_the_kernel_and_its_products_are_counted(reports):
     assert step["flops"] == pytest.approx(step["model_flops"] + scores / 2 / 4)
 
 
+@pytest.mark.slow
 def test_arguments_are_a_chips_share_of_the_state(reports):
     memory = reports["programs"]["train"]["memory"]
     state = jax.eval_shape(lambda: train.init_state(CONFIG))
@@ -202,6 +205,7 @@ def test_arguments_are_a_chips_share_of_the_state(reports):
     assert memory["aliased"] > 0.9 * memory["outputs"]
 
 
+@pytest.mark.slow
 def test_flops_are_the_models(reports):
     assert 0.95 < reports["programs"]["train"]["flops_ratio"] <= 1.05
     # Three steps of a scan; the last layer's queries and neurons are computed at one position only.
@@ -214,6 +218,7 @@ def test_the_models_count_is_six_flops_a_weight_and_token_and_the_scores():
     assert model.forward_flops(CONFIG.model, 8 * 128) == 2 * 8 * 128 * (weights + scores)
 
 
+@pytest.mark.slow
 def test_the_projection_gathers_nothing_and_counts_little(reports):
     report = reports["programs"]["projection"]
     assert set(report["collectives"]) == {"all-reduce"}
@@ -227,6 +232,7 @@ def test_groups_that_are_written_in_an_unknown_way_are_not_passed_over():
         hlo.parse(LOOP.replace("mesh['axis_0'", "grid['axis_0'")).collectives()
 
 
+@pytest.mark.slow
 def test_no_activations_cross_chips_and_trials_do_not_meet(reports):
     assert "all-to-all" not in reports["programs"]["train"]["collectives"]
     assert "collective-permute" not in reports["programs"]["train"]["collectives"]

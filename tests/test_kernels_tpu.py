@@ -358,6 +358,7 @@ def test_attention_reads_and_writes_device_memory_once_each_way(compiled, dtype)
     assert 11 * size <= program.hbm_bytes() <= 11 * size + 16 * sinks
 
 
+@pytest.mark.slow
 def test_attention_of_long_sequences_compiles(compiled):
     heads = ((1, 8192, 8, 16), jnp.bfloat16)
     program = compiled(model.attend, *[heads] * 3, ((8,), jnp.float32))
