@@ -186,6 +186,15 @@ def test_attention_and_its_gradients_equal_a_float64_reference(
     assert np.abs(other - expected).max() > 1e-2
 
 
+def test_a_block_of_queries_divides_them_and_its_scores_fit():
+    for time in range(128, 8193, 128):
+        _, block, grid, _ = tpu_attention._specs((2, time, 256))
+        queries = block.block_shape[1]
+        assert grid == (2, 2, time // queries) and time % queries == 0
+        assert queries == 128 or queries * time <= 1 << 18
+    assert tpu_attention._specs((2, 256, 256))[1].block_shape[1] == 256
+
+
 def test_attention_of_bfloat16_is_as_exact_as_the_plain_jax():
     q, k, v, dy = heads_of(2, 128, 8, 16, dtype=ml_dtypes.bfloat16)
     sink = np.linspace(-3, 3, 8, dtype=np.float32)
@@ -360,6 +369,6 @@ def test_attention_reads_and_writes_device_memory_once_each_way(compiled, dtype)
 
 @pytest.mark.slow
 def test_attention_of_long_sequences_compiles(compiled):
-    heads = ((1, 8192, 8, 16), jnp.bfloat16)
+    heads = ((1, 8064, 8, 16), jnp.bfloat16)
     program = compiled(model.attend, *[heads] * 3, ((8,), jnp.float32))
     assert len(kernels(program)) == 1

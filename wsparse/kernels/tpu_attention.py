@@ -124,9 +124,11 @@ _attend.defvjp(_forward, _backward)
 def _specs(shape):
     """Blocks of all keys, of some queries, the grid over both, and the sinks' row."""
     batch, time, channels = shape
-    queries = time
-    while queries * time > _SCORES and queries % (2 * _LANES) == 0:
-        queries //= 2
+    queries = max(
+        each
+        for each in range(_LANES, time + 1, _LANES)
+        if time % each == 0 and (each == _LANES or each * time <= _SCORES)
+    )
     whole = pl.BlockSpec((None, time, _LANES), lambda b, e, t: (b, 0, e))
     block = pl.BlockSpec((None, queries, _LANES), lambda b, e, t: (b, t, e))
     row = pl.BlockSpec((1, _LANES), lambda b, e, t: (0, e))
