@@ -48,6 +48,21 @@ def test_a_scan_counts_as_often_as_it_runs_and_one_channel_is_one_collective():
     assert gather == hlo.Collective("all-gather", 4, 4 * 128 * 128, 4, "", False)
 
 
+@pytest.mark.parametrize(("step", "iterations"), [(2, 2), (3, 2)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_counter_that_takes_larger_steps_makes_fewer_iterations(step, iterations, fused):
+    text = LOOP.replace("%one = s32[]{:T(128)} constant(1)", f"%one = s32[] constant({step})")
+    if not fused:
+        whole = "fusion(%i), kind=kLoop, calls=%add_one"
+        assert whole in text
+        text = text.replace(whole, "add(%i, %more)").replace(
+            "  %i = s32", f"  %more = s32[] constant({step})\n  %i = s32"
+        )
+    program = hlo.parse(text)
+    assert program.matmul_flops() == iterations * 2 * 8 * 128 * 128
+    assert [each.count for each in program.collectives()] == [iterations]
+
+
 def test_traffic_is_the_slice_of_what_is_sliced_and_nothing_for_what_stays_in_the_core():
     matrix, rows, scalar = 4 * 128 * 128, 2 * 8 * 128, 4
     # The slice is read and written, gathered twice, and multiplied; the counter's result is not in HBM.

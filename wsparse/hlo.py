@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once, however often it runs. Here every instruction is
 counted as often as it runs: a loop whose condition compares a counter with a constant (a scan over layers or
-steps) by that constant, a loop that stops when its data say so (a search) by the bound in its name, a scope
+steps) by that constant over the counter's step, a loop that stops when its data say so (a search) by the bound in its name, a scope
 `at_most_N_passes` (once without), and the pieces that XLA makes of one asynchronous collective as one.
 """
 
@@ -104,7 +104,7 @@ class Program:
                 if each.op == "while":
                     (condition,) = _called(each, "condition")
                     (body,) = _called(each, "body")
-                    trips, is_search = self._trips(each, condition)
+                    trips, is_search = self._trips(each, condition, body)
                     visit(body, times * trips, in_search or is_search)
                     visit(condition, times * trips, in_search or is_search)
                 elif each.op in ("fusion", "call", "conditional") or each.op.startswith("async"):
@@ -116,16 +116,33 @@ class Program:
         visit(self.entry, 1, False)
         return runs, searching
 
-    def _trips(self, loop: Instruction, condition: str) -> tuple[int, bool]:
-        """`(iterations, whether that is a bound)`; counters run from 0 in steps of 1, as jax's do."""
+    def _trips(self, loop: Instruction, condition: str, body: str) -> tuple[int, bool]:
+        """`(iterations, whether that is a bound)`; counters run from 0."""
         instructions = self.computations[condition]
-        (root,) = (each for each in instructions.values() if each.is_root)
+        root = _root(instructions)
         if root.op == "compare" and "direction=LT" in root.attributes:
-            bound = instructions[root.operands[1]]
+            counter, bound = (instructions[operand] for operand in root.operands)
             if bound.op == "constant":
-                return int(bound.operands[0]), False
+                step = self._step(body, counter)
+                return -(-int(bound.operands[0]) // step), False
         bounds = re.findall(r"at_most_(\d+)_passes", loop.attributes)
         return int(bounds[-1]) if bounds else 1, True
+
+    def _step(self, body: str, counter: Instruction) -> int:
+        """What a loop adds to its counter: more than 1 where XLA put several iterations into one."""
+        instructions = self.computations[body]
+        place = re.search(r"index=(\d+)", counter.attributes)
+        results = _root(instructions)
+        if place and results.op == "tuple":
+            new = instructions[results.operands[int(place[1])]]
+            if new.op == "fusion":
+                instructions = self.computations[_called(new, "calls")[0]]
+                new = _root(instructions)
+            added = [instructions[operand] for operand in new.operands if operand in instructions]
+            constants = [int(each.operands[0]) for each in added if each.op == "constant"]
+            if new.op == "add" and constants:
+                return constants[0]
+        return 1
 
     def walk(self) -> Iterator[tuple[str, int, bool, Instruction]]:
         """`(computation, times it runs, inside a search, instruction)` for everything that runs."""
@@ -241,7 +258,7 @@ class Program:
                 total += sliced if arrays and arrays[0].in_hbm else 0
             else:
                 total += _hbm(arrays)
-        (root,) = (each for each in fused.values() if each.is_root)
+        root = _root(fused)
         while root.op == "bitcast":
             root = fused[root.operands[0]]
         parts = [fused[o] for o in root.operands] if root.op == "tuple" else [root]
@@ -283,6 +300,12 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     ]
     operands = re.findall(r"%([\w.\-]+)", inside) or [part for part in [inside.strip()] if part]
     return Instruction(name, kind, arrays, operands, attributes, is_root)
+
+
+def _root(computation: Computation) -> Instruction:
+    """The instruction whose result is the computation's."""
+    (root,) = (each for each in computation.values() if each.is_root)
+    return root
 
 
 def _closing(text: str, start: int) -> int:
