@@ -27,7 +27,6 @@ ROWS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ("gao_1900m", "v5e-64", ()),
     ],
     "depth": [("gao_475m", "v5e-16", (f"model.n_layer={layers}",)) for layers in (4, 16, 32)],
-    "density": [("gao_475m", "v5e-16", (f"sparsity.density={share}",)) for share in (0.1, 0.001)],
     "chips": [("gao_475m", slice_, ()) for slice_ in ("v5e-16", "v5e-32", "v5e-64", "v5e-256")],
     "generations": [("gao_475m", slice_, ()) for slice_ in ("v5e-16", "v5p-32", "v6e-16")],
     "after": [

@@ -1,5 +1,6 @@
 """Recipes compile for TPU slices on any machine, and what is said of a program is what it does."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -283,6 +284,24 @@ def test_the_command_refuses_in_one_line(arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_program_of_a_step_is_the_same_for_every_density(libtpu, monkeypatch):
+    monkeypatch.setenv("WSPARSE_TPU_KERNELS", "1")
+    devices = aot.find_slice("v5e-4").devices
+
+    def lowered(density):
+        sparsity = dataclasses.replace(CONFIG.sparsity, density=density)
+        config = dataclasses.replace(CONFIG, sparsity=sparsity)
+        program = train.make_program(config, sharding.make_mesh(config.mesh, devices))
+        return aot.train_step(config, program)[0].as_text().splitlines()
+
+    pairs = zip(lowered(0.1), lowered(0.001), strict=True)
+    different = [line for pair in pairs if pair[0] != pair[1] for line in pair]
+    assert different
+    assert all(
+        re.search(r"stablehlo.constant dense<[^>]*> : tensor<f32>", each) for each in different
+    )
 
 
 def load(name: str) -> tuple[train.TrainConfig, str]:
