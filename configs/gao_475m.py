@@ -3,7 +3,7 @@
 Reproduces: the model shape of "Weight-sparse transformers have interpretable circuits". Counted by this
     code it has 415M parameters, the bigram table included; at the default density of 1/64 about 6.42M
     are nonzero. Any density down to 1/1000: `--config.sparsity.density=0.001`.
-Hardware: a TPU v5e-16 slice, for which it compiles and fits (docs/scale.md); not run there by us.
+Hardware: a TPU v5e-32 slice, for which it compiles and fits (docs/scale.md); not run there by us.
     Mesh: parameters over 16 chips (128 columns of a matrix each, one
     TPU tile), batches over all; activations fit without rematerialisation.
 Minutes: not measured. The recipe sees 10 billion tokens.
