@@ -680,6 +680,11 @@ def test_bfloat16_gradients_are_measured_in_float32_and_keep_their_dtype():
     np.testing.assert_allclose(np.asarray(got["a"], np.float32), 1, rtol=1e-2)
 
 
+def test_a_model_of_more_parameters_than_an_int32_has_a_step():
+    leaves = [jax.ShapeDtypeStruct((48, 8192, 8192), jnp.float32)]
+    assert jax.eval_shape(gradient_rms, leaves).dtype == jnp.float32
+
+
 # Statistics ----------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,8 @@ def gradient_rms(gradients: optax.Updates) -> jax.Array:
     """Root-mean-square over all entries of all leaves, float32 scalar."""
     leaves = jax.tree.leaves(gradients)
     total = sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
-    return jnp.sqrt(total / sum(leaf.size for leaf in leaves))
+    # As an integer, more than 2^31 parameters would overflow.
+    return jnp.sqrt(total / float(sum(leaf.size for leaf in leaves)))
 
 
 def scale_by_gradient_rms(form: Literal["normalise", "clip"]) -> optax.GradientTransformation:
