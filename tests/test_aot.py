@@ -176,6 +176,16 @@ def test_libtpu_knows_the_topologies_with_one_device_a_chip(libtpu, name):
     assert len(target.devices) == math.prod(int(n) for n in target.name.split(":")[1].split("x"))
 
 
+@pytest.mark.parametrize(
+    ("name", "fsdp"), [("v5e-32", 16), ("v6e-32", 16), ("v5p-64", 16), ("v6e-64", 32)]
+)
+def test_a_mesh_may_divide_an_axis_of_the_slice(libtpu, name, fsdp):
+    devices = aot.find_slice(name).devices
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp), devices)
+    assert dict(mesh.shape) == {"data": len(devices) // fsdp, "fsdp": fsdp, "tensor": 1}
+    assert set(mesh.devices.ravel()) == set(devices)
+
+
 def test_a_grid_that_libtpu_does_not_know_is_refused_in_one_line(libtpu):
     with pytest.raises(UserError, match="libtpu knows no topology 'v5e:3x5'") as error:
         aot.find_slice("v5e:3x5")

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -71,7 +71,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh: data x fsdp x tensor must be the {len(devices)} devices, got "
             f"{config.data} x {config.fsdp} x {config.tensor}: set one axis to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:
+        # An axis of the mesh is as long as no axes of the slice together (16 of 4 x 8 chips): part of one.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=kinds)
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
