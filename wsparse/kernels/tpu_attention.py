@@ -50,6 +50,8 @@ def attend(
 ) -> jax.Array:
     """`wsparse.model.attend` of as many queries as keys, where `takes` says so.
 
+    A NaN or infinity in a key or a value spoils the other heads of its tile too.
+
     Over the devices of the mesh in context batches are spread, then tiles of channels; over its axis
     "tensor" the tiles first, as their heads are.
 

@@ -211,16 +211,13 @@ def _select_by_kernel(
         # A row of a tile's lanes is the least that a core writes.
         lane = lax.broadcasted_iota(jnp.int32, (1, 1, 128), 2)
         nonzeros, finite = (
-            jnp.reshape(each.astype(jnp.int32), (1, 1, 1))
+            jnp.reshape(each.astype(jnp.int32), (-1, 1, 1))
             for each in (selection.nonzeros, selection.finite)
         )
         return selection.kept.astype(jnp.int8), jnp.where(lane == 0, nonzeros, finite)
 
     kept, numbers = lax.platform_dependent(
-        k,
-        stack,
-        tpu=functools.partial(tpu.by_matrix, keep),
-        default=jax.vmap(lambda k, w: tuple(r[0] for r in keep(k, w[None]))),
+        k, stack, tpu=functools.partial(tpu.by_matrix, keep), default=keep
     )
     return Selection(kept != 0, numbers[:, 0, 0], numbers[:, 0, 1] != 0)
 
