@@ -372,3 +372,18 @@ def test_attention_of_long_sequences_compiles(compiled):
     heads = ((1, 8064, 8, 16), jnp.bfloat16)
     program = compiled(model.attend, *[heads] * 3, ((8,), jnp.float32))
     assert len(kernels(program)) == 1
+
+
+def test_attention_that_no_axis_of_the_mesh_divides_compiles(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("WSPARSE_TPU_KERNELS", "1")
+    devices = aot.find_slice("v5e-4").devices
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
+    heads = jax.ShapeDtypeStruct((3, 128, 8, 16), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+
+    @jax.jit
+    def run(q, k, v):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return model.attend(q, k, v, None)
+
+    assert len(kernels(hlo.parse(run.lower(heads, heads, heads).compile().as_text()))) == 1

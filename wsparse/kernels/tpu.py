@@ -30,6 +30,7 @@ _WHOLE = 1 << 21
 _WHOLE_VMEM_BYTES = 96 << 20
 
 Select = Callable[..., jax.Array]
+SelectOfMatrix = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
 
 
 def available() -> bool:
@@ -49,12 +50,9 @@ def by_rows(select: Select, *arrays: jax.Array, interpret: bool = False) -> jax.
       *arrays: `(..., width)` of one shape, 16 or 32-bit.
       interpret: run the kernel's body as plain JAX, on any platform.
     """
+    spec = P(*spread(*arrays[0].shape[:-1]))
     call = functools.partial(_rows, select, interpret)
-    if _devices() > 1:
-        spec = P(*(part or None for part in spread(*arrays[0].shape[:-1])))
-        specs = (spec,) * len(arrays)
-        call = jax.shard_map(call, in_specs=specs, out_specs=spec, check_vma=False)
-    return call(*arrays)
+    return over_mesh(call, (spec,) * len(arrays), spec)(*arrays)
 
 
 def _rows(select: Select, interpret: bool, *arrays: jax.Array) -> jax.Array:
@@ -89,7 +87,7 @@ def fits_whole(shape: tuple[int, ...]) -> bool:
 
 
 def by_matrix(
-    select: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    select: SelectOfMatrix,
     k: jax.Array,
     stack: jax.Array,
     *,
@@ -104,13 +102,11 @@ def by_matrix(
       interpret: as in `by_rows`.
     """
     call = functools.partial(_matrices, select, interpret)
-    if _devices() > 1:
-        call = jax.shard_map(call, in_specs=(P(), P()), out_specs=P(), check_vma=False)
-    return call(k, stack)
+    return over_mesh(call, (P(), P()), P())(k, stack)
 
 
 def _matrices(
-    select: Any, interpret: bool, k: jax.Array, stack: jax.Array
+    select: SelectOfMatrix, interpret: bool, k: jax.Array, stack: jax.Array
 ) -> tuple[jax.Array, ...]:
     def body(k_ref, source, *targets):
         results = select(k_ref[pl.program_id(0)], source[...])
@@ -139,7 +135,16 @@ def _matrices(
     )(k, stack)
 
 
-def spread(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def over_mesh(
+    call: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P
+) -> Callable[..., Any]:
+    """A kernel's call on every device of the mesh in context: XLA cannot partition kernels by itself."""
+    if math.prod(_mesh_axes().values()) == 1:
+        return call
+    return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def spread(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...] | None]:
     """How axes of an array are spread over the mesh in context: for each, the mesh axes that divide it.
 
     An axis of the mesh goes to the first of `sizes` that it divides evenly, beside those that went there;
@@ -153,7 +158,7 @@ def spread(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
             if sizes[place] % (devices * math.prod(axes[each] for each in parts[place])) == 0:
                 parts[place] += (name,)
                 break
-    return parts
+    return [part or None for part in parts]
 
 
 def _mesh_axes() -> dict[str, int]:
@@ -161,7 +166,3 @@ def _mesh_axes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
-
-
-def _devices() -> int:
-    return math.prod(_mesh_axes().values())

@@ -67,13 +67,11 @@ def attend(
     # A row of a tile's lanes, every head's logit at all its channels.
     sink_H = jnp.full(heads, -jnp.inf) if sink_H is None else sink_H
     sink_1E = jnp.repeat(sink_H.astype(jnp.float32), width)[None]
-    call = functools.partial(_attend, width, interpret)
     rows, tiles = tpu.spread(batch, channels // _LANES, last=("tensor",))
-    if rows or tiles:
-        spec, row = P(rows, None, tiles), P(None, tiles)
-        call = jax.shard_map(
-            call, in_specs=(spec, spec, spec, row), out_specs=spec, check_vma=False
-        )
+    spec, row = P(rows, None, tiles), P(None, tiles)
+    call = tpu.over_mesh(
+        functools.partial(_attend, width, interpret), (spec, spec, spec, row), spec
+    )
     q, k, v = (jnp.reshape(each, (batch, time, channels)) for each in (q_BTHK, k_BTHK, v_BTHK))
     return jnp.reshape(call(q, k, v, sink_1E), q_BTHK.shape)
 
@@ -159,7 +157,8 @@ def _forward_body(width, q_ref, k_ref, v_ref, sink_ref, y_ref):
     q_TE, k_SE, v_SE = q_ref[...].astype(jnp.float32), k_ref[...], v_ref[...]
     y_TE = jnp.zeros(q_TE.shape, jnp.float32)
     for own_1E in _heads(width):
-        weights_TS, _, total_T1 = _softmax(q_TE, k_SE, sink_ref[...], own_1E, width)
+        own_q = _only(own_1E, q_TE, k_SE.dtype)
+        weights_TS, _, total_T1 = _softmax(own_q, k_SE, sink_ref[...], own_1E, width)
         y_TE += jnp.where(own_1E, _dot(weights_TS.astype(v_SE.dtype), v_SE) / total_T1, 0.0)
     y_ref[...] = y_TE.astype(y_ref.dtype)
 
@@ -176,9 +175,9 @@ def _backward_body(
     q_TE, dy_TE = q_ref[...].astype(jnp.float32), dy_ref[...].astype(jnp.float32)
     dq_TE = jnp.zeros(q_TE.shape, jnp.float32)
     for own_1E in _heads(width):
-        weights_TS, sink_T1, total_T1 = _softmax(q_TE, k, sink_ref[...], own_1E, width)
+        own_q, own_dy = _only(own_1E, q_TE, dtype), _only(own_1E, dy_TE, dtype)
+        weights_TS, sink_T1, total_T1 = _softmax(own_q, k, sink_ref[...], own_1E, width)
         p_TS = weights_TS / total_T1
-        own_q, own_dy = (jnp.where(own_1E, each, 0.0).astype(dtype) for each in (q_TE, dy_TE))
         dp_TS = _dot(own_dy, v, transposed=1)
         mean_T1 = jnp.sum(p_TS * dp_TS, axis=1, keepdims=True)
         ds_TS = (p_TS * (dp_TS - mean_T1) * (1 / math.sqrt(width))).astype(dtype)
@@ -203,9 +202,14 @@ def _heads(width):
         yield (lanes >= head * width) & (lanes < (head + 1) * width)
 
 
-def _softmax(q_TE, k_SE, sink_1E, own_1E, width):
+def _only(own_1E, x_TE, dtype):
+    """One head's channels, zero in the others."""
+    return jnp.where(own_1E, x_TE, 0.0).astype(dtype)
+
+
+def _softmax(own_q_TE, k_SE, sink_1E, own_1E, width):
     """Exponentials of one head's scores, of its sink, and the sum of both in each row."""
-    scores_TS = _dot(jnp.where(own_1E, q_TE, 0.0).astype(k_SE.dtype), k_SE, transposed=1)
+    scores_TS = _dot(own_q_TE, k_SE, transposed=1)
     shape = scores_TS.shape
     query = lax.broadcasted_iota(jnp.int32, shape, 0) + pl.program_id(2) * shape[0]
     causal = lax.broadcasted_iota(jnp.int32, shape, 1) <= query
