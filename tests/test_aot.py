@@ -186,6 +186,20 @@ def test_a_mesh_may_divide_an_axis_of_the_slice(libtpu, name, fsdp):
     assert set(mesh.devices.ravel()) == set(devices)
 
 
+def test_several_slices_share_out_the_data_and_nothing_else(libtpu):
+    from jax.experimental import topologies
+
+    aot.find_slice("v5e-4")  # settings of libtpu
+    two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2)
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=4), two.devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 1}
+    assert set(mesh.devices.ravel()) == set(two.devices)
+    for group in mesh.devices:
+        assert len({device.slice_index for device in group.ravel()}) == 1
+    with pytest.raises(UserError, match="data must be a multiple of the 2 slices, got 1"):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=16), two.devices)
+
+
 def test_a_grid_that_libtpu_does_not_know_is_refused_in_one_line(libtpu):
     with pytest.raises(UserError, match="libtpu knows no topology 'v5e:3x5'") as error:
         aot.find_slice("v5e:3x5")

@@ -56,10 +56,11 @@ ACTIVATIONS: trees.Rules[P] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over all devices (or those given).
+    """The mesh of `config` over all devices (or those given); several TPU slices share out `data`.
 
     Raises:
-      UserError: the axes' sizes do not multiply to the number of devices.
+      UserError: the axes' sizes do not multiply to the number of devices, or `data` is no multiple of the
+        number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -71,13 +72,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh: data x fsdp x tensor must be the {len(devices)} devices, got "
             f"{config.data} x {config.fsdp} x {config.tensor}: set one axis to -1"
         )
-    kinds = (AxisType.Auto,) * 3
-    try:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
-    except NotImplementedError:
-        # An axis of the mesh is as long as no axes of the slice together (16 of 4 x 8 chips): part of one.
+    # Other platforms count slices too, as machines, whose order already suits; a device compiled for may
+    # have no number.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh: data must be a multiple of the {slices} slices, got {sizes[0]}: what fsdp and tensor "
+            "exchange would be slow between them"
+        )
+    # An axis may be as long as part of an axis of the slice: 16 of 4 x 8 chips.
+    if slices > 1:
+        inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(
+            inside, between, devices, allow_split_physical_axes=True
+        )
+    else:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=kinds)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
