@@ -98,7 +98,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return found
 
 
-def measured(target: aot.Slice, function: Callable[..., Any], shapes: Sequence[Any]) -> str:
+def measured(target: aot.Target, function: Callable[..., Any], shapes: Sequence[Any]) -> str:
     """`floor, HBM traffic, temporaries` of a function compiled for one chip, in MiB."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=target.devices[:1])
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     options: Any = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")
-    target = aot.find_slice(options.topology)
+    target = aot.find_target(options.topology)
     print(
         "| what | kernels | floor, MiB | HBM traffic, MiB | temporaries, MiB |\n|---|---|---|---|---|"
     )

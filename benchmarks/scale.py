@@ -28,6 +28,7 @@ ROWS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     "depth": [("gao_475m", "v5e-32", (f"model.n_layer={layers}",)) for layers in (16, 32)],
     "chips": [("gao_475m", slice_, ()) for slice_ in ("v5e-16", "v5e-32", "v5e-64", "v5e-256")],
+    "slices": [("gao_475m", slices, ()) for slices in ("v5e-64", "2 x v5e-32", "4 x v5e-16")],
     "generations": [("gao_475m", slice_, ()) for slice_ in ("v5e-32", "v5p-64", "v6e-32")],
     "after": [
         ("gao_1900m", "v5e-256", ()),
@@ -38,17 +39,18 @@ ROWS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
 
 HEADER = (
     "| recipe | slice | mesh | memory per chip, GiB (of) | FLOPs, x model's | HBM, GiB | collectives, MiB "
-    "| compute, memory, collectives, ms | projection: HBM, GiB; collectives, KiB |"
+    "| compute, memory, collectives (, network), ms | projection: HBM, GiB; collectives, KiB |"
 )
 
 
 def row(name: str, topology: str, overrides: Sequence[str]) -> str:
     """One line of the table, compiled now or read."""
-    label = "_".join([name, topology, *(each.replace("=", "") for each in overrides)])
+    label = "_".join([name, topology.replace(" ", ""), *(each.replace("=", "") for each in overrides)])
     path = pathlib.Path("runs/aot") / f"{label}.json"
     if not path.exists():
         command = [sys.executable, "-m", "wsparse.aot", f"--config=configs/{name}.py"]
-        command += [f"--topology={topology}", f"--out={path}"]
+        slices, _, one = topology.rpartition(" x ")
+        command += [f"--topology={one}", f"--slices={slices or 1}", f"--out={path}"]
         # Status 1 is an answer: it does not fit.
         done = subprocess.run(
             [*command, *(f"--config.{each}" for each in overrides)], check=False, stdout=sys.stderr

@@ -284,7 +284,7 @@ def compiled(request, monkeypatch):
     """`(function, *shapes) -> parsed program`, compiled for one chip."""
     pytest.importorskip("libtpu")
     monkeypatch.setenv("WSPARSE_TPU_KERNELS", "1")
-    devices = aot.find_slice(request.param).devices[:1]
+    devices = aot.find_target(request.param).devices[:1]
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
 
     def compile_for(function, *shapes):
@@ -377,7 +377,7 @@ def test_attention_of_long_sequences_compiles(compiled):
 def test_attention_that_no_axis_of_the_mesh_divides_compiles(monkeypatch):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("WSPARSE_TPU_KERNELS", "1")
-    devices = aot.find_slice("v5e-4").devices
+    devices = aot.find_target("v5e-4").devices
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
     heads = jax.ShapeDtypeStruct((3, 128, 8, 16), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
 

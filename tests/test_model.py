@@ -614,20 +614,18 @@ def test_logits_and_their_gradients_are_the_same_without_recording(position, n_l
         name: jnp.full((n_layer, kind.width(config)), 0.7) for name, kind in nodes.NODES.items()
     }
 
-    def logits(gates, *, record):
+    @functools.partial(jax.jit, static_argnames="record")
+    @functools.partial(jax.grad, has_aux=True)
+    def slope_and_logits(gates, *, record):
         tap = nodes.mask(gates, jax.tree.map(lambda g: 0.1 * jnp.ones_like(g), gates))
         out, acts = model.forward(
             params, tokens, config, tap=tap, positions_BP=positions, record=record
         )
         assert bool(acts) == record
-        return out
+        return jnp.sum(jnp.sin(out)), out
 
-    np.testing.assert_allclose(logits(gates, record=False), logits(gates, record=True), rtol=2e-5)
-    slope = jax.jit(
-        jax.grad(lambda g, *, record: jnp.sum(jnp.sin(logits(g, record=record)))),
-        static_argnames="record",
-    )
-    slopes = [slope(gates, record=record) for record in (False, True)]
+    slopes, logits = zip(*(slope_and_logits(gates, record=each) for each in (False, True)), strict=True)
+    np.testing.assert_allclose(*logits, rtol=2e-5)
     for name in gates:
         np.testing.assert_allclose(slopes[0][name], slopes[1][name], rtol=2e-4, atol=1e-6)
     assert any(np.abs(slopes[0][name]).max() > 1e-4 for name in gates)

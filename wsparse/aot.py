@@ -43,6 +43,7 @@ class Chip(NamedTuple):
       tflops: bfloat16 matrix products, 10^12 a second.
       hbm_gbps: device memory bandwidth, 10^9 bytes a second.
       ici_gbps: bandwidth of all its links to other chips together, 10^9 bytes a second.
+      dcn_gbps: its part of the network between slices, 10^9 bytes a second; 0 where none is published.
       cores: units in which slices of the generation are named; 2 where names count cores.
       platform: settings of libtpu that make a chip one device.
     """
@@ -51,15 +52,16 @@ class Chip(NamedTuple):
     tflops: float
     hbm_gbps: float
     ici_gbps: float
+    dcn_gbps: float
     cores: int
     platform: dict[str, Any]
 
 
 CHIPS = {
-    "v4": Chip(32, 275, 1228, 300, 2, {"chip_config_name": "megacore"}),
-    "v5e": Chip(16, 197, 819, 200, 1, {}),
-    "v5p": Chip(95, 459, 2765, 600, 2, {}),
-    "v6e": Chip(32, 918, 1640, 448, 1, {}),
+    "v4": Chip(32, 275, 1228, 300, 0, 2, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16, 197, 819, 200, 3.125, 1, {}),
+    "v5p": Chip(95, 459, 2765, 600, 6.25, 2, {}),
+    "v6e": Chip(32, 918, 1640, 448, 12.5, 1, {}),
 }
 # Chips of a slice -> how they are arranged.
 _PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -73,16 +75,24 @@ TOPOLOGIES = {
 }
 
 
-class Slice(NamedTuple):
-    """Devices to compile for."""
+class Target(NamedTuple):
+    """Devices to compile for: those of one slice, or of several alike, joined by the data center's network."""
 
     name: str
     chip: Chip
     devices: list[Any]
+    slices: int
+
+    def __str__(self) -> str:
+        return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
 
 
-def find_slice(name: str) -> Slice:
+def find_target(name: str, slices: int = 1) -> Target:
     """The devices of a slice: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
+
+    Args:
+      name: of the slice.
+      slices: how many of them.
 
     Raises:
       UserError: no such topology, or libtpu is not installed.
@@ -111,13 +121,15 @@ def find_slice(name: str) -> Slice:
     if full.endswith(":1x1"):
         # A host has four chips unless libtpu is told otherwise.
         settings["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        settings["num_slices"] = slices
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
     except Exception as error:  # libtpu's errors have no common type of their own
         raise UserError(
             f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}"
         ) from error
-    return Slice(full, CHIPS[kind], list(found.devices))
+    return Target(full, CHIPS[kind], list(found.devices), slices)
 
 
 def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]:
@@ -158,7 +170,7 @@ def prune(
     return lowered, 2 * trials * steps * model.forward_flops(config, rows * config.context)
 
 
-def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, Any]:
+def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, Any]:
     """Compile for a slice and read the program: everything per chip and per call.
 
     Args:
@@ -186,7 +198,9 @@ def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, An
     }
     total = sum(classes.values()) - 2 * classes["aliased"]
     program = hlo.parse(compiled.as_text())
-    collectives = program.collectives()
+    everything = program.collectives()
+    collectives = [each for each in everything if not each.between_slices]
+    between = [each for each in everything if each.between_slices]
     report: dict[str, Any] = {
         "fits": total <= limit,
         "memory": classes | {"total": total},
@@ -194,7 +208,8 @@ def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, An
         "flops": program.matmul_flops(),
         "bytes_accessed": program.hbm_bytes(),
         "collectives": _by_kind(collectives),
-        "collectives_in_searches": _by_kind([each for each in collectives if each.in_search]),
+        "collectives_in_searches": _by_kind([each for each in everything if each.in_search]),
+        "collectives_between_slices": _by_kind(between),
         "compile_seconds": round(seconds, 1),
         "xla": {
             key: value
@@ -208,8 +223,13 @@ def compile_report(lowered: Any, target: Slice, *, flops: float) -> dict[str, An
     report["roofline_seconds"] = {
         "compute": report["flops"] / (target.chip.tflops * 1e12),
         "memory": report["bytes_accessed"] / (target.chip.hbm_gbps * 1e9),
-        "collectives": _collective_seconds(collectives, target.chip),
+        # A group of a slice lies along one of its two or three axes: half of a chip's links.
+        "collectives": _collective_seconds(collectives, target.chip.ici_gbps / 2),
     }
+    if target.slices > 1 and target.chip.dcn_gbps:
+        report["roofline_seconds"]["network"] = _collective_seconds(
+            between, target.chip.dcn_gbps
+        )
     return report
 
 
@@ -221,14 +241,14 @@ def _by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, int]]
     return dict(sorted(kinds.items()))
 
 
-def _collective_seconds(collectives: Sequence[hlo.Collective], chip: Chip) -> float:
-    """As rings over half of a chip's links: a group of a slice lies along one of its two or three axes."""
+def _collective_seconds(collectives: Sequence[hlo.Collective], gbps: float) -> float:
+    """As rings of devices (or of slices) that each send `gbps`, 10^9 bytes a second."""
     total = 0.0
     for each in collectives:
         # A permutation has no groups: every device sends all of it to one other.
         share = 1 if each.kind == "collective-permute" else (each.group - 1) / each.group
         rounds = 2 if each.kind == "all-reduce" else 1
-        total += each.count * each.bytes * rounds * share / (chip.ici_gbps / 2 * 1e9)
+        total += each.count * each.bytes * rounds * share / (gbps * 1e9)
     return total
 
 
@@ -249,7 +269,11 @@ def describe(what: str, report: dict[str, Any]) -> str:
             f"{report['model_flops']:.4g}"
         )
     lines.append(f"  HBM traffic  {mebi(report['bytes_accessed'])}")
-    for title, key in (("collectives", "collectives"), ("of searches", "collectives_in_searches")):
+    for title, key in (
+        ("collectives", "collectives"),
+        ("of searches", "collectives_in_searches"),
+        ("over network", "collectives_between_slices"),
+    ):
         each = [f"{kind} {v['count']} x, {mebi(v['bytes'])}" for kind, v in report[key].items()]
         lines.append(f"  {title:<12} {'; '.join(each) or 'none'}")
     roofline = {k: f"{1e3 * v:.2f} ms" for k, v in report["roofline_seconds"].items()}
@@ -258,12 +282,12 @@ def describe(what: str, report: dict[str, Any]) -> str:
 
 
 def run(
-    config: TrainConfig, target: Slice, what: str, *, steps: int, pairs_per_step: int
+    config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per_step: int
 ) -> dict[str, Any]:
     """Compile and print; the report that the command saves."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
     print(
-        f"{target.name}: {len(target.devices)} chips of {target.chip.hbm_gib} GiB, mesh "
+        f"{target}: {len(target.devices)} chips of {target.chip.hbm_gib} GiB, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         flush=True,
     )
@@ -284,6 +308,7 @@ def run(
         print(describe(name, programs[name]), flush=True)
     return {
         "topology": target.name,
+        "slices": target.slices,
         "chips": len(target.devices),
         "mesh": dict(mesh.shape),
         "fits": all(report["fits"] for report in programs.values()),
@@ -302,11 +327,11 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     # The platform compiled for is not the default one, which would decide.
     os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
-    target = find_slice(options.topology)
+    target = find_target(options.topology, options.slices)
     report = {"config": str(file)} | run(
         config, target, options.what, steps=options.steps, pairs_per_step=options.pairs_per_step
     )
-    name = f"{file.stem}_{target.name.replace(':', '_')}.json"
+    name = f"{file.stem}_{re.sub(r'[: ]+', '_', str(target))}.json"
     out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(out, report)
@@ -317,6 +342,7 @@ def main(argv: Sequence[str]) -> int:
 def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/gao_475m.py.")
     flags.DEFINE_string("topology", None, "A slice, e.g. v5e-256 or v5e:16x16.", required=True)
+    flags.DEFINE_integer("slices", 1, "How many such slices.", lower_bound=1)
     flags.DEFINE_enum("what", "train", ["train", "prune", "all"], "Which functions to compile.")
     flags.DEFINE_integer("steps", 300, "Steps of a pruning run.", lower_bound=1)
     flags.DEFINE_integer("pairs_per_step", 64, "Pairs drawn for a pruning step.", lower_bound=1)

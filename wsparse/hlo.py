@@ -2,8 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once, however often it runs. Here every instruction is
 counted as often as it runs: a loop whose condition compares a counter with a constant (a scan over layers or
-steps) by that constant over the counter's step, a loop that stops when its data say so (a search) by the
-bound in its name, a scope `at_most_N_passes` (once without), and the pieces that XLA makes of one
+steps) by what is between the counter's start and that constant over its step, a loop that stops when its data
+say so (a search) by the bound in its name, a scope `at_most_N_passes` (once without), and the pieces that XLA makes of one
 asynchronous collective as one.
 """
 
@@ -70,6 +70,7 @@ class Collective(NamedTuple):
       group: devices that take part in it together.
       path: where in the program it comes from, as jax names operations.
       in_search: it runs in a loop whose length the data decide; `count` is then a bound.
+      between_slices: it crosses the network between TPU slices, and `group` counts slices.
     """
 
     kind: str
@@ -78,6 +79,7 @@ class Collective(NamedTuple):
     group: int
     path: str
     in_search: bool
+    between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Program:
                 if each.op == "while":
                     (condition,) = _called(each, "condition")
                     (body,) = _called(each, "body")
-                    trips, is_search = self._trips(each, condition, body)
+                    trips, is_search = self._trips(self.computations[name], each, condition, body)
                     visit(body, times * trips, in_search or is_search)
                     visit(condition, times * trips, in_search or is_search)
                 elif each.op in ("fusion", "call", "conditional") or each.op.startswith("async"):
@@ -117,25 +119,36 @@ class Program:
         visit(self.entry, 1, False)
         return runs, searching
 
-    def _trips(self, loop: Instruction, condition: str, body: str) -> tuple[int, bool]:
-        """`(iterations, whether that is a bound)`; counters run from 0."""
+    def _trips(
+        self, around: Computation, loop: Instruction, condition: str, body: str
+    ) -> tuple[int, bool]:
+        """`(iterations, whether that is a bound)` of a loop in the computation `around`."""
         instructions = self.computations[condition]
         root = _root(instructions)
         if root.op == "compare" and "direction=LT" in root.attributes:
             counter, bound = (instructions[operand] for operand in root.operands)
             if bound.op == "constant":
-                step = self._step(body, counter)
-                return -(-int(bound.operands[0]) // step), False
+                place = re.search(r"index=(\d+)", counter.attributes)
+                index = int(place[1]) if place else 0
+                span = int(bound.operands[0]) - self._start(around, loop, index)
+                return -(-span // self._step(body, index)), False
         bounds = re.findall(r"at_most_(\d+)_passes", loop.attributes)
         return int(bounds[-1]) if bounds else 1, True
 
-    def _step(self, body: str, counter: Instruction) -> int:
+    def _start(self, around: Computation, loop: Instruction, index: int) -> int:
+        """Where a loop's counter begins: not at 0 where XLA made the first iterations apart from it."""
+        state = around.get(loop.operands[0])
+        value = around.get(state.operands[index]) if state and state.op == "tuple" else None
+        while value and value.op in ("copy", "bitcast"):
+            value = around[value.operands[0]]
+        return int(value.operands[0]) if value and value.op == "constant" else 0
+
+    def _step(self, body: str, index: int) -> int:
         """What a loop adds to its counter: more than 1 where XLA put several iterations into one."""
         instructions = self.computations[body]
-        place = re.search(r"index=(\d+)", counter.attributes)
         results = _root(instructions)
-        if place and results.op == "tuple":
-            new = instructions[results.operands[int(place[1])]]
+        if results.op == "tuple":
+            new = instructions[results.operands[index]]
             if new.op == "fusion":
                 instructions = self.computations[_called(new, "calls")[0]]
                 new = _root(instructions)
@@ -173,6 +186,13 @@ class Program:
         """Every collective; the pieces of an asynchronous one, which share a channel, are one."""
         found: dict[str, Collective] = {}
         for name, times, in_search, each in self.walk():
+            if each.op in ("send", "recv") and "_xla_megascale_transfer_type" in each.attributes:
+                # A pair of them is one collective: what is sent, and what comes back.
+                key, kind, slices = _between_slices(each.attributes)
+                moved = each.result[0].bytes
+                if key not in found or found[key].bytes < moved:
+                    found[key] = Collective(kind, times, moved, slices, "", in_search, True)
+                continue
             kind = each.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -222,6 +242,8 @@ class Program:
             return 0
         if each.op == "copy-start":
             return _hbm(each.result[:2])
+        if each.op in ("send", "recv"):
+            return _hbm(each.result[:1])
         if each.op.endswith("-start"):
             return _hbm(each.result[:1] and [max(each.result, key=lambda array: array.bytes)])
         operands = [
@@ -349,6 +371,24 @@ def _group_size(attributes: str) -> int:
     if listed := re.match(r"\{\{([\d,]*)\}", groups[1]):
         return len(listed[1].split(","))
     raise ValueError(f"unknown replica groups: {groups[1][:80]}")
+
+
+def _between_slices(attributes: str) -> tuple[str, str, int]:
+    """A transfer between TPU slices: `(its own name, kind of collective, slices that take part)`.
+
+    Raises:
+      ValueError: it is written in another way.
+    """
+    found = {
+        key: re.search(rf'_xla_{key}="([^"]*)"', attributes)
+        for key in ("host_transfer_rendezvous", "megascale_transfer_type", "megascale_target")
+    }
+    name, kind, target = (each and each[1] for each in found.values())
+    slices = re.match(r"\{([\d,]+)\}x", target or "")
+    kind = (kind or "").lower().replace("_", "-")
+    if not name or kind not in COLLECTIVES or not slices:
+        raise ValueError(f"unknown transfer between slices: {attributes[:200]}")
+    return name, kind, len(slices[1].split(","))
 
 
 def _dot_flops(each: Instruction, left: Array, right: Array) -> int:
