@@ -48,7 +48,9 @@ def recipe(name: str, density: float) -> TrainConfig:
     )
 
 
-def parts(config: TrainConfig, params: model.Params) -> dict[str, Callable[[], object]]:
+def parts(
+    config: TrainConfig, program: train.Program, params: model.Params
+) -> dict[str, Callable[[], object]]:
     """Calls that do what a step does of each part: all layers, forward and backward."""
     shape, tokens = config.model, config.batch_size * config.model.context
     heads = (config.batch_size, shape.context, shape.n_head, shape.d_head)
@@ -65,13 +67,8 @@ def parts(config: TrainConfig, params: model.Params) -> dict[str, Callable[[], o
     kernels += [block["mlp"][name]["kernel"][0] for name in ("fc", "proj")]
     widths = [kind.width(shape) for kind in NODES.values()]
     optimizer = train.make_optimizer(config)
-    project = sparsity.project_top_k(
-        config.sparsity.density,
-        min_per_neuron=config.sparsity.min_per_neuron if config.sparsity.density < 1 else 0,
-    )
     gradients = jax.tree.map(jnp.ones_like, params)
-    state, projection = optimizer.init(params), project.init(params)
-    update, projected = jax.jit(optimizer.update), jax.jit(project.update)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     x_BTD = normal(config.batch_size, shape.context, shape.d_model)
     tokens_BT = jax.random.randint(next(keys), x_BTD.shape[:2], 0, shape.vocab_size)
 
@@ -100,7 +97,7 @@ def parts(config: TrainConfig, params: model.Params) -> dict[str, Callable[[], o
         "GELU": both_ways(model.gelu, normal(tokens, shape.mlp_width)),
         "logits and loss": lambda: head(params["head"], x_BTD),
         "optimizer without projection": lambda: update(gradients, state, params),
-        "projection": lambda: projected(gradients, projection, params),
+        "projection": lambda: program.project(params),
     }
 
 
@@ -111,7 +108,7 @@ def main(argv) -> None:
         config = recipe(name, flags.FLAGS.density)
         program = train.make_program(config, sharding.make_mesh(config.mesh))
         step, params = timing.stepper(program, config)
-        calls = {"step": step, **parts(config, params)}
+        calls = {"step": step, **parts(config, program, params)}
         medians = timing.medians_in_turns(calls, flags.FLAGS.rounds)
         medians["optimizer without projection"] -= medians["projection"]
         rate = timing.matmul_rate()

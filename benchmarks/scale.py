@@ -45,7 +45,9 @@ HEADER = (
 
 def row(name: str, topology: str, overrides: Sequence[str]) -> str:
     """One line of the table, compiled now or read."""
-    label = "_".join([name, topology.replace(" ", ""), *(each.replace("=", "") for each in overrides)])
+    label = "_".join(
+        [name, topology.replace(" ", ""), *(each.replace("=", "") for each in overrides)]
+    )
     path = pathlib.Path("runs/aot") / f"{label}.json"
     if not path.exists():
         command = [sys.executable, "-m", "wsparse.aot", f"--config=configs/{name}.py"]

@@ -275,10 +275,10 @@ MODEL_GRADIENT = """
 from wsparse import model, sparsity, train, trees
 from wsparse.config import ModelConfig
 config = ModelConfig(vocab_size=64, context=17, n_layer=3, d_model=32, n_head=2)
-params = model.init(config, jax.random.key(0))
-params = trees.map_with_path(
+params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
+params = jax.jit(lambda params: trees.map_with_path(
     lambda path, p: jnp.where(jax.random.uniform(jax.random.key(p.size), p.shape) < 0.05, 8 * p, 0)
-    if path.endswith("kernel") else p, params)
+    if path.endswith("kernel") else p, params))(params)
 window = jax.random.randint(jax.random.key(1), (2, 17), 0, 64)
 step = jax.jit(jax.grad(lambda p: train.loss(p, window, config)[0]))
 text = step.lower(params).as_text()

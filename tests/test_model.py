@@ -607,7 +607,7 @@ def test_logits_and_their_gradients_are_the_same_without_recording(position, n_l
         residual_activation="relu",
         abs_top_k_fraction=fraction,
     )
-    params = model.init(config, jax.random.key(0))
+    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (5, 9), 0, 13)
     positions = jnp.array([[8, 3], [0, 1], [5, 5], [2, 7], [8, 8]])
     gates = {
@@ -624,7 +624,9 @@ def test_logits_and_their_gradients_are_the_same_without_recording(position, n_l
         assert bool(acts) == record
         return jnp.sum(jnp.sin(out)), out
 
-    slopes, logits = zip(*(slope_and_logits(gates, record=each) for each in (False, True)), strict=True)
+    slopes, logits = zip(
+        *(slope_and_logits(gates, record=each) for each in (False, True)), strict=True
+    )
     np.testing.assert_allclose(*logits, rtol=2e-5)
     for name in gates:
         np.testing.assert_allclose(slopes[0][name], slopes[1][name], rtol=2e-4, atol=1e-6)

@@ -168,6 +168,7 @@ def stop_one(jobs, workdir, *, which: int, after: int) -> None:
     jobs[which].send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_one_goes_on_bit_for_bit(
     source, tmp_path, monkeypatch
 ):

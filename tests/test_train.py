@@ -578,6 +578,7 @@ def test_four_accumulated_micro_batches_equal_one_batch(finished, source):
     assert np.max(np.abs(other["blocks/mlp/fc/kernel"] - want["blocks/mlp/fc/kernel"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_on_the_default_mesh_trains(source, tmp_path, monkeypatch):
     """Over all eight devices, as a run without a mesh in its config is."""
     patch_for_speed(monkeypatch)

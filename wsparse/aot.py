@@ -76,7 +76,7 @@ TOPOLOGIES = {
 
 
 class Target(NamedTuple):
-    """Devices to compile for: those of one slice, or of several alike, joined by the data center's network."""
+    """Devices to compile for: those of one slice, or of several alike that a network joins."""
 
     name: str
     chip: Chip
@@ -227,9 +227,7 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
         "collectives": _collective_seconds(collectives, target.chip.ici_gbps / 2),
     }
     if target.slices > 1 and target.chip.dcn_gbps:
-        report["roofline_seconds"]["network"] = _collective_seconds(
-            between, target.chip.dcn_gbps
-        )
+        report["roofline_seconds"]["network"] = _collective_seconds(between, target.chip.dcn_gbps)
     return report
 
 

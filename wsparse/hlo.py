@@ -2,9 +2,9 @@
 
 XLA's own cost analysis counts the body of a loop once, however often it runs. Here every instruction is
 counted as often as it runs: a loop whose condition compares a counter with a constant (a scan over layers or
-steps) by what is between the counter's start and that constant over its step, a loop that stops when its data
-say so (a search) by the bound in its name, a scope `at_most_N_passes` (once without), and the pieces that XLA makes of one
-asynchronous collective as one.
+steps) by the way from the counter's start to that constant over its step, a loop that stops when its data say
+so (a search) by the bound in its name, a scope `at_most_N_passes` (once without), and the pieces that XLA
+makes of one asynchronous collective as one.
 """
 
 from __future__ import annotations

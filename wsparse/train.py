@@ -77,12 +77,19 @@ def make_optimizer(
             ),
         ),
         optax.scale_by_learning_rate(rate),
-        sparsity.project_top_k(
-            density if config.sparsity.density < 1 else 1.0,
-            # At full density there is nothing to protect.
-            min_per_neuron=config.sparsity.min_per_neuron if config.sparsity.density < 1 else 0,
-            whole=mesh is None or sharding.replicates(mesh),
-        ),
+        _projection(config, density, mesh),
+    )
+
+
+def _projection(
+    config: TrainConfig, density: float | optax.Schedule, mesh: jax.sharding.Mesh | None
+) -> optax.GradientTransformation:
+    sparse = config.sparsity.density < 1
+    return sparsity.project_top_k(
+        density if sparse else 1.0,
+        # At full density there is nothing to protect.
+        min_per_neuron=config.sparsity.min_per_neuron if sparse else 0,
+        whole=mesh is None or sharding.replicates(mesh),
     )
 
 
@@ -156,11 +163,7 @@ def project(
     params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
 ) -> model.Params:
     """The projection alone, at the final density: what it costs can be told apart."""
-    transform = sparsity.project_top_k(
-        config.sparsity.density,
-        min_per_neuron=config.sparsity.min_per_neuron,
-        whole=mesh is None or sharding.replicates(mesh),
-    )
+    transform = _projection(config, config.sparsity.density, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates: Any = transform.update(zeros, transform.init(params), params)[0]
     return updates
