@@ -518,11 +518,15 @@ def test_an_import_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_import_to_where_no_folder_can_be_names_the_folder_that_was_asked_for(published, tmp_path):
+def test_an_import_to_where_no_folder_can_be_names_the_folder_that_was_asked_for(
+    published, tmp_path
+):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
         openai.import_run(published[0], tmp_path / "file" / "run")
-    assert str(error.value) == f"cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory"
+    assert (
+        str(error.value) == f"cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory"
+    )
 
 
 def test_the_command_imports_and_exports(published, tmp_path, capsys, monkeypatch):
