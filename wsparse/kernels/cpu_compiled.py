@@ -1126,6 +1126,8 @@ def _gelu_gradient(frame):
 _ROWS = _LANES * _BLOCKS
 # Bytes of an output of which the caches would hold little until it is read.
 _LARGE = 1 << 25
+# Outputs of a block of rows that are found before they are written: a page of each row at a time.
+_OUTPUTS = 1024
 
 
 @_njit
@@ -1136,27 +1138,77 @@ def _product_sizes(frame):
     return (rows, w[1], w[0]) if _attribute(frame, 0) else (rows, w[0], w[1])
 
 
+@_intrinsic
+def _nonzero_bits(typing_context, address):
+    """A bit for each of 16 floats, the first one's lowest: whether it is not zero."""
+    del typing_context
+
+    def codegen(context, builder, signature, arguments):
+        del context, signature
+        zeros = ir.Constant(_VECTOR, [0.0] * _LANES)
+        found = builder.fcmp_unordered("!=", _load(builder, arguments[0]), zeros)
+        return builder.zext(builder.bitcast(found, ir.IntType(_LANES)), _WORD)
+
+    return types.int64(types.int64), codegen
+
+
+@_intrinsic
+def _lowest(typing_context, bits):
+    """The position of the lowest bit of a number that is not 0."""
+    del typing_context
+
+    def codegen(context, builder, signature, arguments):
+        del context, signature
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
+
+
 @_njit
-def _compress(w, by_row, starts, indices, values):
+def _find(address, size, positions):
+    """How many of some floats are not zero; positions in order, as many as there is room for."""
+    n = 0
+    whole = size - size % _LANES
+    for first in range(0, whole, _LANES):
+        bits = _nonzero_bits(address + 4 * first)
+        while bits:
+            if n < positions.size:
+                positions[n] = first + _lowest(bits)
+            n += 1
+            bits &= bits - 1
+    rest = carray(_pointer(address + 4 * whole), size - whole, np.float32)
+    for i in range(size - whole):
+        if rest[i] != _ZERO:
+            if n < positions.size:
+                positions[n] = whole + i
+            n += 1
+    return n
+
+
+@_njit
+def _compress(w, positions, by_row, starts, indices, values):
     """The nonzeros of a matrix by output: those of output o are `starts[o]` to `starts[o + 1]`.
 
     Outputs are the matrix's rows or its columns; within one, nonzeros are in order.
     """
     starts[:] = 0
-    for i in range(w.shape[0]):
-        for j in range(w.shape[1]):
-            if w[i, j] != _ZERO:
-                starts[(i if by_row else j) + 1] += 1
+    row, end = 0, w.shape[1]
+    for p in positions:
+        while p >= end:
+            row, end = row + 1, end + w.shape[1]
+        starts[(row if by_row else p - end + w.shape[1]) + 1] += 1
     for o in range(starts.shape[0] - 1):
         starts[o + 1] += starts[o]
     # While an output is filled, its start runs ahead; afterwards it is where the next one began.
-    for i in range(w.shape[0]):
-        for j in range(w.shape[1]):
-            if w[i, j] != _ZERO:
-                o = i if by_row else j
-                n = starts[o]
-                indices[n], values[n] = (j if by_row else i), w[i, j]
-                starts[o] = n + 1
+    row, end = 0, w.shape[1]
+    for p in positions:
+        while p >= end:
+            row, end = row + 1, end + w.shape[1]
+        column = p - end + w.shape[1]
+        o = row if by_row else column
+        n = starts[o]
+        indices[n], values[n] = (column if by_row else row), w[row, column]
+        starts[o] = n + 1
     for o in range(starts.shape[0] - 1, 0, -1):
         starts[o] = starts[o - 1]
     starts[0] = 0
@@ -1174,15 +1226,15 @@ def _product_task(job):
     y = carray(_result(frame, 0), (rows, n_out), np.float32)
     # Inputs and outputs with the rows along the lanes, and a copy of rows that fill no vector.
     wide = -(-max(n_in, _LANES) // _LANES) * _LANES
-    memory = _malloc(4 * _ROWS * (2 * wide + 2 * _LANES) + 64)
+    memory = _malloc(4 * _ROWS * (2 * wide + _OUTPUTS + _LANES) + 64)
     x_T_at = _aligned(memory)
     edge_at = x_T_at + 4 * _ROWS * wide
     y_T_at = edge_at + 4 * _ROWS * wide
-    y_edge_at = y_T_at + 4 * _ROWS * _LANES
+    y_edge_at = y_T_at + 4 * _ROWS * _OUTPUTS
     edge = carray(_pointer(edge_at), (_ROWS, wide), np.float32)
     y_edge = carray(_pointer(y_edge_at), (_ROWS, _LANES), np.float32)
     used = carray(_pointer(table[3]), wide // _LANES, np.bool_)
-    large = 4 * rows * n_out > _LARGE
+    result, large = _result_address(frame, 0), 4 * rows * n_out > _LARGE
     while start < stop:
         for item in range(start, stop):
             first = item * _ROWS
@@ -1192,38 +1244,40 @@ def _product_task(job):
                 _fill(edge, _ZERO)
                 _copy(x[first : first + n], edge)
                 source, stride = edge_at, wide
-            for i in range(wide // _LANES):
-                if used[i]:
-                    for block in range(_BLOCKS):
+            for block in range(_BLOCKS):
+                for i in range(wide // _LANES):
+                    if used[i]:
                         _transpose(
                             source + 4 * _LANES * (i + block * stride),
                             stride,
                             x_T_at + 4 * _LANES * (i * _ROWS + block),
                             _ROWS,
                         )
-            for o in range(0, n_out, _LANES):
-                width = min(_LANES, n_out - o)
-                for c in range(width):
-                    i = starts[o + c]
+            for begin in range(0, n_out, _OUTPUTS):
+                end = min(begin + _OUTPUTS, n_out)
+                for o in range(begin, end):
+                    i = starts[o]
                     _combine(
                         table[2] + 4 * i,
                         table[1] + 4 * i,
-                        starts[o + c + 1] - i,
+                        starts[o + 1] - i,
                         x_T_at,
-                        y_T_at + 4 * _ROWS * c,
+                        y_T_at + 4 * _ROWS * (o - begin),
                     )
-                whole = n == _ROWS and width == _LANES
-                target = _result_address(frame, 0) + 4 * (first * n_out + o) if whole else y_edge_at
-                stride = n_out if whole else _LANES
-                lines = large and whole and (target | 4 * n_out) % 64 == 0
+                whole = end - (end - begin) % _LANES if n == _ROWS else begin
                 for block in range(_BLOCKS):
-                    turned = y_T_at + 4 * _LANES * block
-                    to = target + 4 * _LANES * block * stride
-                    if lines:
-                        _transpose_away(turned, _ROWS, to, stride)
-                    else:
-                        _transpose(turned, _ROWS, to, stride)
-                if not whole:
+                    for o in range(begin, whole, _LANES):
+                        turned = y_T_at + 4 * (_ROWS * (o - begin) + _LANES * block)
+                        target = result + 4 * ((first + _LANES * block) * n_out + o)
+                        if large and (target | 4 * n_out) % 64 == 0:
+                            _transpose_away(turned, _ROWS, target, n_out)
+                        else:
+                            _transpose(turned, _ROWS, target, n_out)
+                for o in range(whole, end, _LANES):
+                    for block in range(_BLOCKS):
+                        turned = y_T_at + 4 * (_ROWS * (o - begin) + _LANES * block)
+                        _transpose(turned, _ROWS, y_edge_at + 4 * _LANES**2 * block, _LANES)
+                    width = min(_LANES, end - o)
                     _copy(y_edge[:n, :width], y[first : first + n, o : o + width])
         start, stop = _take(job, stop - start)
     _free(memory)
@@ -1238,22 +1292,23 @@ def _product(frame):
         rows, inputs, outputs = _product_sizes(frame)
         sides = _dims(frame, 1)
         w = carray(_operand(frame, 1), (sides[0], sides[1]), np.float32)
-        n = 0
-        for i in range(sides[0]):
-            for j in range(sides[1]):
-                n += w[i, j] != _ZERO
-        # Where each output's nonzeros start, their inputs, their values, and which 16 inputs have any.
-        scratch = _malloc(8 * (4 + outputs + 1 + n) + inputs + 1)
+        address, size = _operand_address(frame, 1), sides[0] * sides[1]
+        n = _find(address, size, carray(_pointer(address), 0, np.int32))
+        # Where each output's nonzeros start, their inputs, their values, which 16 inputs have any, and where
+        # the nonzeros are in the matrix.
+        scratch = _malloc(8 * (4 + outputs + 1) + 12 * n + inputs + 1)
         table = _words(scratch, 4)
         table[0] = scratch + 32
         table[1] = table[0] + 8 * (outputs + 1)
         table[2] = table[1] + 4 * n
-        table[3] = table[2] + 4 * n
+        positions = carray(_pointer(table[2] + 4 * n), n, np.int32)
+        table[3] = table[2] + 8 * n
         starts = carray(_pointer(table[0]), outputs + 1, np.int64)
         indices = carray(_pointer(table[1]), n, np.int32)
         values = carray(_pointer(table[2]), n, np.float32)
         used = carray(_pointer(table[3]), -(-inputs // _LANES), np.bool_)
-        _compress(w, _attribute(frame, 0) != 0, starts, indices, values)
+        _find(address, size, positions)
+        _compress(w, positions, _attribute(frame, 0) != 0, starts, indices, values)
         used[:] = False
         for i in range(n):
             used[indices[i] // _LANES] = True
