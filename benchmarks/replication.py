@@ -68,6 +68,8 @@ def parts(
     widths = [kind.width(shape) for kind in NODES.values()]
     optimizer = train.make_optimizer(config)
     gradients = jax.tree.map(jnp.ones_like, params)
+    # A search is easy where most are zeros, as a step's are only once they are projected.
+    moved = jax.tree.map(lambda leaf: leaf + 1e-3 * normal(*leaf.shape), params)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     x_BTD = normal(config.batch_size, shape.context, shape.d_model)
     tokens_BT = jax.random.randint(next(keys), x_BTD.shape[:2], 0, shape.vocab_size)
@@ -97,7 +99,7 @@ def parts(
         "GELU": both_ways(model.gelu, normal(tokens, shape.mlp_width)),
         "logits and loss": lambda: head(params["head"], x_BTD),
         "optimizer without projection": lambda: update(gradients, state, params),
-        "projection": lambda: program.project(params),
+        "projection": lambda: program.project(moved),
     }
 
 
