@@ -329,7 +329,8 @@ def test_padding_to_a_common_length(tokenizers):
 
 
 @given(
-    hnp.arrays(np.float32, (6, 9), elements=st.floats(-80, 80, width=32)),
+    # XLA takes subnormal numbers for zeros: two of them would be equal.
+    hnp.arrays(np.float32, (6, 9), elements=st.floats(-80, 80, width=32, allow_subnormal=False)),
     st.lists(st.permutations(range(9)), min_size=6, max_size=6),
 )
 def test_loss_and_accuracy_against_float64(logits, orders):
