@@ -4,7 +4,7 @@ Reproduces: on a laptop, the kind of model in which Gao et al. 2025 find circuit
     the quote that opened it in over 99% of the prompts of `single_double_quote`, and does eleven of
     the twenty tasks below a loss of 0.15: `python -m wsparse.circuits.tasks --run=runs/tiny`.
 Hardware: 2 CPU cores.
-Minutes: 3.7 on two cores of a 2.5 GHz Xeon with the extra `cpu`, the making of the data included.
+Minutes: 2.7 on two cores of a 2.5 GHz Xeon with the extra `cpu`, the making of the data included.
 Expected loss: 2.59 held out (seed 0). Expected L0: exactly round(size / 16) in every projected matrix,
     41,104 nonzero weights in all.
 Command: python -m wsparse.train --config=configs/tiny.py
