@@ -210,8 +210,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_goes_on_bit_for_bit
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    # The two processes that go on have the data apart.
-    [{"data": 1, "fsdp": 4}, {"data": 2, "tensor": 2}, {"data": 1, "tensor": 4}],
+    [{"data": 4}, {"data": 1, "fsdp": 4}, {"data": 2, "tensor": 2}, {"data": 1, "tensor": 4}],
 )
 def test_four_processes_go_where_one_goes_and_two_go_on(source, tmp_path, monkeypatch, mesh):
     config = make_config(source, mesh=mesh)

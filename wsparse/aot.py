@@ -88,7 +88,7 @@ class Target(NamedTuple):
 
 
 def find_target(name: str, slices: int = 1) -> Target:
-    """The devices of a slice: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
+    """The devices of a slice, or of several: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
 
     Args:
       name: of the slice.

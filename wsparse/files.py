@@ -27,12 +27,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         part.unlink(missing_ok=True)
 
 
-def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder where there is none; UserError when that cannot be."""
+def make_folder(
+    path: str | os.PathLike[str], *, shown: str | os.PathLike[str] | None = None
+) -> None:
+    """Make a folder where there is none; UserError when that cannot be, which names `shown` instead."""
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+        raise UserError(f"cannot make the folder {shown or path}: {error.strerror}") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -379,13 +379,10 @@ def _between_slices(attributes: str) -> tuple[str, str, int]:
     Raises:
       ValueError: it is written in another way.
     """
-    found = {
-        key: re.search(rf'_xla_{key}="([^"]*)"', attributes)
-        for key in ("host_transfer_rendezvous", "megascale_transfer_type", "megascale_target")
-    }
-    name, kind, target = (each and each[1] for each in found.values())
-    slices = re.match(r"\{([\d,]+)\}x", target or "")
-    kind = (kind or "").lower().replace("_", "-")
+    values = dict(re.findall(r'_xla_(\w+)="([^"]*)"', attributes))
+    name = values.get("host_transfer_rendezvous")
+    kind = values.get("megascale_transfer_type", "").lower().replace("_", "-")
+    slices = re.match(r"\{([\d,]+)\}x", values.get("megascale_target", ""))
     if not name or kind not in COLLECTIVES or not slices:
         raise ValueError(f"unknown transfer between slices: {attributes[:200]}")
     return name, kind, len(slices[1].split(","))

@@ -113,10 +113,7 @@ def create(
     """
     folder = pathlib.Path(folder).absolute()
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    files.make_folder(part, shown=folder)
     try:
         tokenizer.save(part / "tokenizer.json")
         with checkpoint.Checkpointer(part / "checkpoints") as checkpoints:
