@@ -3,7 +3,7 @@
 For the shapes of a small and of a large layer, and for densities from 1/4 to 1/1000, the product of 4096
 rows of activations with a matrix over its nonzeros is timed beside the dense product, in turns, forward and
 for the gradient of the activations. The sparse times include finding the nonzeros. Where the ratio crosses 1
-is where `wsparse.kernels.cpu.DENSITY_LIMIT` belongs. What no product can beat is timed beside them: reading
+is where `wsparse.ops.cpu.DENSITY_LIMIT` belongs. What no product can beat is timed beside them: reading
 and writing as many bytes as the activations of both sides have.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import timing
 
 from wsparse.errors import UserError, run_command
-from wsparse.kernels import cpu
+from wsparse.ops import cpu
 
 ROWS = 4096
 SHAPES = ((256, 256), (256, 1024), (1024, 256), (1024, 4096))

@@ -25,7 +25,7 @@ import numpy as np
 import timing
 
 from wsparse import model, sparsity, trees
-from wsparse.circuits import HParams, PairArrays, find, masks, prune
+from wsparse.circuits import HParams, PairArrays, masks, procedure, prune
 from wsparse.config import ModelConfig
 from wsparse.errors import run_command
 
@@ -57,7 +57,7 @@ def pairs(config: ModelConfig) -> PairArrays:
 def stepper(config: ModelConfig, params: model.Params) -> Callable[[], object]:
     """A call that runs `STEPS` steps of pruning."""
     windows = np.random.default_rng(1).integers(0, config.vocab_size, (32, TIME))
-    subject = find.Subject(params, config, windows)
+    subject = procedure.Subject(params, config, windows)
     run = jax.jit(functools.partial(prune, config=config, steps=STEPS, pairs_per_step=PAIRS))
     batch = pairs(config)
     return lambda: (

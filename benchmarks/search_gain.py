@@ -16,19 +16,21 @@ from absl import flags
 import numpy as np
 
 from wsparse import prune, runs
-from wsparse.circuits import find, graph, shrink, tasks
+from wsparse.circuits import discretize, graph, procedure, tasks
 from wsparse.circuits.search import Pruner, Sampler, log_size, search
 from wsparse.errors import run_command
 
 
 def best_so_far(
-    subject: find.Subject, pairs: find.Pairs, pruner: Pruner, sampler: Sampler, seed: int
+    subject: procedure.Subject, pairs: procedure.Pairs, pruner: Pruner, sampler: Sampler, seed: int
 ) -> np.ndarray:
     """Edges of the smallest circuit after every trial, `(trials,)`."""
     options: Any = flags.FLAGS
 
     def objective(tau_U):
-        parts, least = shrink.discretise(subject.scorer, pairs.discretise, tau_U, options.target)
+        parts, least = discretize.discretize(
+            subject.scorer, pairs.discretize, tau_U, options.target
+        )
         edges = parts.n_edges if parts else None
         return log_size(edges, least), edges
 
@@ -52,10 +54,10 @@ def main(argv) -> None:
     del argv
     options: Any = flags.FLAGS
     trained = runs.load(pathlib.Path(options.run))
-    config, settings = trained.config.model, find.Settings(target=options.target)
+    config, settings = trained.config.model, procedure.Settings(target=options.target)
     windows = prune.pretraining_windows(trained, trained.folder / "circuits")
-    subject = find.Subject(trained.params, config, windows)
-    pairs, refused = find.build_pairs(
+    subject = procedure.Subject(trained.params, config, windows)
+    pairs, refused = procedure.build_pairs(
         [tasks.find(name) for name in options.task],
         trained.tokenizer,
         settings,

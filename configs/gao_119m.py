@@ -5,7 +5,7 @@ Reproduces: the model shape of "Weight-sparse transformers have interpretable ci
     are nonzero. Any density down to 1/1000: `--config.sparsity.density=0.001`.
 Hardware: a TPU v5e-16 slice, for which it compiles and fits (docs/scale.md); not run there by us.
     Mesh: parameters over 8 chips (128 columns of a matrix each, one
-    TPU tile), batches over all; activations fit without rematerialisation.
+    TPU tile), batches over all; activations fit without rematerialization.
 Minutes: not measured. The recipe sees 10 billion tokens.
 Expected loss: not measured. Expected L0: exactly round(density * size) in every projected matrix, more
     only where 4 nonzeros per neuron do not fit into that.

@@ -33,7 +33,7 @@ _AS_USERS = ("test_aot", "test_kernels_tpu", "test_viewer", "test_viewer_browser
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Compiling is most of the time of the tests, and the optimiser most of compiling."""
+    """Compiling is most of the time of the tests, and the optimizer most of compiling."""
     quick = request.module.__name__.rpartition(".")[2] not in _AS_USERS
     jax.config.update("jax_disable_most_optimizations", quick)
 

@@ -147,8 +147,8 @@ class Model:
             eps = 2.0**-23 if rms else 1e-5
         rows = []
         for row in x:
-            centred = row if rms else row - row.mean()
-            row = centred / math.sqrt((centred**2).mean() + eps) * p["gain"]
+            centered = row if rms else row - row.mean()
+            row = centered / math.sqrt((centered**2).mean() + eps) * p["gain"]
             rows.append(row if rms or not config.norm_bias else row + p["bias"])
         return np.array(rows)
 

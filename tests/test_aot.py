@@ -19,7 +19,7 @@ import pytest
 from wsparse import aot, hlo, model, sharding, train
 from wsparse.config import MeshConfig, from_dict
 from wsparse.errors import UserError
-from wsparse.sparsity import magnitude
+from wsparse.ops import selection
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (REPO / "configs").glob("gao_*.py"))
@@ -140,13 +140,13 @@ def test_no_search_takes_more_passes_than_its_name_says(span, ways):
 
     ones = np.ones(span, np.int32)
     with jax.disable_jit():
-        found, _, _ = magnitude.bisect_counts(
+        found, _, _ = selection.bisect_counts(
             count, ones, lo=0 * ones, hi=span * ones, n_lo=2 * ones, n_hi=0 * ones, span=span, ways=ways
         )  # fmt: skip
     np.testing.assert_array_equal(found, wanted)
-    assert len(counts) <= magnitude._passes(span, ways) * (ways - 1)
+    assert len(counts) <= selection._passes(span, ways) * (ways - 1)
     # Negative control: the bound is no idle one.
-    assert len(counts) >= (magnitude._passes(span, ways) - 2) * (ways - 1)
+    assert len(counts) >= (selection._passes(span, ways) - 2) * (ways - 1)
 
 
 @pytest.mark.parametrize(

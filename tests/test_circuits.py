@@ -1,4 +1,4 @@
-"""Masks, pruning, discretising, edges and circuit files, on models whose circuits are known."""
+"""Masks, pruning, discretizing, edges and circuit files, on models whose circuits are known."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ from wsparse.circuits import (
     HParams,
     PairArrays,
     compare,
-    evaluate,
-    find,
+    discretize,
     graph,
     masks,
+    procedure,
     prune,
     report,
-    shrink,
+    scoring,
 )
 from wsparse.circuits.search import FAST, Pruner, search
 from wsparse.config import ModelConfig
@@ -116,23 +116,23 @@ def windows(seed: int = 7) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def subject() -> find.Subject:
-    return find.Subject(planted_params(), PLANTED, windows())
+def subject() -> procedure.Subject:
+    return procedure.Subject(planted_params(), PLANTED, windows())
 
 
 @pytest.fixture(scope="module")
-def pairs() -> find.Pairs:
-    return find.Pairs(
+def pairs() -> procedure.Pairs:
+    return procedure.Pairs(
         task="planted",
         form="left or right",
         search=planted_pairs(32, 0),
-        discretise=planted_pairs(16, 1),
+        discretize=planted_pairs(16, 1),
         report=planted_pairs(16, 2),
     )
 
 
 # Either neuron alone leaves a loss of 0.11 or more, both together 0.09.
-SETTINGS = find.Settings(
+SETTINGS = procedure.Settings(
     target=0.12, trials=4, parallel=2, steps=120, pairs_per_step=8, sweep=(0.11, 0.3)
 )
 
@@ -140,7 +140,7 @@ SETTINGS = find.Settings(
 @pytest.fixture(scope="module")
 def circuit(subject, pairs) -> Circuit:
     pruner = Pruner(PLANTED, steps=120, pairs_per_step=8, parallel=2)
-    found = find.find_circuit(subject, pairs, pruner, SETTINGS)
+    found = procedure.find_circuit(subject, pairs, pruner, SETTINGS)
     assert found is not None
     return found
 
@@ -164,19 +164,19 @@ def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
 def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):
     scorer, everything = subject.scorer, masks.names(PLANTED)
     one_neuron = np.array([name == "1.mlp.post_act.7" for name in everything])
-    parts = shrink.circuit_of(scorer, one_neuron, 0.6)
+    parts = discretize.circuit_of(scorer, one_neuron, 0.6)
     tau = np.zeros(one_neuron.size)
 
     def completed(parts, **limits):
-        return shrink.complete(scorer, pairs.discretise, parts, tau, **limits)
+        return discretize.complete(scorer, pairs.discretize, parts, tau, **limits)
 
     # The other neuron does the task alone; both share a path whose every node is a bottleneck.
-    assert scorer.mask(pairs.discretise, ~one_neuron).loss < 0.3
+    assert scorer.mask(pairs.discretize, ~one_neuron).loss < 0.3
     whole = completed(parts, target=2.0, least=0.6)
     added = {everything[i] for i in np.flatnonzero(whole.nodes & ~one_neuron)}
     assert len(added) == 1 and added <= PLANTED_NODES
-    assert scorer.mask(pairs.discretise, ~whole.nodes).loss >= 0.6
-    assert whole.loss == scorer.mask(pairs.discretise, whole.nodes).loss
+    assert scorer.mask(pairs.discretize, ~whole.nodes).loss >= 0.6
+    assert whole.loss == scorer.mask(pairs.discretize, whole.nodes).loss
     # Nothing is added where nothing is missing, where it cannot help, or where the circuit would suffer.
     assert completed(whole, target=2.0, least=0.6) is whole
     assert completed(parts, target=2.0, least=50.0) is parts
@@ -325,7 +325,7 @@ def test_tied_gates_give_queries_and_keys_one_tau():
         planted_params(),
         PLANTED,
         planted_pairs(8, 0),
-        find.Subject(planted_params(), PLANTED, windows()).node_means,
+        procedure.Subject(planted_params(), PLANTED, windows()).node_means,
         HParams(),
         jax.random.key(0),
         steps=3,
@@ -361,7 +361,7 @@ def test_vmapped_trials_and_trials_over_devices_equal_a_single_run(subject):
 
 def test_one_compilation_serves_all_trials_tasks_and_models(subject, compilations):
     pruner = Pruner(PLANTED, steps=5, pairs_per_step=4, parallel=2)
-    other = subject.reinitialised(3)
+    other = subject.reinitialized(3)
     arguments = [
         (subject, planted_pairs(8, 0), [HParams()] * 2),
         (subject, planted_pairs(8, 1), [HParams(k_coef=1e-2)] * 2),
@@ -490,7 +490,7 @@ def test_edge_counts_equal_a_brute_force_count():
 def test_models_without_biases_can_lose_edges():
     config = dataclasses.replace(PLANTED, bias=False)
     params = model.init(config, jax.random.key(0))
-    one = find.Subject(params, config, windows())
+    one = procedure.Subject(params, config, windows())
     pairs = planted_pairs(4, 0)
     everything = np.ones(masks.n_nodes(config), bool)
     logits, _ = model.forward(params, pairs.tokens, config)
@@ -513,37 +513,37 @@ class FakeScorer:
         self.weights = {c.kernel: np.zeros((2, 1, 1), bool) for c in graph.CONNECTIONS}
 
     def ranks(self, nodes_U, edges=None):
-        return evaluate.Ranks(np.zeros(len(nodes_U), np.int32), self.weights)
+        return scoring.Ranks(np.zeros(len(nodes_U), np.int32), self.weights)
 
     def spans(self, pairs, ranks, spans, *, until=-np.inf):
         loss = np.array([self.losses(lo) for lo, _ in spans])
         after = np.cumsum(loss <= until) > (loss <= until)
-        return evaluate.Score(*[np.where(after, np.nan, loss)] * 2)
+        return scoring.Score(*[np.where(after, np.nan, loss)] * 2)
 
 
 @pytest.mark.parametrize("smallest", [1, 2, 17, 90, 224])
-def test_discretise_finds_the_smallest_size_of_a_falling_loss(smallest, monkeypatch):
-    monkeypatch.setattr(shrink, "circuit_of", lambda scorer, kept, loss: (kept, loss))
+def test_discretize_finds_the_smallest_size_of_a_falling_loss(smallest, monkeypatch):
+    monkeypatch.setattr(discretize, "circuit_of", lambda scorer, kept, loss: (kept, loss))
     size = masks.n_nodes(PLANTED)
     scorer = FakeScorer(lambda k: 0.1 if k >= smallest else 0.6)
     tau = np.linspace(1, -1, size)
-    (kept, loss), least = shrink.discretise(scorer, None, tau, 0.15)
+    (kept, loss), least = discretize.discretize(scorer, None, tau, 0.15)
     assert kept.sum() == smallest
     assert kept[:smallest].all()
     assert (loss, least) == (0.1, 0.1)
 
 
-def test_discretise_accepts_a_size_below_a_bump_and_never_one_that_misses(monkeypatch):
-    monkeypatch.setattr(shrink, "circuit_of", lambda scorer, kept, loss: (kept, loss))
+def test_discretize_accepts_a_size_below_a_bump_and_never_one_that_misses(monkeypatch):
+    monkeypatch.setattr(discretize, "circuit_of", lambda scorer, kept, loss: (kept, loss))
     size = masks.n_nodes(PLANTED)
 
     def bumpy(k):
         return 0.6 if k < 20 or 60 < k < 120 else 0.1
 
-    (kept, loss), _ = shrink.discretise(FakeScorer(bumpy), None, np.linspace(1, -1, size), 0.15)
+    (kept, loss), _ = discretize.discretize(FakeScorer(bumpy), None, np.linspace(1, -1, size), 0.15)
     assert kept.sum() == 20
     assert loss <= 0.15
-    parts, least = shrink.discretise(FakeScorer(lambda k: 0.5), None, np.ones(size), 0.15)
+    parts, least = discretize.discretize(FakeScorer(lambda k: 0.5), None, np.ones(size), 0.15)
     assert parts is None
     assert least == 0.5
 
@@ -552,11 +552,11 @@ def test_calibration_finds_the_scale_and_shift_of_a_fine_grid_search():
     rng = np.random.default_rng(0)
     margins = rng.normal(0.4, 1.0, 400).astype(np.float32)
     margins[::2] += 0.7
-    fit = shrink.calibrate(margins, steps=16)
+    fit = discretize.calibrate(margins, steps=16)
     sides = np.where(np.arange(400) % 2 == 0, 1, -1)
     scales, shifts = np.meshgrid(np.linspace(0, 3, 301), np.linspace(-2, 2, 401))
     losses = np.logaddexp(0, -(scales[..., None] * margins + shifts[..., None] * sides)).mean(-1)
-    assert float(shrink.calibrated_loss(margins, **fit)) <= losses.min() + 1e-4
+    assert float(discretize.calibrated_loss(margins, **fit)) <= losses.min() + 1e-4
     at = np.unravel_index(losses.argmin(), losses.shape)
     assert fit["scale"] == pytest.approx(scales[at], abs=0.02)
     assert fit["shift"] == pytest.approx(shifts[at], abs=0.02)
@@ -592,13 +592,13 @@ def test_the_search_starts_at_the_centres_and_repeats_itself(subject):
 
 def test_settings_that_make_no_sense_are_refused_by_name():
     with pytest.raises(UserError, match="trials must be at least 1, got 0"):
-        find.Settings(trials=0)
+        procedure.Settings(trials=0)
     with pytest.raises(UserError, match="between 0 and ln 2"):
-        find.Settings(target=0.9)
+        procedure.Settings(target=0.9)
     with pytest.raises(UserError, match="margin"):
-        find.Settings(margin=-1.0)
+        procedure.Settings(margin=-1.0)
     with pytest.raises(UserError, match="necessity"):
-        find.Settings(necessity=-1.0)
+        procedure.Settings(necessity=-1.0)
 
 
 # ---- Tables and comparisons ----

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from wsparse.config import DataConfig
-from wsparse.data import idioms, pipeline, prepare, prepared, streams
+from wsparse.data import batches, idioms, prepare, prepared, streams
 from wsparse.errors import UserError
 
 ROOT = pathlib.Path(prepare.__file__).parents[2]
@@ -64,7 +64,7 @@ def check(match: str, call) -> None:
 
 def open_dataset(source: str, **changes):
     data = {"source": source, "validation_fraction": 0.15, "megabytes": 1e3} | changes
-    return pipeline.open_dataset(DataConfig(**data), vocab_size=300, context=48)
+    return batches.open_dataset(DataConfig(**data), vocab_size=300, context=48)
 
 
 # The same data.
@@ -85,12 +85,12 @@ def test_a_prepared_folder_gives_the_batches_of_the_sources_themselves(source, f
             )
     sizes = {"batch_size": 8, "context": 48}
     batches = [
-        list(itertools.islice(pipeline.train_batches(each.train, seed=3, **sizes), 20))
+        list(itertools.islice(batches.train_batches(each.train, seed=3, **sizes), 20))
         for each in (direct, stored)
     ]
     np.testing.assert_array_equal(*batches)
     evaluation = [
-        pipeline.eval_batches(each.validation, batches=4, **sizes) for each in (direct, stored)
+        batches.eval_batches(each.validation, batches=4, **sizes) for each in (direct, stored)
     ]
     np.testing.assert_array_equal(*evaluation)
 
@@ -151,7 +151,7 @@ def test_mixes_of_folders_need_one_tokenizer_and_multiply_their_weights(source, 
     assert len(mixed.report.sources) == 4
     check(
         "tokenizer has 300 tokens, but model.vocab_size=400",
-        lambda: pipeline.open_dataset(
+        lambda: batches.open_dataset(
             DataConfig(source=f"arrayrecord:{finished}"), vocab_size=400, context=48
         ),
     )

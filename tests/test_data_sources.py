@@ -32,7 +32,7 @@ def check(match: str, call) -> None:
 # Mixes.
 
 
-def test_a_mix_is_normalised_and_keeps_its_order():
+def test_a_mix_is_normalized_and_keeps_its_order():
     assert sources.parse_mix("idioms") == (sources.Part(1.0, "idioms"),)
     assert sources.parse_mix(" 7 * idioms + 3*stdlib ") == (
         sources.Part(0.7, "idioms"),

@@ -54,7 +54,7 @@ def test_end_of_text_is_the_last_id_and_no_text_encodes_to_it(trained):
     assert trained.end_of_text not in trained.encode_batch([text])[0]
     assert trained.decode(ids) == text
     assert trained.token_id("<|endoftext|>") is None
-    # The control: the library's own default would have recognised it.
+    # The control: the library's own default would have recognized it.
     plain = tokenizers.Tokenizer.from_str(trained.to_json())
     assert trained.end_of_text in plain.encode(text).ids
 

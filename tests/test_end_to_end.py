@@ -105,7 +105,7 @@ def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
 
     # Hardly trained, but enough to go through every stage of pruning: any loss below chance will do.
     arguments = ("--run=runs/tiny", "--task=indent_for,lambda_func", "--target=0.69", "--trials=2")
-    quick = ("--steps=3", "--pairs_per_step=4", "--search_pairs=8", "--discretise_pairs=8")
+    quick = ("--steps=3", "--pairs_per_step=4", "--search_pairs=8", "--discretize_pairs=8")
     command = (*arguments, *quick, "--report_pairs=8", "--single_removals=16", "--sweep=0.6")
     status, out, err = finish(start("prune", *command))
     assert status == 0, err

@@ -347,7 +347,7 @@ def test_a_location_is_its_name_and_carries_its_layer():
     assert location.layer == 3
 
 
-def test_the_table_of_nodes_has_the_widths_and_neighbours_of_the_parameters():
+def test_the_table_of_nodes_has_the_widths_and_neighbors_of_the_parameters():
     flat = trees.flatten(shapes(SMALL))
     _, _, acts = small_run()
     for name, kind in NODES.items():

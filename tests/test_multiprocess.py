@@ -28,9 +28,9 @@ WORKER = """
 import functools, json, pathlib, sys, time
 from wsparse import sharding, train
 from wsparse.config import TrainConfig, from_dict
-from wsparse.data import pipeline
+from wsparse.data import batches
 
-batches = pipeline.train_batches
+batches = batches.train_batches
 def late(*args, **options):
     for batch in batches(*args, **options):
         time.sleep(float(sys.argv[3]))
@@ -47,7 +47,7 @@ sys.exit(train.run(config, pathlib.Path(sys.argv[2])))
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
+    """Compiling is most of the time of these tests, and the optimizer most of compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -407,7 +407,7 @@ def test_inside_a_combinator_exactly_the_chosen_parameters_are_projected(optimiz
 def test_behind_a_whole_optimizer_the_reported_counts_are_the_real_ones():
     """What the compiler fuses with the addition must not make the selection see other numbers."""
     optimizer = optax.chain(
-        scale_by_gradient_rms("normalise"),
+        scale_by_gradient_rms("normalize"),
         optax.adamw(0.05, b1=0.9, b2=0.95, eps=0.1, weight_decay=0.1),
         project_top_k(1 / 4),
     )
@@ -645,7 +645,7 @@ def as_float32(gradients):
     return jax.tree.map(np.float32, gradients)
 
 
-@pytest.mark.parametrize("form", ["normalise", "clip"])
+@pytest.mark.parametrize("form", ["normalize", "clip"])
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 50.0])
 def test_gradient_scaling_follows_numpy(form, scale):
     gradients = random_gradients(scale)
@@ -653,7 +653,7 @@ def test_gradient_scaling_follows_numpy(form, scale):
     rms = np.sqrt(np.mean(flat**2))
     transform = scale_by_gradient_rms(form)
     got, _ = transform.update(as_float32(gradients), transform.init(gradients))
-    factor = 1 / rms if form == "normalise" else min(1.0, 1 / rms)
+    factor = 1 / rms if form == "normalize" else min(1.0, 1 / rms)
     jax.tree.map(
         lambda g, want: np.testing.assert_allclose(g, want * factor, rtol=1e-5), got, gradients
     )
@@ -664,7 +664,7 @@ def test_gradient_scaling_follows_numpy(form, scale):
         np.testing.assert_allclose(gradient_rms(got), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["normalise", "clip"])
+@pytest.mark.parametrize("form", ["normalize", "clip"])
 def test_a_zero_gradient_stays_zero(form):
     transform = scale_by_gradient_rms(form)
     got, _ = transform.update({"a": jnp.zeros((3, 4))}, optax.EmptyState())
@@ -675,7 +675,7 @@ def test_bfloat16_gradients_are_measured_in_float32_and_keep_their_dtype():
     gradients = {"a": jnp.full((64, 64), 3.0, jnp.bfloat16)}
     assert gradient_rms(gradients).dtype == jnp.float32
     np.testing.assert_allclose(gradient_rms(gradients), 3, rtol=1e-6)
-    got, _ = scale_by_gradient_rms("normalise").update(gradients, optax.EmptyState())
+    got, _ = scale_by_gradient_rms("normalize").update(gradients, optax.EmptyState())
     assert got["a"].dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got["a"], np.float32), 1, rtol=1e-2)
 
@@ -690,8 +690,8 @@ def test_a_model_of_more_parameters_than_an_int32_has_a_step():
 
 def test_kurtosis_follows_numpy():
     x = np.random.default_rng(0).standard_t(5, size=(4, 3, 50)) + 7
-    centred = x - x.mean(-1, keepdims=True)
-    want = ((centred**4).mean(-1) / (centred**2).mean(-1) ** 2).mean()
+    centered = x - x.mean(-1, keepdims=True)
+    want = ((centered**4).mean(-1) / (centered**2).mean(-1) ** 2).mean()
     np.testing.assert_allclose(kurtosis(jnp.float32(x)), want, rtol=1e-4)
 
 

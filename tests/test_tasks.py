@@ -66,7 +66,7 @@ SYNTAX = {
 }
 
 # The first pairs of every task, split and two seeds: whoever changes it changes every circuit.
-GOLDEN = "2adfe807daf3837dd41e8ed0a38c9e30cc39cedc9d7676941ad7bd9b850edffa"
+GOLDEN = "dab0c2012e8bfe55a7911ec06abfba508b31857f3f3db12015d3baaf721c3f48"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_batches(tokenizers, name, vocab):
         assert tokenizer.encode(prompt) == ids
         assert np.all(batch.tokens[row, len(ids) :] == tokenizer.end_of_text)
         assert tokenizer.decode([batch.answer[row]]) == answer
-        # The natural tokenisation of the whole program goes through the prompt and the answer...
+        # The natural tokenization of the whole program goes through the prompt and the answer...
         assert tokenizer.encode(prompt + answer + rest)[: len(ids) + 1] == [*ids, batch.answer[row]]
         # ...and both candidates can be asked about at this place.
         assert tokenizer.encode(prompt + answer) == [*ids, batch.answer[row]]
@@ -239,7 +239,7 @@ def test_each_task_has_thousands_of_pairs():
 def test_pairs_differ_only_in_what_decides():
     """Both sides have the same context, and the same words but for those that decide."""
     for name in tasks.TASKS:
-        for pair in pairs(name, "discretise", 30):
+        for pair in pairs(name, "discretize", 30):
             words = [Counter(re.findall(r"\w+", side.prompt)) for side in (pair.first, pair.second)]
             differing = (words[0] - words[1]) | (words[1] - words[0])
             assert differing.total() <= 8, (pair.first.prompt, pair.second.prompt)

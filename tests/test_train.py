@@ -415,7 +415,7 @@ def test_a_run_that_died_after_its_last_step_writes_its_summary_when_run_again(
         raise RuntimeError("power cut")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train._Loop, "_summarise", crash)
+        monkeypatch.setattr(train._Loop, "_summarize", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             train.run(finished.config, workdir)
     assert not (workdir / "summary.json").exists()
@@ -633,7 +633,7 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen:
 MANY_COMMANDS = """
 import json, os, runpy, sys
 
-import wsparse.checkpoint, wsparse.circuits, wsparse.data.pipeline, wsparse.metrics, wsparse.sharding
+import wsparse.checkpoint, wsparse.circuits, wsparse.data.batches, wsparse.metrics, wsparse.sharding
 
 statuses = []
 for number, arguments in enumerate(json.load(sys.stdin)):

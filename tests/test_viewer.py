@@ -21,7 +21,7 @@ import viewer_case as case
 
 from wsparse import model, runs, view
 from wsparse.circuits import Circuit, graph, masks, tasks
-from wsparse.data import pipeline
+from wsparse.data import batches
 from wsparse.errors import UserError
 from wsparse.nodes import NODES
 from wsparse.viewer import activations, collect, held_out, page
@@ -31,7 +31,7 @@ DOC = pathlib.Path(__file__).parents[1] / "docs" / "viewer.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimiser most of compiling."""
+    """Compiling is most of the time of these tests, and the optimizer most of compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -339,7 +339,7 @@ def test_a_loss_that_differs_from_the_files_is_noted(circuit, batch, monkeypatch
 def test_text_is_from_documents_that_training_held_out():
     run = case.run()
     windows_WT = held_out.windows(run, tokens=2000)
-    dataset = pipeline.open_dataset(
+    dataset = batches.open_dataset(
         run.config.data, vocab_size=257, context=case.CONFIG.context, tokenizer_file=None
     )
     sides = [

@@ -172,7 +172,7 @@ def test_a_clicked_node_shows_its_numbers(open_page, data):
     assert state(page)["node"] == node["name"]
 
 
-def test_token_colours_and_values_are_those_of_the_data(open_page, data):
+def test_token_colors_and_values_are_those_of_the_data(open_page, data):
     name = node_of(data, "v")
     page = open_page(f"#task={case.TASK}&node={name}&pair=1")
     shown = data["circuits"][case.TASK]
@@ -183,11 +183,11 @@ def test_token_colours_and_values_are_those_of_the_data(open_page, data):
     spans = page.locator("#panel .prompt").first.locator(".tokens span")
     assert spans.count() == len(row)
     strongest = int(np.abs(row).argmax())
-    colour = spans.nth(strongest).evaluate("e => e.style.background")
-    # Colours are relative to the largest value of both prompts.
+    color = spans.nth(strongest).evaluate("e => e.style.background")
+    # Colors are relative to the largest value of both prompts.
     share = abs(row[strongest]) / np.abs(values[starts[2] : starts[4]]).max()
-    assert ("--negative" in colour) == (row[strongest] < 0)
-    assert f"{8 + 62 * share:.0f}%" in colour
+    assert ("--negative" in color) == (row[strongest] < 0)
+    assert f"{8 + 62 * share:.0f}%" in color
     spans.nth(strongest).hover()
     shown_value = page.locator("#tip").inner_text().splitlines()[-1].replace(MINUS, "-")
     assert float(shown_value) == pytest.approx(row[strongest], rel=1e-3)
@@ -263,7 +263,7 @@ def test_keys_reach_select_and_leave_nodes(open_page):
     assert page.get_by_role("dialog").is_visible()
 
 
-def test_colours_follow_the_system_and_the_button(open_page):
+def test_colors_follow_the_system_and_the_button(open_page):
     ink = "getComputedStyle(document.body).backgroundColor"
     light, dark = (open_page(color_scheme=scheme) for scheme in ("light", "dark"))
     assert light.evaluate(ink) != dark.evaluate(ink)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import files, model, runs, trees
-from wsparse.circuits import Circuit, evaluate, find, graph, masks, tasks
+from wsparse.circuits import Circuit, graph, masks, procedure, scoring, tasks
 from wsparse.circuits.circuit import Node, edge_list
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
@@ -71,8 +71,8 @@ def circuit(task: tasks.Task) -> Circuit:
     """Random nodes and the edges between them but one, with what `find` says of each node."""
     given = run()
     rng = np.random.default_rng(1)
-    scorer = evaluate.Scorer(
-        given.params, CONFIG, evaluate.mean_activations(given.params, CONFIG, windows())
+    scorer = scoring.Scorer(
+        given.params, CONFIG, scoring.mean_activations(given.params, CONFIG, windows())
     )
     mask = {name: np.zeros(shape, bool) for name, shape in masks.shapes(CONFIG).items()}
     for kept_LN in mask.values():
@@ -84,7 +84,7 @@ def circuit(task: tasks.Task) -> Circuit:
     path = next(path for path, each in edges.items() if each.any())
     at = tuple(np.argwhere(edges[path])[0])
     removed[path][at], edges[path][at] = True, False
-    settings = find.Settings(report_pairs=4)
+    settings = procedure.Settings(report_pairs=4)
     batch = tasks.build(task, given.tokenizer, 4, settings.seed, split="report")
     stays = {path: scorer.weights[path] & ~removed[path] for path in removed}
     scores = scorer.mask(batch, nodes_U, stays)

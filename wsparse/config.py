@@ -203,7 +203,7 @@ class OptimizerConfig:
       learning_rate: peak before the sharkfin factor.
       warmup: fraction of training spent in linear warmup.
       sharkfin: multiply the learning rate by `1/sqrt(density)`.
-      gradient_rms: "normalise" scales the gradient so that its root-mean-square over all parameters is
+      gradient_rms: "normalize" scales the gradient so that its root-mean-square over all parameters is
         1, "clip" only when it is above 1, "none" leaves it.
     """
 
@@ -214,7 +214,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 0.1
     weight_decay: float = 0.1
-    gradient_rms: Literal["normalise", "clip", "none"] = "normalise"
+    gradient_rms: Literal["normalize", "clip", "none"] = "normalize"
 
     def __post_init__(self):
         require(

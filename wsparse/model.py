@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from wsparse import trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
-from wsparse.kernels import cpu, tpu, tpu_attention
 from wsparse.nodes import Location, MeanAblation, Tap, ablate
-from wsparse.sparsity.top_k import abs_top_k
+from wsparse.ops import cpu, tpu, tpu_attention
+from wsparse.ops.top_k import abs_top_k
 
 __all__ = ["ModelConfig", "Params", "count_parameters", "forward", "init"]
 
@@ -342,7 +342,7 @@ def attend_plainly(
     weights_BHTS, total_BHT1 = _attention_weights(q_BTHK, k_BSHK, sink_H, positions_BT)
     v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
     y_BHTK = jnp.matmul(weights_BHTS.astype(v_BSHK.dtype), v_BHSK)
-    # Normalised after the product, which is smaller than the weights by T / d_head.
+    # Normalized after the product, which is smaller than the weights by T / d_head.
     y_BHTK = (y_BHTK / total_BHT1.astype(y_BHTK.dtype)).astype(v_BSHK.dtype)
     return jnp.swapaxes(y_BHTK, 1, 2)
 

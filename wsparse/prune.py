@@ -27,11 +27,11 @@ import numpy as np
 from optuna.storages import BaseStorage
 
 from wsparse import files, runs
-from wsparse.circuits import evaluate, find, report, tasks
+from wsparse.circuits import procedure, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial
-from wsparse.circuits.shared import ElsewhereError, Pieces, open_storage
-from wsparse.data import pipeline
+from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
+from wsparse.data import batches
 from wsparse.errors import UserError, run_command
 
 # Windows of pretraining text for the means, and the megabytes they are drawn from.
@@ -43,7 +43,7 @@ _POLL = 10.0
 def run(
     folder: pathlib.Path,
     wanted: Sequence[tasks.Task],
-    settings: find.Settings,
+    settings: procedure.Settings,
     *,
     max_tokens: int,
     storage: BaseStorage | None = None,
@@ -69,8 +69,8 @@ def run(
     trained = runs.load(folder)
     config = trained.config.model
     out = folder / "circuits"
-    subject = find.Subject(trained.params, config, pretraining_windows(trained, out))
-    pairs, refused = find.build_pairs(
+    subject = procedure.Subject(trained.params, config, pretraining_windows(trained, out))
+    pairs, refused = procedure.build_pairs(
         wanted, trained.tokenizer, settings, max_tokens=min(max_tokens, config.context)
     )
     for name, reason in refused.items():
@@ -123,10 +123,10 @@ def write_report(folder: pathlib.Path, say: Callable[[str], None]) -> list[dict[
 class _Job:
     """One task of a sweep, alone or with others."""
 
-    subject: find.Subject
-    pairs: find.Pairs
+    subject: procedure.Subject
+    pairs: procedure.Pairs
     pruner: Pruner
-    settings: find.Settings
+    settings: procedure.Settings
     where: pathlib.Path
     storage: BaseStorage | None
     lease: float
@@ -148,14 +148,14 @@ class _Job:
         with self._alone():
             # It may have been finished by whom it was waited for.
             if not _is_done(self.where, self.subject.digest, self.settings):
-                circuit = find.find_circuit(
+                circuit = procedure.find_circuit(
                     self.subject, self.pairs, self.pruner, self.settings, self.say, trials=trials
                 )
                 self._finish(circuit, "found" if circuit else "not found")
 
     @functools.cached_property
-    def score(self) -> evaluate.Score:
-        score = find.model_score(self.subject, self.pairs.report)
+    def score(self) -> scoring.Score:
+        score = procedure.model_score(self.subject, self.pairs.report)
         self.say(f"  the model: loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
         return score
 
@@ -170,7 +170,7 @@ class _Job:
     def _search(self) -> list[Trial] | None:
         if self._shared is None:
             return None
-        return find.search_trials(
+        return procedure.search_trials(
             self.subject, self.pairs, self.pruner, self.settings, self.say, shared=self._shared
         )
 
@@ -210,13 +210,13 @@ def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
         with np.load(path) as stored:
             return stored["tokens"].astype(np.int32)
     data = trained.config.data
-    dataset = pipeline.open_dataset(
+    dataset = batches.open_dataset(
         dataclasses.replace(data, megabytes=min(data.megabytes, _MEGABYTES)),
         vocab_size=trained.config.model.vocab_size,
         context=trained.config.model.context,
         tokenizer_file=trained.folder / "tokenizer.json",
     )
-    batches = pipeline.train_batches(
+    stream = batches.train_batches(
         dataset.train,
         batch_size=_WINDOWS,
         context=trained.config.model.context,
@@ -225,14 +225,14 @@ def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
         threads=0,
         prefetch=0,
     )
-    windows = np.asarray(next(iter(batches)))[:, :-1]
+    windows = np.asarray(next(iter(stream)))[:, :-1]
     out.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as part:
         np.savez_compressed(part, tokens=windows)
     return windows
 
 
-def _is_done(where: pathlib.Path, digest: str, settings: find.Settings) -> bool:
+def _is_done(where: pathlib.Path, digest: str, settings: procedure.Settings) -> bool:
     path = where / "status.json"
     if not path.exists():
         return False
@@ -247,7 +247,7 @@ def _is_done(where: pathlib.Path, digest: str, settings: find.Settings) -> bool:
     return done
 
 
-def _as_json(settings: find.Settings) -> dict[str, Any]:
+def _as_json(settings: procedure.Settings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
@@ -260,13 +260,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     wanted = [tasks.find(name) for name in names]
     values: dict[str, Any] = {
-        field.name: getattr(options, field.name) for field in dataclasses.fields(find.Settings)
+        field.name: getattr(options, field.name) for field in dataclasses.fields(procedure.Settings)
     }
     try:
         values["sweep"] = tuple(float(each) for each in values["sweep"])
     except ValueError as error:
         raise UserError(f"--sweep must be numbers separated by commas: {error}") from error
-    settings = find.Settings(**values)
+    settings = procedure.Settings(**values)
     folder = pathlib.Path(options.run)
     if options.report:
         write_report(folder, functools.partial(print, flush=True))
@@ -294,14 +294,16 @@ def main(argv: Sequence[str]) -> int:
 def _help_of(name: str) -> str:
     """What the docstring of `Settings` says about an attribute."""
     about = re.search(
-        rf"^ +{name}: (.*?)(?=^ +\w+: |\Z)", find.Settings.__doc__ or "", re.MULTILINE | re.DOTALL
+        rf"^ +{name}: (.*?)(?=^ +\w+: |\Z)",
+        procedure.Settings.__doc__ or "",
+        re.MULTILINE | re.DOTALL,
     )
     assert about is not None, name
     return " ".join(about[1].split())
 
 
 def _define_flags() -> None:
-    defaults = find.Settings()
+    defaults = procedure.Settings()
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
     flags.DEFINE_list("task", ["all"], "Names, .jsonl or .py files, or all.")
     flags.DEFINE_integer("max_tokens", 4096, "Longest prompt to use; at most the context.")

@@ -197,7 +197,7 @@ def put_batch(
 def initialize_processes() -> None:
     """Join the other processes of the job, where the environment says that there are any.
 
-    Slurm, Open MPI, Cloud TPU slices and GKE are recognised by jax itself. Elsewhere, and before those,
+    Slurm, Open MPI, Cloud TPU slices and GKE are recognized by jax itself. Elsewhere, and before those,
     `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so.
     One process on its own needs nothing. Must come before the first use of a device.
 

@@ -33,9 +33,9 @@ import optax
 
 from wsparse import checkpoint, files, metrics, model, sharding, sparsity, trees
 from wsparse.config import ModelConfig, TrainConfig, differences, from_dict, to_dict
-from wsparse.data import pipeline
+from wsparse.data import batches
 from wsparse.errors import UserError, run_command
-from wsparse.kernels import cpu
+from wsparse.ops import cpu
 
 # Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
 DECAY_RULES: trees.Rules[bool] = (
@@ -283,7 +283,7 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and not cpu.available():
         say("AbsTopK runs without its CPU kernel, which is faster: pip install 'wsparse[cpu]'")
     tokenizer_file = workdir / "tokenizer.json"
-    dataset = pipeline.open_dataset(
+    dataset = batches.open_dataset(
         config.data,
         vocab_size=config.model.vocab_size,
         context=config.model.context,
@@ -361,7 +361,7 @@ def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
         )
 
 
-def _restore(checkpoints, program: Program, dataset: pipeline.Dataset):
+def _restore(checkpoints, program: Program, dataset: batches.Dataset):
     """`(state, step, seconds so far, losses since the last record)`: of a checkpoint, or a start."""
     restored = checkpoints.restore(program.abstract_state)
     if restored is None:
@@ -381,7 +381,7 @@ class _Loop:
 
     config: TrainConfig
     program: Program
-    dataset: pipeline.Dataset
+    dataset: batches.Dataset
     checkpoints: checkpoint.Checkpointer
     workdir: pathlib.Path
     quiet: bool
@@ -390,7 +390,7 @@ class _Loop:
 
     def run(self, state: TrainState, step: int, losses: list[float]) -> int:
         config = self.config
-        batches = pipeline.train_batches(
+        stream = batches.train_batches(
             self.dataset.train,
             batch_size=config.batch_size,
             context=config.model.context,
@@ -409,7 +409,7 @@ class _Loop:
                 if self.quiet
                 else metrics.MetricsWriter(self.workdir, step) as self.writer
             ):
-                return self._steps(state, step, batches, losses)
+                return self._steps(state, step, stream, losses)
         finally:
             self.progress.close()
             for number, handler in handlers.items():
@@ -427,13 +427,13 @@ class _Loop:
         # A second one is not caught: whoever insists gets out at once.
         signal.signal(number, signal.SIG_DFL)
 
-    def _steps(self, state: TrainState, step: int, batches, losses: list[float]) -> int:
+    def _steps(self, state: TrainState, step: int, stream, losses: list[float]) -> int:
         config = self.config
         seconds_projecting = self._time_projection(state)
         pending, evaluation = None, {}
         window_start, window_step = time.monotonic(), step
         while step < config.steps and not self._must_stop(step):
-            state, report = self.program.step(state, self._put(next(batches)))
+            state, report = self.program.step(state, self._put(next(stream)))
             step += 1
             # The device works on this step while the host reads the one before.
             if pending is not None:
@@ -468,7 +468,7 @@ class _Loop:
             return 128 + self.stop_signal
         self.checkpoints.finish()
         # A run that was killed between its last checkpoint and its summary has nothing evaluated yet.
-        self._summarise(state, step, evaluation or self._evaluate(state, step))
+        self._summarize(state, step, evaluation or self._evaluate(state, step))
         return 0
 
     def _must_stop(self, step: int) -> bool:
@@ -539,7 +539,7 @@ class _Loop:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
         config = self.config
         results, size = [], config.batch_size // config.accumulate
-        for local in pipeline.eval_batches(
+        for local in batches.eval_batches(
             self.dataset.validation,
             batch_size=size,
             context=config.model.context,
@@ -585,7 +585,7 @@ class _Loop:
             seconds.append(time.monotonic() - start)
         return min(seconds)
 
-    def _summarise(self, state: TrainState, step: int, evaluation: dict[str, Any]) -> None:
+    def _summarize(self, state: TrainState, step: int, evaluation: dict[str, Any]) -> None:
         if self.quiet:
             return
         kept = jax.device_get(sparsity.find_state(state.optimizer).nonzeros)

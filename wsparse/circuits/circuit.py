@@ -57,7 +57,7 @@ class Circuit:
       edges: the kept weights between them.
       loss: task loss of the circuit alone (everything else at its mean), in nats, on the report split, with
         the logits as they are.
-      scores: every other measurement, see `find.find_circuit`.
+      scores: every other measurement, see `procedure.find_circuit`.
       counts: sizes, see `graph.Counts`; "edges_between_nodes" counts all weights between kept nodes.
       controls: the same procedure where there is nothing to find.
       curve: one entry for each target of the sweep.

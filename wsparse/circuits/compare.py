@@ -85,7 +85,7 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
         "only_second": sorted(t for t in b if "edges" in b[t] and t not in shared),
     }
     counts = {key: [t[key] for t in tasks] for key in ("edges", "edges_between_nodes")}
-    # Circuits are chosen on other pairs than their loss is reported on, and some do not generalise.
+    # Circuits are chosen on other pairs than their loss is reported on, and some do not generalize.
     held = [t for t in tasks if max(t["loss"]) <= result["target"] and min(t["edges"]) > 0]
     result["held"] = [t["task"] for t in held]
     if held:

@@ -17,14 +17,14 @@ import optuna
 
 from wsparse import files, model
 from wsparse.circuits import masks
-from wsparse.circuits.learn import HasPairs, HParams, arrays, prune
-from wsparse.circuits.shared import ElsewhereError, Pieces
+from wsparse.circuits.mask_learning import HasPairs, HParams, arrays, prune
+from wsparse.circuits.workers import ElsewhereError, Pieces
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 
 Sampler = Literal["tpe", "random"]
 
-# Each hyperparameter is searched on a logarithmic scale between these; the paper's centres are inside.
+# Each hyperparameter is searched on a logarithmic scale between these; the paper's centers are inside.
 _BETWEEN = HParams(
     k_coef=(1e-4, 1e-2),
     noise=(3e-3, 1e-1),
@@ -36,9 +36,9 @@ _BETWEEN = HParams(
     temperature=(0.3, 3.0),
 )
 
-# Where a search starts beside the paper's centres: for runs of a hundred steps instead of thousands.
+# Where a search starts beside the paper's centers: for runs of a hundred steps instead of thousands.
 FAST = HParams(k_coef=1e-3, learning_rate=1e-2)
-# With fewer trials than this the paper's centres are not tried.
+# With fewer trials than this the paper's centers are not tried.
 _FEW = 8
 
 
@@ -46,10 +46,10 @@ class Trial(NamedTuple):
     """One pruning run of a search.
 
     Attributes:
-      number: from 0; the first is at `FAST`, in longer searches the second at the paper's centres.
+      number: from 0; the first is at `FAST`, in longer searches the second at the paper's centers.
       hparams: floats.
       tau: float32 `(U,)`.
-      value: what the search minimises.
+      value: what the search minimizes.
       result: gives whatever the objective found beside the value, computed anew for a trial of another
         process.
     """
@@ -218,7 +218,7 @@ def search(
       params: of the model.
       pairs: of the search split.
       means: see `prune`.
-      objective: `tau_U -> (value to minimise, result)`, a pure function.
+      objective: `tau_U -> (value to minimize, result)`, a pure function.
       trials: how many.
       sampler: "tpe" (Optuna's tree-structured Parzen estimator) or "random" (the same ranges).
       seed: of the sampler and of the trials; where the search is shared the sampler's is random.
@@ -290,7 +290,7 @@ def _suggest(trial: optuna.Trial) -> HParams:
 
 
 def log_size(edges: int | None, least_loss: float) -> float:
-    """What a search minimises: the logarithm of the edges, or, where the target was missed, by how much.
+    """What a search minimizes: the logarithm of the edges, or, where the target was missed, by how much.
 
     Any miss (`edges` None) is worse than any circuit.
     """

@@ -1,7 +1,7 @@
 """The 20 tasks: pairs of Python prompts that differ only in what decides the next token.
 
 A task draws *pairs* of programs and says where each is cut. What comes before the cut is the prompt;
-the first token after it, in the tokenisation of the whole program, is the answer. Each prompt's wrong
+the first token after it, in the tokenization of the whole program, is the answer. Each prompt's wrong
 candidate is its partner's answer.
 
     batch = build("bracket_counting", tokenizer, 64, seed=0)
@@ -13,7 +13,7 @@ candidate is its partner's answer.
 Which characters an answer has is up to the tokenizer (`]` and a line end are one token in most), so
 a task lists its *forms*, and the first that the tokenizer cuts in the same way in every context is
 used; a task with none is refused. The prompts look like the text of `wsparse.data.idioms`. They are
-divided into three splits, for the search of a circuit, for its discretisation and for the report:
+divided into three splits, for the search of a circuit, for its discretization and for the report:
 no template, and no name, word or number, occurs in two of them.
 
 A user's own task is a JSONL file of pairs or a small Python file; see `load`.
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from wsparse import runs
 
 T = TypeVar("T")
-Split = Literal["search", "discretise", "report"]
-SPLITS: tuple[Split, ...] = ("search", "discretise", "report")
+Split = Literal["search", "discretize", "report"]
+SPLITS: tuple[Split, ...] = ("search", "discretize", "report")
 
 # Pairs per split on which a form is tried. One of each split's must fit, no more: where answers are
 # names, a small tokenizer cuts most of them in pieces, and those pairs are passed over.
@@ -585,7 +585,7 @@ def _lead_docstring(d: _Draw) -> str:
 
 _LEADS: dict[Split, dict[str, Callable[[_Draw], str]]] = {
     "search": {"assignment": _lead_assignment, "function": _lead_function},
-    "discretise": {"import": _lead_import, "print": _lead_print},
+    "discretize": {"import": _lead_import, "print": _lead_print},
     "report": {"from": _lead_from, "docstring": _lead_docstring},
 }
 """How a program begins; each split has its own ways."""
@@ -921,13 +921,13 @@ TASKS: dict[str, Task] = {
         ),
         _task(
             "set_or_string",
-            "let a variable grow by how it was initialised",
+            "let a variable grow by how it was initialized",
             _accumulators,
             (Form(".add", " +="), Form(".", " +=")),
         ),
         _task(
             "set_or_string_fixedvarname",
-            "let a variable grow by how it was initialised; it always has the same name",
+            "let a variable grow by how it was initialized; it always has the same name",
             partial(_accumulators, name=idioms.FIXED_VARIABLE),
             (Form(".add", " +="), Form(".", " +=")),
         ),
@@ -1087,7 +1087,7 @@ def _listed(name: str, pairs: Iterable[tuple[str, tuple[str, ...]]]) -> Task:
                 raise UserError(f"{where}: the prompt {prompt[-40:]!r} is also at {seen[prompt]}")
             seen[prompt] = where
         digest = hashlib.blake2b(f"{prompt_a}\0{prompt_b}".encode(), digest_size=8).digest()
-        split = ("search", "search", "discretise", "report")[digest[0] % 4]
+        split = ("search", "search", "discretize", "report")[digest[0] % 4]
         pair = Pair(
             first=Program(prompt=prompt_a, rest=answer_a, answer=answer_a),
             second=Program(prompt=prompt_b, rest=answer_b, answer=answer_b),

@@ -414,7 +414,7 @@ class _RecordWriter:
     def __init__(
         self, path: pathlib.Path, tokens_per_record: int, dtype: np.dtype, pending: Sequence[int]
     ):
-        # One record a group: each can be read without its neighbours.
+        # One record a group: each can be read without its neighbors.
         self._file = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         self._size = tokens_per_record
         self._dtype = dtype.newbyteorder("<")

@@ -11,11 +11,11 @@
 | `arrayrecord:DIR` | tokens written by `python -m wsparse.data.prepare` (`wsparse.data.prepared`) |
 
 The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own. A mix is
-`0.7*idioms+0.3*stdlib`; weights are normalised and a missing one counts as 1. A `+` inside a path
+`0.7*idioms+0.3*stdlib`; weights are normalized and a missing one counts as 1. A `+` inside a path
 belongs to the path unless what follows it is `NUMBER*` or the name of a source.
 
 Every source yields the same documents in the same order each time. Nothing is stripped or
-normalised.
+normalized.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Source:
 
 
 def parse_mix(text: str) -> tuple[Part, ...]:
-    """The parts of a mix such as `0.7*idioms+0.3*stdlib`, weights normalised.
+    """The parts of a mix such as `0.7*idioms+0.3*stdlib`, weights normalized.
 
     Raises:
       UserError: an empty part, a weight that is no positive number, an unknown kind of source or

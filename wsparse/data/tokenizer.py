@@ -1,7 +1,7 @@
 """Byte-level BPE over Python code: one frozen wrapper around the `tokenizers` library.
 
 The vocabulary is the 256 bytes, then merges in the order they were learned, then `<|endoftext|>` as
-the last id. Special tokens are never recognised inside a text: a document that happens to contain
+the last id. Special tokens are never recognized inside a text: a document that happens to contain
 the characters `<|endoftext|>` is encoded as those characters.
 """
 

@@ -1,5 +1,6 @@
 """Exact weight and activation sparsity: selection, projection, schedules, statistics."""
 
+from wsparse.ops.top_k import Selection, abs_top_k, keep_top_k, select
 from wsparse.sparsity.project import (
     DEFAULT_RULES,
     Dense,
@@ -19,7 +20,6 @@ from wsparse.sparsity.schedules import (
     scale_by_gradient_rms,
 )
 from wsparse.sparsity.statistics import alive_neurons, kurtosis
-from wsparse.sparsity.top_k import Selection, abs_top_k, keep_top_k, select
 
 __all__ = [
     "DEFAULT_RULES",

@@ -13,8 +13,8 @@ import optax
 
 from wsparse import trees
 from wsparse.errors import UserError
-from wsparse.sparsity import magnitude
-from wsparse.sparsity.top_k import select
+from wsparse.ops import selection
+from wsparse.ops.top_k import select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,5 +211,5 @@ def _matrices(tree: Any, rules: trees.Rules[Sparse | Dense]) -> dict[str, tuple[
 
 def _count_nonzero(stack: jax.Array) -> jax.Array:
     # By bits: a comparison with 0 would miss subnormals where the hardware flushes them.
-    nonzero = magnitude.magnitude_keys(stack) > 0
+    nonzero = selection.magnitude_keys(stack) > 0
     return jnp.sum(nonzero, range(1, stack.ndim), dtype=jnp.int32)

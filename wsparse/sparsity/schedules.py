@@ -55,11 +55,11 @@ def gradient_rms(gradients: optax.Updates) -> jax.Array:
     return jnp.sqrt(total / float(sum(leaf.size for leaf in leaves)))
 
 
-def scale_by_gradient_rms(form: Literal["normalise", "clip"]) -> optax.GradientTransformation:
+def scale_by_gradient_rms(form: Literal["normalize", "clip"]) -> optax.GradientTransformation:
     """Scale the whole gradient so that its root-mean-square over all parameters is 1.
 
     Args:
-      form: "normalise" always scales (an all-zero gradient stays zero); "clip" only scales down.
+      form: "normalize" always scales (an all-zero gradient stays zero); "clip" only scales down.
     """
 
     def update(updates, state, params=None):

@@ -31,8 +31,8 @@ def kurtosis(x: jax.Array) -> jax.Array:
     Large values say that few channels carry the residual stream. float32 scalar.
     """
     x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1)
-    fourth = jnp.mean(jnp.square(jnp.square(centred)), axis=-1)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), axis=-1)
+    fourth = jnp.mean(jnp.square(jnp.square(centered)), axis=-1)
     # A constant row (a token whose stream is still all zeros) has no kurtosis; it counts as 0.
     return jnp.mean(jnp.where(variance > 0, fourth / jnp.maximum(jnp.square(variance), 1e-30), 0.0))

@@ -139,12 +139,12 @@ def summaries(
             _, acts = _recorded(params, filled, position_W, config=config)
             parts.append(chosen(acts, places)[:, : len(batch_WT)])
         values_NWT = np.concatenate(parts, axis=1)
-        found |= zip(part, map(summarise, values_NWT), strict=True)
+        found |= zip(part, map(summarize, values_NWT), strict=True)
         tick(len(part))
     return found
 
 
-def summarise(values_WT: np.ndarray) -> Summary:
+def summarize(values_WT: np.ndarray) -> Summary:
     """The summary of one node's values."""
     active = np.sort(values_WT[values_WT != 0])
     low, high = (float(active[0]), float(active[-1])) if active.size else (0.0, 0.0)

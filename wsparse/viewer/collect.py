@@ -18,9 +18,9 @@ import numpy as np
 import tqdm
 
 from wsparse import files, model, nodes, runs, trees
-from wsparse.circuits import evaluate, graph, masks, report, tasks
+from wsparse.circuits import graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit, Node
-from wsparse.circuits.learn import PairArrays, arrays
+from wsparse.circuits.mask_learning import PairArrays, arrays
 from wsparse.config import ModelConfig, require, to_dict
 from wsparse.data import streams
 from wsparse.errors import UserError, closest
@@ -215,7 +215,7 @@ def _circuit(
     """What the page says about one circuit."""
     config = run.config.model
     means = jax.tree.map(jnp.asarray, circuit.means)
-    scorer = evaluate.Scorer(run.params, config, means)
+    scorer = scoring.Scorer(run.params, config, means)
     pairs = arrays(batch)
     fewer = _first(pairs, _ABLATION_PAIRS)
     kept_U = masks.from_names([node.name for node in circuit.nodes], config)
@@ -294,9 +294,9 @@ def _first(pairs: PairArrays, count: int) -> PairArrays:
 
 
 def _losses(
-    scorer: evaluate.Scorer,
+    scorer: scoring.Scorer,
     pairs: PairArrays,
-    ranks: evaluate.Ranks,
+    ranks: scoring.Ranks,
     spans: list[list[int]],
     tick: Callable[[int], Any] = lambda count: None,
 ) -> np.ndarray:
@@ -309,7 +309,7 @@ def _losses(
 
 
 def _on_rows(
-    scorer: evaluate.Scorer,
+    scorer: scoring.Scorer,
     kept_U: np.ndarray,
     stays: graph.EdgeMask,
     pairs: PairArrays,

@@ -9,7 +9,7 @@ import numpy as np
 
 from wsparse import runs
 from wsparse.config import DataConfig
-from wsparse.data import corpus, pipeline, prepared, sources, streams
+from wsparse.data import batches, corpus, prepared, sources, streams
 from wsparse.errors import UserError
 
 # Held-out text to read, in bytes.
@@ -51,7 +51,7 @@ def windows(run: runs.Run, *, tokens: int, source: str = "") -> np.ndarray:
             "another text with --source=files:GLOB"
         )
     count = max(1, tokens // context)
-    [batch] = pipeline.eval_batches(components, batch_size=count, context=context, batches=1)
+    [batch] = batches.eval_batches(components, batch_size=count, context=context, batches=1)
     return np.unique(batch[:, :-1], axis=0)
 
 

@@ -21,7 +21,7 @@ LIBRARY = "d3.min.js"
 # In the order in which they are joined; a later one uses what an earlier one defines.
 SCRIPTS = ("data.js", "layout.js", "graph.js", "charts.js", "panel.js", "overview.js", "main.js")
 
-_QUANTISED = {"int8": 127, "int16": 32767, "uint8": 255}
+_QUANTIzED = {"int8": 127, "int16": 32767, "uint8": 255}
 
 
 def render(data: dict[str, Any], *, title: str) -> str:
@@ -67,7 +67,7 @@ def packed(values: np.ndarray, dtype: str) -> dict[str, Any]:
       `{"dtype", "scale", "data"}`; an entry is off by at most half of `scale`.
     """
     values = np.asarray(values, np.float64).ravel()
-    scale = float(np.max(np.abs(values), initial=0.0)) / _QUANTISED[dtype]
+    scale = float(np.max(np.abs(values), initial=0.0)) / _QUANTIzED[dtype]
     whole = np.rint(values / scale) if scale else np.zeros_like(values)
     return {"dtype": dtype, "scale": scale, "data": raw(whole, dtype)}
 

@@ -1,4 +1,4 @@
-// Small charts: loss against edges, loss against nodes kept, histograms, coloured tokens, attention.
+// Small charts: loss against edges, loss against nodes kept, histograms, colored tokens, attention.
 
 /** Loss against edges, a line for each task; `chosen` stands out, or all do when it is null. */
 function drawCurves(holder, tasks, chosen, { height = 330, pick = null } = {}) {
@@ -96,14 +96,14 @@ function drawHistogram(node) {
 }
 
 /** A background for a value, blue above and orange below zero. */
-function colour(element, value, largest) {
+function color(element, value, largest) {
   const strength = largest ? Math.min(1, Math.abs(value) / largest) : 0;
   if (strength < 0.01) return;
   const hue = value < 0 ? 'var(--negative)' : 'var(--positive)';
   element.style.background = `color-mix(in srgb, ${hue} ${(8 + 62 * strength).toFixed(0)}%, transparent)`;
 }
 
-/** Tokens coloured by values; line ends are shown and kept. */
+/** Tokens colored by values; line ends are shown and kept. */
 function drawTokens(ids, values, largest, { focus = -1, texts = null, changed = null, label = '' } = {}) {
   const strongest = d3.maxIndex(values, Math.abs);
   const holder = el('pre', {
@@ -114,14 +114,14 @@ function drawTokens(ids, values, largest, { focus = -1, texts = null, changed = 
     const text = texts?.[i] ?? tokenText(id).replaceAll('\n', '↵\n').replaceAll('\t', '⇥\t');
     const classes = [i === focus ? 'focus' : '', changed?.[i] ? 'changed' : ''].join(' ').trim();
     const span = el('span', { class: classes || null }, text);
-    colour(span, values[i], largest);
+    color(span, values[i], largest);
     hover(span, () => [texts?.[i] ?? quoted(id), number(values[i], 4)]);
     holder.append(span);
   });
   return holder;
 }
 
-/** A lower triangle of values as a picture, queries down and keys across; `shade` makes a colour of a share. */
+/** A lower triangle of values as a picture, queries down and keys across; `shade` makes a color of a share. */
 function drawSquare(ids, at, { title, scale, diverging, shade = (share) => share }) {
   const size = ids.length;
   const margin = 74;

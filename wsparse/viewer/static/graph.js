@@ -190,14 +190,14 @@ function nodeKey(event, node) {
     byId('panel').focus({ preventScroll: true });
     return;
   }
-  const next = neighbour(node, event.key);
+  const next = neighbor(node, event.key);
   if (next === undefined) return;
   event.preventDefault();
   if (next) graph.items.get(next.name).focus();
 }
 
 /** The node that an arrow leads to; null where there is none, undefined for other keys. */
-function neighbour(node, key) {
+function neighbor(node, key) {
   const visible = (each) => !graph.items.get(each.name).classList.contains('gone');
   const columns = graph.place.columns.map((column) => column.nodes.filter(visible)).filter((nodes) => nodes.length);
   const at = columns.findIndex((nodes) => nodes.includes(node));

@@ -22,10 +22,10 @@ function arrange(circuit) {
     right += width;
     return { key, nodes, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
   });
-  const neighbours = new Map(circuit.nodes.map((node) => [node, []]));
+  const neighbors = new Map(circuit.nodes.map((node) => [node, []]));
   const near = (source, target, weight) => {
-    neighbours.get(source).push([target, weight]);
-    neighbours.get(target).push([source, weight]);
+    neighbors.get(source).push([target, weight]);
+    neighbors.get(target).push([source, weight]);
   };
   for (const edge of circuit.edges) near(edge.source, edge.target, Math.abs(edge.weight));
   for (const { source, target } of circuit.streams) {
@@ -34,7 +34,7 @@ function arrange(circuit) {
 
   for (const column of columns) reorder(column, () => 0);
   const aim = (node) => {
-    const around = neighbours.get(node);
+    const around = neighbors.get(node);
     const total = d3.sum(around, ([, weight]) => weight);
     return total ? d3.sum(around, ([other, weight]) => other.y * weight) / total : node.y;
   };
@@ -67,7 +67,7 @@ function arrange(circuit) {
   };
 }
 
-/** By where the neighbours are; heads stay together, and within a head queries, keys and values. */
+/** By where the neighbors are; heads stay together, and within a head queries, keys and values. */
 function reorder(column, aim) {
   const height = d3.rollup(column.nodes, (nodes) => d3.mean(nodes, aim), (node) => node.head);
   column.nodes.sort((a, b) => d3.ascending(height.get(a.head), height.get(b.head))
@@ -82,7 +82,7 @@ function reorder(column, aim) {
   spread(column, aim);
 }
 
-/** Nearest heights to the aims, in order and apart: isotonic regression by pooling neighbours. */
+/** Nearest heights to the aims, in order and apart: isotonic regression by pooling neighbors. */
 function spread({ rows }, aim) {
   let offset = 0;
   const offsets = [];

@@ -113,7 +113,7 @@ function weightBar(weight, largest) {
 
 function chip(id, weight, largest) {
   const span = el('span', { class: 'chip' }, el('code', {}, quoted(id)), ` ${signed(weight)}`);
-  colour(span, weight, largest);
+  color(span, weight, largest);
   return span;
 }
 
@@ -198,9 +198,9 @@ function attention(circuit, node, state, change) {
     choice('Prompt', [[0, 'first prompt'], [1, 'second prompt']], state.second, (second) => change({ second })),
     start ? el('p', { class: 'quiet' }, `The last ${ids.length} of ${all.length} tokens.`) : null,
     drawSquare(ids, head, {
-      title: 'The head: attention from each token (rows) to those before; the colour is the square root', scale: 1, diverging: false, shade: Math.sqrt,
+      title: 'The head: attention from each token (rows) to those before; the color is the square root', scale: 1, diverging: false, shade: Math.sqrt,
     }),
-    drawSquare(ids, own, { title: `${title}; the deepest colour is ${number(largest)}`, scale: largest, diverging: true }),
+    drawSquare(ids, own, { title: `${title}; the deepest color is ${number(largest)}`, scale: largest, diverging: true }),
   ].filter(Boolean);
 }
 

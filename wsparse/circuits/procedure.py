@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, sparsity, trees
-from wsparse.circuits import evaluate, graph, masks, shrink, tasks
+from wsparse.circuits import discretize, graph, masks, scoring, tasks
 from wsparse.circuits.circuit import Circuit, Node, edge_list
-from wsparse.circuits.learn import HParams, PairArrays, arrays
+from wsparse.circuits.mask_learning import HParams, PairArrays, arrays
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial, log_size, search
 from wsparse.config import ModelConfig, require
 from wsparse.data.tokenizer import Tokenizer
@@ -42,13 +42,13 @@ class Settings:
       steps: of a pruning run.
       pairs_per_step: pairs drawn for a step.
       search_pairs: pairs that steps draw from.
-      discretise_pairs: pairs of the second split that circuits are chosen on, beside as many of the first.
+      discretize_pairs: pairs of the second split that circuits are chosen on, beside as many of the first.
       report_pairs: pairs that numbers are reported on.
       finalists: trials whose circuits are cleaned up.
       necessity: loss, in nats, that the model must have without the circuit: nodes are added to the smallest
-        sufficient one until it has, see `shrink.complete`. 0 adds none.
-      single_removals: see `shrink.clean_up`.
-      tie_qk: see `learn.prune`.
+        sufficient one until it has, see `discretize.complete`. 0 adds none.
+      single_removals: see `discretize.clean_up`.
+      tie_qk: see `mask_learning.prune`.
       controls: whether to run the controls.
       seed: of pairs, trials and the sampler.
     """
@@ -62,7 +62,7 @@ class Settings:
     steps: int = 100
     pairs_per_step: int = 16
     search_pairs: int = 256
-    discretise_pairs: int = 48
+    discretize_pairs: int = 48
     report_pairs: int = 96
     finalists: int = 2
     necessity: float = 0.65
@@ -78,7 +78,7 @@ class Settings:
             "steps",
             "pairs_per_step",
             "search_pairs",
-            "discretise_pairs",
+            "discretize_pairs",
             "report_pairs",
             "finalists",
         ):
@@ -101,7 +101,7 @@ class Pairs:
       task: name.
       form: the candidates.
       search: pairs that masks are learned on.
-      discretise: pairs that circuits are chosen on: of the second split, and as many of the first. The
+      discretize: pairs that circuits are chosen on: of the second split, and as many of the first. The
         templates of one split are too alike: a circuit that only just does them fails on others.
       report: pairs that numbers are reported on.
     """
@@ -109,7 +109,7 @@ class Pairs:
     task: str
     form: str
     search: PairArrays
-    discretise: PairArrays
+    discretize: PairArrays
     report: PairArrays
 
 
@@ -123,17 +123,17 @@ class Subject:
       means: mean activations over them.
       scorer: scores its masks.
       digest: of the parameters.
-      reinitialised: `seed -> Subject`, the control with every matrix's entries at random places.
+      reinitialized: `seed -> Subject`, the control with every matrix's entries at random places.
     """
 
     def __init__(self, params: model.Params, config: ModelConfig, windows: np.ndarray):
         # Committed to a device or not is part of what is compiled for: all subjects' are.
         self.params = jax.device_put(params, jax.devices()[0])
         self.config, self.windows = config, windows
-        self.means = evaluate.mean_activations(self.params, config, windows)
-        self.scorer = evaluate.Scorer(self.params, config, self.means)
+        self.means = scoring.mean_activations(self.params, config, windows)
+        self.scorer = scoring.Scorer(self.params, config, self.means)
         # A control, the same for every task.
-        self.reinitialised = functools.cache(self._reinitialised)
+        self.reinitialized = functools.cache(self._reinitialized)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -143,7 +143,7 @@ class Subject:
     def node_means(self) -> dict[str, jax.Array]:
         return {name: self.means[name] for name in masks.shapes(self.config)}
 
-    def _reinitialised(self, seed: int) -> Subject:
+    def _reinitialized(self, seed: int) -> Subject:
         """Sparsity and scale of every matrix stay as they are."""
 
         def shuffled(path: str, leaf: jax.Array) -> jax.Array:
@@ -172,7 +172,7 @@ def build_pairs(
     """The pairs of every task, all of one length, and why other tasks are refused."""
     sizes: dict[tasks.Split, int] = {
         "search": settings.search_pairs,
-        "discretise": settings.discretise_pairs,
+        "discretize": settings.discretize_pairs,
         "report": settings.report_pairs,
     }
     built: list[dict[tasks.Split, tasks.TaskBatch]] = []
@@ -192,19 +192,19 @@ def build_pairs(
     length = max((b.tokens.shape[1] for splits in built for b in splits.values()), default=0)
     pairs = []
     for splits in built:
-        search, discretise, report = (
+        search, discretize, report = (
             arrays(tasks.padded(splits[split], length)) for split in tasks.SPLITS
         )
-        some = jax.tree.map(lambda each: each[: 2 * settings.discretise_pairs], search)
-        both = jax.tree.map(lambda *each: jnp.concatenate(each), some, discretise)
+        some = jax.tree.map(lambda each: each[: 2 * settings.discretize_pairs], search)
+        both = jax.tree.map(lambda *each: jnp.concatenate(each), some, discretize)
         first = splits["search"]
         pairs.append(
-            Pairs(task=first.task, form=first.form, search=search, discretise=both, report=report)
+            Pairs(task=first.task, form=first.form, search=search, discretize=both, report=report)
         )
     return pairs, refused
 
 
-def model_score(subject: Subject, pairs: PairArrays) -> evaluate.Score:
+def model_score(subject: Subject, pairs: PairArrays) -> scoring.Score:
     """The whole model's loss and accuracy."""
     return subject.scorer.mask(pairs, np.ones(masks.n_nodes(subject.config), bool))
 
@@ -225,8 +225,8 @@ def search_trials(
     """
     goal = _goal(subject, pairs, settings)
 
-    def objective(tau_U: np.ndarray) -> tuple[float, tuple[shrink.Parts | None, float]]:
-        parts, least = shrink.discretise(subject.scorer, pairs.discretise, tau_U, goal)
+    def objective(tau_U: np.ndarray) -> tuple[float, tuple[discretize.Parts | None, float]]:
+        parts, least = discretize.discretize(subject.scorer, pairs.discretize, tau_U, goal)
         return log_size(parts.n_edges if parts else None, least), (parts, least)
 
     def said(trial: Trial) -> None:
@@ -286,9 +286,9 @@ def find_circuit(
         return None
     cleaned = [
         (
-            shrink.clean_up(
+            discretize.clean_up(
                 scorer,
-                pairs.discretise,
+                pairs.discretize,
                 cuts[trial.number],
                 goal,
                 singles=settings.single_removals,
@@ -299,15 +299,15 @@ def find_circuit(
     ]
     smallest, best = min(cleaned, key=lambda pair: pair[0].n_edges)
     say(f"  cleaned up: {smallest.n_nodes} nodes, {smallest.n_edges} edges")
-    parts = shrink.complete(
-        scorer, pairs.discretise, smallest, best.tau, goal, least=settings.necessity
+    parts = discretize.complete(
+        scorer, pairs.discretize, smallest, best.tau, goal, least=settings.necessity
     )
     if parts is not smallest:
         say(f"  until it is necessary: {parts.n_nodes} nodes, {parts.n_edges} edges")
     seconds_found = time.monotonic() - started
     curve = _curve(subject, pairs, best.tau, smallest, settings)
     scores = measure(subject, pairs, parts)
-    scores["discretise_loss"] = parts.loss
+    scores["discretize_loss"] = parts.loss
     scores["trials"] = [
         {
             "number": number,
@@ -355,25 +355,25 @@ def find_circuit(
 
 def _goal(subject: Subject, pairs: Pairs, settings: Settings) -> float:
     """The loss that circuits are cut to: below the target, so that other templates reach it too."""
-    whole = model_score(subject, pairs.discretise).loss
+    whole = model_score(subject, pairs.discretize).loss
     # Where the model itself is too close to the target, the margin shrinks.
     nearest = whole + (settings.target - whole) / 10
     return max(settings.target - settings.margin, min(settings.target, nearest))
 
 
-def measure(subject: Subject, pairs: Pairs, parts: shrink.Parts) -> dict[str, Any]:
+def measure(subject: Subject, pairs: Pairs, parts: discretize.Parts) -> dict[str, Any]:
     """Sufficiency and necessity of a circuit on the report split, and the model beside it.
 
     Sufficiency: everything but the circuit at its mean. Necessity: the circuit's own nodes at their means
     and all else as it is; the task should be lost.
     """
     scorer, stays = subject.scorer, parts.stays(subject.scorer)
-    fit = shrink.calibrate(scorer.margins(pairs.discretise, parts.nodes, stays))
+    fit = discretize.calibrate(scorer.margins(pairs.discretize, parts.nodes, stays))
     margins = scorer.margins(pairs.report, parts.nodes, stays)
     return {
         "model": model_score(subject, pairs.report)._asdict(),
         "sufficiency": scorer.mask(pairs.report, parts.nodes, stays)._asdict(),
-        "calibrated": {**fit, "loss": float(shrink.calibrated_loss(margins, **fit))},
+        "calibrated": {**fit, "loss": float(discretize.calibrated_loss(margins, **fit))},
         "necessity": scorer.mask(pairs.report, ~parts.nodes)._asdict(),
     }
 
@@ -383,7 +383,7 @@ def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> dict[st
     scorer = subject.scorer
     everything = np.ones(masks.n_nodes(subject.config), bool)
     effect = scorer.attributions(pairs.search, everything)[0]
-    parts, least = shrink.discretise(scorer, pairs.discretise, np.abs(effect), goal)
+    parts, least = discretize.discretize(scorer, pairs.discretize, np.abs(effect), goal)
     if parts is None:
         return {"reached": False, "least_loss": least}
     return {
@@ -395,7 +395,7 @@ def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> dict[st
 
 
 def _nodes(
-    subject: Subject, pairs: PairArrays, parts: shrink.Parts, tau_U: np.ndarray
+    subject: Subject, pairs: PairArrays, parts: discretize.Parts, tau_U: np.ndarray
 ) -> list[Node]:
     """The circuit's nodes with the growth of the loss when each is removed."""
     scorer, chosen = subject.scorer, np.flatnonzero(parts.nodes)
@@ -414,7 +414,7 @@ def _curve(
     subject: Subject,
     pairs: Pairs,
     tau_U: np.ndarray,
-    found: shrink.Parts,
+    found: discretize.Parts,
     settings: Settings,
 ) -> list[dict[str, float]]:
     """Edges at every target of the sweep that can be reached.
@@ -426,13 +426,13 @@ def _curve(
     at = found
     for target in sorted(t for t in settings.sweep if t > settings.target):
         goal = target - settings.margin
-        at = shrink.clean_up(scorer, pairs.discretise, at, goal, singles=0)
+        at = discretize.clean_up(scorer, pairs.discretize, at, goal, singles=0)
         points.append((target, at))
     for target in sorted(t for t in settings.sweep if t < settings.target):
         tight = target - settings.margin * target / settings.target
-        parts, _ = shrink.discretise(scorer, pairs.discretise, tau_U, tight)
+        parts, _ = discretize.discretize(scorer, pairs.discretize, tau_U, tight)
         if parts is not None:
-            parts = shrink.clean_up(scorer, pairs.discretise, parts, tight, singles=0)
+            parts = discretize.clean_up(scorer, pairs.discretize, parts, tight, singles=0)
             points.append((target, parts))
     return [
         {
@@ -460,9 +460,9 @@ def _controls(
     """
     rng = np.random.default_rng(settings.seed)
     nonsense = dataclasses.replace(
-        pairs, search=_shuffled(pairs.search, rng), discretise=_shuffled(pairs.discretise, rng)
+        pairs, search=_shuffled(pairs.search, rng), discretize=_shuffled(pairs.discretize, rng)
     )
-    random_model = subject.reinitialised(settings.seed + 1)
+    random_model = subject.reinitialized(settings.seed + 1)
     found = {}
     for name, where, what in (
         ("shuffled_labels", subject, nonsense),
@@ -470,7 +470,9 @@ def _controls(
     ):
         seeds = range(settings.seed, settings.seed + pruner.parallel)
         learned = pruner(where.params, what.search, where.node_means, [hparams] * len(seeds), seeds)
-        tried = [shrink.discretise(where.scorer, what.discretise, tau_U, goal) for tau_U in learned]
+        tried = [
+            discretize.discretize(where.scorer, what.discretize, tau_U, goal) for tau_U in learned
+        ]
         reached = [parts for parts, _ in tried if parts is not None]
         found[name] = {
             "reached": bool(reached),

@@ -1,11 +1,11 @@
-"""What numba compiles for CPUs; `wsparse.kernels.cpu` is its face to JAX, and imports it when it is needed.
+"""What numba compiles for CPUs; `wsparse.ops.cpu` is its face to JAX, and imports it when it is needed.
 
 Every kernel is a pair of functions: the handler of XLA's call, which knows how many independent pieces of
 work it has, and a task, which does pieces until none are left; every thread of XLA's pool runs it. Each
 piece is computed by the same instructions in the same order whichever thread takes it, so results do not
 depend on the number of threads.
 
-The functions stand at the module's top, since numba's cache on disk does not recognise closures.
+The functions stand at the module's top, since numba's cache on disk does not recognize closures.
 Shapes: B batch, T time, H head, K channels of a head, E = H * K.
 """
 
@@ -284,7 +284,7 @@ def _share_with(frame_address, items, task, scratch):
 
 # --- Functions ---
 
-# The key of NaN is one above infinity's; see `wsparse.sparsity.magnitude.magnitude_keys`.
+# The key of NaN is one above infinity's; see `wsparse.ops.selection.magnitude_keys`.
 _TOP_KEY = _i32(np.array(np.inf, np.float32).view(np.int32) + 1)
 _EXP_LEAST = _f32(-87.0)
 _LOG2E = _f32(math.log2(math.e))
@@ -310,7 +310,7 @@ def _exp(x):
 
 # --- Vectors of 16 float32 ---
 #
-# What the compiler would not vectorise by itself, written with LLVM's vectors: it makes the instructions that
+# What the compiler would not vectorize by itself, written with LLVM's vectors: it makes the instructions that
 # the machine has of them. Operands are addresses.
 
 _LANES = 16
@@ -1045,7 +1045,7 @@ def _normal(x):
     return e, tail if x < _ZERO else _ONE - tail
 
 
-# Loops count from 0: an index that might be negative, which would count from the end, is not vectorised.
+# Loops count from 0: an index that might be negative, which would count from the end, is not vectorized.
 
 
 @_njit

@@ -15,8 +15,7 @@ import pytest
 import reference
 
 from wsparse import aot, hlo, model
-from wsparse.kernels import tpu, tpu_attention
-from wsparse.sparsity import magnitude, top_k
+from wsparse.ops import selection, top_k, tpu, tpu_attention
 
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, np.inf, -np.inf, np.nan, 3e38]),
@@ -32,7 +31,7 @@ def bits(array) -> np.ndarray:
 
 
 def keep(k: int):
-    return lambda x, *values: magnitude.keep_largest_per_row(x, k, *values)
+    return lambda x, *values: selection.keep_largest_per_row(x, k, *values)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,7 +75,7 @@ def test_the_comparison_above_sees_a_tie_broken_the_other_way():
 @pytest.mark.parametrize(("width", "k"), [(200, 50), (128, 127)])
 def test_rows_equal_the_plain_jax_on_activations(dtype, width, k):
     x = jax.nn.gelu(jax.random.normal(jax.random.key(width), (4, 33, width)) * 3).astype(dtype)
-    expected = jnp.where(magnitude.largest_per_row(x, k), x, jnp.zeros_like(x))
+    expected = jnp.where(selection.largest_per_row(x, k), x, jnp.zeros_like(x))
     np.testing.assert_array_equal(bits(by_kernel(k, x)), bits(expected))
 
 
@@ -181,7 +180,7 @@ def test_attention_and_its_gradients_equal_a_float64_reference(
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=3e-6)
     for got, wanted in zip(pull(dy), gradients, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
-    # Negative control: neighbouring heads' sinks exchanged.
+    # Negative control: neighboring heads' sinks exchanged.
     other, _ = reference.attention(q, k, v, sink[::-1], positions, dy)
     assert np.abs(other - expected).max() > 1e-2
 

@@ -160,7 +160,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
-    """`magnitude.largest_of_each` for keys of float32: each matrix is searched by itself."""
+    """`selection.largest_of_each` for keys of float32: each matrix is searched by itself."""
     return [
         _call("largest", jax.ShapeDtypeStruct(each.shape, jnp.bool), each, budget)
         for each, budget in zip(keys, k, strict=True)
@@ -247,7 +247,7 @@ def _call(
 
 @functools.cache
 def _register(kernel: str) -> None:
-    from wsparse.kernels import cpu_compiled
+    from wsparse.ops import cpu_compiled
 
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype = ctypes.py_object

@@ -11,8 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from wsparse.errors import UserError
-from wsparse.kernels import cpu, tpu
-from wsparse.sparsity import magnitude
+from wsparse.ops import cpu, selection, tpu
 
 
 def abs_top_k(x: jax.Array, k: int) -> jax.Array:
@@ -38,7 +37,7 @@ def abs_top_k(x: jax.Array, k: int) -> jax.Array:
         return x
     if tpu.available() and x.dtype.itemsize <= 4:
         return _abs_top_k_by_kernel(x, k)
-    return jnp.where(magnitude.largest_per_row(x, k), x, jnp.zeros_like(x))
+    return jnp.where(selection.largest_per_row(x, k), x, jnp.zeros_like(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -54,7 +53,7 @@ _abs_top_k_by_kernel.defvjp(
 
 
 def _keep_by_kernel(k: int, *arrays: jax.Array) -> jax.Array:
-    keep = lambda x, *values: magnitude.keep_largest_per_row(x, k, *values)
+    keep = lambda x, *values: selection.keep_largest_per_row(x, k, *values)
     return lax.platform_dependent(*arrays, tpu=functools.partial(tpu.by_rows, keep), default=keep)
 
 
@@ -157,8 +156,8 @@ def _select_in_one_search(
     whole: bool,
     key_dtype: jnp.dtype | None = None,
 ) -> list[Selection]:
-    """`select` without the kernel; keys are of `key_dtype`, see `magnitude.magnitude_keys`."""
-    keys = [magnitude.magnitude_keys(stack, key_dtype) for stack in stacks]
+    """`select` without the kernel; keys are of `key_dtype`, see `selection.magnitude_keys`."""
+    keys = [selection.magnitude_keys(stack, key_dtype) for stack in stacks]
     protected = [
         _protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)
     ]
@@ -178,15 +177,15 @@ def _select_in_one_search(
         Selection(
             kept=mask,
             nonzeros=_count(mask),
-            finite=jnp.max(key, range(1, key.ndim)) < magnitude.infinity_key(stack.dtype),
+            finite=jnp.max(key, range(1, key.ndim)) < selection.infinity_key(stack.dtype),
         )
         for mask, key, stack in zip(kept, keys, stacks, strict=True)
     ]
 
 
 def _largest_of_each(keys: list[jax.Array], k: list[jax.Array], whole: bool) -> list[jax.Array]:
-    """`magnitude.largest_of_each` in the way that suits the platform; the result is the same."""
-    plain = functools.partial(magnitude.largest_of_each, whole=whole)
+    """`selection.largest_of_each` in the way that suits the platform; the result is the same."""
+    plain = functools.partial(selection.largest_of_each, whole=whole)
     # With the kernels for TPUs this may be the inside of one.
     if cpu.available() and not tpu.available() and all(key.dtype == jnp.int32 for key in keys):
         return lax.platform_dependent(keys, k, cpu=cpu.largest_of_each, default=plain)
@@ -227,7 +226,7 @@ def _protected(keys: jax.Array, neuron_axis: int | None, min_per_neuron: int) ->
     if neuron_axis is None or min_per_neuron == 0:
         return None
     along_neuron = [axis for axis in range(1, keys.ndim) if axis != neuron_axis + 1]
-    return magnitude.largest_along(keys, min_per_neuron, along_neuron)
+    return selection.largest_along(keys, min_per_neuron, along_neuron)
 
 
 def _count(masks: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse.kernels import cpu, tpu
+from wsparse.ops import cpu, tpu
 
 # A pass over a matrix in a TPU's memory has time for this many parts: 7 comparisons while 4 bytes arrive.
 _WAYS_OF_TPU = 8
@@ -168,7 +168,7 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
 def keep_largest_per_row(x: jax.Array, k: int, *values: jax.Array) -> jax.Array:
     """Where `largest_per_row(x, k)`, `x` or the value given in its place, 0 elsewhere: plain JAX.
 
-    What `wsparse.kernels.tpu` runs on blocks of rows.
+    What `wsparse.ops.tpu` runs on blocks of rows.
     """
     kept = largest_along(magnitude_keys(x, jnp.int32) + 1, k, -1)
     value = values[0] if values else x
@@ -316,7 +316,7 @@ def _positions_from_end(
             after = shape[axis] - 1 - lax.broadcasted_iota(jnp.int32, shape, axis)
         else:
             # XLA would count once for all arrays, spread as one of them is, and gather it for the others.
-            # It recognises a constant that counts upwards, but not one that counts downwards.
+            # It recognizes a constant that counts upwards, but not one that counts downwards.
             indices = jnp.asarray(np.arange(shape[axis], dtype=np.int32)[::-1].copy())
             after = lax.broadcast_in_dim(indices, shape, (axis,))
         position = position + after * stride

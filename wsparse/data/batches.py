@@ -229,7 +229,7 @@ def eval_batches(
     """
     wanted = _rows(batch_size, rows)
     windows = [streams.Windows(stream, context) for _, stream in components]
-    weights = _normalised([weight for weight, _ in components])
+    weights = _normalized([weight for weight, _ in components])
     count = min(batches, max(1, sum(map(len, windows)) // batch_size))
     shares = _shares(weights, count * batch_size)
     for (_, stream), each, share in zip(components, windows, shares, strict=True):
@@ -333,7 +333,7 @@ def _shuffled_windows(components: Components, context: int, seed: int) -> grain.
     return grain.MapDataset.mix(endless, weights=[weight for weight, _ in components])
 
 
-def _normalised(weights: Sequence[float]) -> list[float]:
+def _normalized(weights: Sequence[float]) -> list[float]:
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 

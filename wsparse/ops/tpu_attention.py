@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from wsparse.kernels import tpu
+from wsparse.ops import tpu
 
 _LANES = 128
 # Scores of one head that a core holds at a time; the kernels need about eight arrays of them.

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from wsparse.circuits import graph
-from wsparse.circuits.evaluate import GONE, STAYS, Ranks, Scorer
-from wsparse.circuits.learn import HasPairs
+from wsparse.circuits.mask_learning import HasPairs
+from wsparse.circuits.scoring import GONE, STAYS, Ranks, Scorer
 
 # Sizes tried in one call of the scorer.
 _GRID = 16
@@ -52,13 +52,13 @@ class Parts:
         return {path: scorer.weights[path] & ~self.removed[path] for path in scorer.weights}
 
 
-def discretise(
+def discretize(
     scorer: Scorer, pairs: HasPairs, tau_U: np.ndarray, target: float
 ) -> tuple[Parts | None, float]:
     """The smallest number of nodes, in the order of tau, whose loss reaches the target.
 
     The loss need not fall as nodes are added, so a grid over all sizes comes first, and the smallest size
-    that reaches the target is then refined towards its neighbour below.
+    that reaches the target is then refined towards its neighbor below.
 
     Returns:
       The circuit, or None where no size reaches the target, and the least loss that was seen.

@@ -17,7 +17,7 @@ import numpy as np
 
 from wsparse import model, nodes, trees
 from wsparse.circuits import graph, masks, tasks
-from wsparse.circuits.learn import HasPairs, PairArrays, answer_logits, arrays
+from wsparse.circuits.mask_learning import HasPairs, PairArrays, answer_logits, arrays
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `Ranks`.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wsparse.config import DataConfig
-from wsparse.data import corpus, idioms, pipeline, streams, tokenizer
+from wsparse.data import batches, corpus, idioms, streams, tokenizer
 from wsparse.errors import UserError
 
 # A component's tokens name their own position, so a window shows where it was read.
@@ -30,7 +30,7 @@ def mix(weights, lengths) -> list[tuple[float, streams.TokenStream]]:
 
 
 def take(count: int, components, **options) -> np.ndarray:
-    return np.stack(list(itertools.islice(pipeline.train_batches(components, **options), count)))
+    return np.stack(list(itertools.islice(batches.train_batches(components, **options), count)))
 
 
 def check(match: str, call) -> None:
@@ -77,7 +77,7 @@ def test_each_epoch_has_every_target_once_in_a_new_order(windows, context, batch
         assert tuple(range(0, windows * context, context)) not in orders
 
 
-def test_neighbouring_seeds_share_no_epoch():
+def test_neighboring_seeds_share_no_epoch():
     components = mix([1.0], [64 * 4 + 1])
     options = {"batch_size": 64, "context": 4}
     epochs = {seed: take(3, components, seed=seed, **options) for seed in (0, 1)}
@@ -171,10 +171,10 @@ def test_mix_proportions_converge_to_the_weights_and_repeat_the_smaller_source(w
 def test_evaluation_is_spread_over_the_held_out_text_in_mix_proportion():
     components = mix([0.75, 0.25], [4001, 4001])
     options = {"batch_size": 8, "context": 4, "batches": 10}
-    batches = pipeline.eval_batches(components, **options)
-    assert len(batches) == 10
-    np.testing.assert_array_equal(batches, pipeline.eval_batches(components, **options))
-    starts = np.stack(batches)[:, :, 0]
+    given = batches.eval_batches(components, **options)
+    assert len(given) == 10
+    np.testing.assert_array_equal(given, batches.eval_batches(components, **options))
+    starts = np.stack(given)[:, :, 0]
     assert (starts // APART == 0).sum() == 60
     assert set((starts // APART == 0).sum(axis=1)) <= {5, 6, 7}
     for index, rows in ((0, 60), (1, 20)):
@@ -182,14 +182,14 @@ def test_evaluation_is_spread_over_the_held_out_text_in_mix_proportion():
         expected = [4 * int(j * 1000 / rows) for j in range(rows)]
         assert positions.tolist() == expected
     shares = [
-        pipeline.eval_batches(components, rows=[2 * p, 2 * p + 1], **options) for p in range(4)
+        batches.eval_batches(components, rows=[2 * p, 2 * p + 1], **options) for p in range(4)
     ]
-    np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.stack(batches))
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.stack(given))
 
 
 def test_little_held_out_text_gives_fewer_batches_and_at_least_one():
     def starts(components, **options):
-        return [b[:, 0].tolist() for b in pipeline.eval_batches(components, context=4, **options)]
+        return [b[:, 0].tolist() for b in batches.eval_batches(components, context=4, **options)]
 
     one = mix([1.0], [4 * 10 + 1])
     assert starts(one, batch_size=4, batches=9) == [[0, 4, 8, 12], [20, 24, 28, 32]]
@@ -223,7 +223,7 @@ def open_files(folder, **changes):
     options = {"vocab_size": 300, "context": 16, "tokenizer_file": None}
     options |= {key: changes.pop(key) for key in list(changes) if key in options}
     values = {"source": f"files:{folder}/*.py", "validation_fraction": 0.1} | changes
-    return pipeline.open_dataset(DataConfig(**values), **options)
+    return batches.open_dataset(DataConfig(**values), **options)
 
 
 def documents_of(dataset, side) -> list[str]:
@@ -359,11 +359,11 @@ def test_bad_requests_are_one_line(corpus_folder, tmp_path):
     components = mix([1.0], [100])
     check(
         r"rows must be in \[0, batch_size=6\), got 6",
-        lambda: pipeline.train_batches(components, batch_size=6, rows=[0, 6], **options),
+        lambda: batches.train_batches(components, batch_size=6, rows=[0, 6], **options),
     )
     check(
         "seed must not be negative",
-        lambda: pipeline.train_batches(components, batch_size=6, context=4, seed=-1),
+        lambda: batches.train_batches(components, batch_size=6, context=4, seed=-1),
     )
 
 

@@ -16,8 +16,8 @@ import reference
 from scipy import special
 
 from wsparse import model
-from wsparse.kernels import cpu
-from wsparse.sparsity import abs_top_k, magnitude
+from wsparse.ops import cpu, selection
+from wsparse.sparsity import abs_top_k
 
 pytest.importorskip("numba")
 
@@ -61,7 +61,7 @@ def test_the_kernel_selects_what_a_stable_sort_selects(x, share):
 @pytest.mark.parametrize(("width", "k"), [(128, 32), (512, 128), (200, 199), (64, 1), (96, 40)])
 def test_the_kernel_equals_the_plain_jax_on_activations(dtype, width, k):
     x = jax.nn.gelu(jax.random.normal(jax.random.key(width), (4, 33, width)) * 3).astype(dtype)
-    expected = magnitude.largest_along(magnitude.magnitude_keys(x) + 1, k, -1)
+    expected = selection.largest_along(selection.magnitude_keys(x) + 1, k, -1)
     np.testing.assert_array_equal(cpu.largest_per_row(x, k), expected)
     # Rounding to half precision makes ties, and rows of zeros are nothing but ties.
     zeros = jnp.zeros((2, width), dtype)
@@ -325,7 +325,7 @@ print(*(float(jnp.linalg.norm(gradient[name])) for name in sorted(gradient)))
 def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     program = (
         "import jax, jax.numpy as jnp, numpy as np\n"
-        "from wsparse.kernels import cpu\n"
+        "from wsparse.ops import cpu\n"
         "from wsparse.sparsity import abs_top_k\n"
         "x = jax.random.normal(jax.random.key(1), (6, 9, 64))\n"
         "f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(abs_top_k(x, 16)))))\n"

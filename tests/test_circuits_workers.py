@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from wsparse.circuits import search as search_lib
-from wsparse.circuits import shared
+from wsparse.circuits import workers
 from wsparse.circuits.search import FAST, Shared, search
-from wsparse.circuits.shared import ElsewhereError, Pieces, open_storage
+from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
 from wsparse.errors import UserError, run_plain
 from wsparse.files import read_json
 
@@ -31,7 +31,7 @@ def clock(monkeypatch):
     """Seconds to add to the time that claims see."""
     ahead = [0.0]
     real = time.time
-    monkeypatch.setattr(shared.time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(workers.time, "time", lambda: real() + ahead[0])
     return ahead
 
 
@@ -221,7 +221,7 @@ def test_a_search_alone_is_the_same_every_time(tmp_path):
 
 QUICK = (
     "--task=indent_for,lambda_func", "--target=0.69", "--trials=4", "--parallel=1", "--steps=3",
-    "--pairs_per_step=4", "--search_pairs=8", "--discretise_pairs=8", "--report_pairs=8",
+    "--pairs_per_step=4", "--search_pairs=8", "--discretize_pairs=8", "--report_pairs=8",
     "--single_removals=8", "--sweep=0.6", "--nocontrols", "--lease=20",
 )  # fmt: skip
 SMALL = (

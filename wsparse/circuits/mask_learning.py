@@ -18,7 +18,7 @@ from wsparse.config import ModelConfig
 
 
 class HParams(NamedTuple):
-    """Hyperparameters of a trial: floats, or vectors under vmap. Defaults are the paper's centres."""
+    """Hyperparameters of a trial: floats, or vectors under vmap. Defaults are the paper's centers."""
 
     k_coef: Any = 1e-4
     """Penalty per open gate, in nats."""
@@ -80,14 +80,14 @@ def prune(
 
     Every node has a parameter tau; its gate is 1 where tau is positive. The value of a closed node is its
     mean over the pretraining distribution. The objective is the task's loss plus `k_coef` for every open
-    gate, minimised by AdamW with gradients clipped at norm 1 and a rate that falls to 0; tau is clamped to
+    gate, minimized by AdamW with gradients clipped at norm 1 and a rate that falls to 0; tau is clamped to
     [-1, 1].
 
     Args:
       params: of the model; they do not change.
       config: of the model, static.
       task_batch: the pairs that steps draw from, `(2 * pairs, T)` tokens.
-      means: location -> `(L, N)`, see `evaluate.mean_activations`.
+      means: location -> `(L, N)`, see `scoring.mean_activations`.
       hparams: see `HParams`; traced, so that trials can be vmapped.
       key: of the initial noise and the draws.
       steps: static.
