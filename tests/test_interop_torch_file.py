@@ -10,6 +10,7 @@ import random
 import struct
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -204,17 +205,17 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused_unexecuted(
         (tensor(shape=(True, 4)), "a bool in place of a int"),
         (tensor(size=17, shape=(4, 4)), "'m/data/0' must have 68 bytes, it has 64"),
         (tensor(size=2**60, shape=(2**30, 2**30), strides=(2**30, 1)), "must have 4611686018427387904 bytes"),
-        (tensor(size=-16), "no storage"),
+        (tensor(size=-16), "not a storage"),
         (tensor(key="1"), "'m/data/1', which is missing"),
         (tensor(key="../byteorder"), "which is missing"),
-        (tensor(kind=TENSOR), "no storage"),
-        (tensor(function=FLOATS), "in a way that is not known"),
+        (tensor(kind=TENSOR), "not a storage"),
+        (tensor(function=FLOATS), "in an unknown way"),
         (tensor(kind=b"ctorch\nComplexFloatStorage\n"), "asks for 'torch.ComplexFloatStorage'"),
         (tensor()[:-9], "pickle is damaged"),
         (b"\x80\x02.", "more values than it has"),
         (b"\x80\x02}}.", "leaves values over"),
         (b"\x80\x02h\x07.", "a value that it does not have"),
-        (b"\x80\x02}X\x01\x00\x00\x00xK\x01s.", "must hold a dict of tensors, 'x' is none"),
+        (b"\x80\x02}X\x01\x00\x00\x00xK\x01s.", "must hold a dict of tensors, but 'x' is not a tensor"),
         (b"\x80\x02}K\x01K\x01s.", "a int in place of a str"),
         (b"\x80\x02).", "a tuple in place of a dict"),
         (b"\x80\x02}(K\x01u.", "a key without a value"),
@@ -245,6 +246,19 @@ def test_a_memo_of_a_huge_index_takes_no_memory(tmp_path):
         with_pickle(tensor().replace(b"}", b"}r\xfe\xff\xff\x7f", 1))
     )
     assert torch_file.read(tmp_path / "model.pt")["x"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("instruction", [b"}", b"}\x94", b"\x85"], ids=["dicts", "memo", "tuples"])
+def test_the_largest_pickle_takes_little_memory(instruction, tmp_path):
+    """As many objects as fit: a dict each, a memo entry each, a tuple around the last one."""
+    size = 1 << 16
+    count = size // len(instruction)
+    tracemalloc.start()
+    message = refused(tmp_path, with_pickle(b"\x80\x02}" + instruction * count + b"."))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "leaves values over" in message or "a tuple in place of a dict" in message
+    assert peak / size * torch_file._MAX_PICKLE_BYTES < 200e6
 
 
 def test_an_empty_or_foreign_or_older_file_is_refused(tmp_path):

@@ -20,10 +20,15 @@ class UserError(ValueError):
     """
 
 
+def quoted(text: object) -> str:
+    """Returns a file's own text as it may stand in a message: short, and nothing that a terminal obeys."""
+    return ascii(str(text)[:80])
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` with the nearest valid name, or `""` when none is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """Returns `" (did you mean 'x'?)"` with the nearest valid name, or `""` when none is near."""
+    near = difflib.get_close_matches(name[:80], list(valid), n=1)
+    return f" (did you mean {quoted(near[0])}?)" if near else ""
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:
