@@ -97,6 +97,11 @@ def test_the_folder_has_the_usual_files_and_the_card_says_what_is_in_them(tokeni
     assert card.startswith("---\nlibrary_name: wsparse\n") and "\n# Tiny\n" in card
 
 
+def test_weights_are_readable_by_those_who_may_read_the_rest(saved):
+    modes = {name: (saved / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_the_card_leaves_out_a_loss_that_is_not_known(saved):
     card = (saved / "README.md").read_text()
     assert "held-out loss" not in card and "\n# model\n" in card
@@ -113,7 +118,7 @@ def test_parameters_or_a_tokenizer_of_another_model_are_not_written(tokenizer, t
     params = random_params()
     del params["head"]["bigram"]
     with pytest.raises(
-        UserError, match=r"head/bigram has shape none, the config says \(257, 257\)"
+        UserError, match=r"head/bigram. has shape none, the config says \(257, 257\)"
     ):
         save_pretrained(tmp_path / "a", CONFIG, params, tokenizer)
     other = dataclasses.replace(CONFIG, vocab_size=300)
@@ -151,7 +156,7 @@ def damage_config(folder, change):
         ),
         (
             lambda f: damage_config(f, lambda v: v | {"model": v["model"] | {"d_mlp": 32}}),
-            r"blocks/mlp/fc/bias has shape \(2, 24\), the config says \(2, 32\)",
+            r"blocks/mlp/fc/bias. has shape \(2, 24\), the config says \(2, 32\)",
         ),
     ],
     ids=["no config", "no tokenizer", "no weights", "truncated", "gpt2", "unknown key", "wider"],
@@ -258,7 +263,7 @@ except UserError as error:
     loaded, refused = done.stdout.splitlines()
     want = from_pretrained(saved)
     assert loaded == f"{CONFIG} {trees.digest(want.params)} {want.tokenizer.digest}"
-    assert refused.startswith("someone/else is no folder here, and could not be loaded from the")
+    assert refused.startswith("someone/else is not a folder here, and could not be loaded from the")
     files = {path.rsplit("/", 1)[-1] for path in asked if "/resolve/" in path}
     assert files == {"config.json", "model.safetensors", "tokenizer.json"}
 
@@ -271,7 +276,7 @@ def test_no_network_is_said_in_one_line(monkeypatch):
     with pytest.raises(UserError) as error:
         from_pretrained("someone/tiny")
     assert str(error.value) == (
-        "someone/tiny is no folder here, was not downloaded before, and the Hugging Face Hub does not "
+        "someone/tiny is not a folder here, was not downloaded before, and the Hugging Face Hub does not "
         "answer: is there a network? (ConnectError)"
     )
 
@@ -290,5 +295,5 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_a_name_that_is_neither_folder_nor_repository_is_refused():
-    with pytest.raises(UserError, match="is no folder, and no repository id"):
+    with pytest.raises(UserError, match="is neither a folder nor a repository id"):
         from_pretrained("runs/tiny/model")

@@ -34,7 +34,7 @@ from wsparse.config import (
     require,
 )
 from wsparse.data import sources
-from wsparse.errors import UserError, closest, run_command
+from wsparse.errors import UserError, closest, quoted, run_command
 from wsparse.interop import bpe_files, torch_file
 
 CONFIG_FILE = "beeg_config.json"
@@ -76,7 +76,7 @@ _FIELDS_OFF = frozenset(
         "scale_invariance",
     ]
 )
-# What files leave out that were written before there was a choice.
+# The sites of files from before there was a choice.
 _DEFAULT_SITES = "attn_in,attn_out,mlp_in,mlp_out"
 _TOKENIZER_NAME = "tinypython_2k"
 
@@ -87,21 +87,27 @@ _WEIGHT_TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The model of a `beeg_config.json`.
+    """Returns the model config of a `beeg_config.json`.
 
-    Older files say `n_mlp` for `d_mlp`, lack `sink` and have more fields. What does not change inference is
-    ignored, by name.
+    Older files say `n_mlp` for `d_mlp`, lack `sink` and have more fields. Fields that do not change inference
+    are ignored, by name.
 
     Raises:
-      UserError: a field is missing, has a value this model has no variant for, or is unknown.
+      UserError: A field is missing, is unknown, has the wrong type, or has a value for which the model has no
+        variant.
     """
-    rest, known = dict(fields), set(_IGNORED_FIELDS | _FIELDS_OFF)
+    remaining, known = dict(fields), set(_IGNORED_FIELDS | _FIELDS_OFF)
 
     def take(name, *default):
         known.add(name)
-        if name not in rest and not default:
+        if name not in remaining and not default:
             raise UserError(f"the published config lacks the field {name!r}")
-        return rest.pop(name, *default)
+        return remaining.pop(name, *default)
+
+    def take_flag(name, default):
+        value = take(name, default)
+        require(isinstance(value, bool), f"{name} must be true or false", value)
+        return value
 
     d_model, n_head, d_head = take("d_model"), take("n_head"), take("d_head", None)
     if d_head is None:
@@ -110,8 +116,9 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         d_head = d_model // n_head
     d_mlp, older_d_mlp = take("d_mlp", None), take("n_mlp", None)
     d_pos = take("d_pos_emb", None)
-    sinusoid = take("sinusoidal_cat_pos_emb", False)
-    enabled, learnable = take("enable_bigram_table", False), take("learnable_bigram_table", False)
+    sinusoid = take_flag("sinusoidal_cat_pos_emb", False)
+    enabled = take_flag("enable_bigram_table", False)
+    learnable = take_flag("learnable_bigram_table", False)
     sites = take("afrac_loctypes", _DEFAULT_SITES)
     require(isinstance(sites, str), "afrac_loctypes must be names separated by commas", sites)
     values = {
@@ -122,7 +129,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         "n_head": n_head,
         "d_head": d_head,
         "d_mlp": older_d_mlp if d_mlp is None else d_mlp,
-        "norm": "rms" if take("rms_norm", False) else "layer",
+        "norm": "rms" if take_flag("rms_norm", False) else "layer",
         "norm_bias": take("ln_bias", True),
         "bias": take("bias", True),
         "activation": take("activation_type", "gelu"),
@@ -136,33 +143,31 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         "abs_top_k_fraction": take("afrac", None),
         "abs_top_k_sites": [site.strip() for site in sites.split(",") if site.strip()],
     }
-    for name in sorted(_FIELDS_OFF & set(rest)):
-        require(
-            not rest[name],
-            f"{name} must be off: there is no variant of the model for it",
-            rest[name],
-        )
-    unknown = sorted(set(rest) - _IGNORED_FIELDS - _FIELDS_OFF)
+    for name in sorted(_FIELDS_OFF & set(remaining)):
+        value = remaining[name]
+        off = value is None or (isinstance(value, bool | int | float) and not value)
+        require(off, f"{name} must be off: there is no variant of the model for it", value)
+    unknown = sorted(set(remaining) - _IGNORED_FIELDS - _FIELDS_OFF)
     if unknown:
         raise UserError(
-            f"the published config has an unknown field {unknown[0]!r}{closest(unknown[0], known)}: "
+            f"the published config has an unknown field {quoted(unknown[0])}{closest(unknown[0], known)}: "
             "it may change what the model computes"
         )
     return from_dict(ModelConfig, values, where="model.")
 
 
 def published_fields(config: ModelConfig) -> dict[str, Any]:
-    """The `beeg_config.json` of a model; undoes `model_config`.
+    """Returns the `beeg_config.json` of a model; the inverse of `model_config`.
 
-    `compute_dtype` and `remat` are not part of the format: they are about a machine.
+    `compute_dtype` and `remat` are not part of the format: they concern the machine.
 
     Raises:
-      UserError: the model has an epsilon that the format cannot say.
+      UserError: The model has an epsilon that the format cannot express.
     """
     default = dataclasses.replace(config, norm_eps=None).eps
     if config.eps != default:
         raise UserError(
-            f"the published format has no place for model.norm_eps={config.eps}: it is {default} there"
+            f"the published format cannot express model.norm_eps={config.eps}: it is always {default}"
         )
     return {
         "block_size": config.context,
@@ -197,13 +202,14 @@ def published_fields(config: ModelConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One published array and the parameters of ours that are side by side in it.
+    """A published array and the parameters that lie side by side in it.
 
     Attributes:
-      key: its name in the state dict.
-      paths: our parameters' paths; several share the output axis.
-      shape: the published array's; weights are `(out, in)` there, and transposed here.
-      layer: which slice of our stacked parameters; None where there is no layer axis.
+      key: Name in the published state dict.
+      paths: Paths of the parameters; several share the output axis.
+      shape: Shape of the published array; weights are `(out, in)` there, and transposed here.
+      layer: Index into the stacked parameters; None where there is no layer axis.
+      transposed: Whether the array is a weight, to be transposed.
     """
 
     key: str
@@ -214,7 +220,7 @@ class _Entry:
 
 
 def _entries(config: ModelConfig) -> Iterator[_Entry]:
-    """All of a model's arrays that are parameters of ours."""
+    """Yields an entry for every published array that holds parameters."""
     vocab, d_model, width = config.vocab_size, config.d_model, config.attention_width
 
     def norm(key, path, size, layer=None):
@@ -260,19 +266,19 @@ def _entries(config: ModelConfig) -> Iterator[_Entry]:
 
 
 def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameters from a published state dict of arrays.
+    """Returns the parameters of a published state dict of arrays.
 
     Every key must be used or be a causal-mask buffer; `final_logits_bias` may be absent (then 0).
 
     Raises:
-      UserError: a key is missing or unknown, or an array's shape does not fit the config.
+      UserError: A key is missing or unknown, or the shape of an array does not fit the config.
     """
-    rest = {key: value for key, value in state.items() if not _CAUSAL_MASK.fullmatch(key)}
+    remaining = {key: value for key, value in state.items() if not _CAUSAL_MASK.fullmatch(key)}
 
     def take(key, shape):
-        if key not in rest:
-            raise UserError(f"the checkpoint lacks {key!r}{closest(key, rest)}")
-        array = np.asarray(rest.pop(key))
+        if key not in remaining:
+            raise UserError(f"the checkpoint lacks {key!r}{closest(key, remaining)}")
+        array = np.asarray(remaining.pop(key))
         if array.shape != shape:
             raise UserError(f"{key!r} must have shape {shape} for this config, got {array.shape}")
         return array
@@ -280,7 +286,7 @@ def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> d
     leaves: dict[str, Any] = {}
     for entry in _entries(config):
         if entry.key == _LOGITS_BIAS:
-            rest.setdefault(_LOGITS_BIAS, np.zeros(entry.shape, np.float32))
+            remaining.setdefault(_LOGITS_BIAS, np.zeros(entry.shape, np.float32))
         array = take(entry.key, entry.shape)
         array = array.T if entry.transposed else array
         for path, part in zip(entry.paths, np.split(array, len(entry.paths), axis=-1), strict=True):
@@ -294,19 +300,21 @@ def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> d
             raise UserError(
                 "the config ties the embeddings, but lm_head.weight and wte.weight differ"
             )
-    if rest:
+    if remaining:
+        first = min(remaining)
         raise UserError(
-            f"the checkpoint has keys that the config has no place for: {', '.join(sorted(rest))}"
+            f"the checkpoint has {len(remaining)} keys that do not belong to the config, such as "
+            f"{quoted(first)}"
         )
     stacked = {p: np.stack(leaf) if isinstance(leaf, list) else leaf for p, leaf in leaves.items()}
     return trees.unflatten(stacked)
 
 
 def state_from_params(config: ModelConfig, params: model.Params) -> dict[str, np.ndarray]:
-    """The published state dict of a model; undoes `params_from_state`, bit for bit.
+    """Returns the published state dict of a model; the inverse of `params_from_state`, bit for bit.
 
     The published code always adds a table of positions (or concatenates one) and a bias to the logits. A
-    model without them gets zeros, which add nothing.
+    model without them gets zeros, which have no effect.
     """
     leaves = trees.flatten(jax.device_get(params))
     state = {}
@@ -325,21 +333,21 @@ def state_from_params(config: ModelConfig, params: model.Params) -> dict[str, np
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
-    """Read a published checkpoint; PyTorch is not needed.
+    """Reads a published checkpoint; PyTorch is not needed.
 
     Weights in 16 bits are widened to float32, which is exact. An added table of positions or a bias of the
-    logits that is all zeros is left out: it changes nothing.
+    logits that is all zeros is left out, since it has no effect.
 
     Returns:
-      `(config, params)`, float32 jax arrays.
+      `(config, params)`, the parameters as float32 jax arrays.
 
     Raises:
-      UserError: a file is missing or damaged, a field or key is missing or unknown, a shape does not fit,
-        or an array is of another type (`torch_file.TorchFileError` for what is wrong with the file itself).
+      UserError: A file is missing or damaged, a field or key is missing or unknown, a shape does not fit,
+        or an array has another dtype (`torch_file.TorchFileError` for errors of the file itself).
     """
     folder = pathlib.Path(folder)
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is no published checkpoint: it has no {CONFIG_FILE}")
+        raise UserError(f"{folder} is not a published checkpoint: it has no {CONFIG_FILE}")
     fields = files.read_json(folder / CONFIG_FILE)
     try:
         config = model_config(fields)
@@ -349,7 +357,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     for key, array in state.items():
         if array.dtype not in _WEIGHT_TYPES and not _CAUSAL_MASK.fullmatch(key):
             raise UserError(
-                f"{folder / WEIGHTS_FILE}: {key!r} is of type {array.dtype}; float32, float16 or bfloat16 "
+                f"{folder / WEIGHTS_FILE}: {quoted(key)} is of type {array.dtype}; float32, float16 or bfloat16 "
                 "weights can be read"
             )
     try:
@@ -362,17 +370,17 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     if not params["head"]["logits_bias"].any():
         config = dataclasses.replace(config, logits_bias=False)
         del params["head"]["logits_bias"]
-    # A copy: the state's arrays are views of the file.
+    # Copies, since the arrays of the state are views of the file.
     return config, jax.tree.map(lambda leaf: jnp.array(np.array(leaf, np.float32)), params)
 
 
 def save(folder: str | os.PathLike[str], config: ModelConfig, params: model.Params) -> None:
-    """Write a model as a published checkpoint, which `load` and the published code read.
+    """Writes a model as a published checkpoint, which `load` and the published code read.
 
     The same model gives the same bytes.
 
     Raises:
-      UserError: the format has no place for something in the config, or the folder cannot be written.
+      UserError: The format cannot express the config, or the folder cannot be written.
     """
     folder, fields = pathlib.Path(folder), published_fields(config)
     files.make_folder(folder)
@@ -390,20 +398,20 @@ def import_run(
     tokenizer_folder: pathlib.Path | None = None,
     source: str = "stdlib",
 ) -> TrainConfig:
-    """Make a run folder of a published checkpoint.
+    """Makes a run folder of a published checkpoint.
 
     Args:
-      folder: the checkpoint.
-      out: the run folder, which must not exist or be empty.
-      tokenizer_folder: where `encoder.json` and `vocab.bpe` are; None is `folder`.
-      source: where `prune` gets its text from, as `config.data.source` of training. It is read when it is
-        first needed.
+      folder: The checkpoint.
+      out: The run folder, which must not exist or be empty.
+      tokenizer_folder: Folder of `encoder.json` and `vocab.bpe`; None is `folder`.
+      source: Source of the run's text, as `config.data.source` in training. It is read when it is first
+        needed.
 
     Returns:
-      The run's config. What is not known about the training (sparsity, optimizer, steps) has its default.
+      The config of the run, with defaults for the training (sparsity, optimizer, steps), which is unknown.
 
     Raises:
-      UserError: see `load`; there is no tokenizer, or it does not fit the model; `out` is taken.
+      UserError: As `load`; there is no tokenizer, or it does not fit the model; `out` exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not empty: choose another folder")
@@ -427,10 +435,10 @@ def import_run(
 
 
 def export_run(folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Write a run's model and tokenizer as a published checkpoint.
+    """Writes the model and the tokenizer of a run as a published checkpoint.
 
     Raises:
-      UserError: `folder` is no run, or see `save`.
+      UserError: `folder` is not a run, or as `save`.
     """
     run = runs.load(folder)
     save(out, run.config.model, run.params)
@@ -441,7 +449,7 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
-    # `from` is a keyword, so the flag is no attribute.
+    # `from` is a keyword, so the flag cannot be read as an attribute.
     folder, out = pathlib.Path(options["from"].value), pathlib.Path(options.out)
     if options.export:
         export_run(folder, out)
@@ -454,13 +462,13 @@ def main(argv: Sequence[str]) -> None:
 
 def _define_flags() -> None:
     flags.DEFINE_string("from", None, "A published checkpoint's folder; a run with --export.")
-    flags.DEFINE_string("out", None, "What is written: a run folder; a checkpoint with --export.")
+    flags.DEFINE_string("out", None, "The folder to write: a run; a checkpoint with --export.")
     flags.DEFINE_bool("export", False, "Write the run --from as a published checkpoint to --out.")
     flags.DEFINE_string(
         "tokenizer", None, "The folder of encoder.json and vocab.bpe, where it is not --from."
     )
     flags.DEFINE_string(
-        "source", "stdlib", "Where prune gets text from, as config.data.source of training."
+        "source", "stdlib", "Source of text for prune, as config.data.source in training."
     )
     flags.mark_flags_as_required(["from", "out"])
 

@@ -1,4 +1,4 @@
-"""Models as a folder that one uploads to the Hugging Face Hub, and back.
+"""Models as folders in the layout of the Hugging Face Hub.
 
 The folder has `config.json` (ours, under "model"), `model.safetensors` (parameters by path, in their own
 dtype), `tokenizer.json` and `README.md`, a model card made from them.
@@ -20,14 +20,14 @@ import safetensors.numpy
 from wsparse import files, model, runs, trees
 from wsparse.config import ModelConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.errors import UserError, missing_extra
+from wsparse.errors import UserError, missing_extra, quoted
 
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 _MODEL_TYPE = "wsparse"
 
 
 class Pretrained(NamedTuple):
-    """A model and what its tokens mean."""
+    """A model with its tokenizer."""
 
     config: ModelConfig
     params: model.Params
@@ -43,27 +43,28 @@ def save_pretrained(
     name: str | None = None,
     val_loss: float | None = None,
 ) -> None:
-    """Write a model with its tokenizer and a model card.
+    """Writes a model with its tokenizer and a model card.
 
     Args:
-      folder: made where missing; files of the same names are replaced.
-      config: the model's.
-      params: written bit for bit in the dtype they have.
-      tokenizer: the model's.
-      name: for the card's title; None is the folder's name.
-      val_loss: held-out loss in nats per token, for the card.
+      folder: Made if missing; files of the same names are replaced.
+      config: Model config.
+      params: Parameters, written bit for bit in their own dtype.
+      tokenizer: Tokenizer of the model.
+      name: Title of the card; None is the name of the folder.
+      val_loss: Held-out loss in nats per token, for the card.
 
     Raises:
-      UserError: the parameters or the tokenizer are not those of the config, or the folder cannot be made.
+      UserError: The parameters or the tokenizer do not fit the config, or the folder cannot be made.
     """
     folder = pathlib.Path(folder)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     _check_fit(config, leaves, tokenizer, "the given model")
     files.make_folder(folder)
     with files.replacing(folder / _WEIGHTS) as part:
-        # The library writes memory as it lies, transposed arrays included.
+        # The library writes arrays as they lie in memory, transposed ones included. `save_file` would make
+        # a file that only its owner can read.
         contiguous = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
-        safetensors.numpy.save_file(contiguous, part, metadata={"format": _MODEL_TYPE})
+        part.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": _MODEL_TYPE}))
     tokenizer.save(folder / _TOKENIZER)
     files.write_json(folder / _CONFIG, {"model_type": _MODEL_TYPE, "model": to_dict(config)})
     with files.replacing(folder / "README.md") as part:
@@ -72,17 +73,18 @@ def save_pretrained(
 
 
 def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Pretrained:
-    """Read a model from a folder of `save_pretrained`, or from a repository of the Hugging Face Hub.
+    """Reads a model from a folder of `save_pretrained`, or from a repository of the Hugging Face Hub.
 
     Args:
-      source: a folder; where there is none, a repository id, "owner/name" (needs the extra `hub`).
-      revision: of the repository: a branch, tag or commit.
+      source: A folder; where there is none, a repository id, "owner/name" (needs the extra `hub`).
+      revision: Branch, tag or commit of the repository.
 
     Returns:
       The model; parameters are jax arrays of the stored dtypes.
 
     Raises:
-      UserError: neither folder nor repository is there (or no network), or the files are no such model.
+      UserError: Neither folder nor repository exists (or there is no network), or the files are not such a
+        model.
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
@@ -105,15 +107,15 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
 
 
 def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, what: str) -> None:
-    """Refuse arrays that are not those of the config, by name."""
+    """Rejects arrays that do not fit the config, by name."""
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
-    here = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
-    there = {path: leaf.shape for path, leaf in leaves.items()}
-    for path in sorted(set(here) | set(there)):
-        if here.get(path) != there.get(path):
+    expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
+    given = {path: leaf.shape for path, leaf in leaves.items()}
+    for path in sorted(set(expected) | set(given)):
+        if expected.get(path) != given.get(path):
             raise UserError(
-                f"{what} does not fit its config: {path} has shape {there.get(path, 'none')}, the config "
-                f"says {here.get(path, 'none')}"
+                f"{what} does not fit its config: {quoted(path)} has shape {given.get(path, 'none')}, "
+                f"the config says {expected.get(path, 'none')}"
             )
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -125,7 +127,7 @@ def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, 
 def _download(repository: str, revision: str | None) -> pathlib.Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(
-            f"{repository} is no folder, and no repository id of the Hugging Face Hub (owner/name)"
+            f"{repository} is neither a folder nor a repository id of the Hugging Face Hub (owner/name)"
         )
     try:
         import huggingface_hub
@@ -143,11 +145,11 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
             raise UserError(
-                f"{repository} is no folder here, was not downloaded before, and the Hugging Face Hub does "
+                f"{repository} is not a folder here, was not downloaded before, and the Hugging Face Hub does "
                 f"not answer: is there a network? ({reason.removeprefix('Got: ')})"
             ) from error
         raise UserError(
-            f"{repository} is no folder here, and could not be loaded from the Hugging Face Hub: {reason}"
+            f"{repository} is not a folder here, and could not be loaded from the Hugging Face Hub: {reason}"
         ) from error
 
 
