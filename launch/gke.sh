@@ -72,20 +72,25 @@ workload() {
     --termination-grace-period-seconds=180 --command="python -m $(quoted "$@")"
 }
 
-# Workers need nothing from each other, so that each is a Job of its own on a slice of one host.
+# A word as a YAML string.
+yaml() {
+  local word=${1//\\/\\\\}
+  printf '"%s"' "${word//\"/\\\"}"
+}
+
+# Workers need nothing from each other, so each is a Job of its own on a slice of one host.
 sweep() {
   need IMAGE "that launch/gke.sh image has pushed"
   need BUCKET "that all workers read and write"
   have kubectl "gcloud components install kubectl"
-  local arguments='' word
+  local arguments='' word manifest
   for word in "$@"; do
-    word=${word//\\/\\\\}
-    arguments+=", \"${word//\"/\\\"}\""
+    arguments+=", $(yaml "$word")"
   done
-  local manifest="apiVersion: jobset.x-k8s.io/v1alpha2
+  manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name-sweep
+  name: $(yaml "$name-sweep")
 spec:
   failurePolicy:
     maxRestarts: ${RESTARTS:-100}
@@ -102,13 +107,13 @@ spec:
           spec:
             restartPolicy: OnFailure
             terminationGracePeriodSeconds: 60
-            serviceAccountName: ${SERVICE_ACCOUNT:-default}
+            serviceAccountName: $(yaml "${SERVICE_ACCOUNT:-default}")
             nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: ${ACCELERATOR:-tpu-v5-lite-podslice}
-              cloud.google.com/gke-tpu-topology: ${TOPOLOGY:-2x2}
+              cloud.google.com/gke-tpu-accelerator: $(yaml "${ACCELERATOR:-tpu-v5-lite-podslice}")
+              cloud.google.com/gke-tpu-topology: $(yaml "${TOPOLOGY:-2x2}")
             containers:
             - name: prune
-              image: $IMAGE
+              image: $(yaml "$IMAGE")
               command: [\"python\", \"-m\", \"wsparse.prune\"$arguments]
               resources:
                 limits:
@@ -121,7 +126,7 @@ spec:
               csi:
                 driver: gcsfuse.csi.storage.gke.io
                 volumeAttributes:
-                  bucketName: ${BUCKET#gs://}
+                  bucketName: $(yaml "${BUCKET#gs://}")
                   mountOptions: implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0"
   printf '%s\n' "$manifest"
   run kubectl apply --filename=- <<<"$manifest"

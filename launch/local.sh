@@ -15,7 +15,9 @@ source "$here/lib.sh"
 processes=${PROCESSES:-2} devices=${DEVICES:-1} python=${PYTHON:-python}
 have "$python" "activate the virtual environment, or set PYTHON"
 port=${PORT:-$((20000 + RANDOM % 20000))}
-shared=(JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$processes")
+# Without a bind address the coordinator would listen on all of the machine's addresses.
+shared=(JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_COORDINATOR_BIND_ADDRESS="127.0.0.1:$port"
+  JAX_NUM_PROCESSES="$processes")
 if [[ $devices != 0 ]]; then
   shared+=(JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=$devices")
 fi

@@ -23,21 +23,23 @@ shift
 
 have sbatch "run this on a login node of the cluster"
 logs=${LOGS:-logs}
+# In the environment, since a comma would divide it in --export.
+submit=(env PYTHON="${PYTHON:-.venv/bin/python}" sbatch)
 # Two minutes before the end the processes are told, save, and the job queues again.
 options=(--job-name="${NAME:-wsparse}" --cpus-per-task="${CPUS:-8}" --requeue --open-mode=append
-  --signal=TERM@120 "--export=ALL,PYTHON=${PYTHON:-.venv/bin/python}"
+  --signal=TERM@120 --export=ALL
   ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"} ${TIME:+--time="$TIME"})
 
 case $verb in
   run)
     [[ $# -ge 1 ]] || usage
     run mkdir -p "$logs"
-    run sbatch "${options[@]}" --nodes="${NODES:-1}" --ntasks-per-node="${GPUS:-8}" \
+    run "${submit[@]}" "${options[@]}" --nodes="${NODES:-1}" --ntasks-per-node="${GPUS:-8}" \
       --gpus-per-node="${GPUS:-8}" --output="$logs/%x-%j.out" "$here/slurm_job.sh" "$@"
     ;;
   sweep)
     run mkdir -p "$logs"
-    run sbatch "${options[@]}" --array="0-$((${WORKERS:-8} - 1))" --ntasks=1 --gpus=1 \
+    run "${submit[@]}" "${options[@]}" --array="0-$((${WORKERS:-8} - 1))" --ntasks=1 --gpus=1 \
       --output="$logs/%x-%A_%a.out" "$here/slurm_job.sh" wsparse.prune "$@"
     ;;
   status) run squeue --me --name="${NAME:-wsparse}" ;;

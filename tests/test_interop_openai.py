@@ -266,7 +266,9 @@ def test_fields_have_the_defaults_of_the_published_code():
 
 
 def test_load_refuses_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"is not a published checkpoint: it has no beeg_config\.json"):
+    with pytest.raises(
+        UserError, match=r"is not a published checkpoint: it has no beeg_config\.json"
+    ):
         openai.load(tmp_path)
     (tmp_path / "beeg_config.json").write_text("[]")
     with pytest.raises(UserError, match="must hold a JSON object"):

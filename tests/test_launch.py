@@ -307,7 +307,28 @@ def test_a_sweep_is_a_job_set_of_independent_workers(machine):
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
 
 
+def test_names_cannot_change_a_manifest(machine):
+    hostile = {"NAME": 'n"\n  x: y', "IMAGE": "i: {a}", "BUCKET": "gs://b # c"}
+    assert machine.run("gke.sh", "sweep", "--run=r", **GKE | hostile).returncode == 0
+    manifest = yaml.safe_load(machine.calls()[0][3])
+    # A line break in a YAML string is a space.
+    assert manifest["metadata"] == {"name": 'n" x: y-sweep'}
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == hostile["IMAGE"]
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b # c"
+
+
 # Slurm ------------------------------------------------------------------------------------------------
+
+
+def test_an_interpreter_with_a_comma_in_its_path_reaches_the_job(machine):
+    """Slurm divides --export at commas."""
+    done = machine.run("slurm.sh", "sweep", "--run=r", PYTHON="/a,b/python", DRY_RUN="1")
+    line = done.stdout.splitlines()[-1].removeprefix("+")
+    probe = line.replace(" sbatch ", " printenv PYTHON #")
+    heard = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True)
+    assert heard.stdout == "/a,b/python\n"
+    assert "--export=ALL " in line
 
 
 def test_a_job_has_a_process_for_every_gpu_and_is_told_before_it_ends(machine):
