@@ -357,8 +357,8 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     for key, array in state.items():
         if array.dtype not in _WEIGHT_TYPES and not _CAUSAL_MASK.fullmatch(key):
             raise UserError(
-                f"{folder / WEIGHTS_FILE}: {quoted(key)} is of type {array.dtype}; float32, float16 or bfloat16 "
-                "weights can be read"
+                f"{folder / WEIGHTS_FILE}: {quoted(key)} is of type {array.dtype}; weights must be "
+                "float32, float16 or bfloat16"
             )
     try:
         params = params_from_state(config, state)

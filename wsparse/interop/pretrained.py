@@ -145,8 +145,8 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
             raise UserError(
-                f"{repository} is not a folder here, was not downloaded before, and the Hugging Face Hub does "
-                f"not answer: is there a network? ({reason.removeprefix('Got: ')})"
+                f"{repository} is not a folder here, was not downloaded before, and the Hugging Face Hub "
+                f"does not answer: is there a network? ({reason.removeprefix('Got: ')})"
             ) from error
         raise UserError(
             f"{repository} is not a folder here, and could not be loaded from the Hugging Face Hub: {reason}"

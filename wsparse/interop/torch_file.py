@@ -388,7 +388,9 @@ def _checked(tensor: _Tensor) -> _Tensor:
 def _tensors(value: Any) -> dict[str, _Tensor]:
     for name, tensor in _of_type(value, dict).items():
         if type(tensor) is not _Tensor:
-            raise TorchFileError(f"it must hold a dict of tensors, but {quoted(name)} is not a tensor")
+            raise TorchFileError(
+                f"it must hold a dict of tensors, but {quoted(name)} is not a tensor"
+            )
     return value
 
 
