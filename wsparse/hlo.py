@@ -1,10 +1,11 @@
-"""What a compiled XLA program does in one call on one device, read from its text.
+"""Counts the work of a compiled XLA program in one call on one device, from its text.
 
 XLA's own cost analysis counts the body of a loop once, however often it runs. Here every instruction is
-counted as often as it runs: a loop whose condition compares a counter with a constant (a scan over layers or
-steps) by the way from the counter's start to that constant over its step, a loop that stops when its data say
-so (a search) by the bound in its name, a scope `at_most_N_passes` (once without), and the pieces that XLA
-makes of one asynchronous collective as one.
+counted as often as it runs. The trip count of a loop whose condition compares a counter with a constant (a
+scan over layers or steps) is the distance from the counter's start to that constant, divided by its step; the
+compiler for TPUs does not annotate it. A loop that stops depending on its data (a search) is counted by the
+bound in its name, a scope `at_most_N_passes` (once without). The parts of one asynchronous collective count
+as one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Array(NamedTuple):
-    """One array of an instruction's type."""
+    """An array in the type of an instruction."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,16 +62,16 @@ Computation = dict[str, Instruction]
 
 
 class Collective(NamedTuple):
-    """A collective, as often as it runs.
+    """A collective, and how often it runs.
 
     Attributes:
-      kind: one of `COLLECTIVES`.
-      count: times it runs in one call.
-      bytes: of one run: the larger of what one device puts in and what it gets out.
-      group: devices that take part in it together.
-      path: where in the program it comes from, as jax names operations.
-      in_search: it runs in a loop whose length the data decide; `count` is then a bound.
-      between_slices: it crosses the network between TPU slices, and `group` counts slices.
+      kind: One of `COLLECTIVES`.
+      count: Executions in one call.
+      bytes: Bytes of one execution: the larger of a device's input and output.
+      group: Number of devices that take part together.
+      path: Name of the operation in the JAX program.
+      in_search: Whether it is in a loop whose length depends on data; `count` is then a bound.
+      between_slices: Whether it crosses the network between TPU slices; `group` then counts slices.
     """
 
     kind: str
@@ -87,15 +88,15 @@ class Program:
     """A parsed program.
 
     Attributes:
-      computations: by name.
-      entry: the name of the one that is called.
+      computations: Computations by name.
+      entry: Name of the computation that is called.
     """
 
     computations: dict[str, Computation]
     entry: str
 
     def executions(self) -> tuple[Counter[str], set[str]]:
-        """How often each computation runs in one call, and those that run inside a search."""
+        """Returns executions of every computation in one call, and the computations inside a search."""
         runs: Counter[str] = Counter()
         searching: set[str] = set()
 
@@ -103,17 +104,23 @@ class Program:
             runs[name] += times
             if in_search:
                 searching.add(name)
-            for each in self.computations[name].values():
-                if each.op == "while":
-                    (condition,) = _called(each, "condition")
-                    (body,) = _called(each, "body")
-                    trips, is_search = self._trips(self.computations[name], each, condition, body)
+            for instruction in self.computations[name].values():
+                if instruction.op == "while":
+                    (condition,) = _called(instruction, "condition")
+                    (body,) = _called(instruction, "body")
+                    trips, is_search = self._trips(
+                        self.computations[name], instruction, condition, body
+                    )
                     visit(body, times * trips, in_search or is_search)
                     visit(condition, times * trips, in_search or is_search)
-                elif each.op in ("fusion", "call", "conditional") or each.op.startswith("async"):
+                elif instruction.op in (
+                    "fusion",
+                    "call",
+                    "conditional",
+                ) or instruction.op.startswith("async"):
                     keys = ("calls", "to_apply", "true_computation", "false_computation",
                             "branch_computations", "called_computations")  # fmt: skip
-                    for callee in _called(each, *keys):
+                    for callee in _called(instruction, *keys):
                         visit(callee, times, in_search)
 
         visit(self.entry, 1, False)
@@ -122,7 +129,7 @@ class Program:
     def _trips(
         self, around: Computation, loop: Instruction, condition: str, body: str
     ) -> tuple[int, bool]:
-        """`(iterations, whether that is a bound)` of a loop in the computation `around`."""
+        """Returns `(iterations, is_bound)` of a loop in the computation `around`."""
         instructions = self.computations[condition]
         root = _root(instructions)
         if root.op == "compare" and "direction=LT" in root.attributes:
@@ -136,7 +143,7 @@ class Program:
         return int(bounds[-1]) if bounds else 1, True
 
     def _start(self, around: Computation, loop: Instruction, index: int) -> int:
-        """Where a loop's counter begins: not at 0 where XLA made the first iterations apart from it."""
+        """Returns the start of a loop's counter, which is not 0 where XLA peeled the first iterations."""
         state = around.get(loop.operands[0])
         value = around.get(state.operands[index]) if state and state.op == "tuple" else None
         while value and value.op in ("copy", "bitcast"):
@@ -144,7 +151,7 @@ class Program:
         return int(value.operands[0]) if value and value.op == "constant" else 0
 
     def _step(self, body: str, index: int) -> int:
-        """What a loop adds to its counter: more than 1 where XLA put several iterations into one."""
+        """Returns the step of a loop's counter, which is more than 1 where XLA unrolled the loop."""
         instructions = self.computations[body]
         results = _root(instructions)
         if results.op == "tuple":
@@ -153,128 +160,141 @@ class Program:
                 instructions = self.computations[_called(new, "calls")[0]]
                 new = _root(instructions)
             added = [instructions[operand] for operand in new.operands if operand in instructions]
-            constants = [int(each.operands[0]) for each in added if each.op == "constant"]
+            constants = [
+                int(instruction.operands[0])
+                for instruction in added
+                if instruction.op == "constant"
+            ]
             if new.op == "add" and constants:
                 return constants[0]
         return 1
 
     def walk(self) -> Iterator[tuple[str, int, bool, Instruction]]:
-        """`(computation, times it runs, inside a search, instruction)` for everything that runs."""
+        """Yields `(computation, executions, in_search, instruction)` of everything that runs."""
         runs, searching = self.executions()
         for name, times in runs.items():
-            for each in self.computations[name].values():
-                yield name, times, name in searching, each
+            for instruction in self.computations[name].values():
+                yield name, times, name in searching, instruction
 
     def matmul_flops(self) -> int:
-        """Floating-point operations of matrix products: two for every product of two numbers.
+        """Returns the FLOPs of matrix products: two for every product of two numbers.
 
-        Those of a Pallas kernel are what it was declared with (`pallas.CostEstimate`).
+        Those of a Pallas kernel are as declared in its `pallas.CostEstimate`.
         """
         total = 0
-        for name, times, _, each in self.walk():
-            if each.op in ("dot", "convolution"):
-                left, right = (self.computations[name][o].result[0] for o in each.operands[:2])
-                count = _dot_flops if each.op == "dot" else _convolution_flops
-                total += times * count(each, left, right)
-            elif each.op == "custom-call" and (
-                declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.attributes)
+        for name, times, _, instruction in self.walk():
+            if instruction.op in ("dot", "convolution"):
+                left, right = (
+                    self.computations[name][o].result[0] for o in instruction.operands[:2]
+                )
+                count = _dot_flops if instruction.op == "dot" else _convolution_flops
+                total += times * count(instruction, left, right)
+            elif instruction.op == "custom-call" and (
+                declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
             ):
                 total += times * int(declared[1])
         return total
 
     def collectives(self) -> list[Collective]:
-        """Every collective; the pieces of an asynchronous one, which share a channel, are one."""
-        found: dict[str, Collective] = {}
-        for name, times, in_search, each in self.walk():
-            if each.op in ("send", "recv") and "_xla_megascale_transfer_type" in each.attributes:
-                # A pair of them is one collective: what is sent, and what comes back.
-                key, kind, slices = _between_slices(each.attributes)
-                moved = each.result[0].bytes
-                if key not in found or found[key].bytes < moved:
-                    found[key] = Collective(kind, times, moved, slices, "", in_search, True)
+        """Returns every collective; the parts of an asynchronous one, which share a channel, count as one."""
+        collectives: dict[str, Collective] = {}
+        for name, times, in_search, instruction in self.walk():
+            if (
+                instruction.op in ("send", "recv")
+                and "_xla_megascale_transfer_type" in instruction.attributes
+            ):
+                # A pair of them is one collective: the data that is sent, and the data that comes back.
+                key, kind, slices = _between_slices(instruction.attributes)
+                moved = instruction.result[0].bytes
+                if key not in collectives or collectives[key].bytes < moved:
+                    collectives[key] = Collective(kind, times, moved, slices, "", in_search, True)
                 continue
-            kind = each.op.removesuffix("-start")
+            kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
             if name.lstrip("%").startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            results = [array.bytes for array in each.result]
-            moved = max(results) if each.op.endswith("-start") else sum(results)
+            results = [array.bytes for array in instruction.result]
+            moved = max(results) if instruction.op.endswith("-start") else sum(results)
             if kind == "reduce-scatter":
                 moved = max(
                     moved,
                     sum(
                         array.bytes
-                        for operand in each.operands
+                        for operand in instruction.operands
                         for array in self.computations[name][operand].result
                     ),
                 )
-            path = re.search(r'op_name="([^"]*)"', each.attributes)
-            channel = re.search(r"channel_id=(\d+)", each.attributes)
-            key = f"{kind} {channel[1]}" if channel else f"{name} {each.name}"
-            if key not in found or found[key].count < times:
-                group = _group_size(each.attributes)
+            path = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = f"{kind} {channel[1]}" if channel else f"{name} {instruction.name}"
+            if key not in collectives or collectives[key].count < times:
+                group = _group_size(instruction.attributes)
                 where = path[1] if path else ""
-                found[key] = Collective(kind, times, moved, group, where, in_search)
-        return list(found.values())
+                collectives[key] = Collective(kind, times, moved, group, where, in_search)
+        return list(collectives.values())
 
     def hbm_bytes(self) -> int:
-        """Bytes that instructions read from and write to device memory.
+        """Returns the bytes that instructions read from and write to device memory.
 
-        Fusions are counted by what they read of their operands (the slice, where they slice) and write.
-        What XLA keeps in a core's own memory costs nothing.
+        Fusions count what they read of their operands (the slice, where they slice) and what they write.
+        Arrays that XLA keeps in a core's own memory cost nothing.
         """
         total = 0
         fused = {
             callee
             for computation in self.computations.values()
-            for each in computation.values()
-            if each.op == "fusion"
-            for callee in _called(each, "calls")
+            for instruction in computation.values()
+            if instruction.op == "fusion"
+            for callee in _called(instruction, "calls")
         }
-        for name, times, _, each in self.walk():
+        for name, times, _, instruction in self.walk():
             if name not in fused:
-                total += times * self._bytes(self.computations[name], each)
+                total += times * self._bytes(self.computations[name], instruction)
         return total
 
-    def _bytes(self, computation: Computation, each: Instruction) -> int:
-        if each.op in _FREE or each.op.endswith(("-done", "-update")):
+    def _bytes(self, computation: Computation, instruction: Instruction) -> int:
+        if instruction.op in _FREE or instruction.op.endswith(("-done", "-update")):
             return 0
-        if each.op == "copy-start":
-            return _hbm(each.result[:2])
-        if each.op in ("send", "recv"):
-            return _hbm(each.result[:1])
-        if each.op.endswith("-start"):
-            return _hbm(each.result[:1] and [max(each.result, key=lambda array: array.bytes)])
+        if instruction.op == "copy-start":
+            return _hbm(instruction.result[:2])
+        if instruction.op in ("send", "recv"):
+            return _hbm(instruction.result[:1])
+        if instruction.op.endswith("-start"):
+            return _hbm(
+                instruction.result[:1] and [max(instruction.result, key=lambda array: array.bytes)]
+            )
         operands = [
-            computation[operand].result for operand in each.operands if operand in computation
+            computation[operand].result
+            for operand in instruction.operands
+            if operand in computation
         ]
-        if each.op == "dynamic-slice" or each.op == "slice":
-            return 2 * _hbm(each.result)
-        if each.op == "dynamic-update-slice":
+        if instruction.op == "dynamic-slice" or instruction.op == "slice":
+            return 2 * _hbm(instruction.result)
+        if instruction.op == "dynamic-update-slice":
             return 2 * _hbm(operands[1])
-        if each.op == "fusion":
-            (callee,) = _called(each, "calls")
-            return self._fusion_bytes(self.computations[callee], operands, each.result)
-        return _hbm(each.result) + sum(_hbm(operand) for operand in operands)
+        if instruction.op == "fusion":
+            (callee,) = _called(instruction, "calls")
+            return self._fusion_bytes(self.computations[callee], operands, instruction.result)
+        return _hbm(instruction.result) + sum(_hbm(operand) for operand in operands)
 
     def _fusion_bytes(
         self, fused: Computation, operands: list[list[Array]], result: list[Array]
     ) -> int:
         users: dict[str, list[Instruction]] = defaultdict(list)
-        for each in fused.values():
-            for operand in each.operands:
-                users[operand].append(each)
+        for instruction in fused.values():
+            for operand in instruction.operands:
+                users[operand].append(instruction)
         total = 0
-        for each in fused.values():
-            if each.op != "parameter":
+        for instruction in fused.values():
+            if instruction.op != "parameter":
                 continue
-            arrays = operands[int(each.operands[0])]
-            reads = users[each.name]
+            arrays = operands[int(instruction.operands[0])]
+            reads = users[instruction.name]
             if reads and all(
                 user.op in ("dynamic-slice", "dynamic-update-slice")
-                and user.operands[0] == each.name
-                and each.name not in user.operands[1:]
+                and user.operands[0] == instruction.name
+                and instruction.name not in user.operands[1:]
                 for user in reads
             ):
                 sliced = sum(user.result[0].bytes for user in reads if user.op == "dynamic-slice")
@@ -298,25 +318,25 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Parse the text of a compiled program (`jax.stages.Compiled.as_text`)."""
+    """Returns the program of a text from `jax.stages.Compiled.as_text`."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            each = _instruction(found[2], found[3], bool(found[1]))
-            current[each.name] = each
+        elif parts := _INSTRUCTION.match(line):
+            instruction = _instruction(parts[2], parts[3], bool(parts[1]))
+            current[instruction.name] = instruction
     return Program(computations, entry)
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     text = re.sub(r"/\*.*?\*/", "", text)
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    kind, _, rest = text[end:].lstrip(") ").partition("(")
-    close = _closing(f"({rest}", 0) - 1
-    inside, attributes = rest[: close - 1], rest[close:]
+    kind, _, tail = text[end:].lstrip(") ").partition("(")
+    close = _closing(f"({tail}", 0) - 1
+    inside, attributes = tail[: close - 1], tail[close:]
     arrays = [
         Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
         for dtype, dims, layout in _ARRAY.findall(text[:end])
@@ -326,13 +346,13 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _root(computation: Computation) -> Instruction:
-    """The instruction whose result is the computation's."""
-    (root,) = (each for each in computation.values() if each.is_root)
+    """Returns the instruction whose result is the result of the computation."""
+    (root,) = (instruction for instruction in computation.values() if instruction.is_root)
     return root
 
 
 def _closing(text: str, start: int) -> int:
-    """The position just after the parenthesis that closes the one at `start`."""
+    """Returns the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += (text[position] == "(") - (text[position] == ")")
@@ -341,12 +361,12 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _called(each: Instruction, *keys: str) -> list[str]:
-    """Names of the computations under these attributes."""
+def _called(instruction: Instruction, *keys: str) -> list[str]:
+    """Returns the names of the computations in these attributes."""
     names = []
     for key in keys:
-        if found := re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", each.attributes):
-            names += re.findall(r"%([\w.\-]+)", found[1])
+        if names_of := re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", instruction.attributes):
+            names += re.findall(r"%([\w.\-]+)", names_of[1])
     return names
 
 
@@ -355,10 +375,10 @@ def _hbm(arrays: list[Array]) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices per group, in any of the three ways XLA writes groups; 1 where none are given.
+    """Returns the devices per group, in any of the three notations of XLA; 1 without groups.
 
     Raises:
-      ValueError: they are written in another way.
+      ValueError: The notation is unknown.
     """
     groups = re.search(r"replica_groups=(.*)", attributes)
     if groups is None:
@@ -374,10 +394,10 @@ def _group_size(attributes: str) -> int:
 
 
 def _between_slices(attributes: str) -> tuple[str, str, int]:
-    """A transfer between TPU slices: `(its own name, kind of collective, slices that take part)`.
+    """Returns `(name, kind of collective, number of slices)` of a transfer between TPU slices.
 
     Raises:
-      ValueError: it is written in another way.
+      ValueError: The notation is unknown.
     """
     values = dict(re.findall(r'_xla_(\w+)="([^"]*)"', attributes))
     name = values.get("host_transfer_rendezvous")
@@ -388,23 +408,23 @@ def _between_slices(attributes: str) -> tuple[str, str, int]:
     return name, kind, len(slices[1].split(","))
 
 
-def _dot_flops(each: Instruction, left: Array, right: Array) -> int:
+def _dot_flops(instruction: Instruction, left: Array, right: Array) -> int:
     del right
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     axes = [int(axis) for axis in found[1].split(",")] if found and found[1] else []
-    return 2 * math.prod(each.result[0].shape) * math.prod(left.shape[axis] for axis in axes)
+    return 2 * math.prod(instruction.result[0].shape) * math.prod(left.shape[axis] for axis in axes)
 
 
-def _convolution_flops(each: Instruction, left: Array, right: Array) -> int:
-    """Products that touch no padding, which is how XLA's TPU compiler writes batched products."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
-    assert labels is not None, each.attributes
+def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> int:
+    """Counts products outside the padding; XLA's TPU compiler writes batched products like this."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, instruction.attributes
     lhs, rhs, out = labels.groups()
-    result = each.result[0]
+    result = instruction.result[0]
     total = (
         2 * left.shape[lhs.index("b")] * right.shape[rhs.index("i")] * right.shape[rhs.index("o")]
     )
-    window = re.search(r"window=\{([^}]*)\}", each.attributes)
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     settings = dict(part.split("=") for part in window[1].split()) if window else {}
     for number in range(len(lhs) - 2):
         axis = str(number)
