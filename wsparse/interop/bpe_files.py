@@ -1,8 +1,8 @@
 """Tokenizers as two files, the way GPT-2's was published: `encoder.json` and `vocab.bpe`.
 
-`encoder.json` says which id a token has, `vocab.bpe` which two tokens merge into one, in order of priority.
-Bytes are written as printable characters, which is also how the `tokenizers` library writes them. How text
-is split before merging is in neither file; it is `wsparse.data.tokenizer.PATTERN`.
+`encoder.json` maps tokens to ids, `vocab.bpe` lists the pairs of tokens that merge, in order of priority.
+Bytes are written as printable characters, as the `tokenizers` library writes them. The pattern that splits
+text before merging is in neither file; it is `wsparse.data.tokenizer.PATTERN`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from wsparse import files
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.data.tokenizer import END_OF_TEXT, Tokenizer
-from wsparse.errors import UserError
+from wsparse.errors import UserError, quoted
 
 ENCODER_FILE, MERGES_FILE = "encoder.json", "vocab.bpe"
 _VERSION_LINE = "#version: 0.2"
@@ -27,13 +27,13 @@ class NoTokenizerError(UserError):
 
 
 def load(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Read a byte-level BPE tokenizer.
+    """Reads a byte-level BPE tokenizer.
 
     An `encoder.json` without `<|endoftext|>` gets it as its next id.
 
     Raises:
-      NoTokenizerError: one of the files is missing.
-      UserError: they are not such files, or contradict each other.
+      NoTokenizerError: One of the files is missing.
+      UserError: They are not such files, or contradict each other.
     """
     folder = pathlib.Path(folder)
     for name in (ENCODER_FILE, MERGES_FILE):
@@ -48,7 +48,7 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def save(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
-    """Write the two files of a byte-level BPE tokenizer; the folder exists."""
+    """Writes the two files of a byte-level BPE tokenizer into an existing folder."""
     folder = pathlib.Path(folder)
     model = json.loads(tokenizer.core.to_str())["model"]
     # The library writes the end of text among the tokens it was added to, not among the model's.
@@ -71,18 +71,20 @@ def _merges(path: pathlib.Path) -> list[tuple[str, str]]:
         pair = line.split()
         if len(pair) != 2:
             raise UserError(
-                f"{path}:{number}: must be two tokens and a space between, got {line!r}"
+                f"{path}:{number}: must be two tokens separated by a space, got {quoted(line)}"
             )
         merges.append((pair[0], pair[1]))
     return merges
 
 
 def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> None:
-    """Refuse files that leave an id without a token, or in which a merge makes something unknown."""
+    """Rejects files that leave an id without a token, or with a merge into an unknown token."""
     encoder = folder / ENCODER_FILE
     wrong = next((token for token, i in ids.items() if type(i) is not int), None)
     if wrong is not None:
-        raise UserError(f"{encoder}: the id of {wrong!r} must be an integer, got {ids[wrong]!r}")
+        raise UserError(
+            f"{encoder}: the id of {quoted(wrong)} must be an integer, got {quoted(ids[wrong])}"
+        )
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f"{encoder}: the ids must be 0 to {len(ids) - 1}, each of them once")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(ids)
@@ -92,12 +94,12 @@ def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> No
         unknown = next((t for t in (left, right, left + right) if t not in ids), None)
         if unknown is not None:
             raise UserError(
-                f"{folder / MERGES_FILE}: the merge {left!r} {right!r} needs the token {unknown!r}, "
-                f"which {ENCODER_FILE} does not have"
+                f"{folder / MERGES_FILE}: the merge {quoted(left)} {quoted(right)} needs the token "
+                f"{quoted(unknown)}, which {ENCODER_FILE} does not have"
             )
     extra = set(ids) - {left + right for left, right in merges} - {END_OF_TEXT}
     extra -= set(pre_tokenizers.ByteLevel.alphabet())
     if extra:
         raise UserError(
-            f"{encoder}: no merge in {MERGES_FILE} makes the token {sorted(extra)[0]!r}"
+            f"{encoder}: no merge in {MERGES_FILE} makes the token {quoted(min(extra))}"
         )
