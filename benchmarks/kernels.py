@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from wsparse import aot, hlo, model
+from wsparse import aot, hlo
 from wsparse.errors import run_command
-from wsparse.sparsity import top_k
+from wsparse.ops import top_k
+from wsparse.ops.attention import attend
 
 B, T, D, H, K = 4, 256, 2048, 128, 16
 BF16 = jnp.bfloat16
@@ -87,12 +88,12 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "projection of 8 matrices 1024 x 2048": (project, (stack, ((8,), jnp.int32))),
     }
     ways = {
-        "": model.attend,
+        "": attend,
         ", splash, channels last": functools.partial(splash, seq_minor=False),
         ", splash, time last": functools.partial(splash, seq_minor=True),
     }
-    for name, attend in ways.items():
-        function = functools.partial(of_channels, attend)
+    for name, way in ways.items():
+        function = functools.partial(of_channels, way)
         found[f"attention forward{name}"] = (function, attention)
         found[f"attention both ways{name}"] = (pulled(function), (rows, *attention))
     return found

@@ -28,6 +28,9 @@ from wsparse import model, sparsity, trees
 from wsparse.circuits import HParams, PairArrays, masks, procedure, prune
 from wsparse.config import ModelConfig
 from wsparse.errors import run_command
+from wsparse.ops.attention import attend
+from wsparse.ops.linear import gelu, matmul
+from wsparse.ops.top_k import ablate_largest
 
 PAIRS, TIME, STEPS = 64, 64, 4
 ANSWERS, TOKENS = 2 * PAIRS, 2 * PAIRS * TIME
@@ -133,12 +136,12 @@ def parts(config: ModelConfig, params: model.Params) -> dict[str, Part]:
         return jax.random.normal(next(keys), sizes)
 
     def ablation(x, gate_N, mean_N):
-        return model.ablate_largest(x, gate_N, mean_N, x.shape[-1] // 4)
+        return ablate_largest(x, gate_N, mean_N, x.shape[-1] // 4)
 
     def attention(queries):
         at_BT = jnp.arange(TIME - queries, TIME, dtype=jnp.int32)[None]
         return timing.forward_and_backward(
-            model.attend,
+            attend,
             normal(ANSWERS, queries, *heads),
             *(normal(ANSWERS, TIME, *heads) for _ in range(2)),
             fixed=(normal(config.n_head), jnp.broadcast_to(at_BT, (ANSWERS, queries))),
@@ -160,7 +163,7 @@ def parts(config: ModelConfig, params: model.Params) -> dict[str, Part]:
         ),
         "products over the nonzeros": Part(
             timing.every(
-                timing.forward_and_backward(model.matmul, normal(n, w.shape[0]), fixed=(w,))
+                timing.forward_and_backward(matmul, normal(n, w.shape[0]), fixed=(w,))
                 for n, w in all_products
             ),
             4 * 2 * sum(n * sum(w.shape) for n, w in all_products),
@@ -174,7 +177,7 @@ def parts(config: ModelConfig, params: model.Params) -> dict[str, Part]:
             attention_flops(config) * 7 / 2,
         ),
         "GELU": Part(
-            timing.forward_and_backward(model.gelu, normal(*neurons)), 4 * 5 * math.prod(neurons), 0
+            timing.forward_and_backward(gelu, normal(*neurons)), 4 * 5 * math.prod(neurons), 0
         ),
     }
 

@@ -23,6 +23,8 @@ from wsparse import model, sharding, sparsity, train
 from wsparse.config import ModelConfig, SparsityConfig, TrainConfig
 from wsparse.errors import run_command
 from wsparse.nodes import NODES
+from wsparse.ops.attention import attend
+from wsparse.ops.linear import gelu, matmul
 
 # Name: d_model, layers, context, batch, and the replication's tokens/s.
 SIZES = {
@@ -87,16 +89,16 @@ def parts(
 
     return {
         "attention": both_ways(
-            model.attend, normal(*heads), normal(*heads), normal(*heads), normal(shape.n_head)
+            attend, normal(*heads), normal(*heads), normal(*heads), normal(shape.n_head)
         ),
         "AbsTopK": timing.every(
             both_ways(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4), normal(tokens, width))
             for width in widths
         ),
         "products of the layers": timing.every(
-            both_ways(model.matmul, normal(tokens, kernel.shape[0]), kernel) for kernel in kernels
+            both_ways(matmul, normal(tokens, kernel.shape[0]), kernel) for kernel in kernels
         ),
-        "GELU": both_ways(model.gelu, normal(tokens, shape.mlp_width)),
+        "GELU": both_ways(gelu, normal(tokens, shape.mlp_width)),
         "logits and loss": lambda: head(params["head"], x_BTD),
         "optimizer without projection": lambda: update(gradients, state, params),
         "projection": lambda: program.project(moved),

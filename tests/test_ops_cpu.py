@@ -15,8 +15,7 @@ import pytest
 import reference
 from scipy import special
 
-from wsparse import model
-from wsparse.ops import cpu, selection
+from wsparse.ops import attention, cpu, selection
 from wsparse.sparsity import abs_top_k
 
 pytest.importorskip("numba")
@@ -166,7 +165,7 @@ def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width
 def test_attention_without_a_sink_and_with_large_scores_stays_exact():
     q, k, v = 30 * draw(0, 2, 11, 2, 16), draw(1, 2, 11, 2, 16), draw(2, 2, 11, 2, 16)
     np.testing.assert_allclose(
-        cpu.attend(q, k, v, None), model.attend_plainly(q, k, v, None), rtol=1e-4, atol=1e-5
+        cpu.attend(q, k, v, None), attention.attend_plainly(q, k, v, None), rtol=1e-4, atol=1e-5
     )
     q[1, 4, 0, 3] = np.nan
     spoilt = np.isnan(cpu.attend(q, k, v, None))
@@ -185,7 +184,7 @@ def test_attention_works_under_vmap_scan_and_checkpoint():
         each = jax.checkpoint(lambda q, v, sink: jnp.sum(jnp.sin(attend(q, k, v, sink))))
         return jax.value_and_grad(lambda *xs: jnp.sum(jax.vmap(each)(*xs)), argnums=(0, 1, 2))
 
-    got, expected = value(cpu.attend)(q, v, sink), value(model.attend_plainly)(q, v, sink)
+    got, expected = value(cpu.attend)(q, v, sink), value(attention.attend_plainly)(q, v, sink)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
     _, scanned = jax.lax.scan(
         lambda c, xs: (c, cpu.attend(xs[0], k, xs[1], xs[2])), 0, (q, v, sink)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import reference
 
-from wsparse import aot, hlo, model
-from wsparse.ops import selection, top_k, tpu, tpu_attention
+from wsparse import aot, hlo
+from wsparse.ops import attention, selection, top_k, tpu, tpu_attention
 
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, np.inf, -np.inf, np.nan, 3e38]),
@@ -205,14 +205,14 @@ def test_attention_of_bfloat16_is_as_exact_as_the_plain_jax():
         pairs = zip((y, *pull(dy)), (expected, *gradients), strict=True)
         return np.array([np.sqrt(np.mean((np.float64(a) - b) ** 2)) for a, b in pairs])
 
-    assert (errors(attend) <= 1.1 * errors(model.attend_plainly)).all()
+    assert (errors(attend) <= 1.1 * errors(attention.attend_plainly)).all()
 
 
 def test_attention_without_a_sink_and_with_large_scores_stays_exact():
     q, k, v, _ = heads_of(1, 128, 8, 16)
     np.testing.assert_allclose(
         attend(30 * q, k, v, None),
-        model.attend_plainly(30 * q, k, v, None),
+        attention.attend_plainly(30 * q, k, v, None),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -226,7 +226,7 @@ def test_attention_works_under_vmap_and_checkpoint():
         each = jax.checkpoint(lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v, sink))))
         return jax.value_and_grad(lambda *xs: jnp.sum(jax.vmap(each)(*xs)), argnums=(0, 1, 2))
 
-    got, expected = value(attend)(q, k, v), value(model.attend_plainly)(q, k, v)
+    got, expected = value(attend)(q, k, v), value(attention.attend_plainly)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
@@ -345,7 +345,7 @@ def test_attention_reads_and_writes_device_memory_once_each_way(compiled, dtype)
 
     def run(q, k, v, sink):
         apart = (jnp.reshape(each, (2, 256, 64, 16)) for each in (q, k, v))
-        return jnp.reshape(model.attend(*apart, sink), shape)
+        return jnp.reshape(attention.attend(*apart, sink), shape)
 
     operands = *((shape, dtype),) * 3, ((64,), jnp.float32)
     forward = compiled(run, *operands)
@@ -369,7 +369,7 @@ def test_attention_reads_and_writes_device_memory_once_each_way(compiled, dtype)
 @pytest.mark.slow
 def test_attention_of_long_sequences_compiles(compiled):
     heads = ((1, 8064, 8, 16), jnp.bfloat16)
-    program = compiled(model.attend, *[heads] * 3, ((8,), jnp.float32))
+    program = compiled(attention.attend, *[heads] * 3, ((8,), jnp.float32))
     assert len(kernels(program)) == 1
 
 
@@ -383,6 +383,6 @@ def test_attention_that_no_axis_of_the_mesh_divides_compiles(monkeypatch):
     @jax.jit
     def run(q, k, v):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return model.attend(q, k, v, None)
+            return attention.attend(q, k, v, None)
 
     assert len(kernels(hlo.parse(run.lower(heads, heads, heads).compile().as_text()))) == 1

@@ -8,7 +8,6 @@ layers. Flax's modules appear here only, as leaves with explicit names.
 from __future__ import annotations
 
 from collections.abc import Callable
-import functools
 import math
 from typing import Any
 
@@ -20,11 +19,13 @@ import jax.numpy as jnp
 from wsparse import trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
-from wsparse.nodes import Location, MeanAblation, Tap, ablate
-from wsparse.ops import cpu, tpu, tpu_attention
-from wsparse.ops.top_k import abs_top_k
+from wsparse.nodes import Location, MeanAblation, Tap
+from wsparse.ops import cpu
+from wsparse.ops.attention import attend, attention_pattern
+from wsparse.ops.linear import gelu, matmul
+from wsparse.ops.top_k import ablate_largest, abs_top_k
 
-__all__ = ["ModelConfig", "Params", "count_parameters", "forward", "init"]
+__all__ = ["ModelConfig", "Params", "attention_pattern", "count_parameters", "forward", "init"]
 
 Params = dict[str, Any]
 # (location, AbsTopK site or None, value) -> value: what a layer calls wherever it has a location.
@@ -157,7 +158,7 @@ def _recorder(config: ModelConfig, tap: Tap | None, layer: jax.Array | None, act
         location = Location(name, layer)
         # Mean ablation and AbsTopK have a kernel together.
         ablation = tap.vectors(location) if isinstance(tap, MeanAblation) else None
-        if ablation is not None and _has_cpu_kernels(value):
+        if ablation is not None and cpu.takes(value):
             value = ablate_largest(value, *ablation, _n_kept(config, site, value))
         else:
             value = _activation_sparsity(config, site, value)
@@ -180,45 +181,12 @@ def _n_kept(config: ModelConfig, site: str | None, value: jax.Array) -> int:
     return int(config.abs_top_k_fraction * width)
 
 
-def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
-    """AbsTopK of the last axis, then mean ablation: `gate * kept + (1 - gate) * mean`; float32."""
-
-    def plain(x, gate_N, mean_N):
-        return ablate(abs_top_k(x, k), _along_last(gate_N, x), _along_last(mean_N, x))
-
-    kernel = functools.partial(cpu.ablate_largest, k=k)
-    return lax.platform_dependent(x, gate_N, mean_N, cpu=kernel, default=plain)
-
-
 def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.reshape(vector, (1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
 
 
 def _take_positions(x_BTD: jax.Array, positions_BP: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)
-
-
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
-    """`x @ kernel` with the leading axes of `x` as one: its gradient then needs no transposed copy."""
-    rows = jnp.reshape(x, (-1, x.shape[-1]))
-    plain = functools.partial(jnp.matmul, preferred_element_type=dtype)
-    if _has_cpu_kernels(rows) and kernel.dtype == jnp.float32:
-        y = lax.platform_dependent(rows, kernel, cpu=cpu.product, default=plain)
-    else:
-        y = plain(rows, kernel)
-    return jnp.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) GELU."""
-    plain = functools.partial(nn.gelu, approximate=False)
-    if _has_cpu_kernels(x):
-        return lax.platform_dependent(x, cpu=cpu.gelu, default=plain)
-    return plain(x)
-
-
-def _has_cpu_kernels(x: jax.Array) -> bool:
-    return x.dtype == jnp.float32 and cpu.available()
 
 
 class Linear(nn.Module):
@@ -307,81 +275,6 @@ class Attention(nn.Module):
         )
         out = Linear(config.d_model, config, _output_std(config), config.bias, name="out")
         return node("attn.resid_delta", "attn_out", out(y_BTE))
-
-
-def attend(
-    q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    sink_H: jax.Array | None,
-    positions_BT: jax.Array | None = None,
-) -> jax.Array:
-    """Causal attention; `sink_H` are logits that join each head's softmax denominator only.
-
-    Scores are scaled by `1/sqrt(d_head)`. Query t is at position t, or at `positions_BT[:, t]`. Returns
-    `(B, T, H, K)`. The platform chooses the way; the results are equal up to rounding.
-    """
-    kernels: dict[str, Callable[..., jax.Array]] = {}
-    if _has_cpu_kernels(q_BTHK):
-        kernels["cpu"] = cpu.attend
-    if tpu.available() and positions_BT is None and tpu_attention.takes(q_BTHK):
-        kernels["tpu"] = lambda q, k, v, sink, _: tpu_attention.attend(q, k, v, sink)
-    return lax.platform_dependent(
-        q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT, default=attend_plainly, **kernels
-    )
-
-
-def attend_plainly(
-    q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    sink_H: jax.Array | None,
-    positions_BT: jax.Array | None = None,
-) -> jax.Array:
-    """`attend` in plain JAX."""
-    weights_BHTS, total_BHT1 = _attention_weights(q_BTHK, k_BSHK, sink_H, positions_BT)
-    v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
-    y_BHTK = jnp.matmul(weights_BHTS.astype(v_BSHK.dtype), v_BHSK)
-    # Normalized after the product, which is smaller than the weights by T / d_head.
-    y_BHTK = (y_BHTK / total_BHT1.astype(y_BHTK.dtype)).astype(v_BSHK.dtype)
-    return jnp.swapaxes(y_BHTK, 1, 2)
-
-
-def attention_pattern(q_BTHK: jax.Array, k_BSHK: jax.Array, sink_H: jax.Array | None) -> jax.Array:
-    """`(B, H, T, S)` attention weights in at least float32; rows sum to 1 less the sink's share."""
-    weights_BHTS, total_BHT1 = _attention_weights(q_BTHK, k_BSHK, sink_H)
-    return weights_BHTS / total_BHT1
-
-
-def _attention_weights(
-    q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    sink_H: jax.Array | None,
-    positions_BT: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Exponentials of the scores, zero for future keys, and what each row is to be divided by."""
-    dtype = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-    # Heads beside the batch: many small products of contiguous matrices, which every platform likes.
-    q_BHTK, k_BHSK = jnp.swapaxes(q_BTHK, 1, 2), jnp.swapaxes(k_BSHK, 1, 2)
-    scores_BHTS = jnp.matmul(q_BHTK, jnp.swapaxes(k_BHSK, 2, 3), preferred_element_type=dtype)
-    scores_BHTS = scores_BHTS * (1.0 / math.sqrt(q_BTHK.shape[-1]))
-    time, keys = scores_BHTS.shape[2:]
-    if positions_BT is None:
-        causal = jnp.tri(time, keys, dtype=bool)[None, None]
-    else:
-        causal = jnp.arange(keys)[None, None, None] <= positions_BT[:, None, :, None]
-    scores_BHTS = jnp.where(causal, scores_BHTS, -jnp.inf)
-    top_BHT1 = jnp.max(scores_BHTS, axis=-1, keepdims=True)
-    sink_1H11 = None if sink_H is None else jnp.reshape(sink_H, (1, -1, 1, 1)).astype(dtype)
-    if sink_1H11 is not None:
-        top_BHT1 = jnp.maximum(top_BHT1, sink_1H11)
-    # Any shift gives the same weights; this one keeps the exponentials in range.
-    top_BHT1 = lax.stop_gradient(top_BHT1)
-    weights_BHTS = jnp.exp(scores_BHTS - top_BHT1)
-    total_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
-    if sink_1H11 is not None:
-        total_BHT1 = total_BHT1 + jnp.exp(sink_1H11 - top_BHT1)
-    return weights_BHTS, total_BHT1
 
 
 class MLP(nn.Module):

@@ -47,6 +47,11 @@ def available() -> bool:
     return True
 
 
+def takes(x: jax.Array) -> bool:
+    """Returns whether the kernels are on and take values like `x`."""
+    return x.dtype == jnp.float32 and available()
+
+
 def _keep_freed_memory() -> None:
     """Let the process keep what it frees.
 
@@ -118,7 +123,7 @@ def attend(
     sink_H: jax.Array | None,
     positions_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """`wsparse.model.attend` for float32: scores and weights never leave a core's cache.
+    """`wsparse.ops.attention.attend` for float32: scores and weights never leave a core's cache.
 
     Query t attends to the keys up to t, or up to `positions_BT[:, t]`. Returns `(B, T, H, K)` float32.
     """

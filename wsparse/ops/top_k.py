@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from wsparse.errors import UserError
+from wsparse.nodes import ablate
 from wsparse.ops import cpu, selection, tpu
 
 
@@ -57,6 +58,29 @@ def _keep_by_kernel(k: int, *arrays: jax.Array) -> jax.Array:
     return lax.platform_dependent(*arrays, tpu=functools.partial(tpu.by_rows, keep), default=keep)
 
 
+def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
+    """Mean ablation of the AbsTopK of `x`: `gate * kept + (1 - gate) * mean`.
+
+    Args:
+      x: Float `(..., N)`.
+      gate_N: Gates, 1 where a channel is left alone.
+      mean_N: Values shown where gates are closed.
+      k: Number of channels that AbsTopK keeps.
+
+    Returns:
+      An array like `x`.
+    """
+
+    def plain(x, gate_N, mean_N):
+        gate, mean = (jnp.reshape(v, (1,) * (x.ndim - 1) + v.shape) for v in (gate_N, mean_N))
+        return ablate(abs_top_k(x, k), gate, mean)
+
+    if not cpu.takes(x):
+        return plain(x, gate_N, mean_N)
+    kernel = functools.partial(cpu.ablate_largest, k=k)
+    return lax.platform_dependent(x, gate_N, mean_N, cpu=kernel, default=plain)
+
+
 def keep_top_k(
     w: jax.Array, k: jax.Array | int, *, min_per_neuron: int = 0, neuron_axis: int | None = None
 ) -> jax.Array:
@@ -77,11 +101,11 @@ def keep_top_k(
     Returns:
       An array like `w`.
 
-    >>> keep_top_k(jnp.array([[1.0, -3.0], [0.5, 2.0]]), 2)
-    Array([[ 0., -3.],
-           [ 0.,  2.]], dtype=float32)
-    >>> keep_top_k(jnp.array([[1.0, -3.0], [0.5, 2.0]]), 2, min_per_neuron=1, neuron_axis=0)
-    Array([[ 0., -3.],
+    >>> keep_top_k(jnp.array([[3.0, -4.0], [0.5, 2.0]]), 2)
+    Array([[ 3., -4.],
+           [ 0.,  0.]], dtype=float32)
+    >>> keep_top_k(jnp.array([[3.0, -4.0], [0.5, 2.0]]), 2, min_per_neuron=1, neuron_axis=0)
+    Array([[ 0., -4.],
            [ 0.,  2.]], dtype=float32)
     """
     if neuron_axis is not None and not -w.ndim <= neuron_axis < w.ndim:

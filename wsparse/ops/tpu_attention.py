@@ -48,7 +48,7 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`wsparse.model.attend` of as many queries as keys, where `takes` says so.
+    """`wsparse.ops.attention.attend` of as many queries as keys, where `takes` says so.
 
     A NaN or infinity in a key or a value spoils the other heads of its tile too.
 
