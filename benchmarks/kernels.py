@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from wsparse import aot, hlo
-from wsparse.errors import run_command
+from wsparse.command import run_command
 from wsparse.ops import top_k
 from wsparse.ops.attention import attend
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from wsparse.errors import UserError, run_command
+from wsparse.command import run_command
+from wsparse.errors import UserError
 from wsparse.ops import cpu
 
 ROWS = 4096

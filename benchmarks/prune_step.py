@@ -26,8 +26,8 @@ import timing
 
 from wsparse import model, sparsity, trees
 from wsparse.circuits import HParams, PairArrays, masks, procedure, prune
+from wsparse.command import run_command
 from wsparse.config import ModelConfig
-from wsparse.errors import run_command
 from wsparse.ops.attention import attend
 from wsparse.ops.linear import gelu, matmul
 from wsparse.ops.top_k import ablate_largest

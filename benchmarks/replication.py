@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import optax
 import timing
 
-from wsparse import model, sharding, sparsity, train
+from wsparse import model, sharding, sparsity
+from wsparse.command import run_command
 from wsparse.config import ModelConfig, SparsityConfig, TrainConfig
-from wsparse.errors import run_command
 from wsparse.nodes import NODES
 from wsparse.ops.attention import attend
 from wsparse.ops.linear import gelu, matmul
+from wsparse.step import Program, make_optimizer, make_program
 
 # Name: d_model, layers, context, batch, and the replication's tokens/s.
 SIZES = {
@@ -51,7 +52,7 @@ def recipe(name: str, density: float) -> TrainConfig:
 
 
 def parts(
-    config: TrainConfig, program: train.Program, params: model.Params
+    config: TrainConfig, program: Program, params: model.Params
 ) -> dict[str, Callable[[], object]]:
     """Calls that do what a step does of each part: all layers, forward and backward."""
     shape, tokens = config.model, config.batch_size * config.model.context
@@ -68,7 +69,7 @@ def parts(
     kernels = [block["attn"][name]["kernel"][0] for name in ("q", "k", "v", "out")]
     kernels += [block["mlp"][name]["kernel"][0] for name in ("fc", "proj")]
     widths = [kind.width(shape) for kind in NODES.values()]
-    optimizer = train.make_optimizer(config)
+    optimizer = make_optimizer(config)
     gradients = jax.tree.map(jnp.ones_like, params)
     # A search is easy where most are zeros, as a step's are only once they are projected.
     moved = jax.tree.map(lambda leaf: leaf + 1e-3 * normal(*leaf.shape), params)
@@ -110,7 +111,7 @@ def main(argv) -> None:
     del argv
     for name, (*_, theirs) in SIZES.items():
         config = recipe(name, flags.FLAGS.density)
-        program = train.make_program(config, sharding.make_mesh(config.mesh))
+        program = make_program(config, sharding.make_mesh(config.mesh))
         step, params = timing.stepper(program, config)
         calls = {"step": step, **parts(config, program, params)}
         medians = timing.medians_in_turns(calls, flags.FLAGS.rounds)

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from wsparse import files
-from wsparse.errors import run_command
+from wsparse.command import run_command
 
 ROWS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "recipes": [

@@ -18,7 +18,7 @@ import numpy as np
 from wsparse import prune, runs
 from wsparse.circuits import discretize, graph, procedure, tasks
 from wsparse.circuits.search import Pruner, Sampler, log_size, search
-from wsparse.errors import run_command
+from wsparse.command import run_command
 
 
 def best_so_far(

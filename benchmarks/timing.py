@@ -9,8 +9,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from wsparse import model, train
+from wsparse import model
 from wsparse.config import TrainConfig
+from wsparse.step import Program
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -74,9 +75,7 @@ def bandwidth(size: int = 2**21, repeats: int = 20) -> float:
     return max(2 * 4 * size / seconds(lambda: negated(x)) for _ in range(repeats))
 
 
-def stepper(
-    program: train.Program, config: TrainConfig
-) -> tuple[Callable[[], object], model.Params]:
+def stepper(program: Program, config: TrainConfig) -> tuple[Callable[[], object], model.Params]:
     """A call that runs one step of a run on a fixed batch, warmed up, and parameters of after the warm-up."""
     state = program.init()
     shape = (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1)

@@ -16,9 +16,10 @@ from absl import flags
 from ml_collections import config_flags
 import timing
 
-from wsparse import model, sharding, train
+from wsparse import model, sharding
+from wsparse.command import run_command
 from wsparse.config import TrainConfig, from_dict
-from wsparse.errors import run_command
+from wsparse.step import make_program
 
 
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -65,7 +66,7 @@ def _at_the_end(config: TrainConfig) -> TrainConfig:
 
 def _stepper(config: TrainConfig) -> Callable[[], object]:
     """A call that runs one step of the config on a fixed batch."""
-    program = train.make_program(config, sharding.make_mesh(config.mesh))
+    program = make_program(config, sharding.make_mesh(config.mesh))
     return timing.stepper(program, config)[0]
 
 

@@ -25,7 +25,8 @@ from playwright import sync_api
 from wsparse import runs
 from wsparse.circuits import graph, masks, tasks
 from wsparse.circuits.circuit import Circuit, Node, edge_list
-from wsparse.errors import UserError, run_command
+from wsparse.command import run_command
+from wsparse.errors import UserError
 from wsparse.viewer import collect, held_out, page
 
 TEXT_TOKENS = 32768

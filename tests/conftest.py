@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import logging
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -36,6 +37,30 @@ def quick_compilation(request):
     """Compiling is most of the time of the tests, and the optimizer most of compiling."""
     quick = request.module.__name__.rpartition(".")[2] not in _AS_USERS
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@contextlib.contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """`with log_lines() as lines:` collects what the package logs inside."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("wsparse")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What the package logs during a test."""
+    with log_lines() as lines:
+        yield lines
 
 
 @pytest.fixture

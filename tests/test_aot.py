@@ -16,16 +16,17 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from wsparse import aot, hlo, model, sharding, train
-from wsparse.config import MeshConfig, from_dict
+from wsparse import aot, hlo, model, sharding
+from wsparse.config import MeshConfig, TrainConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.ops import selection
+from wsparse.step import init_state, make_program
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (REPO / "configs").glob("gao_*.py"))
 
 CONFIG = from_dict(
-    train.TrainConfig,
+    TrainConfig,
     {
         "model": {"vocab_size": 256, "context": 128, "n_layer": 3, "d_model": 128, "n_head": 8,
                   "compute_dtype": "bfloat16"},
@@ -276,7 +277,7 @@ def test_attention_is_the_kernel_and_its_products_are_counted(reports):
 @pytest.mark.slow
 def test_arguments_are_a_chips_share_of_the_state(reports):
     memory = reports["programs"]["train"]["memory"]
-    state = jax.eval_shape(lambda: train.init_state(CONFIG))
+    state = jax.eval_shape(lambda: init_state(CONFIG))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert whole / 2 <= memory["arguments"] < 0.75 * whole
     assert memory["aliased"] > 0.9 * memory["outputs"]
@@ -316,7 +317,7 @@ def test_only_gradients_cross_from_one_slice_to_another(libtpu, monkeypatch):
     assert projection["collectives_between_slices"] == {}
     assert set(step["collectives_between_slices"]) == {"all-reduce"}
     # Matrices in bfloat16, a quarter on each chip; a few sums in float32.
-    shapes = jax.tree.leaves(jax.eval_shape(lambda: train.init_state(CONFIG)).params)
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: init_state(CONFIG)).params)
     gradients = 2 * sum(leaf.size for leaf in shapes) / 4
     assert gradients <= step["collectives_between_slices"]["all-reduce"]["bytes"] < 1.5 * gradients
     # They go over the network of the data center, not over the links of a slice.
@@ -375,7 +376,7 @@ def test_the_program_of_a_step_is_the_same_for_every_density(libtpu, monkeypatch
     def lowered(density):
         sparsity = dataclasses.replace(CONFIG.sparsity, density=density)
         config = dataclasses.replace(CONFIG, sparsity=sparsity)
-        program = train.make_program(config, sharding.make_mesh(config.mesh, devices))
+        program = make_program(config, sharding.make_mesh(config.mesh, devices))
         return aot.train_step(config, program)[0].as_text().splitlines()
 
     pairs = zip(lowered(0.1), lowered(0.001), strict=True)
@@ -386,14 +387,14 @@ def test_the_program_of_a_step_is_the_same_for_every_density(libtpu, monkeypatch
     )
 
 
-def load(name: str) -> tuple[train.TrainConfig, str]:
+def load(name: str) -> tuple[TrainConfig, str]:
     """A recipe and the slice that its docstring names."""
     spec = importlib.util.spec_from_file_location(name, REPO / "configs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     (topology,) = re.findall(r"TPU (v\w+-\d+)", module.__doc__ or "")
-    return from_dict(train.TrainConfig, module.get_config().to_dict()), topology
+    return from_dict(TrainConfig, module.get_config().to_dict()), topology
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -425,7 +426,7 @@ def _check_projection(report):
 
 def test_a_layers_matrices_are_divided_along_their_neurons():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    shapes = jax.eval_shape(lambda: train.init_state(CONFIG)).params
+    shapes = jax.eval_shape(lambda: init_state(CONFIG)).params
     places = sharding.tree_shardings(shapes, mesh)["blocks"]
     assert places["mlp"]["fc"]["kernel"] == NamedSharding(mesh, P(None, None, ("tensor", "fsdp")))
     assert places["mlp"]["proj"]["kernel"] == NamedSharding(mesh, P(None, ("tensor", "fsdp"), None))

@@ -7,24 +7,26 @@ import os
 import pathlib
 import shutil
 
+from conftest import log_lines
 import jax
 from jax.sharding import SingleDeviceSharding
 import numpy as np
 import pytest
 
-from wsparse import checkpoint, sharding, train
-from wsparse.config import MeshConfig, from_dict
+from wsparse import checkpoint, sharding
+from wsparse.config import MeshConfig, TrainConfig, from_dict
 from wsparse.errors import UserError
+from wsparse.step import init_state
 
 CONFIG = from_dict(
-    train.TrainConfig,
+    TrainConfig,
     {
         "model": {"vocab_size": 24, "context": 8, "n_layer": 2, "d_model": 16, "n_head": 2,
                   "d_head": 4, "d_mlp": 32},
         "sparsity": {"density": 0.5},
     },
 )  # fmt: skip
-SHAPES = jax.eval_shape(lambda: train.init_state(CONFIG))
+SHAPES = jax.eval_shape(lambda: init_state(CONFIG))
 METADATA = {
     "config": {"steps": 3, "rate": 0.1},
     "data_digest": "ab12",
@@ -91,9 +93,8 @@ def flip_bit(path: pathlib.Path, seed: int) -> None:
 
 
 def restore(folder, mesh=None, **options):
-    """What a `Checkpointer` restores from a folder, and the lines it says."""
-    lines: list[str] = []
-    with checkpoint.Checkpointer(folder, say=lines.append, **options) as checkpoints:
+    """What a `Checkpointer` restores from a folder, and the lines it logs."""
+    with log_lines() as lines, checkpoint.Checkpointer(folder, **options) as checkpoints:
         return checkpoints.restore(abstract(mesh or mesh_of())), lines
 
 
@@ -189,9 +190,8 @@ def test_saving_does_not_change_what_was_given_later(tmp_path):
 
 def test_the_latest_step_is_one_whose_saving_was_waited_for(tmp_path):
     """Asking while a save is under way must not take the unfinished step for a damaged one."""
-    lines: list[str] = []
     state = make_state(0, mesh_of())
-    with checkpoint.Checkpointer(tmp_path / "checkpoints", say=lines.append) as checkpoints:
+    with log_lines() as lines, checkpoint.Checkpointer(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state, METADATA)
         checkpoints._manager.wait_until_finished()  # On disk, but nothing has hashed it yet.
         assert checkpoints.latest_step() == 1
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_was_never_committed_is_not_seen(saved):
 )
 def test_a_checkpoint_of_another_model_is_refused_in_one_line_that_names_a_parameter(saved, change):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **change))
-    shapes = jax.eval_shape(lambda: train.init_state(other))
+    shapes = jax.eval_shape(lambda: init_state(other))
     changed = {"d_mlp": "mlp", "logits_bias": "logits_bias", "sink": "sink", "n_layer": "blocks"}
     with checkpoint.Checkpointer(saved.folder) as checkpoints, pytest.raises(UserError) as error:
         checkpoints.restore(abstract(mesh_of(), shapes))

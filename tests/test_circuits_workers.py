@@ -15,7 +15,8 @@ from wsparse.circuits import search as search_lib
 from wsparse.circuits import workers
 from wsparse.circuits.search import FAST, Shared, search
 from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
-from wsparse.errors import UserError, run_plain
+from wsparse.command import run_plain
+from wsparse.errors import UserError
 from wsparse.files import read_json
 
 REPO = pathlib.Path(__file__).resolve().parent.parent

@@ -9,8 +9,9 @@ import re
 import jax
 import pytest
 
-from wsparse import train, trees
+from wsparse import trees
 from wsparse.config import TrainConfig, differences, from_dict, to_dict
+from wsparse.step import init_state
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
@@ -33,7 +34,7 @@ def docstring(name: str) -> str:
 
 def millions(name: str) -> tuple[float, float]:
     """Parameters in all, and without the bigram table."""
-    shapes = trees.flatten(jax.eval_shape(lambda: train.init_state(load(name))).params)
+    shapes = trees.flatten(jax.eval_shape(lambda: init_state(load(name))).params)
     sizes = {path: math.prod(leaf.shape) / 1e6 for path, leaf in shapes.items()}
     return sum(sizes.values()), sum(n for path, n in sizes.items() if not path.endswith("bigram"))
 
@@ -46,7 +47,7 @@ def test_there_are_recipes():
 def test_the_recipe_builds_and_so_does_its_state(name):
     config = load(name)
     assert from_dict(TrainConfig, to_dict(config)) == config
-    state = jax.eval_shape(lambda: train.init_state(config))
+    state = jax.eval_shape(lambda: init_state(config))
     shapes = trees.flatten(state.params)
     assert shapes["embed/tokens"].shape == (config.model.vocab_size, config.model.d_model)
     assert shapes["blocks/mlp/fc/kernel"].shape[0] == config.model.n_layer

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from wsparse import doctor, sharding
+from wsparse import doctor, processes, sharding
 from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import UserError
 
@@ -95,7 +95,7 @@ def test_a_check_that_breaks_does_not_keep_others_from_running():
 
 
 def test_what_another_process_found_is_said_with_its_number(monkeypatch):
-    monkeypatch.setattr(sharding, "gather", lambda text: [text, "OK fine", "FAIL no disk"])
+    monkeypatch.setattr(processes, "gather", lambda text: [text, "OK fine", "FAIL no disk"])
     healthy, lines = examine(doctor.Check("disk", lambda: "fine"))
     assert not healthy
     assert lines == ["FAIL  disk: no disk (process 2 of 3)"]
@@ -125,7 +125,7 @@ def test_a_checkout_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_processes_with_other_packages_are_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "gather", lambda text: [text, text + "!"])
+    monkeypatch.setattr(processes, "gather", lambda text: [text, text + "!"])
     with pytest.raises(UserError, match="packages must be the same in all 2 processes"):
         doctor.versions()
 
@@ -136,7 +136,7 @@ def test_processes_with_other_packages_are_refused(monkeypatch):
 )
 def test_an_accelerator_that_jax_does_not_use_is_noticed(monkeypatch, kind, platforms, wrong):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    monkeypatch.setattr(sharding, "accelerators", lambda: [kind] if kind else [])
+    monkeypatch.setattr(processes, "accelerators", lambda: [kind] if kind else [])
     if wrong:
         assert f"pip install 'wsparse[{kind}]'" in fails(doctor.devices)
     else:
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(sharding, "blind_processes", lambda path: [3])
+    monkeypatch.setattr(processes, "blind_processes", lambda path: [3])
     line = fails(lambda: doctor.storage(epath.Path(tmp_path)))
     assert "process 3 does not see what process 0 wrote" in line
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,6 @@
 """Records survive crashes, a resumed run repeats none of them, and progress reads well anywhere."""
 
-import io
 import json
-import sys
 
 import pytest
 
@@ -104,44 +102,3 @@ def test_curves_are_drawn_from_records(tmp_path):
     metrics.plot_curves(records[:12], path)
     assert path.read_bytes() != content, "the picture must depend on the records"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def show_progress(*, quiet=False):
-    progress = metrics.Progress(20, 5, quiet=quiet)
-    for _ in range(5):
-        progress.advance()
-    progress.record(10, {"loss": "3.25", "density": "0.5"})
-    progress.say("step 10: held-out loss 3.5")
-    progress.close()
-
-
-def test_without_a_terminal_each_record_is_one_plain_line(capsys):
-    show_progress()
-    out, err = capsys.readouterr()
-    assert out == "step 10/20  loss 3.25  density 0.5\nstep 10: held-out loss 3.5\n"
-    assert err == ""
-
-
-def test_in_a_terminal_there_is_a_bar_with_what_is_done_and_left(capsys, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    show_progress()
-    shown = terminal.getvalue()
-    assert "10/20" in shown
-    assert "50%" in shown
-    assert "loss=3.25" in shown
-    assert "\r" in shown
-    out = capsys.readouterr().out
-    assert "step 10/20" not in out
-    assert "held-out loss 3.5" in out + shown
-
-
-def test_other_processes_of_a_job_print_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    show_progress(quiet=True)
-    assert capsys.readouterr().out == terminal.getvalue() == ""

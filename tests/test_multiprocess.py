@@ -17,31 +17,32 @@ import jax
 import numpy as np
 import pytest
 
-from wsparse import checkpoint, metrics, sharding, train, trees
+from wsparse import checkpoint, metrics, processes, sharding, train, trees
 from wsparse.config import MeshConfig, TrainConfig, from_dict, to_dict
 from wsparse.errors import UserError
+from wsparse.step import Program, make_program
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 40
 # Trains what argv[1] describes in argv[2], each step argv[3] seconds late.
 WORKER = """
 import functools, json, pathlib, sys, time
-from wsparse import sharding, train
+from wsparse import command, processes, train
 from wsparse.config import TrainConfig, from_dict
 from wsparse.data import batches
 
-batches = batches.train_batches
+train_batches = batches.train_batches
 def late(*args, **options):
-    for batch in batches(*args, **options):
+    for batch in train_batches(*args, **options):
         time.sleep(float(sys.argv[3]))
         yield batch
-train.pipeline.train_batches = late
-train._Loop._time_projection = lambda self, state: 1e-3
+batches.train_batches = late
 # One disk shows a file at once.
-train.sharding.blind_processes = functools.partial(sharding.blind_processes, seconds=2)
-sharding.initialize_processes()
+processes.blind_processes = functools.partial(processes.blind_processes, seconds=2)
 config = from_dict(TrainConfig, json.loads(pathlib.Path(sys.argv[1]).read_text()))
-sys.exit(train.run(config, pathlib.Path(sys.argv[2])))
+with command.log_to_stdout():
+    processes.initialize_processes()
+    sys.exit(train.run(config, pathlib.Path(sys.argv[2])))
 """
 
 
@@ -117,15 +118,12 @@ def results(jobs) -> list[tuple[int, str]]:
 
 
 @functools.cache
-def compiled(config: TrainConfig, mesh) -> train.Program:
+def compiled(config: TrainConfig, mesh) -> Program:
     return make_program(config, mesh)
 
 
-make_program = train.make_program
-
-
-def shared_program(config: TrainConfig, mesh) -> train.Program:
-    """`train.make_program`, compiled once for runs that differ in their data alone."""
+def shared_program(config: TrainConfig, mesh) -> Program:
+    """`make_program`, compiled once for runs that differ in their data alone."""
     return compiled(dataclasses.replace(config, data=TrainConfig().data), mesh)
 
 
@@ -135,7 +133,6 @@ def train_here(monkeypatch, config, workdir, devices: int) -> int:
     with monkeypatch.context() as patch:
         patch.setattr(train.sharding, "make_mesh", some)
         patch.setattr(train, "make_program", shared_program)
-        patch.setattr(train._Loop, "_time_projection", lambda self, state: 1e-3)
         return train.run(config, workdir)
 
 
@@ -143,7 +140,7 @@ def saved(workdir, mesh_config: MeshConfig, devices: int = 1) -> tuple[int, dict
     """The newest checkpoint, restored onto a mesh of this process."""
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
     config = from_dict(TrainConfig, json.loads((workdir / "config.json").read_text()))
-    program = train.make_program(dataclasses.replace(config, mesh=mesh_config), mesh)
+    program = make_program(dataclasses.replace(config, mesh=mesh_config), mesh)
     with checkpoint.Checkpointer(workdir / "checkpoints") as checkpoints:
         step, state, _ = checkpoints.restore(program.abstract_state)
     found = trees.flatten(state)
@@ -296,7 +293,7 @@ def test_variables_that_contradict_each_other_are_refused(monkeypatch, variables
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"one of 0, 1, ... below it, {match}"):
-        sharding.initialize_processes()
+        processes.initialize_processes()
 
 
 @pytest.mark.parametrize(
@@ -321,11 +318,11 @@ def test_variables_that_contradict_each_other_are_refused(monkeypatch, variables
 def test_other_processes_are_joined_where_the_environment_has_them(monkeypatch, variables, joins):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sharding, "accelerators", lambda: ["tpu"] if "TPU" in variables else [])
-    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(processes, "accelerators", lambda: ["tpu"] if "TPU" in variables else [])
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    sharding.initialize_processes()
+    processes.initialize_processes()
     assert bool(calls) == joins
     if "JAX_PROCESS_ID" in variables:
         assert calls == [{"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}]

@@ -7,12 +7,13 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from wsparse import sharding, train, trees
-from wsparse.config import MeshConfig, from_dict
+from wsparse import sharding, trees
+from wsparse.config import MeshConfig, TrainConfig, from_dict
 from wsparse.errors import UserError
+from wsparse.step import EVAL_BATCH, init_state, make_program
 
 CONFIG = from_dict(
-    train.TrainConfig,
+    TrainConfig,
     {
         # 300 tokens do not divide by 8, nor 2 heads by 4.
         "model": {"vocab_size": 300, "context": 16, "n_layer": 2, "d_model": 32, "n_head": 2,
@@ -30,7 +31,7 @@ MESHES = {
     "fsdp=2 tensor=4": MeshConfig(data=1, fsdp=2, tensor=4),
     "data=2 fsdp=2 tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-SHAPES = jax.eval_shape(lambda: train.init_state(CONFIG))
+SHAPES = jax.eval_shape(lambda: init_state(CONFIG))
 
 
 def mesh_of(config: MeshConfig):
@@ -181,7 +182,7 @@ def test_the_global_batch_has_the_rows_in_order(name):
     for shard in batch.addressable_shards:
         assert shard.data.shape == (2, 8 // parallel, 5)
         np.testing.assert_array_equal(shard.data, rows[shard.index])
-    evaluation = sharding.put_batch(rows[0], mesh, train.EVAL_BATCH)
+    evaluation = sharding.put_batch(rows[0], mesh, EVAL_BATCH)
     np.testing.assert_array_equal(evaluation, rows[0])
     assert evaluation.addressable_shards[0].data.shape == (8 // parallel, 5)
 
@@ -206,8 +207,8 @@ def test_a_batch_must_divide_over_the_data_parallel_devices(name, batch_size, ac
     else:
         check("must be a multiple of the . data-parallel devices", call)
         settings = {"batch_size": batch_size, "accumulate": accumulate}
-        config = from_dict(train.TrainConfig, settings)
-        check("must be a multiple", lambda: train.make_program(config, mesh))
+        config = from_dict(TrainConfig, settings)
+        check("must be a multiple", lambda: make_program(config, mesh))
 
 
 # Steps ------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def start():
 
 def two_steps(mesh):
     """`(state, losses)` after two training steps on a mesh."""
-    program = train.make_program(CONFIG, mesh)
+    program = make_program(CONFIG, mesh)
     state = jax.tree.map(
         lambda x, s: jax.device_put(x, s.sharding), start(), program.abstract_state
     )

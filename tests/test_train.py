@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from conftest import log_lines
 import jax
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def shared_program(config: TrainConfig, mesh) -> train.Program:
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Runs use one device, share their compiled functions, and do not time the projection."""
+    """Runs use one device and share their compiled functions."""
     patch_for_speed(monkeypatch)
 
 
@@ -83,7 +84,6 @@ def patch_for_speed(monkeypatch):
     alone = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(train.sharding, "make_mesh", alone)
     monkeypatch.setattr(train, "make_program", shared_program)
-    monkeypatch.setattr(train._Loop, "_time_projection", lambda self, state: 1e-3)
 
 
 def before_step(monkeypatch, number: int, act) -> None:
@@ -164,12 +164,8 @@ def finished(source, tmp_path_factory, compilation_names):
     workdir = tmp_path_factory.mktemp("runs") / "deeper" / "full"
     config = make_config(source)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        timed = train._Loop._time_projection
         patch_for_speed(monkeypatch)
-        monkeypatch.setattr(train._Loop, "_time_projection", timed)
-        lines: list[str] = []
-        monkeypatch.setattr("builtins.print", lambda *a, **k: lines.append(" ".join(map(str, a))))
-        with compilation_names() as names:
+        with log_lines() as lines, compilation_names() as names:
             assert train.run(config, workdir) == 0
     return Finished(workdir, config, names, "\n".join(lines))
 
@@ -216,10 +212,9 @@ def test_every_record_has_every_number(finished):
     assert [record["step"] for record in held_out] == [20, 40]
     for record in records:
         for name in ("tokens", "loss", "learning_rate", "density", "nonzeros", "gradient_rms",
-                     "kurtosis", "tokens_per_s", "projection_share"):  # fmt: skip
+                     "kurtosis", "tokens_per_s"):  # fmt: skip
             assert np.isfinite(record[name]), name
         assert record["tokens"] == record["step"] * 8 * 16
-        assert 0 < record["projection_share"] <= 1
         assert record["tokens_per_s"] > 0
         assert record["gradient_rms"] > 0
         assert len(record["alive_neurons"]) == 2
@@ -299,10 +294,10 @@ def test_without_a_terminal_progress_is_one_line_per_record(finished):
     assert "\r" not in finished.printed
 
 
-def test_a_finished_run_says_so_and_does_nothing(finished, one_device, capsys):
+def test_a_finished_run_says_so_and_does_nothing(finished, one_device, logged):
     before = {p: p.stat().st_mtime_ns for p in finished.workdir.rglob("*")}
     assert train.run(finished.config, finished.workdir) == 0
-    assert "is complete" in capsys.readouterr().out
+    assert "is complete" in logged[0]
     assert {p: p.stat().st_mtime_ns for p in finished.workdir.rglob("*")} == before
 
 
@@ -328,7 +323,7 @@ def _compiled_for(config):
 
 
 def test_a_run_that_is_interrupted_again_and_again_ends_bitwise_as_one_that_was_not(
-    finished, tmp_path, one_device, capsys
+    finished, tmp_path, one_device, logged
 ):
     workdir = tmp_path / "run"
     # At a random step; at one that has just been saved; before anything was logged since.
@@ -340,11 +335,11 @@ def test_a_run_that_is_interrupted_again_and_again_ends_bitwise_as_one_that_was_
             assert train.run(finished.config, workdir) == 128 + which, f"stopped at {at}"
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
         assert steps_on_disk(workdir)[-1] == number
-        assert f"{which.name}: saved step {number}" in capsys.readouterr().out
+        assert f"{which.name}: saved step {number}" in logged[-1]
         assert not (workdir / "summary.json").exists()
         assert all(record["step"] <= number for record in metrics.read(workdir))
     assert train.run(finished.config, workdir) == 0
-    assert "resuming at step 31 of 40" in capsys.readouterr().out
+    assert "resuming at step 31 of 40" in logged
 
     want_step, want = final_state(finished.workdir)
     step, state = final_state(workdir)
@@ -515,7 +510,7 @@ def test_a_nan_stops_training_with_the_name_of_the_matrix_that_has_it(
 
 
 @pytest.mark.parametrize("number", [9, 12])
-def test_a_nan_never_reaches_a_checkpoint(finished, source, tmp_path, one_device, number, capsys):
+def test_a_nan_never_reaches_a_checkpoint(finished, source, tmp_path, one_device, number, logged):
     """Neither when the step is saved before its report is read (12), nor the step after a save (9)."""
     workdir = tmp_path / "run"
     config = make_config(source, log_every=5, checkpoint_every=4)
@@ -524,7 +519,7 @@ def test_a_nan_never_reaches_a_checkpoint(finished, source, tmp_path, one_device
     assert step == 8
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert not (workdir / "damaged").exists()
-    assert "not used" not in capsys.readouterr().out
+    assert "not used" not in " ".join(logged)
     # Once the cause is gone, the same command goes on from there.
     assert train.run(config, workdir) == 0
     assert_bitwise(final_state(workdir)[1].params, final_state(finished.workdir)[1].params)

@@ -1,6 +1,6 @@
 """Compile a recipe for a TPU slice without the slice: `python -m wsparse.aot --config=... --topology=v5e-64`.
 
-The real jitted functions (`wsparse.train.make_program`, `wsparse.circuits.search.Pruner`) are compiled by
+The real jitted functions (`wsparse.step.make_program`, `wsparse.circuits.search.Pruner`) are compiled by
 libtpu (the extra `aot`) for devices that need not exist. What they would need and do on each chip is printed,
 and written as JSON; the exit status is 1 if they do not fit into a chip's memory.
 
@@ -27,10 +27,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from wsparse import files, hlo, model, sharding, train
+from wsparse import files, hlo, model, sharding
 from wsparse.circuits import PairArrays, masks, search
+from wsparse.command import run_command
 from wsparse.config import ModelConfig, TrainConfig, from_dict
-from wsparse.errors import UserError, closest, missing_extra, run_command
+from wsparse.errors import UserError, closest, missing_extra
+from wsparse.step import Program, make_program
 
 _GIB = 2**30
 
@@ -132,7 +134,7 @@ def find_target(name: str, slices: int = 1) -> Target:
     return Target(full, CHIPS[kind], list(found.devices), slices)
 
 
-def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]:
+def train_step(config: TrainConfig, program: Program) -> tuple[Any, float]:
     """The lowered training step, and the model's own FLOPs of it on all chips."""
     batch = jax.ShapeDtypeStruct(
         (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1),
@@ -143,7 +145,7 @@ def train_step(config: TrainConfig, program: train.Program) -> tuple[Any, float]
     return lowered, 3 * model.forward_flops(config.model, config.batch_size * config.model.context)
 
 
-def projection(program: train.Program) -> tuple[Any, float]:
+def projection(program: Program) -> tuple[Any, float]:
     """The lowered projection on its own."""
     project: Any = program.project
     return project.lower(program.abstract_state.params), 0.0
@@ -291,7 +293,7 @@ def run(
     )
     jobs: dict[str, Callable[[], tuple[Any, float]]] = {}
     if what in ("train", "all"):
-        program = train.make_program(config, mesh)
+        program = make_program(config, mesh)
         jobs["train"] = lambda: train_step(config, program)
         if config.sparsity.density < 1:
             jobs["projection"] = lambda: projection(program)

@@ -7,10 +7,11 @@ the newest good one before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -20,8 +21,10 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from wsparse import files, sharding, trees
+from wsparse import files, processes, trees
 from wsparse.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _DIGESTS = "digests.json"
 SET_ASIDE = "damaged"
@@ -33,7 +36,6 @@ class Checkpointer:
     Args:
       folder: where the steps are, made when missing.
       keep: how many of the newest steps stay.
-      say: called with one line about anything a user should know.
     """
 
     def __init__(
@@ -41,10 +43,8 @@ class Checkpointer:
         folder: str | os.PathLike[str],
         *,
         keep: int = 3,
-        say: Callable[[str], None] = print,
     ):
         self._folder = pathlib.Path(folder).absolute()
-        self._say = say
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._hasher = futures.ThreadPoolExecutor(1)
@@ -112,7 +112,7 @@ class Checkpointer:
         self.finish()
         # One process looks, since it is the one that sets damaged steps aside; the others wait for it.
         mine = next(self._good_steps(), None) if jax.process_index() == 0 else None
-        found = sharding.gather(str(mine))[0]
+        found = processes.gather(str(mine))[0]
         if jax.process_index() != 0:
             self._manager.reload()
         return None if found == "None" else int(found)
@@ -127,7 +127,7 @@ class Checkpointer:
 
     def _set_aside(self, step: int, reason: str) -> None:
         target = self._folder.parent / SET_ASIDE / f"{self._folder.name}-{step}"
-        self._say(f"checkpoint {step} is not used: {reason}; moved to {target}")
+        log.warning("checkpoint %d is not used: %s; moved to %s", step, reason, target)
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self._folder / str(step), target)

@@ -31,9 +31,11 @@ from ml_collections import config_flags
 import numpy as np
 from packaging.requirements import Requirement
 
-from wsparse import sharding, train
+from wsparse import processes, sharding
+from wsparse.command import run_command
 from wsparse.config import MeshConfig, TrainConfig, from_dict
-from wsparse.errors import UserError, run_command
+from wsparse.errors import UserError
+from wsparse.step import init_state, make_program
 
 # Checkpoints are written beside the old ones, and data and metrics need a little.
 _SPARE_BYTES = 1e9
@@ -64,7 +66,7 @@ def examine(checks: Sequence[Check], say: Callable[[str], None]) -> bool:
     """
     healthy = True
     for check in checks:
-        outcomes = sharding.gather(_outcome(check))
+        outcomes = processes.gather(_outcome(check))
         failed = [(p, each) for p, each in enumerate(outcomes) if not each.startswith("OK")]
         healthy &= not failed
         process, line = failed[0] if failed else (0, outcomes[0])
@@ -108,7 +110,7 @@ def versions() -> str:
             wrong.append(f"{need.name}{need.specifier}, found {version}")
         found.append(f"{need.name} {version}")
     # Before anything is raised here: all processes must take part.
-    sharding.require_same(str(sorted(found)), "python and its packages")
+    processes.require_same(str(sorted(found)), "python and its packages")
     if wrong:
         raise ProblemError(
             f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)"
@@ -118,16 +120,16 @@ def versions() -> str:
     )
 
 
-def processes() -> str:
+def job() -> str:
     """Every process of the job answers, and a number crosses all devices."""
-    hosts = sharding.gather(socket.gethostname())
+    hosts = processes.gather(socket.gethostname())
     return f"{len(hosts)} on {len(set(hosts))} machines, coordinated by {hosts[0]}"
 
 
 def devices() -> str:
     """The devices are those that the machine has, and all are alike."""
     backend, local, total = jax.default_backend(), jax.local_device_count(), jax.device_count()
-    missed = [kind for kind in sharding.accelerators() if backend == "cpu"]
+    missed = [kind for kind in processes.accelerators() if backend == "cpu"]
     if missed and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         raise ProblemError(
             f"this machine has {missed[0]} devices, and jax uses the CPU: pip install 'wsparse[{missed[0]}]'"
@@ -164,7 +166,7 @@ def storage(workdir: epath.Path) -> str:
     """The folder can be written, read and cleaned up, and is the same one for all processes."""
     # What this creates it removes, so that a run still finds nothing there.
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    name = sharding.gather(f".doctor-{uuid.uuid4().hex}")[0]
+    name = processes.gather(f".doctor-{uuid.uuid4().hex}")[0]
     probe, text, first = workdir / name, "wsparse", jax.process_index() == 0
     reason, seconds = "", time.monotonic()
     if first:
@@ -176,8 +178,8 @@ def storage(workdir: epath.Path) -> str:
         # A bucket's driver raises errors of its own.
         except Exception as error:
             reason = _brief(error)
-    reason = sharding.gather(reason)[0]
-    blind = [] if reason else sharding.blind_processes(probe)
+    reason = processes.gather(reason)[0]
+    blind = [] if reason else processes.blind_processes(probe)
     seconds = time.monotonic() - seconds
     if first:
         try:
@@ -207,7 +209,7 @@ def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
     free = shutil.disk_usage(there).free
     if config is None:
         return f"{free / 1e9:.1f} GB free"
-    state = jax.eval_shape(functools.partial(train.init_state, config))
+    state = jax.eval_shape(functools.partial(init_state, config))
     one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     # While the newest is written, the oldest is still there.
     need = (config.keep_checkpoints + 1) * one + _SPARE_BYTES
@@ -222,7 +224,7 @@ def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
 def step(config: TrainConfig) -> str:
     """One training step of the config compiles, fits, runs, and gives a finite loss."""
     mesh = sharding.make_mesh(config.mesh)
-    program = train.make_program(config, mesh)
+    program = make_program(config, mesh)
     size = config.batch_size // config.accumulate
     rows = sharding.local_rows(mesh, size)
     # Row r is the same in every process that holds it.
@@ -268,7 +270,7 @@ def _memory(compiled: Any) -> str:
 
 def _checks(config: TrainConfig | None, workdir: epath.Path | None) -> Iterator[Check]:
     yield Check("versions", versions)
-    yield Check("processes", processes)
+    yield Check("processes", job)
     yield Check("devices", devices)
     yield Check("collectives", collectives)
     if workdir is not None:
@@ -286,7 +288,7 @@ def main(argv: Sequence[str]) -> int:
     if options.config is not None:
         config = from_dict(TrainConfig, options.config.to_dict())
     workdir = None if options.workdir is None else epath.Path(options.workdir)
-    sharding.initialize_processes()
+    processes.initialize_processes()
     quiet = jax.process_index() != 0
     say = (lambda line: None) if quiet else functools.partial(print, flush=True)
     healthy = examine(list(_checks(config, workdir)), say)

@@ -1,17 +1,17 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard events, the terminal, and `curves.png`."""
+"""Where numbers go: `metrics.jsonl`, TensorBoard events, and `curves.png`."""
 
 from __future__ import annotations
 
 import json
 import math
 import pathlib
-import sys
 from typing import Any
-
-from tqdm import tqdm
 
 from wsparse import files, plots
 from wsparse.errors import UserError
+from wsparse.progress import Progress, progress
+
+__all__ = ["MetricsWriter", "Progress", "plot_curves", "progress", "read"]
 
 
 class MetricsWriter:
@@ -76,45 +76,6 @@ def _scalars(prefix: str, values: dict[str, Any]):
             yield from _scalars(f"{prefix}{name}/", {str(i): item for i, item in enumerate(value)})
         elif isinstance(value, (int, float)) and math.isfinite(value):
             yield f"{prefix}{name}", value
-
-
-class Progress:
-    """A progress bar with the time left in a terminal; elsewhere one plain line per record.
-
-    Only the first process of a job prints.
-    """
-
-    def __init__(self, steps: int, start_step: int, *, quiet: bool = False):
-        interactive = sys.stderr.isatty() and not quiet
-        self._steps, self._quiet = steps, quiet
-        self._bar = tqdm(total=steps, initial=start_step, unit="step") if interactive else None
-
-    def advance(self) -> None:
-        """One more step is done."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def record(self, step: int, values: dict[str, str]) -> None:
-        """Show short values."""
-        if self._bar is not None:
-            self._bar.set_postfix(values)
-        elif not self._quiet:
-            text = "  ".join(f"{name} {value}" for name, value in values.items())
-            print(f"step {step}/{self._steps}  {text}", flush=True)
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def plot_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:

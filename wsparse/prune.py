@@ -31,8 +31,9 @@ from wsparse.circuits import procedure, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial
 from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
+from wsparse.command import run_command
 from wsparse.data import batches
-from wsparse.errors import UserError, run_command
+from wsparse.errors import UserError
 
 # Windows of pretraining text for the means, and the megabytes they are drawn from.
 _WINDOWS, _MEGABYTES = 512, 2.0

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, runs
+from wsparse.command import run_command
 from wsparse.config import ModelConfig
-from wsparse.errors import UserError, run_command
+from wsparse.errors import UserError
 
 
 def next_token_logits(logits_BV: jax.Array, *, temperature: float, top_k: int) -> jax.Array:

@@ -10,251 +10,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
-import functools
 import json
+import logging
 import os
 import pathlib
 import signal
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import jax
-from jax import lax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
-import optax
 
-from wsparse import checkpoint, files, metrics, model, sharding, sparsity, trees
-from wsparse.config import ModelConfig, TrainConfig, differences, from_dict, to_dict
+from wsparse import checkpoint, files, metrics, model, processes, sharding, sparsity, trees
+from wsparse.command import run_command
+from wsparse.config import TrainConfig, differences, from_dict, to_dict
 from wsparse.data import batches
-from wsparse.errors import UserError, run_command
+from wsparse.errors import UserError
 from wsparse.ops import cpu
 
-# Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
-DECAY_RULES: trees.Rules[bool] = (
-    (r".*/kernel|embed/(tokens|positions)|head/unembed", True),
-    (r".*", False),
+# Some of these are only imported from here by programs that are older than wsparse.step.
+from wsparse.progress import progress
+from wsparse.step import (  # noqa: F401
+    EVAL_BATCH,
+    Program,
+    TrainState,
+    eval_step,
+    init_state,
+    loss,
+    make_optimizer,
+    make_program,
+    train_step,
 )
 
-
-class TrainState(NamedTuple):
-    """Everything that a step changes."""
-
-    step: jax.Array
-    params: model.Params
-    optimizer: optax.OptState
-
-
-def make_optimizer(
-    config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None
-) -> optax.GradientTransformation:
-    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
-
-    With the mesh that parameters lie on, the projection knows whether devices hold whole matrices.
-    """
-    settings = config.optimizer
-    density = sparsity.density_schedule(config.sparsity, config.steps)
-    rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
-    scale = (
-        []
-        if settings.gradient_rms == "none"
-        else [sparsity.scale_by_gradient_rms(settings.gradient_rms)]
-    )
-    return optax.chain(
-        *scale,
-        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
-        optax.add_decayed_weights(
-            settings.weight_decay,
-            mask=lambda params: trees.map_with_path(
-                lambda path, _: trees.match(DECAY_RULES, path), params
-            ),
-        ),
-        optax.scale_by_learning_rate(rate),
-        _projection(config, density, mesh),
-    )
-
-
-def _projection(
-    config: TrainConfig, density: float | optax.Schedule, mesh: jax.sharding.Mesh | None
-) -> optax.GradientTransformation:
-    sparse = config.sparsity.density < 1
-    return sparsity.project_top_k(
-        density if sparse else 1.0,
-        # At full density there is nothing to protect.
-        min_per_neuron=config.sparsity.min_per_neuron if sparse else 0,
-        whole=mesh is None or sharding.replicates(mesh),
-    )
-
-
-def init_state(config: TrainConfig) -> TrainState:
-    """The state before the first step."""
-    params = model.init(config.model, jax.random.key(config.seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
-
-
-def loss(
-    params: model.Params,
-    window_BT: jax.Array,
-    config: ModelConfig,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
-    tap = None if mesh is None else sharding.activation_tap(mesh)
-    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config, tap=tap)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
-    return jnp.mean(each), acts
-
-
-def train_step(
-    state: TrainState,
-    batch_ABT: jax.Array,
-    *,
-    config: TrainConfig,
-    mesh: jax.sharding.Mesh | None = None,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
-
-    Returns:
-      The next state, and float32 scalars "loss", "gradient_rms", "kurtosis" (of the final residual,
-      averaged over tokens), and "finite": for each projected parameter a bool per matrix, false
-      where it holds NaN or infinity.
-    """
-
-    def microbatch(gradients, window_BT):
-        def objective(params):
-            value, acts = loss(params, window_BT, config.model, mesh=mesh)
-            return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
-
-        (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(state.params)
-        return jax.tree.map(jnp.add, gradients, new), (value, kurtosis)
-
-    if config.accumulate == 1:
-        gradients, (value, kurtosis) = microbatch(
-            jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params), batch_ABT[0]
-        )
-    else:
-        total, (value, kurtosis) = lax.scan(
-            microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT
-        )
-        gradients = jax.tree.map(lambda g: g / config.accumulate, total)
-    updates, optimizer = make_optimizer(config, mesh=mesh).update(
-        gradients, state.optimizer, state.params
-    )
-    params: Any = optax.apply_updates(state.params, updates)
-    finite = sparsity.find_state(optimizer).finite
-    report = {
-        "loss": jnp.mean(value),
-        "kurtosis": jnp.mean(kurtosis),
-        "gradient_rms": sparsity.gradient_rms(gradients),
-        "finite": finite,
-    }
-    return TrainState(state.step + 1, params, optimizer), report
-
-
-def project(
-    params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
-) -> model.Params:
-    """The projection alone, at the final density: what it costs can be told apart."""
-    transform = _projection(config, config.sparsity.density, mesh)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates: Any = transform.update(zeros, transform.init(params), params)[0]
-    return updates
-
-
-def eval_step(
-    params: model.Params,
-    window_BT: jax.Array,
-    *,
-    config: ModelConfig,
-    mesh: jax.sharding.Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
-    value, acts = loss(params, window_BT, config, mesh=mesh)
-    return value, jnp.any(acts["mlp.post_act"] != 0, axis=(1, 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The compiled functions of a run, and where their arrays live.
-
-    Attributes:
-      mesh: the devices.
-      abstract_state: shapes, dtypes and shardings of the state.
-      init: `() -> state`.
-      step: `(state, batch) -> (state, metrics)`, donates the state.
-      evaluate: `(params, windows) -> (loss, fired)`.
-      project: `params -> updates` that project them; part of `step`, here on its own.
-      alive: `(params, fired or None) -> alive neurons per layer`.
-    """
-
-    mesh: jax.sharding.Mesh
-    abstract_state: TrainState
-    init: Callable[[], TrainState]
-    step: jax.stages.Wrapped
-    evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
-    project: Callable[[model.Params], model.Params]
-    alive: Callable[..., jax.Array]
-
-
-def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
-    """Jit the functions of a run over a mesh; nothing is compiled yet.
-
-    Raises:
-      UserError: the batch does not divide over the mesh.
-    """
-    sharding.check_batch(mesh, config.batch_size, config.accumulate)
-    init = functools.partial(init_state, config)
-    shapes = jax.eval_shape(init)
-    shardings = sharding.tree_shardings(shapes, mesh)
-    replicated = NamedSharding(mesh, P())
-
-    def on_mesh(function, config):
-        """The function, traced where kernels can see which devices their arrays are spread over."""
-
-        def traced(*arguments):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return function(*arguments, config=config, mesh=mesh)
-
-        traced.__name__ = function.__name__
-        return traced
-
-    return Program(
-        mesh=mesh,
-        abstract_state=jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            shapes,
-            shardings,
-        ),
-        init=jax.jit(init, out_shardings=shardings),
-        step=jax.jit(
-            on_mesh(train_step, config),
-            in_shardings=(shardings, sharding.batch_sharding(mesh)),
-            out_shardings=(shardings, replicated),
-            donate_argnums=0,
-        ),
-        evaluate=jax.jit(
-            on_mesh(eval_step, config.model),
-            in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
-            out_shardings=replicated,
-        ),
-        project=jax.jit(
-            on_mesh(project, config),
-            in_shardings=(shardings.params,),
-            out_shardings=shardings.params,
-        ),
-        alive=jax.jit(sparsity.alive_neurons, out_shardings=replicated),
-    )
-
-
-EVAL_BATCH = P(("data", "fsdp"), None)
+log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, workdir: pathlib.Path) -> int:
@@ -273,37 +66,36 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
     _refuse_other(workdir, config)
     finished = workdir / "summary.json"
     quiet = jax.process_index() != 0
-    say = (lambda line: None) if quiet else functools.partial(print, flush=True)
     # What process 0 sees decides: a network's file system may show it to others later.
-    if sharding.gather(str(finished.exists()))[0] == "True":
-        say(f"{workdir} is complete: {finished.read_text().strip()}")
+    if processes.gather(str(finished.exists()))[0] == "True":
+        log.info(f"{workdir} is complete: {finished.read_text().strip()}")
         return 0
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and not cpu.available():
-        say("AbsTopK runs without its CPU kernel, which is faster: pip install 'wsparse[cpu]'")
+        log.info("AbsTopK runs without its CPU kernel, which is faster: pip install 'wsparse[cpu]'")
     tokenizer_file = workdir / "tokenizer.json"
     dataset = batches.open_dataset(
         config.data,
         vocab_size=config.model.vocab_size,
         context=config.model.context,
         tokenizer_file=tokenizer_file if tokenizer_file.exists() else None,
-        progress=say,
+        progress=log.info,
     )
     for line in str(dataset.report).splitlines():
-        say(line)
-    sharding.require_same(dataset.digest, "the data")
+        log.info(line)
+    processes.require_same(dataset.digest, "the data")
     # Only now: a start that failed above leaves the folder free for the corrected command.
     _claim(workdir, config)
     if not quiet and not tokenizer_file.exists():
         dataset.tokenizer.save(tokenizer_file)
 
     with checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=config.keep_checkpoints, say=say
+        workdir / "checkpoints", keep=config.keep_checkpoints
     ) as checkpoints:
         state, step, seconds, losses = _restore(checkpoints, program, dataset)
         if step:
-            say(f"resuming at step {step} of {config.steps}")
+            log.info(f"resuming at step {step} of {config.steps}")
         loop = _Loop(config, program, dataset, checkpoints, workdir, quiet, started - seconds)
         return loop.run(state, step, losses)
 
@@ -353,7 +145,7 @@ def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
             files.write_json(path, to_dict(config))
         except OSError as error:
             raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    blind = sharding.blind_processes(path)
+    blind = processes.blind_processes(path)
     if blind:
         raise UserError(
             f"--workdir={workdir} must be one folder for all processes, but process {blind[0]} does not see "
@@ -400,7 +192,7 @@ class _Loop:
             threads=config.data.threads,
             prefetch=config.data.prefetch,
         )
-        self.progress = metrics.Progress(config.steps, step, quiet=self.quiet)
+        self.progress = progress(config.steps, "step", start=step, seconds_per_line=None)
         handlers = {s: signal.signal(s, handler) for s, handler in self._handlers().items()}
         try:
             # One process writes for all: what it writes is the same in all of them.
@@ -429,7 +221,6 @@ class _Loop:
 
     def _steps(self, state: TrainState, step: int, stream, losses: list[float]) -> int:
         config = self.config
-        seconds_projecting = self._time_projection(state)
         pending, evaluation = None, {}
         window_start, window_step = time.monotonic(), step
         while step < config.steps and not self._must_stop(step):
@@ -446,7 +237,7 @@ class _Loop:
                 losses.append(self._read(pending))
                 pending = None
                 elapsed = (time.monotonic() - window_start) / (step - window_step)
-                self._log(state, step, report, losses, elapsed, seconds_projecting)
+                self._log(state, step, report, losses, elapsed)
                 losses.clear()
                 window_start, window_step = time.monotonic(), step
             if last or (config.eval_every and step % config.eval_every == 0):
@@ -464,7 +255,7 @@ class _Loop:
             self._save(state, step, losses)
             self.checkpoints.finish()
             name = signal.Signals(self.stop_signal).name
-            self.progress.say(f"{name}: saved step {step}; run the same command again to go on")
+            log.info(f"{name}: saved step {step}; run the same command again to go on")
             return 128 + self.stop_signal
         self.checkpoints.finish()
         # A run that was killed between its last checkpoint and its summary has nothing evaluated yet.
@@ -498,7 +289,7 @@ class _Loop:
             )
         return float(report["loss"])
 
-    def _log(self, state, step, report, losses, seconds_per_step, seconds_projecting):
+    def _log(self, state, step, report, losses, seconds_per_step):
         config = self.config
         nonzeros = sparsity.find_state(state.optimizer).nonzeros
         alive = self.program.alive(state.params)
@@ -518,17 +309,15 @@ class _Loop:
             "gradient_rms": float(report["gradient_rms"]),
             "kurtosis": float(report["kurtosis"]),
             "tokens_per_s": tokens_per_step / seconds_per_step,
-            "projection_share": min(seconds_projecting / seconds_per_step, 1.0),
         }
         self._write(step, values)
         self.progress.record(
-            step,
             {
                 "loss": f"{values['loss']:.3f}",
                 "density": f"{values['density']:.4f}",
                 "nonzeros": str(total),
                 "tokens/s": f"{values['tokens_per_s']:.0f}",
-                "left": _duration((config.steps - step) * seconds_per_step),
+                "left": self.progress.time_left(),
             },
         )
 
@@ -555,7 +344,7 @@ class _Loop:
             "alive_neurons_fired": jax.device_get(self.program.alive(state.params, fired)).tolist(),
         }
         self._write(step, values)
-        self.progress.say(f"step {step}: held-out loss {values['val_loss']:.4f}")
+        log.info(f"step {step}: held-out loss {values['val_loss']:.4f}")
         return values
 
     def _save(self, state: TrainState, step: int, losses: list[float]) -> None:
@@ -568,22 +357,6 @@ class _Loop:
             "losses": losses,
         }
         self.checkpoints.save(step, state, metadata)
-
-    def _time_projection(self, state: TrainState) -> float:
-        """Seconds one projection takes at the final density, of weights that an update has moved.
-
-        After a restart most of them are zeros, among which a search would be easier than a step's.
-        """
-        project = self.program.project
-        momentum = optax.tree_utils.tree_get(state.optimizer, "mu")
-        moved = jax.jit(lambda *both: jax.tree.map(jnp.subtract, *both))(state.params, momentum)
-        jax.block_until_ready(project(moved))
-        seconds = []
-        for _ in range(3):
-            start = time.monotonic()
-            jax.block_until_ready(project(moved))
-            seconds.append(time.monotonic() - start)
-        return min(seconds)
 
     def _summarize(self, state: TrainState, step: int, evaluation: dict[str, Any]) -> None:
         if self.quiet:
@@ -605,16 +378,10 @@ class _Loop:
         }
         metrics.plot_curves(records, self.workdir / "curves.png")
         files.write_json(self.workdir / "summary.json", summary)
-        self.progress.say(
+        log.info(
             f"done: held-out loss {summary['val_loss']:.4f}, {nonzeros} nonzero weights, "
             f"{summary['seconds']:.0f} s; see {self.workdir / 'curves.png'}"
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -631,7 +398,7 @@ def main(argv: Sequence[str]) -> int:
             f"got {type(options.config).__name__}"
         )
     config = from_dict(TrainConfig, options.config.to_dict())
-    sharding.initialize_processes()
+    processes.initialize_processes()
     return run(config, pathlib.Path(options.workdir or f"runs/{file.stem}"))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from absl import flags
 
 from wsparse import files, runs
-from wsparse.errors import UserError, run_command
+from wsparse.command import run_command
+from wsparse.errors import UserError
 from wsparse.viewer import collect, page
 
 

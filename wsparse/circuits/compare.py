@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from wsparse import files
 from wsparse.circuits import report
-from wsparse.errors import UserError, run_plain
+from wsparse.command import run_plain
+from wsparse.errors import UserError
 
 
 class Pruned(NamedTuple):

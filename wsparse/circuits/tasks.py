@@ -43,9 +43,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model
+from wsparse.command import run_command
 from wsparse.data import idioms
 from wsparse.data.tokenizer import Tokenizer
-from wsparse.errors import UserError, closest, run_command
+from wsparse.errors import UserError, closest
 
 if TYPE_CHECKING:
     from wsparse import runs

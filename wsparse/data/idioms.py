@@ -31,7 +31,8 @@ import sys
 import time
 from typing import Literal, TypeVar
 
-from wsparse.errors import UserError, run_plain
+from wsparse.command import run_plain
+from wsparse.errors import UserError
 
 T = TypeVar("T")
 

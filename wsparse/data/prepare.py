@@ -32,9 +32,10 @@ import numpy as np
 
 from wsparse import config as config_lib
 from wsparse import files
+from wsparse.command import run_command
 from wsparse.data import corpus, prepared, sources, streams
 from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.errors import UserError, run_command
+from wsparse.errors import UserError
 
 # What an unfinished folder keeps to continue from; removed when the manifest is there.
 _PROGRESS = "progress"

@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from wsparse import files, model, runs, trees
+from wsparse.command import run_command
 from wsparse.config import (
     DataConfig,
     ModelConfig,
@@ -34,7 +35,7 @@ from wsparse.config import (
     require,
 )
 from wsparse.data import sources
-from wsparse.errors import UserError, closest, quoted, run_command
+from wsparse.errors import UserError, closest, quoted
 from wsparse.interop import bpe_files, torch_file
 
 CONFIG_FILE = "beeg_config.json"

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from wsparse import model, nodes
-from wsparse.errors import UserError, run_command
+from wsparse.command import run_command
+from wsparse.errors import UserError
 from wsparse.interop import openai
 
 TOLERANCE = 1e-5

@@ -1,0 +1,189 @@
+"""How every command begins and ends: flags, log lines, signals, and mistakes told in one line.
+
+A module that is a command defines its flags and ends in `run_command(main)`. What it reports it logs
+(`log = logging.getLogger(__name__)`, `log.info(...)`); here the lines get their way to stdout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import logging
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from absl import app, flags
+import absl.logging
+from tqdm import tqdm
+
+from wsparse.errors import UserError
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; unwinds like Ctrl-C, so that files and leases are left in order."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Parse the flags, run a command's `main(argv)`, and exit with the status it returns.
+
+    A `UserError`, a flag that cannot be parsed, or an error of the operating system becomes one line on
+    stderr and exit status 2; SIGINT and SIGTERM become one line and 130 or 143. Loggers of this package
+    print to stdout. Those of libraries are hidden unless the user asks for them with `--verbosity`.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        _check_flags(argv)
+        if not flags.FLAGS["verbosity"].present:
+            absl.logging.set_verbosity(absl.logging.ERROR)
+            logging.getLogger("jax").setLevel(logging.ERROR)
+        sys.exit(_run(main, argv))
+
+    handle_signals(_unwind)
+    try:
+        with log_to_stdout():
+            app.run(guarded, flags_parser=_parse)
+    except KeyboardInterrupt as interrupt:
+        _leave(getattr(interrupt, "number", signal.SIGINT))
+    finally:
+        handle_signals(_leave)
+
+
+def run_plain(main: Callable[[], None]) -> None:
+    """Run a command that parses its own arguments; a `UserError` becomes one line and exit status 2."""
+    with log_to_stdout():
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+
+
+def handle_signals(handler: Callable[..., Any] | None = None) -> None:
+    """Let SIGINT and SIGTERM end the process with one line instead of a traceback.
+
+    Args:
+      handler: Handler to install. By default the process ends at once, which suits the time before and
+        after a command runs: while modules are imported, and while the interpreter shuts down.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell that starts a command in the background has SIGINT ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave if handler is None else handler)
+
+
+def _unwind(number: int, frame: Any) -> NoReturn:
+    del frame
+    # A second signal ends the process at once.
+    handle_signals(signal.SIG_DFL)
+    raise Interrupted(number)
+
+
+def _leave(number: int, frame: Any = None) -> NoReturn:
+    """End the process with the status of a signal, without the interpreter's shutdown.
+
+    Threads of libraries may still be at work, and some do not survive their interpreter.
+    """
+    del frame
+    name = signal.Signals(number).name
+    print(f"{name}: stopped; run the same command again to go on", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(128 + number)
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints messages to stdout, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            raise
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def log_to_stdout() -> Iterator[None]:
+    """Print what this package logs, the message alone, while the block runs."""
+    log, handler = logging.getLogger("wsparse"), _TqdmHandler()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    # A module run as a command has the name `__main__`.
+    main = logging.getLogger("__main__")
+    main.parent = log
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+        main.parent = logging.root
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except UserError as error:
+        _fail(str(error))
+    except SyntaxError as error:
+        _fail(f"{error.filename}:{error.lineno}: {error.msg}")
+    except Exception as error:
+        # A recipe is Python, and is run while flags are parsed: whatever it raises ends here.
+        _fail(_flag_error(error))
+
+
+def _flag_error(error: Exception) -> str:
+    """What went wrong while flags were parsed, with the recipe's line where it went wrong there."""
+    # An unknown key comes as the repr of a KeyError's message.
+    text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").split())
+    if unknown := re.fullmatch(r"""["']+(\w+)'( Did you mean "(\w+)".*)?["']?""", text):
+        nearest = f" (did you mean {unknown[3]!r}?)" if unknown[3] else ""
+        return f"unknown config key {unknown[1]!r}{nearest}"
+    if "has no attribute 'get_config'" in text:
+        return "the recipe of --config defines no get_config(); see configs/tiny.py for one"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if frame.name == "get_config":
+        return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
+    return f"{text}; see --help"
+
+
+def _check_flags(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            _fail(f"--{name} must be a finite number, got {value}")
+
+
+def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; nothing may be flushed into it at the end.
+        os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if flags.FLAGS.verbosity > 0:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

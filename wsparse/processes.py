@@ -1,0 +1,133 @@
+"""The processes of a job: how they join, agree on a text, and see one file system."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import logging
+import os
+import time
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from wsparse.errors import UserError
+
+
+def initialize_processes() -> None:
+    """Join the other processes of the job, where the environment says that there are any.
+
+    Slurm, Open MPI, Cloud TPU slices and GKE are recognized by jax itself. Elsewhere, and before those,
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so.
+    One process on its own needs nothing. Must come before the first use of a device.
+
+    Raises:
+      UserError: the variables contradict each other, or the others cannot be joined.
+    """
+    given = _given_processes()
+    if jax.distributed.is_initialized() or not (given or _in_a_cluster()):
+        return
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot join the other processes: {str(error).splitlines()[0]}; every process needs the "
+            f"same {_PROCESS_VARIABLES[0]} and {_PROCESS_VARIABLES[1]}, and its own {_PROCESS_VARIABLES[2]}"
+        ) from error
+    if jax.process_index() != 0:
+        # What all processes do, one of them tells.
+        logging.getLogger("wsparse").setLevel(logging.WARNING)
+
+
+def gather(text: str) -> list[str]:
+    """`text` of every process, in the order of processes; what is longer than 1 kB is cut.
+
+    All processes must call this together.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    padded = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def require_same(text: str, what: str) -> None:
+    """Refuse to go on when processes do not agree on `text`.
+
+    Raises:
+      UserError: naming `what` and the first process that differs.
+    """
+    everywhere = gather(text)
+    other = next((p for p, each in enumerate(everywhere) if each != everywhere[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{what} must be the same in all {len(everywhere)} processes, but that of process {other} "
+            "differs from that of process 0: give all of them the same files"
+        )
+
+
+def blind_processes(path: epath.PathLike, *, seconds: float = 60) -> list[int]:
+    """The processes that do not see a file which process 0 has written; empty where storage is shared.
+
+    Args:
+      path: of the file.
+      seconds: how long a network's file system may take to show it.
+    """
+    deadline = time.monotonic() + seconds
+    path = epath.Path(path)
+    # The first call waits for the writer.
+    gather("")
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [p for p, sees in enumerate(gather(str(path.exists()))) if sees != "True"]
+
+
+def accelerators() -> list[str]:
+    """The kinds of accelerator that this machine seems to have, "tpu" or "cuda", without asking jax."""
+    kinds = {"tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
+    return [kind for kind, patterns in kinds.items() if any(map(glob.glob, patterns))]
+
+
+_PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LONGEST = 1024
+
+
+def _given_processes() -> dict[str, Any]:
+    """What the variables say, as arguments of `jax.distributed.initialize`, which reads only the first."""
+    address, count, index = (os.environ.get(name) for name in _PROCESS_VARIABLES)
+    if count is None and index is None:
+        return {} if address is None else {"coordinator_address": address}
+    try:
+        number, total = int(index or ""), int(count or "")
+    except ValueError:
+        number, total = 0, 0
+    if not 0 <= number < total or address is None or ":" not in address:
+        raise UserError(
+            f"{', '.join(_PROCESS_VARIABLES)} must be host:port, the number of processes and one of 0, 1, "
+            f"... below it, got {address}, {count}, {index}"
+        )
+    return {"coordinator_address": address, "num_processes": total, "process_id": number}
+
+
+def _in_a_cluster() -> bool:
+    """Whether jax would find other processes, or a slice of a pod, by itself."""
+    environment = os.environ
+    # Only a step that srun began has this: in a batch script of Slurm itself, python is alone.
+    slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+    return (
+        slurm
+        or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        # The hosts of a Cloud TPU slice know each other from the metadata server alone.
+        or ("tpu" in accelerators() and _may_use_tpu())
+    )
+
+
+def _may_use_tpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None and "cpu" not in os.environ.get(
+        "JAX_PLATFORMS", ""
+    )

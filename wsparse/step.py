@@ -1,0 +1,241 @@
+"""One step of training, without input or output: the optimizer, the loss, the step, and all of it compiled.
+
+`make_program` jits pure functions over a mesh, `(state, batch) -> (state, metrics)`; `wsparse.train` loops
+over them. What an experiment changes (another loss, another optimizer) is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+from wsparse import model, sharding, sparsity, trees
+from wsparse.config import ModelConfig, TrainConfig
+
+# The sharding of a batch of held-out windows.
+EVAL_BATCH = P(("data", "fsdp"), None)
+
+# Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
+DECAY_RULES: trees.Rules[bool] = (
+    (r".*/kernel|embed/(tokens|positions)|head/unembed", True),
+    (r".*", False),
+)
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: jax.Array
+    params: model.Params
+    optimizer: optax.OptState
+
+
+def make_optimizer(
+    config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None
+) -> optax.GradientTransformation:
+    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
+
+    With the mesh that parameters lie on, the projection knows whether devices hold whole matrices.
+    """
+    settings = config.optimizer
+    density = sparsity.density_schedule(config.sparsity, config.steps)
+    rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
+    scale = (
+        []
+        if settings.gradient_rms == "none"
+        else [sparsity.scale_by_gradient_rms(settings.gradient_rms)]
+    )
+    return optax.chain(
+        *scale,
+        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
+        optax.add_decayed_weights(
+            settings.weight_decay,
+            mask=lambda params: trees.map_with_path(
+                lambda path, _: trees.match(DECAY_RULES, path), params
+            ),
+        ),
+        optax.scale_by_learning_rate(rate),
+        _projection(config, density, mesh),
+    )
+
+
+def _projection(
+    config: TrainConfig, density: float | optax.Schedule, mesh: jax.sharding.Mesh | None
+) -> optax.GradientTransformation:
+    sparse = config.sparsity.density < 1
+    return sparsity.project_top_k(
+        density if sparse else 1.0,
+        # At full density there is nothing to protect.
+        min_per_neuron=config.sparsity.min_per_neuron if sparse else 0,
+        whole=mesh is None or sharding.replicates(mesh),
+    )
+
+
+def init_state(config: TrainConfig) -> TrainState:
+    """The state before the first step."""
+    params = model.init(config.model, jax.random.key(config.seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def loss(
+    params: model.Params,
+    window_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
+    tap = None if mesh is None else sharding.activation_tap(mesh)
+    logits_BTV, acts = model.forward(params, window_BT[:, :-1], config, tap=tap)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
+    return jnp.mean(each), acts
+
+
+def train_step(
+    state: TrainState,
+    batch_ABT: jax.Array,
+    *,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
+
+    Returns:
+      The next state, and float32 scalars "loss", "gradient_rms", "kurtosis" (of the final residual,
+      averaged over tokens), and "finite": for each projected parameter a bool per matrix, false
+      where it holds NaN or infinity.
+    """
+
+    def microbatch(gradients, window_BT):
+        def objective(params):
+            value, acts = loss(params, window_BT, config.model, mesh=mesh)
+            return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
+
+        (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return jax.tree.map(jnp.add, gradients, new), (value, kurtosis)
+
+    if config.accumulate == 1:
+        gradients, (value, kurtosis) = microbatch(
+            jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params), batch_ABT[0]
+        )
+    else:
+        total, (value, kurtosis) = lax.scan(
+            microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT
+        )
+        gradients = jax.tree.map(lambda g: g / config.accumulate, total)
+    updates, optimizer = make_optimizer(config, mesh=mesh).update(
+        gradients, state.optimizer, state.params
+    )
+    params: Any = optax.apply_updates(state.params, updates)
+    finite = sparsity.find_state(optimizer).finite
+    report = {
+        "loss": jnp.mean(value),
+        "kurtosis": jnp.mean(kurtosis),
+        "gradient_rms": sparsity.gradient_rms(gradients),
+        "finite": finite,
+    }
+    return TrainState(state.step + 1, params, optimizer), report
+
+
+def project(
+    params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
+) -> model.Params:
+    """The projection alone, at the final density: what it costs can be told apart."""
+    transform = _projection(config, config.sparsity.density, mesh)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates: Any = transform.update(zeros, transform.init(params), params)[0]
+    return updates
+
+
+def eval_step(
+    params: model.Params,
+    window_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
+    value, acts = loss(params, window_BT, config, mesh=mesh)
+    return value, jnp.any(acts["mlp.post_act"] != 0, axis=(1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run, and where their arrays live.
+
+    Attributes:
+      mesh: the devices.
+      abstract_state: shapes, dtypes and shardings of the state.
+      init: `() -> state`.
+      step: `(state, batch) -> (state, metrics)`, donates the state.
+      evaluate: `(params, windows) -> (loss, fired)`.
+      project: `params -> updates` that project them; part of `step`, here on its own.
+      alive: `(params, fired or None) -> alive neurons per layer`.
+    """
+
+    mesh: jax.sharding.Mesh
+    abstract_state: TrainState
+    init: Callable[[], TrainState]
+    step: jax.stages.Wrapped
+    evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
+    project: Callable[[model.Params], model.Params]
+    alive: Callable[..., jax.Array]
+
+
+def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
+    """Jit the functions of a run over a mesh; nothing is compiled yet.
+
+    Raises:
+      UserError: the batch does not divide over the mesh.
+    """
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    init = functools.partial(init_state, config)
+    shapes = jax.eval_shape(init)
+    shardings = sharding.tree_shardings(shapes, mesh)
+    replicated = NamedSharding(mesh, P())
+
+    def on_mesh(function, config):
+        """The function, traced where kernels can see which devices their arrays are spread over."""
+
+        def traced(*arguments):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments, config=config, mesh=mesh)
+
+        traced.__name__ = function.__name__
+        return traced
+
+    return Program(
+        mesh=mesh,
+        abstract_state=jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            shapes,
+            shardings,
+        ),
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            on_mesh(train_step, config),
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(
+            on_mesh(eval_step, config.model),
+            in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
+            out_shardings=replicated,
+        ),
+        project=jax.jit(
+            on_mesh(project, config),
+            in_shardings=(shardings.params,),
+            out_shardings=shardings.params,
+        ),
+        alive=jax.jit(sparsity.alive_neurons, out_shardings=replicated),
+    )
