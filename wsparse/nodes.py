@@ -4,20 +4,22 @@ A tap is a function `(name, value) -> value` that the model calls at every locat
 of a scan: `name` is a `Location`, a string like "attn.q" that also carries the (traced) index of the
 layer, and `value` is `(B, T, N)`. What it returns is what later computation sees. Taps are plain
 functions: arrays they close over are differentiated and vmapped like any others.
+
+Reading the table does not import jax; applying a tap does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any
 
 from wsparse.config import ModelConfig
 
-Tap = Callable[["Location", jax.Array], jax.Array]
+if TYPE_CHECKING:
+    import jax
+
+Tap = Callable[["Location", "jax.Array"], "jax.Array"]
 
 
 class Location(str):
@@ -109,6 +111,8 @@ class MeanAblation:
 
     def vectors(self, name: Location) -> tuple[jax.Array, jax.Array] | None:
         """The gate and the mean `(N,)` at a location, if it has them and they are float32."""
+        import jax.numpy as jnp
+
         if name not in self.gates:
             return None
         gate, mean = (at_layer(each[name], name) for each in (self.gates, self.means))
@@ -134,6 +138,8 @@ def patch(values: Mapping[str, jax.Array], where: Mapping[str, jax.Array]) -> Ta
       where: location -> bool `(n_layer, N)`: which nodes are replaced.
     """
 
+    import jax.numpy as jnp
+
     def tap(name, value):
         per_layer = where.get(name)
         if per_layer is None:
@@ -148,6 +154,8 @@ def at_layer(per_layer: jax.Array, name: Location, like: jax.Array | None = None
 
     A location without a layer uses the array as it is. `like` gives the dtype.
     """
+    import jax.numpy as jnp
+
     # A traced index needs a jax array, and arrays read from files are NumPy's.
     value: Any = per_layer if name.layer is None else jnp.asarray(per_layer)[name.layer]
     if value.ndim == 1:
