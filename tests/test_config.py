@@ -280,10 +280,71 @@ def test_differences_show_keys_that_only_one_side_has():
     ]  # fmt: skip
 
 
-def test_every_field_is_documented():
-    for cls in (ModelConfig, SparsityConfig, MeshConfig):
-        for field in dataclasses.fields(cls):
-            assert re.search(rf"^ +{field.name}:", cls.__doc__, re.MULTILINE), (
-                f"{cls.__name__}.{field.name}"
-            )
-    assert configs.__doc__
+def test_every_field_has_a_help_text_and_describe_lists_it():
+    described = {key: text for key, _, text in configs.describe(TrainConfig())}
+    assert described.keys() >= {"steps", "model.n_layer", "optimizer.b1", "mesh.fsdp"}
+    for key, text in described.items():
+        assert re.fullmatch(r"\S.*\.", text), key
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"norm_eps": value} for value in (float("nan"), -1e-6, 0.0, float("inf"))],
+)
+def test_an_epsilon_that_is_no_small_positive_number_is_refused(values):
+    refused("model.norm_eps must be between 0 and 1", lambda: ModelConfig(**values))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_a_number_that_is_not_finite_is_refused(number):
+    with pytest.raises(UserError, match=r"config key 'optimizer\.weight_decay' must be"):
+        from_dict(TrainConfig, {"optimizer": {"weight_decay": number}})
+
+
+def test_older_spellings_are_read():
+    values = {"optimizer": {"gradient_rms": "normalise"}}
+    assert from_dict(TrainConfig, values) == TrainConfig()
+
+    @dataclasses.dataclass
+    class Old:
+        discretize_pairs: int
+
+    assert from_dict(Old, {"discretise_pairs": 3}) == Old(3)
+    refused("config key 'discretize_pairs' is missing", lambda: from_dict(Old, {}))
+
+
+def test_lists_dicts_and_nested_dataclasses_are_checked_item_by_item():
+    @dataclasses.dataclass
+    class Point:
+        loss: float
+
+    @dataclasses.dataclass
+    class Scores:
+        curve: list[float]
+        counts: dict[str, int]
+
+    scores = from_dict(Scores, {"curve": [1, 2.5], "counts": {"nodes": 3}})
+    assert scores == Scores([1.0, 2.5], {"nodes": 3})
+    refused(
+        "config key 'curve[1]' must be of type float, got 'x'",
+        lambda: from_dict(Scores, {"curve": [1, "x"], "counts": {}}),
+    )
+    refused(
+        "config key 'counts.nodes' must be of type int, got 'many'",
+        lambda: from_dict(Scores, {"curve": [], "counts": {"nodes": "many"}}),
+    )
+    refused(
+        "config key 'counts' must be a group of keys, got []",
+        lambda: from_dict(Scores, {"curve": [], "counts": []}),
+    )
+    refused("must be a group of keys, got 3", lambda: from_dict(Point, 3))
+
+
+def test_a_long_value_and_a_hostile_key_are_cut_and_quoted_in_messages():
+    with pytest.raises(UserError) as error:
+        from_dict(TrainConfig, {"steps": "x" * 10**6})
+    assert len(str(error.value)) < 400
+    with pytest.raises(UserError) as error:
+        from_dict(TrainConfig, {"\x1b[2J" + "x" * 10**6: 1})
+    assert "\x1b" not in str(error.value)
+    assert len(str(error.value)) < 400

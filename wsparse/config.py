@@ -1,22 +1,23 @@
 """Typed configs: frozen dataclasses, checked before anything is computed.
 
-`configs/*.py` return an `ml_collections.ConfigDict`; `from_dict` turns it into the dataclasses below,
-refuses unknown keys with the nearest valid name, and checks every value. `to_dict` is the way back, and
-what `config.json` holds.
+Recipes (`configs/*.py`) return an `ml_collections.ConfigDict`; `from_dict` turns it into the dataclasses
+below, refuses unknown keys with the nearest valid name, and checks every value. `to_dict` is the inverse,
+and its result is what `config.json` stores. `describe` lists the fields with their help text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar
 
 import ml_collections
 
-from wsparse.errors import UserError, closest
+from wsparse.errors import UserError, closest, quoted
 
 T = TypeVar("T")
 
@@ -36,61 +37,68 @@ ABS_TOP_K_SITES = (
 NODE_SITES = tuple(site for site in ABS_TOP_K_SITES if not site.startswith("resid"))
 
 
+def setting(default: Any, text: str) -> Any:
+    """Returns a dataclass field with a default value and a help text, which `describe` lists."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A GPT-2 style pre-norm decoder: every variant of Gao et al. 2025 and of the published checkpoints.
+    """A GPT-2 style pre-norm decoder: the variants of Gao et al. 2025 and of the published checkpoints."""
 
-    Attributes:
-      vocab_size: number of tokens V.
-      context: longest sequence T the model accepts.
-      n_layer: number of blocks L.
-      d_model: width D of the residual stream.
-      n_head: attention heads H; `n_head * d_head` may differ from `d_model`.
-      d_head: width K of one head.
-      d_mlp: MLP neurons F; None means `4 * d_model`.
-      norm: "rms" (gain only, no mean subtraction) or "layer".
-      norm_bias: a bias in layer norms (ignored by "rms").
-      norm_eps: None means float32 machine epsilon for "rms" and 1e-5 for "layer".
-      bias: biases in the linear layers (never on the unembedding).
-      activation: MLP nonlinearity, exact (erf) "gelu" or "relu".
-      residual_activation: applied to the residual stream after each add.
-      tied_embeddings: the unembedding is the token embedding transposed.
-      position: "none"; "added" (learned, absolute); "concat" (learned) or "concat_sinusoid" (fixed): a
-        read-only table of width `d_pos` that each block norms with its own gain and concatenates to the
-        normed residual before the q, k, v and fc projections.
-      d_pos: width of the concatenated position table; 0 unless `position` is a "concat" one.
-      bigram: "learned" or "frozen" V x V table whose row of the current token is added to the logits.
-      sink: one learned logit per head that joins the softmax denominator only.
-      logits_bias: a bias added to the logits, as some published checkpoints have.
-      abs_top_k_fraction: fraction of each AbsTopK site's channels kept per token; None is off.
-      abs_top_k_sites: where AbsTopK acts, names of `ABS_TOP_K_SITES`.
-      compute_dtype: dtype of activations; parameters stay float32 and logits are at least float32.
-      remat: recompute each block in the backward pass instead of storing its activations.
-    """
-
-    vocab_size: int = 2048
-    context: int = 256
-    n_layer: int = 8
-    d_model: int = 256
-    n_head: int = 16
-    d_head: int = 16
-    d_mlp: int | None = None
-    norm: Literal["rms", "layer"] = "rms"
-    norm_bias: bool = True
-    norm_eps: float | None = None
-    bias: bool = True
-    activation: Literal["gelu", "relu"] = "gelu"
-    residual_activation: Literal["identity", "relu"] = "identity"
-    tied_embeddings: bool = False
-    position: Literal["none", "added", "concat", "concat_sinusoid"] = "none"
-    d_pos: int = 0
-    bigram: Literal["learned", "frozen", "none"] = "learned"
-    sink: bool = True
-    logits_bias: bool = False
-    abs_top_k_fraction: float | None = 0.25
-    abs_top_k_sites: tuple[str, ...] = NODE_SITES
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    remat: bool = False
+    vocab_size: int = setting(2048, "Number of tokens V.")
+    context: int = setting(256, "Longest sequence T the model accepts.")
+    n_layer: int = setting(8, "Number of blocks L.")
+    d_model: int = setting(256, "Width D of the residual stream.")
+    n_head: int = setting(16, "Attention heads H; `n_head * d_head` may differ from `d_model`.")
+    d_head: int = setting(16, "Width K of one head.")
+    d_mlp: int | None = setting(None, "MLP neurons F; None means `4 * d_model`.")
+    norm: Literal["rms", "layer"] = setting(
+        "rms", '"rms" (gain only, no mean subtraction) or "layer".'
+    )
+    norm_bias: bool = setting(True, 'A bias in layer norms (ignored by "rms").')
+    norm_eps: float | None = setting(
+        None, 'None means float32 machine epsilon for "rms" and 1e-5 for "layer".'
+    )
+    bias: bool = setting(True, "Biases in the linear layers (never on the unembedding).")
+    activation: Literal["gelu", "relu"] = setting(
+        "gelu", 'MLP nonlinearity, exact (erf) "gelu" or "relu".'
+    )
+    residual_activation: Literal["identity", "relu"] = setting(
+        "identity", "Applied to the residual stream after each add."
+    )
+    tied_embeddings: bool = setting(False, "The unembedding is the token embedding transposed.")
+    position: Literal["none", "added", "concat", "concat_sinusoid"] = setting(
+        "none",
+        '"none"; "added" (learned, absolute); "concat" (learned) or "concat_sinusoid" (fixed): a read-only '
+        "table of width `d_pos` that each block norms with its own gain and concatenates to the normed "
+        "residual before the q, k, v and fc projections.",
+    )
+    d_pos: int = setting(
+        0, 'Width of the concatenated position table; 0 unless `position` is a "concat" one.'
+    )
+    bigram: Literal["learned", "frozen", "none"] = setting(
+        "learned",
+        '"learned" or "frozen" V x V table whose row of the current token is added to the logits.',
+    )
+    sink: bool = setting(
+        True, "One learned logit per head that joins the softmax denominator only."
+    )
+    logits_bias: bool = setting(
+        False, "A bias added to the logits, as some published checkpoints have."
+    )
+    abs_top_k_fraction: float | None = setting(
+        0.25, "Fraction of each AbsTopK site's channels kept per token; None is off."
+    )
+    abs_top_k_sites: tuple[str, ...] = setting(
+        NODE_SITES, "Where AbsTopK acts, names of `ABS_TOP_K_SITES`."
+    )
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = setting(
+        "float32", "Dtype of activations; parameters stay float32 and logits are at least float32."
+    )
+    remat: bool = setting(
+        False, "Recompute each block in the backward pass instead of storing its activations."
+    )
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "n_layer", "d_model", "n_head", "d_head"):
@@ -98,6 +106,11 @@ class ModelConfig:
                 getattr(self, name) >= 1, f"model.{name} must be at least 1", getattr(self, name)
             )
         require(self.d_mlp is None or self.d_mlp >= 1, "model.d_mlp must be at least 1", self.d_mlp)
+        require(
+            self.norm_eps is None or 0 < self.norm_eps < 1,
+            "model.norm_eps must be between 0 and 1",
+            self.norm_eps,
+        )
         if self.concatenates_positions:
             require(
                 self.d_pos >= 1,
@@ -165,21 +178,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-    """How many weights survive, and when.
+    """How many weights survive, and when."""
 
-    Attributes:
-      density: final fraction of nonzeros of every projected matrix, in (0, 1]; 1 trains densely.
-      min_per_neuron: nonzeros that every MLP neuron and attention channel keeps in each of its matrices.
-      anneal_start: fraction of training at which the density starts to fall from 1.
-      anneal_end: fraction of training at which it reaches `density`.
-      anneal: "linear" in the density or "exponential" (linear in its logarithm).
-    """
-
-    density: float = 1 / 64
-    min_per_neuron: int = 4
-    anneal_start: float = 0.0
-    anneal_end: float = 0.5
-    anneal: Literal["linear", "exponential"] = "linear"
+    density: float = setting(
+        1 / 64, "Final fraction of nonzeros of every projected matrix, in (0, 1]; 1 trains densely."
+    )
+    min_per_neuron: int = setting(
+        4, "Nonzeros that every MLP neuron and attention channel keeps in each of its matrices."
+    )
+    anneal_start: float = setting(
+        0.0, "Fraction of training at which the density starts to fall from 1."
+    )
+    anneal_end: float = setting(0.5, "Fraction of training at which it reaches `density`.")
+    anneal: Literal["linear", "exponential"] = setting(
+        "linear", '"linear" in the density or "exponential" (linear in its logarithm).'
+    )
 
     def __post_init__(self):
         require(0 < self.density <= 1, "sparsity.density must be in (0, 1]", self.density)
@@ -197,24 +210,20 @@ class SparsityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW as in Gao et al. 2025, appendix on training.
+    """AdamW as in Gao et al. 2025, appendix on training."""
 
-    Attributes:
-      learning_rate: peak before the sharkfin factor.
-      warmup: fraction of training spent in linear warmup.
-      sharkfin: multiply the learning rate by `1/sqrt(density)`.
-      gradient_rms: "normalize" scales the gradient so that its root-mean-square over all parameters is
-        1, "clip" only when it is above 1, "none" leaves it.
-    """
-
-    learning_rate: float = 2e-3
-    warmup: float = 0.01
-    sharkfin: bool = True
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 0.1
-    weight_decay: float = 0.1
-    gradient_rms: Literal["normalize", "clip", "none"] = "normalize"
+    learning_rate: float = setting(2e-3, "Peak before the sharkfin factor.")
+    warmup: float = setting(0.01, "Fraction of training spent in linear warmup.")
+    sharkfin: bool = setting(True, "Multiply the learning rate by `1/sqrt(density)`.")
+    b1: float = setting(0.9, "Decay of Adam's first moment.")
+    b2: float = setting(0.95, "Decay of Adam's second moment.")
+    eps: float = setting(0.1, "Adam's epsilon; large, because gradients are normalized first.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices and embeddings.")
+    gradient_rms: Literal["normalize", "clip", "none"] = setting(
+        "normalize",
+        '"normalize" scales the gradient so that its root-mean-square over all parameters is 1, "clip" only '
+        'when it is above 1, "none" leaves it.',
+    )
 
     def __post_init__(self):
         require(
@@ -234,25 +243,26 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from.
+    """Where text comes from."""
 
-    Attributes:
-      source: a source or a weighted mix of them, e.g. "0.7*idioms+0.3*stdlib" (`wsparse.data.sources`).
-      megabytes: text taken from the sources in all, in units of 10^6 bytes, before the split; a source
-        that holds less than its share gives all it has.
-      tokenizer: path of a `tokenizer.json` to use; "" trains one on the training text.
-      validation_fraction: share of documents held out, chosen by the hash of their content.
-      seed: seed of generated documents and of the order of training windows.
-      prefetch: batches read ahead by `threads` reader threads.
-    """
-
-    source: str = "0.7*idioms+0.3*stdlib"
-    megabytes: float = 16.0
-    tokenizer: str = ""
-    validation_fraction: float = 0.02
-    seed: int = 0
-    threads: int = 2
-    prefetch: int = 8
+    source: str = setting(
+        "0.7*idioms+0.3*stdlib",
+        'A source or a weighted mix of them, e.g. "0.7*idioms+0.3*stdlib" (`wsparse.data.sources`).',
+    )
+    megabytes: float = setting(
+        16.0,
+        "Text taken from all sources together, in units of 10^6 bytes, before the split; a source that holds "
+        "less than its part of the mix gives all it has.",
+    )
+    tokenizer: str = setting(
+        "", 'Path of a `tokenizer.json` to use; "" trains one on the training text.'
+    )
+    validation_fraction: float = setting(
+        0.02, "Fraction of documents held out, chosen by the hash of their content."
+    )
+    seed: int = setting(0, "Seed of generated documents and of the order of training windows.")
+    threads: int = setting(2, "Threads that read batches ahead.")
+    prefetch: int = setting(8, "Batches read ahead.")
 
     def __post_init__(self):
         require(bool(self.source.strip()), "data.source must name a source", self.source)
@@ -268,17 +278,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh's axes; exactly one may be -1, "all devices that are left".
+    """Sizes of the device mesh's axes; at most one may be -1, which means all remaining devices."""
 
-    Attributes:
-      data: batch parallelism, parameters replicated.
-      fsdp: batch parallelism, parameters and optimizer state sharded.
-      tensor: heads, neurons and vocabulary sharded.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = setting(-1, "Batch parallelism, parameters replicated.")
+    fsdp: int = setting(1, "Batch parallelism, parameters and optimizer state sharded.")
+    tensor: int = setting(1, "Heads, neurons and vocabulary sharded.")
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
@@ -292,33 +296,28 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. `steps * batch_size * model.context` tokens are seen.
-
-    Attributes:
-      batch_size: sequences per optimizer step, over all devices and accumulation steps.
-      accumulate: micro-batches per optimizer step.
-      seed: seed of the initial parameters.
-      log_every: steps between records in `metrics.jsonl`.
-      eval_every: steps between evaluations on held-out documents; 0 evaluates only at the end.
-      eval_batches: batches of held-out text per evaluation.
-      checkpoint_every: steps between checkpoints; 0 saves only at the end (and when interrupted).
-      keep_checkpoints: how many of the newest checkpoints stay on disk.
-    """
+    """One training run. `steps * batch_size * model.context` tokens are seen."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    steps: int = 1000
-    batch_size: int = 64
-    accumulate: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int = 16
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 3
+    steps: int = setting(1000, "Optimizer steps.")
+    batch_size: int = setting(
+        64, "Sequences per optimizer step, over all devices and accumulation steps."
+    )
+    accumulate: int = setting(1, "Micro-batches per optimizer step.")
+    seed: int = setting(0, "Seed of the initial parameters.")
+    log_every: int = setting(10, "Steps between records in `metrics.jsonl`.")
+    eval_every: int = setting(
+        0, "Steps between evaluations on held-out documents; 0 evaluates only at the end."
+    )
+    eval_batches: int = setting(16, "Batches of held-out text per evaluation.")
+    checkpoint_every: int = setting(
+        0, "Steps between checkpoints; 0 saves only at the end (and when interrupted)."
+    )
+    keep_checkpoints: int = setting(3, "How many of the newest checkpoints stay on disk.")
 
     def __post_init__(self):
         for name in (
@@ -339,41 +338,67 @@ class TrainConfig:
         )
 
 
-def require(condition: bool, rule: str, got: Any) -> None:
-    """Raise a UserError that says what must hold and what arrived."""
+def require(condition: bool, rule: str, value: Any) -> None:
+    """Raises a UserError that says what must hold and what arrived, unless the condition holds."""
     if not condition:
-        raise UserError(f"{rule}, got {got!r}")
+        raise UserError(f"{rule}, got {_shown(value)}")
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """Build a config dataclass from nested mappings (a ConfigDict or parsed JSON).
+    """Builds a config dataclass from nested mappings (a ConfigDict or parsed JSON).
+
+    Integers pass for floats and lists for tuples; British spellings of keys and values, which older files
+    have, are read as their American ones.
 
     Args:
-      cls: one of the dataclasses above.
-      values: what to set; the rest keeps its default.
-      where: dotted path of `values` inside the whole config, for messages.
+      cls: Dataclass to build: one of the configs above, or any other of the same kinds of fields.
+      values: Values by field name; other fields keep their defaults.
+      where: Dotted prefix of the keys, for messages.
+
+    Returns:
+      An instance of `cls`.
 
     Raises:
-      UserError: an unknown key (the nearest valid name is given), a value of the wrong type, or one
-        that breaks a rule of the dataclass.
+      UserError: A key is unknown (the nearest valid name is given) or missing, or a value has the wrong
+        type, is NaN or infinite, or breaks a rule of the dataclass.
     """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"config key '{where.rstrip('.')}' must be a group of keys, got {_shown(values)}"
+        )
     hints = typing.get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        key = unknown[0]
-        raise UserError(f"unknown config key '{where}{key}'{closest(key, hints)}")
-    return cls(
-        **{key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()}
-    )
+    arguments = {}
+    for key, value in values.items():
+        name = key if key in hints else _american(key)
+        if name not in hints:
+            raise UserError(f"unknown config key {quoted(f'{where}{key}')}{closest(key, hints)}")
+        arguments[name] = _convert(value, hints[name], f"{where}{name}")
+    for field in dataclasses.fields(cls):  # pyrefly: ignore
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in arguments:
+            raise UserError(f"config key '{where}{field.name}' is missing")
+    return cls(**arguments)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as nested dicts of JSON types; `from_dict(type(config), to_dict(config)) == config`."""
+    """Returns a config as nested dicts of JSON types, such that `from_dict` gives the same config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def describe(config: Any, *, where: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yields the dotted key, the value and the help text of every field of a config, groups flattened."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from describe(value, where=f"{where}{field.name}.")
+        else:
+            yield f"{where}{field.name}", value, field.metadata.get("help", "")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = "") -> list[str]:
-    """Lines "key: old -> new" for the leaves in which two nested dicts differ."""
+    """Returns lines "key: old -> new" for the leaves in which two nested dicts differ."""
     lines = []
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)
@@ -385,45 +410,72 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; integers pass for floats, lists for tuples."""
+    """Returns `value` as the annotated type `hint`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, ml_collections.ConfigDict):
-            value = value.to_dict()
-        if not isinstance(value, Mapping):
-            raise UserError(f"config key '{where}' must be a group of keys, got {value!r}")
-        return from_dict(hint, value, where=f"{where}.")
-    if origin is Literal:
-        if value not in arguments:
-            near = closest(value, arguments) if isinstance(value, str) else ""
-            raise UserError(
-                f"config key '{where}' must be one of {', '.join(map(repr, arguments))}, got {value!r}{near}"
-            )
+    if hint is Any:
         return value
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where=f"{where}.")  # pyrefly: ignore
+    if origin is Literal:
+        return _choice(value, arguments, where)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _convert(value, inner, where)
-    if origin is tuple:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise UserError(f"config key '{where}' must be a list, got {value!r}")
-        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and type(value) is int:
+    if origin in (tuple, list):
+        if not isinstance(value, tuple | list):
+            raise UserError(f"config key '{where}' must be a list, got {_shown(value)}")
+        return origin(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"config key '{where}' must be a group of keys, got {_shown(value)}")
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not hint:
-        raise UserError(f"config key '{where}' must be of type {hint.__name__}, got {value!r}")
+        raise UserError(
+            f"config key '{where}' must be of type {hint.__name__}, got {_shown(value)}"
+        )
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"config key '{where}' must be a finite number, got {value}")
     return value
 
 
+def _choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:
+    if isinstance(value, str) and value not in choices:
+        value = _american(value)
+    if value in choices:
+        return value
+    near = closest(value, choices) if isinstance(value, str) else ""
+    valid = ", ".join(map(repr, choices))
+    raise UserError(f"config key '{where}' must be one of {valid}, got {_shown(value)}{near}")
+
+
+def _american(name: str) -> str:
+    """Returns a British spelling as its American one: normalise, discretise_pairs."""
+    return str(name).replace("ise", "ize")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def recipe(**settings: Any) -> ml_collections.ConfigDict:
-    """A `TrainConfig` as the ConfigDict that a file in `configs/` returns.
+    """Returns a `TrainConfig` as the ConfigDict that a file in `configs/` returns.
+
+    It is checked here, so that a wrong key or value is reported with the recipe's own line.
+
+    >>> config = recipe(steps=10, model={"n_layer": 2})
+    >>> config.model.n_layer, config.batch_size
+    (2, 64)
 
     Args:
-      **settings: what differs from the defaults, groups as dicts: `recipe(steps=10, model={"n_layer": 2})`.
+      **settings: What differs from the defaults, groups as dicts.
 
     Raises:
-      UserError: as `from_dict`.
+      UserError: See `from_dict`.
     """
     return _config_dict(from_dict(TrainConfig, settings))
 
@@ -436,7 +488,7 @@ def _config_dict(config: Any) -> ml_collections.ConfigDict:
             value = _config_dict(value)
         elif value is None:
             # A bare None would accept no override.
-            (kind,) = (each for each in typing.get_args(hint) if each is not type(None))
+            (kind,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
             value = ml_collections.config_dict.placeholder(kind)
         values[name] = value
     return ml_collections.ConfigDict(values)
