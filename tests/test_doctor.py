@@ -2,6 +2,7 @@
 
 import collections
 import importlib.metadata
+import logging
 import os
 import pathlib
 import subprocess
@@ -43,7 +44,15 @@ def installed(monkeypatch):
 
 def examine(*checks: doctor.Check) -> tuple[bool, list[str]]:
     lines: list[str] = []
-    return doctor.examine(checks, lines.append), lines
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    doctor.log.addHandler(handler)
+    doctor.log.setLevel(logging.INFO)
+    try:
+        return doctor.examine(checks), lines
+    finally:
+        doctor.log.removeHandler(handler)
+        doctor.log.setLevel(logging.NOTSET)
 
 
 def examine_one(find) -> str:
@@ -215,4 +224,4 @@ def test_the_command_examines_two_processes_together(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "FAIL  storage: cannot use" in done.stdout
-    assert "not ready: mend what FAILs" in done.stdout
+    assert "not ready: fix the checks marked FAIL" in done.stdout

@@ -1,9 +1,9 @@
-"""Check a machine, or all machines of a job, before money is spent: `python -m wsparse.doctor`.
+"""Checks a machine, or all machines of a job, before money is spent: `python -m wsparse.doctor`.
 
     python -m wsparse.doctor --config=configs/small.py --workdir=runs/small
 
-One line per check, OK or FAIL and what to do; the exit status is 1 when anything failed. In a job of many
-processes all of them check, together, and the first one prints what any of them found.
+Prints one line per check, OK or FAIL and what to do; the exit status is 1 if a check failed. In a job of
+several processes all of them run the checks together, and process 0 prints the results of all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -37,51 +38,53 @@ from wsparse.config import MeshConfig, TrainConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.step import init_state, make_program
 
+log = logging.getLogger(__name__)
+
 # Checkpoints are written beside the old ones, and data and metrics need a little.
 _SPARE_BYTES = 1e9
 
 
 class ProblemError(Exception):
-    """What a check found wrong, and what to do, in one line."""
+    """A failed check: what is wrong and what to do, in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the report.
+    """A check, which gives one line of the report.
 
     Attributes:
-      name: a word.
-      find: returns what to print when all is well; raises `ProblemError` or `UserError` otherwise.
+      name: Name of the check, one word.
+      run: Returns a description of the healthy state; raises `ProblemError` or `UserError` otherwise.
     """
 
     name: str
-    find: Callable[[], str]
+    run: Callable[[], str]
 
 
-def examine(checks: Sequence[Check], say: Callable[[str], None]) -> bool:
-    """Run checks in order, in all processes together, and say what came of each.
+def examine(checks: Sequence[Check]) -> bool:
+    """Runs checks in order, in all processes together, and logs the outcome of each.
 
     Returns:
-      Whether all went well, everywhere.
+      Whether all checks passed in all processes.
     """
     healthy = True
     for check in checks:
         outcomes = processes.gather(_outcome(check))
-        failed = [(p, each) for p, each in enumerate(outcomes) if not each.startswith("OK")]
+        failed = [(p, line) for p, line in enumerate(outcomes) if not line.startswith("OK")]
         healthy &= not failed
         process, line = failed[0] if failed else (0, outcomes[0])
         where = f" (process {process} of {len(outcomes)})" if failed and len(outcomes) > 1 else ""
         status, text = line.split(" ", 1)
-        say(f"{status:<4}  {check.name}: {text}{where}")
+        log.info(f"{status:<4}  {check.name}: {text}{where}")
     return healthy
 
 
 def _outcome(check: Check) -> str:
     try:
-        return f"OK {check.find()}"
+        return f"OK {check.run()}"
     except (ProblemError, UserError) as problem:
         return f"FAIL {problem}"
-    # A check that breaks has found something too; the others go on.
+    # A check that raises has found a problem too; the others still run.
     except Exception as error:
         return f"FAIL {_brief(error)}"
 
@@ -91,43 +94,42 @@ def _brief(error: Exception) -> str:
 
 
 def versions() -> str:
-    """Python and the packages that wsparse needs, in the versions it needs, the same everywhere."""
-    found, wrong = [f"python {platform.python_version()}"], []
+    """Checks that Python and the required packages have suitable versions, the same in all processes."""
+    installed, wrong = [f"python {platform.python_version()}"], []
     try:
-        needs = importlib.metadata.requires("wsparse") or []
+        requirements = importlib.metadata.requires("wsparse") or []
     except importlib.metadata.PackageNotFoundError:
-        needs = []
-        wrong.append("to be installed itself, so that its needs are known")
-    for text in needs:
-        need = Requirement(text)
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        requirements = []
+        wrong.append("to be installed itself, so that its requirements are known")
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            version = importlib.metadata.version(need.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = "nothing"
-        if version == "nothing" or not need.specifier.contains(version, prereleases=True):
-            wrong.append(f"{need.name}{need.specifier}, found {version}")
-        found.append(f"{need.name} {version}")
-    # Before anything is raised here: all processes must take part.
-    processes.require_same(str(sorted(found)), "python and its packages")
+        if version == "nothing" or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name}{requirement.specifier}, found {version}")
+        installed.append(f"{requirement.name} {version}")
+    # Before an error is raised here, since all processes must take part.
+    processes.require_same(str(sorted(installed)), "python and its packages")
     if wrong:
         raise ProblemError(
             f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)"
         )
-    return ", ".join(
-        each for each in found if each.split()[0] in ("python", "jax", "orbax-checkpoint")
-    )
+    shown = ("python", "jax", "orbax-checkpoint")
+    return ", ".join(package for package in installed if package.split()[0] in shown)
 
 
 def job() -> str:
-    """Every process of the job answers, and a number crosses all devices."""
+    """Checks that every process of the job answers."""
     hosts = processes.gather(socket.gethostname())
     return f"{len(hosts)} on {len(set(hosts))} machines, coordinated by {hosts[0]}"
 
 
 def devices() -> str:
-    """The devices are those that the machine has, and all are alike."""
+    """Checks that JAX uses the accelerators of the machine, and that all devices are alike."""
     backend, local, total = jax.default_backend(), jax.local_device_count(), jax.device_count()
     missed = [kind for kind in processes.accelerators() if backend == "cpu"]
     if missed and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
@@ -148,13 +150,13 @@ def devices() -> str:
 
 
 def collectives() -> str:
-    """A sum over all devices comes out right."""
+    """Checks a sum over all devices."""
     mesh = sharding.make_mesh(MeshConfig())
     count = mesh.size
     rows = np.asarray(sharding.local_rows(mesh, count), np.int32)
-    spread = sharding.put_batch(rows, mesh, P(sharding.BATCH[1]), size=count)
+    sharded = sharding.put_batch(rows, mesh, P(sharding.BATCH[1]), size=count)
     start = time.monotonic()
-    total = int(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(spread))
+    total = int(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(sharded))
     if total != count * (count - 1) // 2:
         raise ProblemError(
             f"the devices' numbers 0 to {count - 1} sum to {total}: do not train here"
@@ -163,8 +165,8 @@ def collectives() -> str:
 
 
 def storage(workdir: epath.Path) -> str:
-    """The folder can be written, read and cleaned up, and is the same one for all processes."""
-    # What this creates it removes, so that a run still finds nothing there.
+    """Checks that the folder can be written, read and cleaned up, and is the same for all processes."""
+    # Folders made here are removed again, so that a run still finds an empty place.
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     name = processes.gather(f".doctor-{uuid.uuid4().hex}")[0]
     probe, text, first = workdir / name, "wsparse", jax.process_index() == 0
@@ -175,7 +177,7 @@ def storage(workdir: epath.Path) -> str:
             probe.write_text(text)
             if probe.read_text() != text:
                 reason = "a file does not hold what was written to it"
-        # A bucket's driver raises errors of its own.
+        # Drivers of buckets raise errors of their own kinds.
         except Exception as error:
             reason = _brief(error)
     reason = processes.gather(reason)[0]
@@ -194,40 +196,40 @@ def storage(workdir: epath.Path) -> str:
         raise ProblemError(f"cannot use {workdir}: {reason}: check its permissions and the path")
     if blind:
         raise ProblemError(
-            f"{workdir} is not one folder for all: process {blind[0]} does not see what process 0 wrote; "
-            "use a network's file system, or mount a bucket"
+            f"{workdir} is not the same folder for all processes: process {blind[0]} does not see what "
+            "process 0 wrote; use a network file system, or mount a bucket"
         )
     mount = "; training needs it mounted as a folder" if "://" in str(workdir) else ""
     return f"{workdir} can be written, read and deleted, by all processes ({seconds:.1f} s){mount}"
 
 
 def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
-    """There is room for the run's checkpoints."""
+    """Checks that there is room for the checkpoints of the run."""
     if "://" in str(workdir):
-        return "a bucket has no end"
-    there = next(path for path in (workdir, *workdir.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+        return "the size of a bucket is not limited"
+    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if config is None:
         return f"{free / 1e9:.1f} GB free"
     state = jax.eval_shape(functools.partial(init_state, config))
     one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    # While the newest is written, the oldest is still there.
+    # The oldest is deleted only after the newest is complete.
     need = (config.keep_checkpoints + 1) * one + _SPARE_BYTES
     if free < need:
         raise ProblemError(
-            f"{free / 1e9:.1f} GB free under {there}, {config.keep_checkpoints + 1} checkpoints need "
+            f"{free / 1e9:.1f} GB free under {existing}, {config.keep_checkpoints + 1} checkpoints need "
             f"{need / 1e9:.1f} GB: free some, or lower keep_checkpoints"
         )
     return f"{free / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
 
 
 def step(config: TrainConfig) -> str:
-    """One training step of the config compiles, fits, runs, and gives a finite loss."""
+    """Checks that a training step of the config compiles, fits, runs, and gives a finite loss."""
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
     size = config.batch_size // config.accumulate
     rows = sharding.local_rows(mesh, size)
-    # Row r is the same in every process that holds it.
+    # Row r is the same in every process that has it.
     windows = [
         np.random.default_rng(row).integers(config.model.vocab_size, size=config.model.context + 1)
         for row in rows
@@ -289,16 +291,16 @@ def main(argv: Sequence[str]) -> int:
         config = from_dict(TrainConfig, options.config.to_dict())
     workdir = None if options.workdir is None else epath.Path(options.workdir)
     processes.initialize_processes()
-    quiet = jax.process_index() != 0
-    say = (lambda line: None) if quiet else functools.partial(print, flush=True)
-    healthy = examine(list(_checks(config, workdir)), say)
-    say("ready" if healthy else "not ready: mend what FAILs")
+    if jax.process_index() != 0:
+        log.setLevel(logging.WARNING)
+    healthy = examine(list(_checks(config, workdir)))
+    log.info("ready" if healthy else "not ready: fix the checks marked FAIL")
     return 0 if healthy else 1
 
 
 def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A recipe, to compile and run one step of it.")
-    flags.DEFINE_string("workdir", None, "Where the run is to live: a folder, or a bucket's URL.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, or the URL of a bucket.")
 
 
 if __name__ == "__main__":
