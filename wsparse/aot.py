@@ -1,14 +1,15 @@
-"""Compile a recipe for a TPU slice without the slice: `python -m wsparse.aot --config=... --topology=v5e-64`.
+"""Compiles a recipe for a TPU slice, without the slice: `python -m wsparse.aot --config=... --topology=...`.
 
 The real jitted functions (`wsparse.step.make_program`, `wsparse.circuits.search.Pruner`) are compiled by
-libtpu (the extra `aot`) for devices that need not exist. What they would need and do on each chip is printed,
-and written as JSON; the exit status is 1 if they do not fit into a chip's memory.
+libtpu (the extra `aot`) for devices that need not exist. Their memory and work on each chip is printed, and
+written as JSON; the exit status is 1 if they do not fit into a chip's memory.
 
-Numbers are read from the compiled program (`wsparse.hlo`), per chip and per call. Loops over layers and steps
-are counted as often as they run. A search for a threshold stops when its data say so; its loop is counted
-as often as it can run at most, so that bytes and collectives of searches are upper bounds. FLOPs are those of
-matrix products; the model's own count is two for every weight and token, and for every score and weighted
-value of the full, unmasked attention, three times that for a training step (forward, and backward twice).
+Numbers are read from the compiled program (`wsparse.hlo`), per chip and per call. Loops over layers and
+steps are counted as often as they run. The loop of a search for a threshold stops depending on its data; it
+is counted as often as it can run at most, so bytes and collectives of searches are upper bounds. FLOPs are
+those of matrix products. The model's own count is two for every weight and token, and for every score and
+weighted value of the full, unmasked attention, and three times that for a training step (forward, and
+backward twice).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -34,20 +36,22 @@ from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest, missing_extra
 from wsparse.step import Program, make_program
 
+log = logging.getLogger(__name__)
+
 _GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One chip of a generation, from Google's published system architecture pages.
+    """A chip of a generation, from Google's published system architecture pages.
 
     Attributes:
-      hbm_gib: device memory.
-      tflops: bfloat16 matrix products, 10^12 a second.
-      hbm_gbps: device memory bandwidth, 10^9 bytes a second.
-      ici_gbps: bandwidth of all its links to other chips together, 10^9 bytes a second.
-      dcn_gbps: its part of the network between slices, 10^9 bytes a second; 0 where none is published.
-      cores: units in which slices of the generation are named; 2 where names count cores.
-      platform: settings of libtpu that make a chip one device.
+      hbm_gib: Device memory.
+      tflops: Bfloat16 matrix products, 10^12 a second.
+      hbm_gbps: Bandwidth of the device memory, 10^9 bytes a second.
+      ici_gbps: Bandwidth of all links to other chips together, 10^9 bytes a second.
+      dcn_gbps: Bandwidth of the network between slices per chip, 10^9 bytes a second; 0 if not published.
+      cores: Units per chip in which slices of the generation are named; 2 where names count cores.
+      platform: Settings of libtpu that make a chip one device.
     """
 
     hbm_gib: float
@@ -65,11 +69,11 @@ CHIPS = {
     "v5p": Chip(95, 459, 2765, 600, 6.25, 2, {}),
     "v6e": Chip(32, 918, 1640, 448, 12.5, 1, {}),
 }
-# Chips of a slice -> how they are arranged.
+# Number of chips of a slice -> their arrangement.
 _PLANES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
           512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"}  # fmt: skip
-# Names that people use -> libtpu's: "v5e-256" -> "v5e:16x16".
+# Names in common use -> names in libtpu: "v5e-256" -> "v5e:16x16".
 TOPOLOGIES = {
     f"{kind}-{chips * chip.cores}": f"{kind}:{shape}"
     for kind, chip in CHIPS.items()
@@ -78,7 +82,7 @@ TOPOLOGIES = {
 
 
 class Target(NamedTuple):
-    """Devices to compile for: those of one slice, or of several alike that a network joins."""
+    """Devices to compile for: those of one slice, or of several equal slices joined by a network."""
 
     name: str
     chip: Chip
@@ -90,14 +94,14 @@ class Target(NamedTuple):
 
 
 def find_target(name: str, slices: int = 1) -> Target:
-    """The devices of a slice, or of several: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
+    """Returns the devices of a slice, or of several: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
 
     Args:
-      name: of the slice.
-      slices: how many of them.
+      name: Name of the slice.
+      slices: Number of slices.
 
     Raises:
-      UserError: no such topology, or libtpu is not installed.
+      UserError: There is no such topology, or libtpu is not installed.
     """
     full = TOPOLOGIES.get(name.replace("v5litepod", "v5e"), name)
     kind, colon, shape = full.partition(":")
@@ -108,7 +112,7 @@ def find_target(name: str, slices: int = 1) -> Target:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise missing_extra("libtpu", "aot", "compiling for a TPU")
-    # Before libtpu is loaded: it is to look for no TPU and to share itself with other processes.
+    # Before libtpu is loaded, so that it neither looks for a TPU nor excludes other processes.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -126,16 +130,16 @@ def find_target(name: str, slices: int = 1) -> Target:
     if slices > 1:
         settings["num_slices"] = slices
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
     except Exception as error:  # libtpu's errors have no common type of their own
         raise UserError(
             f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}"
         ) from error
-    return Target(full, CHIPS[kind], list(found.devices), slices)
+    return Target(full, CHIPS[kind], list(topology.devices), slices)
 
 
 def train_step(config: TrainConfig, program: Program) -> tuple[Any, float]:
-    """The lowered training step, and the model's own FLOPs of it on all chips."""
+    """Returns the lowered training step, and the model's own FLOPs of it on all chips."""
     batch = jax.ShapeDtypeStruct(
         (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1),
         jnp.int32,
@@ -146,7 +150,7 @@ def train_step(config: TrainConfig, program: Program) -> tuple[Any, float]:
 
 
 def projection(program: Program) -> tuple[Any, float]:
-    """The lowered projection on its own."""
+    """Returns the lowered projection on its own."""
     project: Any = program.project
     return project.lower(program.abstract_state.params), 0.0
 
@@ -154,7 +158,7 @@ def projection(program: Program) -> tuple[Any, float]:
 def prune(
     config: ModelConfig, devices: Sequence[Any], *, steps: int, pairs_per_step: int
 ) -> tuple[Any, float]:
-    """`Pruner`'s call with one trial on each chip, lowered, and the model's own FLOPs on all chips."""
+    """Returns the lowered call of a `Pruner` with a trial on each chip, and the model's own FLOPs."""
     trials, rows = len(devices), 2 * pairs_per_step
     pruner = search.Pruner(
         config, steps=steps, pairs_per_step=pairs_per_step, parallel=trials, devices=devices
@@ -166,19 +170,22 @@ def prune(
             shape((rows, config.context), jnp.int32),
             *[shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1),
         ),
-        {name: shape(each, jnp.float32) for name, each in masks.shapes(config).items()},
+        {name: shape(mask, jnp.float32) for name, mask in masks.shapes(config).items()},
     )
     # The weights are frozen: the backward pass is the gradient of activations only.
     return lowered, 2 * trials * steps * model.forward_flops(config, rows * config.context)
 
 
 def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, Any]:
-    """Compile for a slice and read the program: everything per chip and per call.
+    """Compiles for a slice and reads the program.
 
     Args:
-      lowered: a `jax.stages.Lowered`.
-      target: where to.
-      flops: the model's own count on all chips; 0 where there is none.
+      lowered: A `jax.stages.Lowered`.
+      target: The devices.
+      flops: The model's own FLOPs on all chips; 0 where they are not defined.
+
+    Returns:
+      JSON values, everything per chip and per call.
     """
     started = time.monotonic()
     limit = target.chip.hbm_gib * _GIB
@@ -200,17 +207,18 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
     }
     total = sum(classes.values()) - 2 * classes["aliased"]
     program = hlo.parse(compiled.as_text())
-    everything = program.collectives()
-    collectives = [each for each in everything if not each.between_slices]
-    between = [each for each in everything if each.between_slices]
+    collectives = program.collectives()
+    inside = [collective for collective in collectives if not collective.between_slices]
+    between = [collective for collective in collectives if collective.between_slices]
+    searches = [collective for collective in collectives if collective.in_search]
     report: dict[str, Any] = {
         "fits": total <= limit,
         "memory": classes | {"total": total},
         "hbm_bytes": int(limit),
         "flops": program.matmul_flops(),
         "bytes_accessed": program.hbm_bytes(),
-        "collectives": _by_kind(collectives),
-        "collectives_in_searches": _by_kind([each for each in everything if each.in_search]),
+        "collectives": _by_kind(inside),
+        "collectives_in_searches": _by_kind(searches),
         "collectives_between_slices": _by_kind(between),
         "compile_seconds": round(seconds, 1),
         "xla": {
@@ -225,8 +233,8 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
     report["roofline_seconds"] = {
         "compute": report["flops"] / (target.chip.tflops * 1e12),
         "memory": report["bytes_accessed"] / (target.chip.hbm_gbps * 1e9),
-        # A group of a slice lies along one of its two or three axes: half of a chip's links.
-        "collectives": _collective_seconds(collectives, target.chip.ici_gbps / 2),
+        # A group of a slice lies along one of its two or three axes, which has half of a chip's links.
+        "collectives": _collective_seconds(inside, target.chip.ici_gbps / 2),
     }
     if target.slices > 1 and target.chip.dcn_gbps:
         report["roofline_seconds"]["network"] = _collective_seconds(between, target.chip.dcn_gbps)
@@ -235,25 +243,25 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
 
 def _by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, dict[str, int]]:
     kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
-    for each in collectives:
-        kinds[each.kind]["count"] += each.count
-        kinds[each.kind]["bytes"] += each.count * each.bytes
+    for collective in collectives:
+        kinds[collective.kind]["count"] += collective.count
+        kinds[collective.kind]["bytes"] += collective.count * collective.bytes
     return dict(sorted(kinds.items()))
 
 
 def _collective_seconds(collectives: Sequence[hlo.Collective], gbps: float) -> float:
-    """As rings of devices (or of slices) that each send `gbps`, 10^9 bytes a second."""
+    """Returns seconds on rings of devices (or of slices) that each send `gbps`, 10^9 bytes a second."""
     total = 0.0
-    for each in collectives:
-        # A permutation has no groups: every device sends all of it to one other.
-        share = 1 if each.kind == "collective-permute" else (each.group - 1) / each.group
-        rounds = 2 if each.kind == "all-reduce" else 1
-        total += each.count * each.bytes * rounds * share / (gbps * 1e9)
+    for kind, count, moved, group, *_ in collectives:
+        # A permutation has no groups: every device sends all bytes to one other.
+        fraction = 1 if kind == "collective-permute" else (group - 1) / group
+        rounds = 2 if kind == "all-reduce" else 1
+        total += count * moved * rounds * fraction / (gbps * 1e9)
     return total
 
 
 def describe(what: str, report: dict[str, Any]) -> str:
-    """A report as lines of text."""
+    """Returns a report as lines of text."""
     if "reason" in report:
         return f"{what}: DOES NOT FIT: {report['reason']}"
     mebi = lambda n: f"{n / 2**20:,.1f} MiB"
@@ -274,8 +282,8 @@ def describe(what: str, report: dict[str, Any]) -> str:
         ("of searches", "collectives_in_searches"),
         ("over network", "collectives_between_slices"),
     ):
-        each = [f"{kind} {v['count']} x, {mebi(v['bytes'])}" for kind, v in report[key].items()]
-        lines.append(f"  {title:<12} {'; '.join(each) or 'none'}")
+        kinds = [f"{kind} {v['count']} x, {mebi(v['bytes'])}" for kind, v in report[key].items()]
+        lines.append(f"  {title:<12} {'; '.join(kinds) or 'none'}")
     roofline = {k: f"{1e3 * v:.2f} ms" for k, v in report["roofline_seconds"].items()}
     lines.append("  at best      " + ", ".join(f"{k} {v}" for k, v in roofline.items()))
     return "\n".join(lines)
@@ -284,12 +292,11 @@ def describe(what: str, report: dict[str, Any]) -> str:
 def run(
     config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per_step: int
 ) -> dict[str, Any]:
-    """Compile and print; the report that the command saves."""
+    """Compiles the functions and logs their needs; returns the report that the command saves."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
-    print(
+    log.info(
         f"{target}: {len(target.devices)} chips of {target.chip.hbm_gib} GiB, mesh "
-        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        flush=True,
+        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     )
     jobs: dict[str, Callable[[], tuple[Any, float]]] = {}
     if what in ("train", "all"):
@@ -305,7 +312,7 @@ def run(
     for name, job in jobs.items():
         lowered, flops = job()
         programs[name] = compile_report(lowered, target, flops=flops)
-        print(describe(name, programs[name]), flush=True)
+        log.info(describe(name, programs[name]))
     return {
         "topology": target.name,
         "slices": target.slices,
@@ -325,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
     file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     config = from_dict(TrainConfig, options.config.to_dict())
     jax.config.update("jax_platforms", "cpu")
-    # The platform compiled for is not the default one, which would decide.
+    # By default the platform that JAX runs on would decide.
     os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
     target = find_target(options.topology, options.slices)
     report = {"config": str(file)} | run(
@@ -335,7 +342,7 @@ def main(argv: Sequence[str]) -> int:
     out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(out, report)
-    print(f"wrote {out}")
+    log.info(f"wrote {out}")
     return 0 if report["fits"] else 1
 
 
