@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsparse import model, nodes, trees
+from wsparse import model, taps, trees
 from wsparse.circuits import (
     Circuit,
     HParams,
@@ -222,7 +222,7 @@ def test_a_circuit_survives_saving_and_loading(circuit, subject, tmp_path):
         for name, array in getattr(circuit, kind).items():
             np.testing.assert_array_equal(getattr(loaded, kind)[name], array)
     # What was saved is enough to score the circuit again.
-    tap = nodes.mask(
+    tap = taps.mask(
         {name: jnp.asarray(each, jnp.float32) for name, each in loaded.mask().items()},
         {name: jnp.asarray(each) for name, each in loaded.means.items()},
     )
@@ -401,7 +401,7 @@ def test_spans_score_what_a_masked_forward_pass_gives(subject):
     score = subject.scorer.spans(pairs, ranks, [[k, size] for k in (3, 50, size)])
     for k, loss in zip((3, 50, size), score.loss, strict=True):
         gates = masks.unflatten(jnp.asarray(order < k, jnp.float32), PLANTED)
-        tap = nodes.mask(gates, subject.means)
+        tap = taps.mask(gates, subject.means)
         logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=tap)
         last = np.asarray(logits, np.float64)[np.arange(8), pairs.position]
         margin = last[np.arange(8), pairs.answer] - last[np.arange(8), pairs.other]
@@ -450,7 +450,7 @@ def test_attributions_are_the_slope_of_the_loss_in_each_gate(subject):
 
     def loss(gate):
         gates_U = jnp.ones(len(names)).at[index].set(gate)
-        tap = nodes.mask(masks.unflatten(gates_U, PLANTED), subject.means)
+        tap = taps.mask(masks.unflatten(gates_U, PLANTED), subject.means)
         logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=tap)
         last = np.asarray(logits, np.float64)[np.arange(16), pairs.position]
         return np.mean(

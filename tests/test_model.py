@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from wsparse import model, nodes, trees
+from wsparse import model, nodes, taps, trees
 from wsparse.config import ABS_TOP_K_SITES, NODE_SITES, ModelConfig
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, OTHER_LOCATIONS
@@ -171,7 +171,7 @@ def relative_error(got, want) -> float:
 
 def test_the_identity_tap_is_bitwise_no_tap():
     _, logits, acts = small_run()
-    _, tapped_logits, tapped = small_run(nodes.identity)
+    _, tapped_logits, tapped = small_run(taps.identity)
     np.testing.assert_array_equal(
         np.asarray(logits).view(np.uint32), np.asarray(tapped_logits).view(np.uint32)
     )
@@ -239,7 +239,7 @@ def constant(number: float, config=SMALL):
 
 @jax.jit
 def masked(params, gates, means):
-    return model.forward(params, TOKENS, SMALL, tap=nodes.mask(gates, means))
+    return model.forward(params, TOKENS, SMALL, tap=taps.mask(gates, means))
 
 
 def test_open_gates_change_nothing_and_closed_gates_show_the_means():
@@ -280,10 +280,10 @@ def _mean_seen_through_sinks(params, means):
 
 
 def test_a_mask_touches_only_the_locations_it_has_gates_for():
-    tap = nodes.mask({"mlp.post_act": constant(0)["mlp.post_act"]}, constant(0.25))
+    tap = taps.mask({"mlp.post_act": constant(0)["mlp.post_act"]}, constant(0.25))
     value = jnp.ones((2, 7, 40))
-    assert (np.asarray(tap(nodes.Location("mlp.post_act", 1), value)) == 0.25).all()
-    assert tap(nodes.Location("attn.q", 1), value) is value
+    assert (np.asarray(tap(taps.Location("mlp.post_act", 1), value)) == 0.25).all()
+    assert tap(taps.Location("attn.q", 1), value) is value
 
 
 def test_a_patch_replaces_the_chosen_nodes_by_those_of_another_prompt():
@@ -293,7 +293,7 @@ def test_a_patch_replaces_the_chosen_nodes_by_those_of_another_prompt():
     where = jax.tree.map(np.copy, nowhere)
     where["mlp.post_act"][0, 3:30] = True
     patched = jax.jit(
-        lambda values, where: model.forward(params, TOKENS, SMALL, tap=nodes.patch(values, where))
+        lambda values, where: model.forward(params, TOKENS, SMALL, tap=taps.patch(values, where))
     )
     new_logits, new = patched(other, where)
     chosen = where["mlp.post_act"][0]
@@ -321,28 +321,28 @@ def test_a_patch_replaces_the_chosen_nodes_by_those_of_another_prompt():
 @pytest.mark.parametrize(
     "tap",
     [
-        nodes.mask({"attn.q": np.ones((2, 12))}, {"attn.q": np.ones((2, 12))}),
-        nodes.patch({"attn.q": np.ones((2, 1, 1, 12))}, {"attn.q": np.ones((2, 12), bool)}),
+        taps.mask({"attn.q": np.ones((2, 12))}, {"attn.q": np.ones((2, 12))}),
+        taps.patch({"attn.q": np.ones((2, 1, 1, 12))}, {"attn.q": np.ones((2, 12), bool)}),
     ],
     ids=["mask", "patch"],
 )
 def test_taps_take_numpy_arrays_as_read_from_files(tap):
     """The layer is traced; an array that is not must still be indexable by it."""
     value = np.ones((1, 1, 12), np.float32)
-    got = jax.eval_shape(lambda layer: tap(nodes.Location("attn.q", layer), value), jnp.int32(0))
+    got = jax.eval_shape(lambda layer: tap(taps.Location("attn.q", layer), value), jnp.int32(0))
     assert got.shape == value.shape
 
 
 def test_composed_taps_act_from_the_first_to_the_last():
     double, increment = (lambda name, value: value * 2), (lambda name, value: value + 1)
-    location, x = nodes.Location("attn.q", 0), jnp.array([1.0, 5.0])
-    assert nodes.compose(double, increment)(location, x).tolist() == [3, 11]
-    assert nodes.compose(increment, double)(location, x).tolist() == [4, 12]
-    assert nodes.compose()(location, x) is x
+    location, x = taps.Location("attn.q", 0), jnp.array([1.0, 5.0])
+    assert taps.compose(double, increment)(location, x).tolist() == [3, 11]
+    assert taps.compose(increment, double)(location, x).tolist() == [4, 12]
+    assert taps.compose()(location, x) is x
 
 
 def test_a_location_is_its_name_and_carries_its_layer():
-    location = nodes.Location("attn.q", 3)
+    location = taps.Location("attn.q", 3)
     assert location == "attn.q"
     assert {"attn.q": 1}[location] == 1
     assert location.layer == 3
@@ -369,7 +369,7 @@ def test_gradient_through_gates_is_the_finite_difference():
     gates = {n: random.uniform(0.2, 0.8, size=g.shape) for n, g in constant(0).items()}
 
     def loss(gates, means):
-        logits, _ = model.forward(params, TOKENS, config, tap=nodes.mask(gates, means))
+        logits, _ = model.forward(params, TOKENS, config, tap=taps.mask(gates, means))
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 3])
 
     with jax.enable_x64(True):
@@ -618,7 +618,7 @@ def test_logits_and_their_gradients_are_the_same_without_recording(position, n_l
     @functools.partial(jax.jit, static_argnames="record")
     @functools.partial(jax.grad, has_aux=True)
     def slope_and_logits(gates, *, record):
-        tap = nodes.mask(gates, jax.tree.map(lambda g: 0.1 * jnp.ones_like(g), gates))
+        tap = taps.mask(gates, jax.tree.map(lambda g: 0.1 * jnp.ones_like(g), gates))
         out, acts = model.forward(
             params, tokens, config, tap=tap, positions_BP=positions, record=record
         )

@@ -308,11 +308,11 @@ print(*(float(jnp.linalg.norm(gradient[path])) for path in sorted(gradient)))
 
 # The same of the gates of a masked model.
 MASK_GRADIENT = """
-from wsparse import nodes
+from wsparse import taps
 from wsparse.circuits import masks
 gates = {n: jnp.full(s, 0.5) for n, s in masks.shapes(config).items()}
 means = {n: jnp.full(s, 0.1) for n, s in masks.shapes(config).items()}
-masked = lambda g: model.forward(params, window, config, tap=nodes.mask(g, means))[0]
+masked = lambda g: model.forward(params, window, config, tap=taps.mask(g, means))[0]
 step = jax.jit(jax.grad(lambda g: jnp.sum(jnp.sin(masked(g)))))
 text = step.lower(gates).as_text()
 print(*(f"wsparse_{name}" in text for name in ("ablate", "ablate_gradient")))

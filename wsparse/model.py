@@ -1,13 +1,22 @@
 """The transformer: a pure function of `(config, params)`, and the one forward pass of the codebase.
 
+How flax is used. Modules of `flax.linen` are leaves: they declare parameters by name, draw their initial
+values, and compute; none holds state or a random key while it runs. There is no module of the whole model,
+no `nn.scan` and no `nn.remat`: `forward` applies one `Block` under `jax.lax.scan` to parameters stacked on a
+leading layer axis. So parameters are plain nested dicts whose paths are the model's public names (rule
+tables for sparsity, sharding and weight decay match them), a program has the same size at every depth, and
+whatever looks at or changes the inside of the model is an argument, the tap (`wsparse.taps`), not a module.
+Each module returns its activations beside its output. Flax is imported here only.
+
 Shapes are named by suffixes: B batch, T time, D d_model, R read width (d_model and concatenated
-positions), H head, K d_head, F d_mlp, V vocab, P positions of logits, S key time. A leading L is stacked
-layers. Flax's modules appear here only, as leaves with explicit names.
+positions), H head, K d_head, E all heads' channels, F d_mlp, V vocab, P positions of logits. A leading L is
+stacked layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -16,40 +25,44 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from wsparse import trees
+from wsparse import taps, trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
-from wsparse.nodes import Location, MeanAblation, Tap
-from wsparse.ops import cpu
+from wsparse.nodes import LOCATIONS
 from wsparse.ops.attention import attend, attention_pattern
 from wsparse.ops.linear import gelu, matmul
-from wsparse.ops.top_k import ablate_largest, abs_top_k
+from wsparse.ops.top_k import abs_top_k
 
 __all__ = ["ModelConfig", "Params", "attention_pattern", "count_parameters", "forward", "init"]
 
 Params = dict[str, Any]
-# (location, AbsTopK site or None, value) -> value: what a layer calls wherever it has a location.
-_Node = Callable[[str, str | None, jax.Array], jax.Array]
+Acts = dict[str, jax.Array]
+# (location, value) -> value: AbsTopK and the tap, what a layer calls wherever it has a location.
+_Node = Callable[[str, jax.Array], jax.Array]
 
 _STD = 0.02
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters: float32 nested dicts, each block's parameters stacked on a leading layer axis.
+    """Returns fresh parameters: float32 nested dicts, with blocks stacked on a leading layer axis.
 
     Weights are N(0, 0.02), output projections scaled by `1/sqrt(2 n_layer)`, biases, sinks and the
-    bigram table 0, gains 1 (Gao et al. 2025). Each array's numbers depend on its own name and layer only,
-    so switching a part of the model on or off leaves the rest as it was.
+    bigram table 0, gains 1 (Gao et al. 2025). The numbers of an array depend on its own name and layer only,
+    so switching a part of the model on or off leaves the others as they were.
     """
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.d_model))
     positions_TP = jnp.zeros((1, config.d_pos)) if config.concatenates_positions else None
     embed_key, block_key, head_key = (jax.random.fold_in(key, i) for i in range(3))
 
+    def unchanged(location, value):
+        del location
+        return value
+
     embed = Embed(config).init(embed_key, tokens_BT)["params"]
     layer_keys = jax.vmap(lambda i: jax.random.fold_in(block_key, i))(jnp.arange(config.n_layer))
     block = Block(config)
-    blocks = jax.vmap(lambda k: block.init(k, x_BTD, positions_TP, _plain)["params"])(layer_keys)
+    blocks = jax.vmap(lambda k: block.init(k, x_BTD, positions_TP, unchanged)["params"])(layer_keys)
     head = Head(config).init(head_key, x_BTD, tokens_BT, embed["tokens"])["params"]
     return {"embed": embed, "blocks": blocks, "head": head}
 
@@ -59,83 +72,76 @@ def forward(
     tokens_BT: jax.Array,
     config: ModelConfig,
     *,
-    tap: Tap | None = None,
+    tap: taps.Tap | None = None,
     positions_BP: jax.Array | None = None,
     record: bool = True,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Acts]:
     """Run the model.
 
     Args:
-      params: from `init` or a checkpoint.
-      tokens_BT: int tokens, T at most `config.context`.
-      config: the model's config, static under jit.
-      tap: `(location, value) -> value`, called at every location of `wsparse.nodes`; what it returns
-        is what later computation and the returned activations see.
-      positions_BP: int positions at which logits are wanted; None is all of them. The unembedding of
+      params: Parameters from `init` or a checkpoint.
+      tokens_BT: Int tokens, T at most `config.context`.
+      config: Model config (static under jit).
+      tap: Function `(location, value) -> value`, called at every location of `wsparse.nodes` with the
+        value of all tokens; what it returns is what later computation and the returned activations see.
+      positions_BP: Int positions at which logits are wanted; None is all of them. The unembedding of
         a small model is a large part of its cost.
-      record: whether activations are returned. Without them, and with `positions_BP`, the last layer's
-        queries, neurons and writes are computed at those positions alone, `(B, P, N)` in the tap: nothing
-        else would be read. Logits are the same.
+      record: Whether to return activations. Without them, and with `positions_BP`, the last layer is
+        computed at those positions alone, if the tap is `position_wise` (see `wsparse.taps`) or None.
+        Logits are the same.
 
     Returns:
-      `(logits_BTV, acts)`: logits in float32 (`(B, P, V)` where positions were given; float64 for a
-      float64 model), and the value at each location: `acts["attn.q"]` is `(L, B, T, H * K)`, and so on
-      for "attn.act_in", "attn.k", "attn.v", "attn.y", "attn.resid_delta", "attn.resid_in",
-      "mlp.act_in", "mlp.post_act", "mlp.resid_delta", "mlp.resid_mid"; "final_resid" is `(B, T, D)`. What
-      the caller does not use is removed by the compiler. Empty when not recorded.
+      `(logits_BTV, acts)`: logits in float32 (`(B, P, V)` with `positions_BP`; float64 for a float64
+      model), and the value at each location: `acts["attn.q"]` is `(L, B, T, H * K)`, and so on for all of
+      `wsparse.nodes.LOCATIONS`; "final_resid" is `(B, T, D)`. The compiler removes what the caller does
+      not use. Empty when not recorded.
 
     Raises:
-      UserError: the sequence is longer than the context.
+      UserError: The sequence is longer than the context.
     """
     if tokens_BT.shape[1] > config.context:
         raise UserError(
             f"the model's context is {config.context} tokens, got a sequence of {tokens_BT.shape[1]}"
         )
-    # Flax types `apply` by what it may return with mutable collections; here it is the outputs.
-    embedded: Any = Embed(config).apply({"params": params["embed"]}, tokens_BT)
-    x_BTD, positions_TP = embedded
+    x_BTD, positions_TP = _apply(Embed(config), params["embed"], tokens_BT)
     block = Block(config)
 
-    def layer(x_BTD: Any, xs):
-        block_params, index = xs
-        acts: dict[str, jax.Array] = {}
-        node = _recorder(config, tap, index, acts)
-        x_BTD: Any = block.apply({"params": block_params}, x_BTD, positions_TP, node)
-        return x_BTD, acts
+    def layer(x_BTD, block_params_and_index):
+        block_params, index = block_params_and_index
+        node = functools.partial(_node, config, tap, index)
+        return _apply(block, block_params, x_BTD, positions_TP, node)
 
     if config.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
     blocks, n_scanned = params["blocks"], config.n_layer
-    short = positions_BP is not None and not record
-    if short:
+    shortened = positions_BP is not None and not record and taps.is_position_wise(tap)
+    if shortened:
         n_scanned -= 1
         blocks = jax.tree.map(lambda p: p[:-1], blocks)
     # Two layers are unrolled: stacking their activations for the backward pass costs more than a loop saves.
     x_BTD, acts = lax.scan(
         layer, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2
     )
-    if short:
+    if shortened:
         last_block = jax.tree.map(lambda p: p[-1], params["blocks"])
-        node = _recorder(config, tap, jnp.int32(n_scanned), {})
-        x_BTD: Any = block.apply({"params": last_block}, x_BTD, positions_TP, node, positions_BP)
-    x_BTD = _recorder(config, tap, None, acts)("final_resid", None, x_BTD)
+        node = functools.partial(_node, config, tap, jnp.int32(n_scanned))
+        x_BTD, _ = _apply(block, last_block, x_BTD, positions_TP, node, positions_BP)
+    x_BTD = _node(config, tap, None, "final_resid", x_BTD)
+    acts = {**acts, "final_resid": x_BTD} if record else {}
     if positions_BP is not None:
-        x_BTD = x_BTD if short else _take_positions(x_BTD, positions_BP)
+        x_BTD = x_BTD if shortened else _take_positions(x_BTD, positions_BP)
         tokens_BT = jnp.take_along_axis(tokens_BT, positions_BP, axis=1)
-    head = Head(config)
-    logits_BTV: Any = head.apply(
-        {"params": params["head"]}, x_BTD, tokens_BT, params["embed"]["tokens"]
-    )
-    return logits_BTV, acts if record else {}
+    logits_BTV = _apply(Head(config), params["head"], x_BTD, tokens_BT, params["embed"]["tokens"])
+    return logits_BTV, acts
 
 
 def count_parameters(params: Params) -> int:
-    """Number of parameters, all of them."""
+    """Returns the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def forward_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of the matrix products of a forward pass over `tokens` tokens in windows of the whole context.
+    """Returns the FLOPs of the matrix products of a forward pass over `tokens` tokens in full windows.
 
     Two for each weight and token, and for each score and weighted value of the full, unmasked attention. A
     forward and backward pass needs three times as many.
@@ -146,35 +152,21 @@ def forward_flops(config: ModelConfig, tokens: int) -> int:
     return 2 * tokens * (weights + 2 * config.n_layer * config.context * config.attention_width)
 
 
-def _plain(name: str, site: str | None, value: jax.Array) -> jax.Array:
-    del name, site
-    return value
+def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    # Flax types what `apply` returns by what it may return with mutable collections, which there are not.
+    return module.apply({"params": params}, *args)
 
 
-def _recorder(config: ModelConfig, tap: Tap | None, layer: jax.Array | None, acts: dict) -> _Node:
-    """The node function of one layer: AbsTopK, then the tap, then the record."""
-
-    def node(name, site, value):
-        location = Location(name, layer)
-        # Mean ablation and AbsTopK have a kernel together.
-        ablation = tap.vectors(location) if isinstance(tap, MeanAblation) else None
-        if ablation is not None and cpu.takes(value):
-            value = ablate_largest(value, *ablation, _n_kept(config, site, value))
-        else:
-            value = _activation_sparsity(config, site, value)
-            value = value if tap is None else tap(location, value)
-        acts[name] = value
-        return value
-
-    return node
-
-
-def _activation_sparsity(config: ModelConfig, site: str | None, value: jax.Array) -> jax.Array:
-    return abs_top_k(value, _n_kept(config, site, value))
+def _node(
+    config: ModelConfig, tap: taps.Tap | None, layer: Any, name: str, value: jax.Array
+) -> jax.Array:
+    """Returns what later computation sees of a location's value: AbsTopK, then the tap."""
+    k = _n_kept(config, LOCATIONS[name].site, value)
+    return taps.after_top_k(tap, taps.Location(name, layer), value, k)
 
 
 def _n_kept(config: ModelConfig, site: str | None, value: jax.Array) -> int:
-    """How many channels AbsTopK keeps of a value: all where it does not act."""
+    """Returns how many channels AbsTopK keeps of a value: all where it does not act."""
     width = value.shape[-1]
     if config.abs_top_k_fraction is None or site not in config.abs_top_k_sites:
         return width
@@ -193,7 +185,6 @@ class Linear(nn.Module):
     """`x @ kernel + bias`, kernel `(in, out)`."""
 
     features: int
-    config: ModelConfig
     std: float = _STD
     use_bias: bool = True
 
@@ -251,52 +242,53 @@ class Embed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of `n_head` heads of `d_head` channels."""
+    """Causal self-attention of `n_head` heads of `d_head` channels; returns what it writes, and acts."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTR, node: _Node, positions_BP=None):
-        config = self.config
-        x_BTR = node("attn.act_in", "attn_in", x_BTR)
+        config, acts = self.config, {}
+        x_BTR = acts["attn.act_in"] = node("attn.act_in", x_BTR)
         x_BPR = x_BTR if positions_BP is None else _take_positions(x_BTR, positions_BP)
         heads = []
-        for name, read in (("q", x_BPR), ("k", x_BTR), ("v", x_BTR)):
-            linear = Linear(config.attention_width, config, use_bias=config.bias, name=name)
-            y_BTE = node(f"attn.{name}", f"attn_{name}", linear(read))
+        for name, read_BTR in (("q", x_BPR), ("k", x_BTR), ("v", x_BTR)):
+            linear = Linear(config.attention_width, use_bias=config.bias, name=name)
+            y_BTE = acts[f"attn.{name}"] = node(f"attn.{name}", linear(read_BTR))
             heads.append(jnp.reshape(y_BTE, (*y_BTE.shape[:2], config.n_head, config.d_head)))
-        sink_H = (
-            self.param("sink", nn.initializers.zeros, (config.n_head,)) if config.sink else None
-        )
-        q_BTHK, k_BTHK, v_BTHK = heads
-        y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, sink_H, positions_BP)
-        y_BTE = node(
-            "attn.y", None, jnp.reshape(y_BTHK, (*y_BTHK.shape[:2], config.attention_width))
-        )
-        out = Linear(config.d_model, config, _output_std(config), config.bias, name="out")
-        return node("attn.resid_delta", "attn_out", out(y_BTE))
+        sink_H = None
+        if config.sink:
+            sink_H = self.param("sink", nn.initializers.zeros, (config.n_head,))
+        y_BTHK = attend(*heads, sink_H, positions_BP)
+        y_BTE = jnp.reshape(y_BTHK, (*y_BTHK.shape[:2], config.attention_width))
+        y_BTE = acts["attn.y"] = node("attn.y", y_BTE)
+        out = Linear(config.d_model, _output_std(config), config.bias, name="out")
+        delta_BTD = acts["attn.resid_delta"] = node("attn.resid_delta", out(y_BTE))
+        return delta_BTD, acts
 
 
 class MLP(nn.Module):
-    """Two linear layers with the nonlinearity between."""
+    """Two linear layers with the nonlinearity between; returns what it writes, and acts."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTR, node: _Node):
-        config = self.config
-        x_BTR = node("mlp.act_in", "mlp_in", x_BTR)
-        h_BTF = Linear(config.mlp_width, config, use_bias=config.bias, name="fc")(x_BTR)
-        h_BTF = gelu(h_BTF) if config.activation == "gelu" else nn.relu(h_BTF)
-        h_BTF = node("mlp.post_act", "mlp_neuron", h_BTF)
-        proj = Linear(config.d_model, config, _output_std(config), config.bias, name="proj")
-        return node("mlp.resid_delta", "mlp_out", proj(h_BTF))
+        config, acts = self.config, {}
+        x_BTR = acts["mlp.act_in"] = node("mlp.act_in", x_BTR)
+        h_BTF = Linear(config.mlp_width, use_bias=config.bias, name="fc")(x_BTR)
+        h_BTF = gelu(h_BTF) if config.activation == "gelu" else jax.nn.relu(h_BTF)
+        h_BTF = acts["mlp.post_act"] = node("mlp.post_act", h_BTF)
+        proj = Linear(config.d_model, _output_std(config), config.bias, name="proj")
+        delta_BTD = acts["mlp.resid_delta"] = node("mlp.resid_delta", proj(h_BTF))
+        return delta_BTD, acts
 
 
 class Block(nn.Module):
     """One layer: attention, then the MLP, each read from the normed residual and added back to it.
 
-    With `positions_BP` all of it but the keys and values is computed at those positions only.
+    Returns the residual stream and the layer's activations by location. With `positions_BP`, everything but
+    keys and values is computed at those positions only.
     """
 
     config: ModelConfig
@@ -316,18 +308,27 @@ class Block(nn.Module):
                 position = jnp.take(position, at_BP, axis=0)
             return jnp.concatenate([read_BTR, position], axis=-1)
 
-        def written(x_BTD, site):
+        def add(x_BTD, delta_BTD, site):
+            x_BTD = x_BTD + delta_BTD
             if config.residual_activation == "relu":
-                x_BTD = nn.relu(x_BTD)
-            return _activation_sparsity(config, site, x_BTD)
+                x_BTD = jax.nn.relu(x_BTD)
+            return abs_top_k(x_BTD, _n_kept(config, site, x_BTD))
 
-        x_BTD = node("attn.resid_in", None, x_BTD)
-        delta = Attention(config, name="attn")(read("attn", x_BTD), node, positions_BP)
+        x_BTD = resid_in_BTD = node("attn.resid_in", x_BTD)
+        delta_BTD, attention_acts = Attention(config, name="attn")(
+            read("attn", x_BTD), node, positions_BP
+        )
         if positions_BP is not None:
             x_BTD = _take_positions(x_BTD, positions_BP)
-        x_BTD = node("mlp.resid_mid", None, written(x_BTD + delta, "resid_post_attn"))
-        delta = MLP(config, name="mlp")(read("mlp", x_BTD, positions_BP), node)
-        return written(x_BTD + delta, "resid_post_mlp")
+        x_BTD = resid_mid_BTD = node("mlp.resid_mid", add(x_BTD, delta_BTD, "resid_post_attn"))
+        delta_BTD, mlp_acts = MLP(config, name="mlp")(read("mlp", x_BTD, positions_BP), node)
+        acts = {
+            "attn.resid_in": resid_in_BTD,
+            **attention_acts,
+            "mlp.resid_mid": resid_mid_BTD,
+            **mlp_acts,
+        }
+        return add(x_BTD, delta_BTD, "resid_post_mlp"), acts
 
 
 class Head(nn.Module):

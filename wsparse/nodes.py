@@ -1,163 +1,209 @@
-"""The one table of node locations, and the taps that look at or change what happens there.
+"""The one table of node locations, and `Node`, the name of one node.
 
-A tap is a function `(name, value) -> value` that the model calls at every location, once for all layers
-of a scan: `name` is a `Location`, a string like "attn.q" that also carries the (traced) index of the
-layer, and `value` is `(B, T, N)`. What it returns is what later computation sees. Taps are plain
-functions: arrays they close over are differentiated and vmapped like any others.
-
-Reading the table does not import jax; applying a tap does.
+Whatever depends on where nodes are derives from the tables of this file: the floor per neuron, sharding,
+weight decay, hooks' names, the edges of circuits, the page. They need no jax; the taps that look at or
+change what happens at a location are in `wsparse.taps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import re
+from typing import Any, Literal, NamedTuple
 
 from wsparse.config import ModelConfig
+from wsparse.errors import UserError, closest
 
-if TYPE_CHECKING:
-    import jax
-
-Tap = Callable[["Location", "jax.Array"], "jax.Array"]
-
-
-class Location(str):
-    """The name of a location, without the layer: "attn.q". `layer` is an int32 scalar, or None.
-
-    It equals and hashes like the plain string, so that it indexes dicts of arrays per location.
-    """
-
-    layer: jax.Array | int | None
-
-    def __new__(cls, name: str, layer: jax.Array | int | None = None):
-        location = super().__new__(cls, name)
-        location.layer = layer
-        return location
+Channels = Literal["residual", "read", "heads", "neurons"]
 
 
 @dataclasses.dataclass(frozen=True)
 class NodeKind:
-    """One row of the table of node locations.
+    """One row of the table of locations.
 
     Attributes:
-      site: name of the AbsTopK site that acts here.
-      incoming: paths of the kernels whose output side is this location.
-      outgoing: paths of the kernels whose input side is this location.
+      channels: What the last axis holds: "residual" channels; what a block "read"s, which are residual
+        channels and then concatenated positions; those of all "heads" side by side; MLP "neurons".
+      site: AbsTopK site that acts here; None where there are no nodes.
+      incoming: Paths of the kernels whose output side is this location.
+      outgoing: Paths of the kernels whose input side is this location.
+      hook: TransformerLens's name of the place, after "blocks.{i}."; empty where there is none.
+      meaning: What a channel is, in the words of the page.
     """
 
-    site: str
+    channels: Channels
+    site: str | None = None
     incoming: tuple[str, ...] = ()
     outgoing: tuple[str, ...] = ()
+    hook: str = ""
+    meaning: str = ""
 
     def width(self, config: ModelConfig) -> int:
-        """Number of nodes per layer."""
-        return config.site_width(self.site)
+        """Returns the number of channels."""
+        widths = {
+            "residual": config.d_model,
+            "read": config.read_width,
+            "heads": config.attention_width,
+            "neurons": config.mlp_width,
+        }
+        return widths[self.channels]
 
 
-_QKV = tuple(f"blocks/attn/{name}/kernel" for name in "qkv")
-_OUT = ("blocks/attn/out/kernel",)
-_FC, _PROJ = ("blocks/mlp/fc/kernel",), ("blocks/mlp/proj/kernel",)
+_Q, _K, _V = (f"blocks/attn/{name}/kernel" for name in "qkv")
+_OUT, _FC, _PROJ = "blocks/attn/out/kernel", "blocks/mlp/fc/kernel", "blocks/mlp/proj/kernel"
 
-NODES: dict[str, NodeKind] = {
-    "attn.act_in": NodeKind("attn_in", outgoing=_QKV),
-    "attn.q": NodeKind("attn_q", incoming=_QKV[:1]),
-    "attn.k": NodeKind("attn_k", incoming=_QKV[1:2]),
-    "attn.v": NodeKind("attn_v", incoming=_QKV[2:], outgoing=_OUT),
-    "attn.resid_delta": NodeKind("attn_out", incoming=_OUT),
-    "mlp.act_in": NodeKind("mlp_in", outgoing=_FC),
-    "mlp.post_act": NodeKind("mlp_neuron", incoming=_FC, outgoing=_PROJ),
-    "mlp.resid_delta": NodeKind("mlp_out", incoming=_PROJ),
+# Every location of a layer, in the order of the forward pass, and the end of the residual stream.
+LOCATIONS: dict[str, NodeKind] = {
+    "attn.resid_in": NodeKind("residual", hook="hook_resid_pre"),
+    "attn.act_in": NodeKind(
+        "read",
+        "attn_in",
+        outgoing=(_Q, _K, _V),
+        hook="ln1.hook_normalized",
+        meaning="read by attention",
+    ),
+    "attn.q": NodeKind("heads", "attn_q", incoming=(_Q,), hook="attn.hook_q", meaning="query"),
+    "attn.k": NodeKind("heads", "attn_k", incoming=(_K,), hook="attn.hook_k", meaning="key"),
+    "attn.v": NodeKind(
+        "heads",
+        "attn_v",
+        incoming=(_V,),
+        outgoing=(_OUT,),
+        hook="attn.hook_v",
+        meaning="value",
+    ),
+    "attn.y": NodeKind("heads", hook="attn.hook_z"),
+    "attn.resid_delta": NodeKind(
+        "residual",
+        "attn_out",
+        incoming=(_OUT,),
+        hook="hook_attn_out",
+        meaning="written by attention",
+    ),
+    "mlp.resid_mid": NodeKind("residual", hook="hook_resid_mid"),
+    "mlp.act_in": NodeKind(
+        "read",
+        "mlp_in",
+        outgoing=(_FC,),
+        hook="ln2.hook_normalized",
+        meaning="read by the MLP",
+    ),
+    "mlp.post_act": NodeKind(
+        "neurons",
+        "mlp_neuron",
+        incoming=(_FC,),
+        outgoing=(_PROJ,),
+        hook="mlp.hook_post",
+        meaning="neuron",
+    ),
+    "mlp.resid_delta": NodeKind(
+        "residual",
+        "mlp_out",
+        incoming=(_PROJ,),
+        hook="hook_mlp_out",
+        meaning="written by the MLP",
+    ),
+    "final_resid": NodeKind("residual"),
 }
 
-# Places that are recorded and can be tapped but are no nodes; "final_resid" has no layer.
-OTHER_LOCATIONS = ("attn.resid_in", "attn.y", "mlp.resid_mid", "final_resid")
+# Locations whose channels are nodes. The others are recorded and can be tapped; "final_resid" has no layer.
+NODES = {name: kind for name, kind in LOCATIONS.items() if kind.site is not None}
+OTHER_LOCATIONS = tuple(name for name in LOCATIONS if name not in NODES)
 
 
-def identity(name: Location, value: jax.Array) -> jax.Array:
-    """The tap that changes nothing."""
-    del name
-    return value
+class Kernel(NamedTuple):
+    """A weight matrix `(in, out)` of a block, with the nodes at its two sides.
 
-
-def compose(*taps: Tap) -> Tap:
-    """The tap that applies `taps` from the first to the last."""
-
-    def tap(name, value):
-        for each in taps:
-            value = each(name, value)
-        return value
-
-    return tap
-
-
-def ablate(value: jax.Array, gate: jax.Array, mean: jax.Array) -> jax.Array:
-    """`gate * value + (1 - gate) * mean`: a closed gate shows the mean."""
-    return gate * value + (1 - gate) * mean
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanAblation:
-    """The tap that `ablate`s (Gao et al. 2025, pruning); see `mask`."""
-
-    gates: Mapping[str, jax.Array]
-    means: Mapping[str, jax.Array]
-
-    def __call__(self, name: Location, value: jax.Array) -> jax.Array:
-        if name not in self.gates:
-            return value
-        gate, mean = (at_layer(each[name], name, value) for each in (self.gates, self.means))
-        return ablate(value, gate, mean)
-
-    def vectors(self, name: Location) -> tuple[jax.Array, jax.Array] | None:
-        """The gate and the mean `(N,)` at a location, if it has them and they are float32."""
-        import jax.numpy as jnp
-
-        if name not in self.gates:
-            return None
-        gate, mean = (at_layer(each[name], name) for each in (self.gates, self.means))
-        both = gate.dtype == mean.dtype == jnp.float32 and gate.size == mean.size == gate.shape[-1]
-        return (jnp.ravel(gate), jnp.ravel(mean)) if both else None
-
-
-def mask(gates: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> MeanAblation:
-    """Mean ablation: `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning).
-
-    Args:
-      gates: location -> `(n_layer, N)`; locations without an entry are left alone.
-      means: location -> `(n_layer, N)`, for at least the locations of `gates`.
-    """
-    return MeanAblation(gates, means)
-
-
-def patch(values: Mapping[str, jax.Array], where: Mapping[str, jax.Array]) -> Tap:
-    """Replace chosen nodes by given values, e.g. those of another prompt.
-
-    Args:
-      values: location -> `(n_layer, B, T, N)`, as `acts` of a forward pass.
-      where: location -> bool `(n_layer, N)`: which nodes are replaced.
+    Attributes:
+      path: Parameter path; layers are stacked on a leading axis there.
+      source: Location of the input side.
+      target: Location of the output side.
+      neuron_axis: Axis of one layer's matrix that indexes neurons or attention channels, the side that is
+        not the residual stream's.
     """
 
-    import jax.numpy as jnp
+    path: str
+    source: str
+    target: str
+    neuron_axis: int
 
-    def tap(name, value):
-        per_layer = where.get(name)
-        if per_layer is None:
-            return value
-        return jnp.where(at_layer(per_layer, name), at_layer(values[name], name), value)
-
-    return tap
+    @property
+    def bias(self) -> str:
+        """Path of the bias beside the kernel."""
+        return f"{self.path.removesuffix('kernel')}bias"
 
 
-def at_layer(per_layer: jax.Array, name: Location, like: jax.Array | None = None) -> jax.Array:
-    """The slice of `(n_layer, ...)` for this location's layer; `(N,)` becomes `(1, 1, N)`.
+def _kernels() -> tuple[Kernel, ...]:
+    target_of = {path: name for name, kind in NODES.items() for path in kind.incoming}
+    return tuple(
+        Kernel(path, name, target_of[path], 1 if kind.channels == "read" else 0)
+        for name, kind in NODES.items()
+        for path in kind.outgoing
+    )
 
-    A location without a layer uses the array as it is. `like` gives the dtype.
-    """
-    import jax.numpy as jnp
 
-    # A traced index needs a jax array, and arrays read from files are NumPy's.
-    value: Any = per_layer if name.layer is None else jnp.asarray(per_layer)[name.layer]
-    if value.ndim == 1:
-        value = value[None, None]
-    return value if like is None else value.astype(like.dtype)
+KERNELS = _kernels()
+_NAME = re.compile(r"(0|[1-9]\d*)\.(\w+\.\w+)\.(0|[1-9]\d*)", re.ASCII)
+
+
+class Node(NamedTuple):
+    """One node of a model; it prints as its name, e.g. "3.attn.q.17"."""
+
+    layer: int
+    location: str
+    channel: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.location}.{self.channel}"
+
+    @classmethod
+    def parse(cls, name: str, config: ModelConfig | None = None) -> Node:
+        """Returns the node of a name "layer.location.channel".
+
+        Args:
+          name: Name as `str(node)` gives it.
+          config: Model that must have the node; None accepts any layer and channel.
+
+        Raises:
+          UserError: The name has another form, an unknown location, or is not in the model.
+        """
+        match = _NAME.fullmatch(name) if len(name) < 80 else None
+        if match is None:
+            raise UserError(
+                f"a node is written layer.location.channel, such as '0.attn.q.17', got {name[:80]!r}"
+            )
+        layer, location, channel = int(match[1]), match[2], int(match[3])
+        if location not in NODES:
+            raise UserError(
+                f"node {name!r}: there is no node location {location!r}{closest(location, NODES)}; "
+                f"locations are {', '.join(NODES)}"
+            )
+        if config is not None:
+            width = NODES[location].width(config)
+            if layer >= config.n_layer or channel >= width:
+                raise UserError(
+                    f"node {name!r} is not in this model: it has {config.n_layer} layers and "
+                    f"{width} channels at {location}, both counted from 0"
+                )
+        return cls(layer, location, channel)
+
+    def order(self) -> tuple[int, int, int]:
+        """Returns a key that sorts nodes by layer, then in the order of the forward pass."""
+        return self.layer, _ORDER[self.location], self.channel
+
+
+_ORDER = {location: i for i, location in enumerate(NODES)}
+
+
+# Taps lived here before; they need jax, which reading a circuit does not.
+_IN_TAPS = (
+    "Location", "MeanAblation", "Tap", "ablate", "at_layer", "compose", "identity", "mask", "patch",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _IN_TAPS:
+        from wsparse import taps
+
+        return getattr(taps, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

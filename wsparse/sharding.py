@@ -15,7 +15,7 @@ import numpy as np
 from wsparse import trees
 from wsparse.config import MeshConfig
 from wsparse.errors import UserError
-from wsparse.nodes import Tap
+from wsparse.taps import Tap
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from wsparse import model, nodes
+from wsparse import model, taps
 from wsparse.circuits import masks, tasks
 from wsparse.config import ModelConfig
 
@@ -116,7 +116,7 @@ def prune(
 
     def objective(tau, rows: PairArrays):
         gates = masks.gates(tau, hparams.temperature)
-        logits_BV = answer_logits(params, config, rows, nodes.mask(gates, means))
+        logits_BV = answer_logits(params, config, rows, taps.mask(gates, means))
         loss = tasks.task_loss(logits_BV, rows.answer, rows.other)
         n_open = sum(jnp.sum(gate) for gate in gates.values())
         return loss + hparams.k_coef * n_open, (loss, n_open)
@@ -138,7 +138,7 @@ def prune(
 
 
 def answer_logits(
-    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: nodes.Tap
+    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap
 ) -> jax.Array:
     """`(B, V)` logits after each prompt, with a tap in the model; nothing is computed elsewhere."""
     logits_BPV, _ = model.forward(

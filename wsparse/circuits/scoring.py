@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, nodes, trees
+from wsparse import model, nodes, taps, trees
 from wsparse.circuits import graph, masks, tasks
 from wsparse.circuits.mask_learning import HasPairs, PairArrays, answer_logits, arrays
 from wsparse.config import ModelConfig
@@ -195,7 +195,7 @@ def _kept(ranks: Ranks, span_2: Any = (0, 0)) -> Ranks:
 def _logits(params, means, pairs: PairArrays, kept: Ranks, config) -> jax.Array:
     gates = masks.unflatten(kept.nodes, config)
     cut = graph.cut(params, kept.edges, means)
-    return answer_logits(cut, config, pairs, nodes.mask(gates, means))
+    return answer_logits(cut, config, pairs, taps.mask(gates, means))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -11,7 +11,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from wsparse.errors import UserError
-from wsparse.nodes import ablate
 from wsparse.ops import cpu, selection, tpu
 
 
@@ -56,6 +55,11 @@ _abs_top_k_by_kernel.defvjp(
 def _keep_by_kernel(k: int, *arrays: jax.Array) -> jax.Array:
     keep = lambda x, *values: selection.keep_largest_per_row(x, k, *values)
     return lax.platform_dependent(*arrays, tpu=functools.partial(tpu.by_rows, keep), default=keep)
+
+
+def ablate(value: jax.Array, gate: jax.Array, mean: jax.Array) -> jax.Array:
+    """Returns `gate * value + (1 - gate) * mean`: a closed gate shows the mean."""
+    return gate * value + (1 - gate) * mean
 
 
 def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, nodes
+from wsparse import model, nodes, taps
 from wsparse.config import ModelConfig
 
 # Tokens of a forward pass, and nodes whose values over all windows are held at once.
@@ -77,7 +77,7 @@ def recorded(
     params: model.Params,
     tokens_WT: jax.Array,
     position_W: jax.Array,
-    tap: nodes.Tap = nodes.identity,
+    tap: taps.Tap = taps.identity,
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

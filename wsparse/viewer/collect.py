@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from wsparse import files, model, nodes, runs, trees
+from wsparse import files, model, runs, taps, trees
 from wsparse.circuits import graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit, Node
 from wsparse.circuits.mask_learning import PairArrays, arrays
@@ -356,7 +356,7 @@ def _on_rows(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _masked(params, tokens_RT, position_R, gates, means, *, config):
-    tap = nodes.mask(gates, means)
+    tap = taps.mask(gates, means)
     return activations.recorded(params, tokens_RT, position_R, tap, config=config)
 
 
