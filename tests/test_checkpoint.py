@@ -3,8 +3,11 @@
 import dataclasses
 import gc
 import hashlib
+import json
+import logging
 import os
 import pathlib
+import resource
 import shutil
 
 from conftest import log_lines
@@ -252,7 +255,16 @@ def test_a_flipped_bit_is_noticed_in_every_file(saved):
     assert checkpoint.read(saved.folder, like)[0] == 10
 
 
-@pytest.mark.parametrize("what", ["gone", "added", "cut", "digests are no JSON", "no digests"])
+DIGESTS = {
+    "digests are no JSON": b'{"state": \xff',
+    "digests are null": b"null",
+    "digests are a list": b"[1]",
+    "digests of files are null": b'{"step": 10, "files": null}',
+    "digests are nested": b"[" * 200_000 + b"]" * 200_000,
+}
+
+
+@pytest.mark.parametrize("what", ["gone", "added", "cut", "no digests", *DIGESTS])
 def test_a_step_with_other_damage_is_not_used(saved, what):
     folder = saved.folder / "10"
     path = max(data_files(folder), key=lambda p: p.stat().st_size)
@@ -265,10 +277,88 @@ def test_a_step_with_other_damage_is_not_used(saved, what):
     elif what == "no digests":
         (folder / "digests.json").unlink()
     else:
-        (folder / "digests.json").write_bytes(b'{"state": \xff')
+        (folder / "digests.json").write_bytes(DIGESTS[what])
     (step, _, _), (line,) = restore(saved.folder)
     assert step == 7
     assert "checkpoint 10 is not used" in line
+
+
+def test_steps_under_another_number_are_not_used(saved):
+    """Swapped, or copied under a number that no step had."""
+    os.rename(saved.folder / "10", saved.folder / "x")
+    os.rename(saved.folder / "7", saved.folder / "10")
+    os.rename(saved.folder / "x", saved.folder / "7")
+    shutil.copytree(saved.folder / "3", saved.folder / "999")
+    like = {"params": abstract(mesh_of()).params}
+    with pytest.raises(UserError, match="step 999: its files are those of step 3"):
+        checkpoint.read(saved.folder, like, step=999)
+    assert checkpoint.read(saved.folder, like)[0] == 3
+    (step, state, _), lines = restore(saved.folder)
+    assert step == 3
+    assert_bitwise(state, saved.states[3])
+    assert len(lines) == 3
+
+
+def test_digests_without_a_step_are_those_of_older_runs(saved):
+    path = saved.folder / "10" / "digests.json"
+    path.write_text(json.dumps(json.loads(path.read_text())["files"]))
+    (step, state, _), lines = restore(saved.folder)
+    assert (step, lines) == (10, [])
+    assert_bitwise(state, saved.states[10])
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_old_step_stays_until_the_new_one_has_its_digests(tmp_path, monkeypatch, keep):
+    """A process that is killed between writing a step and hashing it loses that step alone."""
+    folder = tmp_path / "checkpoints"
+    states = {step: make_state(step, mesh_of()) for step in (1, 2)}
+    killed = checkpoint.Checkpointer(folder, keep=keep)
+    killed.save(1, states[1], METADATA)
+    killed.finish()
+    killed.save(2, states[2], METADATA)
+    killed._manager.wait_until_finished()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    assert not (folder / "2" / "digests.json").exists()
+    killed._hasher.shutdown()
+    killed._manager.close()
+
+    with log_lines() as lines, checkpoint.Checkpointer(folder, keep=keep) as again:
+        step, state, _ = again.restore(abstract(mesh_of()))
+        assert step == 1
+        assert_bitwise(state, states[1])
+        assert "checkpoint 2 is not used: it was not finished" in lines[0]
+        again.save(2, states[2], METADATA)
+    # Control: with its digests the new step replaces the old one.
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"][-keep:]
+    assert restore(folder)[0][0] == 2
+
+
+def save_in_small_files(folder, state):
+    """Save as if the disk were full: no file may be longer than 4 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with checkpoint.Checkpointer(folder, keep=1) as checkpoints:
+            checkpoints.save(11, state, METADATA)
+            checkpoints.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# Orbax leaves unawaited writes behind when one of them fails; they complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_a_step_that_cannot_be_written_is_an_error_of_one_line_and_the_old_ones_stay(saved):
+    with pytest.raises(UserError) as error:
+        save_in_small_files(saved.folder, saved.states[10])
+    assert_one_line(error)
+    assert str(saved.folder) in str(error.value)
+    assert "MB free" in str(error.value)
+    del error
+    gc.collect()
+    (step, state, _), _ = restore(saved.folder)
+    assert step == 10
+    assert_bitwise(state, saved.states[10])
 
 
 def test_with_every_step_damaged_training_begins_anew(saved):
@@ -319,6 +409,12 @@ def test_reading_changes_nothing_in_the_folder_even_when_a_step_is_damaged(saved
     # Negative control: training's restore does change the folder here.
     restore(saved.folder)
     assert tree_hash(saved.folder.parent) != before
+
+
+def test_reading_logs_nothing_of_the_libraries(saved, caplog):
+    with caplog.at_level(logging.WARNING):
+        checkpoint.read(saved.folder, {"params": abstract(mesh_of()).params})
+    assert caplog.records == []
 
 
 def test_reading_gives_only_the_branch_that_was_named(saved):

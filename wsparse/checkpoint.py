@@ -1,23 +1,22 @@
 """Checkpoints: orbax for the arrays, and a digest of every file so that damage is noticed.
 
 A step is written asynchronously, then its files are hashed in a thread, then `digests.json` appears beside
-them. Only a step whose files still have those digests is restored; another one is moved out of the way, and
-the newest good one before it is used.
+them with the step's number. Only a step whose files have those digests is restored; another one is moved out
+of the way, and the newest good one before it is used. Older steps are deleted once a newer one is complete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent import futures
+import contextlib
 import hashlib
-import json
 import logging
 import os
 import pathlib
 import shutil
 from typing import Any
 
-from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
@@ -27,6 +26,7 @@ from wsparse.errors import UserError
 log = logging.getLogger(__name__)
 
 _DIGESTS = "digests.json"
+_NAMES = ocp.path.step.standard_name_format()
 SET_ASIDE = "damaged"
 
 
@@ -34,92 +34,123 @@ class Checkpointer:
     """Saves and restores `(state, metadata)` in a folder; use as a context manager.
 
     Args:
-      folder: where the steps are, made when missing.
-      keep: how many of the newest steps stay.
+      folder: Folder of the steps, made when missing.
+      keep: Number of the newest steps that stay.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        keep: int = 3,
-    ):
-        self._folder = pathlib.Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3):
+        self._folder, self._keep = pathlib.Path(folder).absolute(), keep
+        # Orbax would delete old steps before the new one has its digests.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        with _explained(self._folder):
+            self._manager = ocp.CheckpointManager(
+                self._folder, item_names=tuple(handlers), item_handlers=handlers, options=options
+            )
         self._hasher = futures.ThreadPoolExecutor(1)
         self._hashing: list[futures.Future] = []
         self._unhashed: list[int] = []
+        self._replaced = False
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # An error on the way here says more than the ones it causes.
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
+            self.close()
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Begin to write `state` (a tree of arrays) as `step`; `finish` waits for it."""
+        """Begin to write `state` (a tree of arrays) as `step`; `finish` waits for it.
+
+        Raises:
+          UserError: This step, or the one before, cannot be written.
+        """
         self.finish()
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
         )
-        self._manager.save(step, args=items)
+        with _explained(self._path(step)):
+            self._manager.save(step, args=items)
         self._unhashed.append(step)
+        self._replaced = True
 
     def poll(self) -> None:
-        """Hash what has been written meanwhile, in a thread; never waits."""
+        """Hash what has been written meanwhile, in a thread; never waits.
+
+        Raises:
+          UserError: A step could not be written.
+        """
         if self._unhashed and not self._manager.is_saving_in_progress():
             self._start_hashing()
+        for future in self._hashing:
+            if future.done():
+                future.result()
 
     def finish(self) -> None:
-        """Wait until every saved step is on disk with its digests."""
-        self._manager.wait_until_finished()
+        """Wait until every saved step is on disk with its digests, and delete the steps it replaces.
+
+        Raises:
+          UserError: A step could not be written.
+        """
         self._start_hashing()
-        for future in self._hashing:
+        hashing, self._hashing = self._hashing, []
+        for future in hashing:
             future.result()
-        self._hashing.clear()
+        if self._replaced:
+            # Only now: until a newer step is complete, the older ones are all there is.
+            for step in sorted(self._manager.all_steps())[: -self._keep]:
+                self._manager.delete(step)
+            self._replaced = False
 
     def close(self) -> None:
         """Finish, and let go of the folder."""
-        self.finish()
-        self._hasher.shutdown()
-        self._manager.close()
+        try:
+            self.finish()
+        finally:
+            self._hasher.shutdown()
+            self._manager.close()
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint, or None when there is none; damaged ones are set aside.
+        """Restore the newest undamaged checkpoint, and set damaged ones aside.
 
         Args:
-          like: tree of `jax.ShapeDtypeStruct` with shardings: what to restore, and where to put it.
+          like: Tree of `jax.ShapeDtypeStruct` with shardings: what to restore, and where to put it.
 
         Returns:
-          `(step, state, metadata)`.
+          `(step, state, metadata)`, or None when there is no checkpoint.
 
         Raises:
-          UserError: what is stored does not fit `like`.
+          UserError: The checkpoint does not fit `like`.
         """
         step = self.latest_step()
         if step is None:
             return None
-        _check_fit(self._folder / str(step), like, partial=False)
+        path = self._path(step)
+        _check_fit(path, self._manager.item_metadata(step)["state"], like, partial=False)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), metadata=ocp.args.JsonRestore()
         )
-        restored = _restore(self._manager, step, items)
+        with _misfit(path):
+            restored = self._manager.restore(step, args=items)
         return step, restored["state"], restored["metadata"]
 
     def latest_step(self) -> int | None:
-        """The newest undamaged step on disk, once what is being written has arrived there."""
+        """Returns the newest undamaged step, once what is being written has arrived on disk."""
         self.finish()
         # One process looks, since it is the one that sets damaged steps aside; the others wait for it.
-        mine = next(self._good_steps(), None) if jax.process_index() == 0 else None
-        found = processes.gather(str(mine))[0]
+        newest = next(self._good_steps(), None) if jax.process_index() == 0 else None
+        agreed = processes.gather(str(newest))[0]
         if jax.process_index() != 0:
             self._manager.reload()
-        return None if found == "None" else int(found)
+        return None if agreed == "None" else int(agreed)
 
     def _good_steps(self) -> Iterator[int]:
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = _damage(self._folder / str(step))
+            reason = _damage(self._path(step), step)
             if reason is None:
                 yield step
             else:
@@ -130,103 +161,139 @@ class Checkpointer:
         log.warning("checkpoint %d is not used: %s; moved to %s", step, reason, target)
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(self._folder / str(step), target)
+        os.replace(self._path(step), target)
         self._manager.reload()
 
     def _start_hashing(self) -> None:
         steps, self._unhashed = self._unhashed, []
-        if jax.process_index() == 0:
-            self._hashing += [self._hasher.submit(self._write_digests, step) for step in steps]
+        for step in steps:
+            with _explained(self._path(step)):
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+            if jax.process_index() == 0:
+                self._hashing.append(self._hasher.submit(self._write_digests, step))
 
     def _write_digests(self, step: int) -> None:
-        folder = self._folder / str(step)
-        if folder.is_dir():
-            files.write_json(folder / _DIGESTS, _digests(folder))
+        with _explained(self._path(step)):
+            digests = {"step": step, "files": _digests(self._path(step))}
+            files.write_json(self._path(step) / _DIGESTS, digests)
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self._folder / _NAMES.build_name(step)
 
 
 def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) -> tuple[int, Any]:
-    """Part of a checkpoint's state, without changing anything in the folder.
+    """Read part of a checkpoint's state, without changing anything in the folder.
 
     Args:
-      folder: a `Checkpointer`'s.
-      like: tree of `jax.ShapeDtypeStruct` with shardings; it may leave out branches of the state.
-      step: which one; None is the newest undamaged.
+      folder: Folder of a `Checkpointer`.
+      like: Tree of `jax.ShapeDtypeStruct` with shardings; it may leave out branches of the state.
+      step: Step to read; by default the newest undamaged one.
 
     Returns:
       `(step, state)` with the branches of `like`.
 
     Raises:
-      UserError: there is no such step, or none that is whole; it is damaged; it does not fit `like`.
+      UserError: There is no such step, or none that is undamaged; it does not fit `like`.
     """
     folder = pathlib.Path(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: let training reach a checkpoint first")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
-        reasons = {each: _damage(folder / str(each)) for each in steps}
-        good = next((each for each, reason in reasons.items() if reason is None), None)
-        if good is None:
-            why = "; ".join(f"step {each}: {reason}" for each, reason in reasons.items())
-            raise UserError(f"{folder} has no usable checkpoint{f' ({why})' if why else ''}")
-        _check_fit(folder / str(good), like, partial=True)
+    paths = {found.step: pathlib.Path(found.path) for found in _NAMES.find_all(folder)}
+    steps = sorted(paths, reverse=True) if step is None else [step]
+    reasons = {number: _damage(paths.get(number), number) for number in steps}
+    good = next((number for number, reason in reasons.items() if reason is None), None)
+    if good is None:
+        why = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
+        raise UserError(f"{folder} has no usable checkpoint{f' ({why})' if why else ''}")
+    path = paths[good]
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as reader:
+        _check_fit(path, reader.metadata(path).item_metadata["state"], like, partial=True)
         arguments = ocp.args.PyTreeRestore(
             like,
             partial_restore=True,
             restore_args=ocp.checkpoint_utils.construct_restore_args(like),
         )
-        return good, _restore(manager, good, ocp.args.Composite(state=arguments))["state"]
+        with _misfit(path):
+            return good, reader.restore(path, ocp.args.Composite(state=arguments))["state"]
 
 
-def _check_fit(folder: pathlib.Path, like: Any, *, partial: bool) -> None:
+def has_steps(workdir: pathlib.Path) -> bool:
+    """Returns whether a run has a checkpoint, good or set aside."""
+    return any(any(workdir.glob(f"{name}/*")) for name in ("checkpoints", SET_ASIDE))
+
+
+def _check_fit(path: pathlib.Path, stored: Any, like: Any, *, partial: bool) -> None:
     """Refuse a step whose arrays are not those of `like`, by name; `partial` may leave some out."""
-    stored = trees.flatten(
-        ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / "state")).tree
-    )
-    there = {path: tuple(leaf.shape) for path, leaf in stored.items()}
-    here = {path: tuple(leaf.shape) for path, leaf in trees.flatten(like).items()}
-    for path in sorted(set(here) | (set() if partial else set(there))):
-        if there.get(path) != here.get(path):
+    stored_shapes = _shapes(getattr(stored, "tree", stored))
+    shapes = _shapes(like)
+    for name in sorted(set(shapes) | (set() if partial else set(stored_shapes))):
+        if stored_shapes.get(name) != shapes.get(name):
             raise UserError(
-                f"checkpoint {folder} does not fit this configuration: {path} has shape "
-                f"{there.get(path, 'none')} there and {here.get(path, 'none')} here"
+                f"checkpoint {path} does not fit this configuration: {name} has shape "
+                f"{stored_shapes.get(name, 'none')} there and {shapes.get(name, 'none')} here"
             )
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite) -> Any:
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in trees.flatten(tree).items()}
+
+
+@contextlib.contextmanager
+def _misfit(path: pathlib.Path) -> Iterator[None]:
+    """Turn orbax's errors about a structure into one line."""
     try:
-        return manager.restore(step, args=items)
+        yield
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"checkpoint {step} in {manager.directory} does not fit this configuration: "
-            f"{str(error).splitlines()[0]}"
+            f"checkpoint {path} does not fit this configuration: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with the files of a step, or None."""
-    if not folder.is_dir():
-        return "no such checkpoint"
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+    """Turn the errors of writing into one line; orbax's and tensorstore's have no common type."""
     try:
-        expected = json.loads((folder / _DIGESTS).read_text())
-    except FileNotFoundError:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise files.cannot_write(path, error) from error
+
+
+def _damage(path: pathlib.Path | None, step: int) -> str | None:
+    """Returns what is wrong with the files of a step, or None."""
+    if path is None or not path.is_dir():
+        return "no such checkpoint"
+    if not (path / _DIGESTS).exists():
         return "it was not finished (it has no digests)"
-    except ValueError:
+    try:
+        stored = files.read_json(path / _DIGESTS)
+    except UserError:
         return "its digests cannot be read"
-    found = _digests(folder)
+    # Before steps were part of them, digests were the whole file.
+    number, expected = stored.get("step", step), stored.get("files", stored)
+    if number != step:
+        return f"its files are those of step {number}"
+    if not isinstance(expected, dict):
+        return "its digests cannot be read"
+    digests = _digests(path)
     wrong = sorted(
-        name for name in set(found) | set(expected) if found.get(name) != expected.get(name)
+        name for name in digests.keys() | expected.keys() if digests.get(name) != expected.get(name)
     )
     return f"{wrong[0]} is damaged ({len(wrong)} of {len(expected)} files)" if wrong else None
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
-    """sha256 of every file below `folder` except the digests themselves, by relative path."""
-    found = {}
+    """Returns the sha256 of every file below `folder` except the digests themselves, by relative path."""
+    digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != _DIGESTS:
             with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(
                     file, "sha256"
                 ).hexdigest()
-    return found
+    return digests

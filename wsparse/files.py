@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 from typing import Any
 
@@ -23,8 +24,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> UserError:
+    """Returns the error for a file or folder that could not be written, with the space that is left."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"cannot write {path}: {reason}{_space_left(pathlib.Path(path))}")
+
+
+def _space_left(path: pathlib.Path) -> str:
+    for folder in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder})"
+    return ""
 
 
 def make_folder(
@@ -47,7 +63,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from a file; UserError when it is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
