@@ -120,7 +120,7 @@ def test_a_damaged_lock_file_that_nobody_holds_is_taken(tmp_path, content):
 
 def test_an_error_inside_the_block_is_left_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError), locks.hold(tmp_path, "training"):
-        open(tmp_path / "missing")
+        (tmp_path / "missing").read_text()
     assert list(tmp_path.iterdir()) == []
 
 

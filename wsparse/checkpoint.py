@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -261,7 +262,10 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise files.cannot_write(path, error) from error
+        # Tensorstore gives the system's error as a number at the end of a long text.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else error
+        raise files.cannot_write(path, reason) from error
 
 
 def _damage(path: pathlib.Path | None, step: int) -> str | None:

@@ -43,8 +43,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         _check_flags(argv)
         if not flags.FLAGS["verbosity"].present:
-            absl.logging.set_verbosity(absl.logging.ERROR)
-            logging.getLogger("jax").setLevel(logging.ERROR)
+            _hush_libraries()
         sys.exit(_run(main, argv))
 
     handle_signals(_unwind)
@@ -111,6 +110,15 @@ class _TqdmHandler(logging.Handler):
             raise
         except Exception:
             self.handleError(record)
+
+
+def _hush_libraries() -> None:
+    """Hide what libraries log and complain of; their errors reach us as exceptions."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    for name in ("jax", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # After a failed save, orbax's unawaited writes are collected with an error each.
+    sys.unraisablehook = lambda _: None
 
 
 @contextlib.contextmanager
