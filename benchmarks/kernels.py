@@ -1,7 +1,7 @@
 """Bytes of device memory that kernels and what XLA makes of plain JAX move: `python benchmarks/kernels.py`.
 
 Everything is compiled for one TPU chip (no TPU is needed, only the extra `aot`) at the sizes of one chip's
-share of `configs/gao_475m.py`: 1024 tokens, 2048 channels, 128 heads. "Floor" is every argument read and
+share of `configs/gao.py:475m`: 1024 tokens, 2048 channels, 128 heads. "Floor" is every argument read and
 every result written once. Searches of plain JAX stop when their data say so: theirs are upper bounds. jax's
 splash attention stands beside ours.
 """

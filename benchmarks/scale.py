@@ -20,20 +20,20 @@ from wsparse.command import run_command
 
 ROWS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "recipes": [
-        ("gao_7m", "v5e-8", ()),
-        ("gao_30m", "v5e-8", ()),
-        ("gao_119m", "v5e-16", ()),
-        ("gao_475m", "v5e-32", ()),
-        ("gao_1900m", "v5e-64", ()),
+        ("gao:7m", "v5e-8", ()),
+        ("gao:30m", "v5e-8", ()),
+        ("gao:119m", "v5e-16", ()),
+        ("gao:475m", "v5e-32", ()),
+        ("gao:1900m", "v5e-64", ()),
     ],
-    "depth": [("gao_475m", "v5e-32", (f"model.n_layer={layers}",)) for layers in (16, 32)],
-    "chips": [("gao_475m", slice_, ()) for slice_ in ("v5e-16", "v5e-32", "v5e-64", "v5e-256")],
-    "slices": [("gao_475m", slices, ()) for slices in ("v5e-64", "2 x v5e-32", "4 x v5e-16")],
-    "generations": [("gao_475m", slice_, ()) for slice_ in ("v5e-32", "v5p-64", "v6e-32")],
+    "depth": [("gao:475m", "v5e-32", (f"model.n_layer={layers}",)) for layers in (16, 32)],
+    "chips": [("gao:475m", slice_, ()) for slice_ in ("v5e-16", "v5e-32", "v5e-64", "v5e-256")],
+    "slices": [("gao:475m", slices, ()) for slices in ("v5e-64", "2 x v5e-32", "4 x v5e-16")],
+    "generations": [("gao:475m", slice_, ()) for slice_ in ("v5e-32", "v5p-64", "v6e-32")],
     "after": [
-        ("gao_1900m", "v5e-256", ()),
-        ("gao_1900m", "v5e-256", ("model.n_layer=32",)),
-        ("gao_1900m", "v5e-256", ("model.d_model=8192", "model.n_head=512", "mesh.fsdp=64")),
+        ("gao:1900m", "v5e-256", ()),
+        ("gao:1900m", "v5e-256", ("model.n_layer=32",)),
+        ("gao:1900m", "v5e-256", ("model.d_model=8192", "model.n_head=512", "mesh.fsdp=64")),
     ],
 }
 
@@ -46,11 +46,15 @@ HEADER = (
 def row(name: str, topology: str, overrides: Sequence[str]) -> str:
     """One line of the table, compiled now or read."""
     label = "_".join(
-        [name, topology.replace(" ", ""), *(each.replace("=", "") for each in overrides)]
+        [
+            name.replace(":", "_"),
+            topology.replace(" ", ""),
+            *(each.replace("=", "") for each in overrides),
+        ]
     )
     path = pathlib.Path("runs/aot") / f"{label}.json"
     if not path.exists():
-        command = [sys.executable, "-m", "wsparse.aot", f"--config=configs/{name}.py"]
+        command = [sys.executable, "-m", "wsparse.aot", f"--config={name}"]
         slices, _, one = topology.rpartition(" x ")
         command += [f"--topology={one}", f"--slices={slices or 1}", f"--out={path}"]
         # Status 1 is an answer: it does not fit.

@@ -13,12 +13,11 @@ import dataclasses
 import json
 
 from absl import flags
-from ml_collections import config_flags
 import timing
 
-from wsparse import model, sharding
+from wsparse import model, recipes, sharding
 from wsparse.command import run_command
-from wsparse.config import TrainConfig, from_dict
+from wsparse.config import TrainConfig
 from wsparse.step import make_program
 
 
@@ -36,7 +35,7 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
 
 def main(argv) -> None:
     """Time the variants and print a table and one JSON line."""
-    config = from_dict(TrainConfig, flags.FLAGS.config.to_dict())
+    _, config = recipes.from_flag()
     # The projection is timed where it works hardest, at the final density.
     steps = {name: _stepper(variant) for name, variant in variants(_at_the_end(config)).items()}
     medians = timing.medians_in_turns(steps, flags.FLAGS.rounds)
@@ -71,6 +70,6 @@ def _stepper(config: TrainConfig) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/tiny.py", "The recipe to time.")
+    recipes.define_flag("tiny", text="Recipe to time")
     flags.DEFINE_integer("rounds", 12, "Timed steps of each variant.")
     run_command(main)

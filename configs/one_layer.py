@@ -16,7 +16,7 @@ from wsparse.config import recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe; every key can be overridden with `--config.key=value`."""
+    """Returns the recipe; every key can be overridden with `--config.key=value`."""
     return recipe(
         model={"vocab_size": 1024, "context": 64, "n_layer": 1, "d_model": 128, "n_head": 8},
         sparsity={"density": 1 / 32, "anneal_end": 0.4},

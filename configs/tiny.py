@@ -1,23 +1,28 @@
 """A first weight-sparse model of Python code: 2 layers, d_model 128, 1 weight in 16.
 
 Reproduces: on a laptop, the kind of model in which Gao et al. 2025 find circuits. It closes a string with
-    the quote that opened it in over 99% of the prompts of `single_double_quote`, and does eleven of
-    the twenty tasks below a loss of 0.15: `python -m wsparse.circuits.tasks --run=runs/tiny`.
+    the quote that opened it in over 98% of the prompts of `single_double_quote`. Of the twenty tasks it does
+    nine below a loss of 0.15 on the report split, and eleven on the search split:
+    `python -m wsparse.tasks --run=runs/tiny`.
+    The variant `dense` is its baseline: the same data, model and steps with every weight kept.
 Hardware: 2 CPU cores.
 Minutes: 2.7 on two cores of a 2.5 GHz Xeon with the extra `cpu`, the making of the data included.
-Expected loss: 2.59 held out (seed 0). Expected L0: exactly round(size / 16) in every projected matrix,
-    41,104 nonzero weights in all.
+Expected loss: 2.59 held out, 2.33 for `dense` (seed 0). Expected L0: exactly round(size / 16) in every
+    projected matrix, 41,104 nonzero weights in all; 1 for `dense`.
 Command: python -m wsparse.train --config=configs/tiny.py
+    python -m wsparse.train --config=configs/tiny.py:dense
 """
 
 import ml_collections
 
 from wsparse.config import recipe
 
+VARIANTS = ("dense",)
 
-def get_config() -> ml_collections.ConfigDict:
-    """The recipe; every key can be overridden with `--config.key=value`."""
-    return recipe(
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe; every key can be overridden with `--config.key=value`."""
+    config = recipe(
         model={"vocab_size": 1024, "context": 64, "n_layer": 2, "d_model": 128, "n_head": 8},
         sparsity={"density": 1 / 16, "anneal_end": 0.4},
         optimizer={"learning_rate": 6e-3},
@@ -25,3 +30,6 @@ def get_config() -> ml_collections.ConfigDict:
         steps=900,
         batch_size=40,
     )
+    if variant == "dense":
+        config.sparsity.density = 1.0
+    return config

@@ -1,7 +1,6 @@
 """Recipes compile for TPU slices on any machine, and what is said of a program is what it does."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -16,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from wsparse import aot, hlo, model, sharding
+from wsparse import aot, hlo, model, recipes, sharding
 from wsparse.config import MeshConfig, TrainConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.ops import selection
 from wsparse.step import init_state, make_program
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-RECIPES = sorted(path.stem for path in (REPO / "configs").glob("gao_*.py"))
+RECIPES = [name for name in recipes.names() if name.startswith("gao:")]
 
 CONFIG = from_dict(
     TrainConfig,
@@ -356,7 +355,7 @@ def test_what_does_not_fit_is_said_and_fails(libtpu, monkeypatch):
     [
         (["--topology=v5e-16"], "--config is missing"),
         (["--config=configs/tiny.py", "--topology=v5e-3"], "known ones are"),
-        (["--config=configs/gao_7m.py", "--topology=v5e-4", "--config.mesh.fsdp=3"], "4 devices"),
+        (["--config=gao:7m", "--topology=v5e-4", "--config.mesh.fsdp=3"], "4 devices"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message):
@@ -389,12 +388,10 @@ def test_the_program_of_a_step_is_the_same_for_every_density(libtpu, monkeypatch
 
 def load(name: str) -> tuple[TrainConfig, str]:
     """A recipe and the slice that its docstring names."""
-    spec = importlib.util.spec_from_file_location(name, REPO / "configs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    (topology,) = re.findall(r"TPU (v\w+-\d+)", module.__doc__ or "")
-    return from_dict(TrainConfig, module.get_config().to_dict()), topology
+    variant = name.partition(":")[2]
+    text = (REPO / "configs" / "gao.py").read_text()
+    (topology,) = re.findall(rf"\| {variant} \|.* TPU (v\w+-\d+)", text)
+    return from_dict(TrainConfig, recipes.load(name)), topology
 
 
 @pytest.mark.parametrize("name", RECIPES)

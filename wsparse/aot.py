@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 
-from wsparse import files, hlo, model, sharding
+from wsparse import files, hlo, model, recipes, sharding
 from wsparse.circuits import PairArrays, masks, search
 from wsparse.command import run_command
-from wsparse.config import ModelConfig, TrainConfig, from_dict
+from wsparse.config import ModelConfig, TrainConfig
 from wsparse.errors import UserError, closest, missing_extra
 from wsparse.step import Program, make_program
 
@@ -327,18 +326,15 @@ def main(argv: Sequence[str]) -> int:
     """The command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
-    if options.config is None:
-        raise UserError("--config is missing: python -m wsparse.aot --config=configs/gao_475m.py")
-    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    config = from_dict(TrainConfig, options.config.to_dict())
+    recipe, config = recipes.from_flag()
     jax.config.update("jax_platforms", "cpu")
     # By default the platform that JAX runs on would decide.
     os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
     target = find_target(options.topology, options.slices)
-    report = {"config": str(file)} | run(
+    report = {"config": recipe} | run(
         config, target, options.what, steps=options.steps, pairs_per_step=options.pairs_per_step
     )
-    name = f"{file.stem}_{re.sub(r'[: ]+', '_', str(target))}.json"
+    name = f"{recipe}_{re.sub(r'[: ]+', '_', str(target))}.json"
     out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(out, report)
@@ -347,7 +343,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/gao_475m.py.")
+    recipes.define_flag(text="Recipe to compile")
     flags.DEFINE_string("topology", None, "A slice, e.g. v5e-256 or v5e:16x16.", required=True)
     flags.DEFINE_integer("slices", 1, "How many such slices.", lower_bound=1)
     flags.DEFINE_enum("what", "train", ["train", "prune", "all"], "Which functions to compile.")

@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -146,26 +145,23 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except UserError as error:
         _fail(str(error))
-    except SyntaxError as error:
-        _fail(f"{error.filename}:{error.lineno}: {error.msg}")
     except Exception as error:
-        # A recipe is Python, and is run while flags are parsed: whatever it raises ends here.
         _fail(_flag_error(error))
 
 
 def _flag_error(error: Exception) -> str:
-    """What went wrong while flags were parsed, with the recipe's line where it went wrong there."""
+    """Returns what went wrong while flags were parsed, in one line."""
     # An unknown key comes as the repr of a KeyError's message.
     text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").split())
     if unknown := re.fullmatch(r"""["']+(\w+)'( Did you mean "(\w+)".*)?["']?""", text):
         nearest = f" (did you mean {unknown[3]!r}?)" if unknown[3] else ""
         return f"unknown config key {unknown[1]!r}{nearest}"
-    if "has no attribute 'get_config'" in text:
-        return "the recipe of --config defines no get_config(); see configs/tiny.py for one"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    if frame.name == "get_config":
-        return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
-    return f"{text}; see --help"
+    # absl wraps what a flag's parser raises.
+    return (
+        str(error.__context__)
+        if isinstance(error.__context__, UserError)
+        else f"{text}; see --help"
+    )
 
 
 def _check_flags(argv: Sequence[str]) -> None:

@@ -28,13 +28,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import config_flags
 import numpy as np
 from packaging.requirements import Requirement
 
-from wsparse import processes, sharding
+from wsparse import processes, recipes, sharding
 from wsparse.command import run_command
-from wsparse.config import MeshConfig, TrainConfig, from_dict
+from wsparse.config import MeshConfig, TrainConfig
 from wsparse.errors import UserError
 from wsparse.step import init_state, make_program
 
@@ -286,9 +285,7 @@ def main(argv: Sequence[str]) -> int:
     """The command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
-    config = None
-    if options.config is not None:
-        config = from_dict(TrainConfig, options.config.to_dict())
+    config = None if options.config is None else recipes.from_flag()[1]
     workdir = None if options.workdir is None else epath.Path(options.workdir)
     processes.initialize_processes()
     if jax.process_index() != 0:
@@ -299,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A recipe, to compile and run one step of it.")
+    recipes.define_flag(text="Recipe to compile, and to run one step of")
     flags.DEFINE_string("workdir", None, "Folder of the run, or the URL of a bucket.")
 
 

@@ -22,13 +22,11 @@ from typing import Any
 from absl import flags
 import jax
 from jax.experimental import multihost_utils
-import ml_collections
-from ml_collections import config_flags
 import numpy as np
 
-from wsparse import checkpoint, files, metrics, model, processes, sharding, sparsity, trees
+from wsparse import checkpoint, files, metrics, model, processes, recipes, sharding, sparsity, trees
 from wsparse.command import run_command
-from wsparse.config import TrainConfig, differences, from_dict, to_dict
+from wsparse.config import TrainConfig, differences, to_dict
 from wsparse.data import batches
 from wsparse.errors import UserError
 from wsparse.ops import cpu
@@ -387,24 +385,14 @@ class _Loop:
 def main(argv: Sequence[str]) -> int:
     """The command; see the module's docstring."""
     options: Any = flags.FLAGS
-    if options.config is None:
-        raise UserError("--config is missing: python -m wsparse.train --config=configs/tiny.py")
-    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-    if not file.is_file():
-        raise UserError(f"--config={file}: no such file; recipes are in configs/")
-    if not isinstance(options.config, ml_collections.ConfigDict):
-        raise UserError(
-            f"{file}: get_config() must return a ConfigDict (wsparse.config.recipe makes one), "
-            f"got {type(options.config).__name__}"
-        )
-    config = from_dict(TrainConfig, options.config.to_dict())
+    name, config = recipes.from_flag()
     processes.initialize_processes()
-    return run(config, pathlib.Path(options.workdir or f"runs/{file.stem}"))
+    return run(config, pathlib.Path(options.workdir or f"runs/{name}"))
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/tiny.py.")
-    flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME for configs/NAME.py.")
+    recipes.define_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME for the recipe NAME.")
 
 
 if __name__ == "__main__":
