@@ -24,7 +24,7 @@ from playwright import sync_api
 
 from wsparse import runs
 from wsparse.circuits import graph, masks, tasks
-from wsparse.circuits.circuit import Circuit, Node, edge_list
+from wsparse.circuits.circuit import Circuit, CircuitNode
 from wsparse.command import run_command
 from wsparse.errors import UserError
 from wsparse.viewer import collect, held_out, page
@@ -48,8 +48,8 @@ def grown(circuit: Circuit, run: runs.Run, n_nodes: int) -> Circuit:
     edges = graph.between(kept_U, graph.nonzero(run.params), config)
     return dataclasses.replace(
         circuit,
-        nodes=[Node(everything[i], 0.0, 1 / (1 + rank)) for rank, i in enumerate(chosen)],
-        edges=edge_list(edges, run.params),
+        nodes=[CircuitNode(everything[i], 0.0, 1 / (1 + rank)) for rank, i in enumerate(chosen)],
+        edges=graph.edge_list(edges, run.params),
         removed={path: np.zeros_like(each) for path, each in edges.items()},
     )
 

@@ -23,6 +23,7 @@ from wsparse.circuits import (
     report,
     scoring,
 )
+from wsparse.circuits.circuit import CurvePoint
 from wsparse.circuits.search import FAST, Pruner, search
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
@@ -153,12 +154,12 @@ def test_the_planted_circuit_is_found_exactly(circuit):
 
 def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
     # What is left prefers one answer whatever the prompt.
-    assert circuit.scores["necessity"]["accuracy"] == 0.5
-    assert circuit.scores["necessity"]["loss"] > 0.6
-    assert circuit.scores["model"]["accuracy"] == 1.0
+    assert circuit.scores.necessity.accuracy == 0.5
+    assert circuit.scores.necessity.loss > 0.6
+    assert circuit.scores.model.accuracy == 1.0
     for control in circuit.controls.values():
-        assert not control["reached"]
-        assert control["least_loss"] > 0.4
+        assert not control.reached
+        assert control.least_loss > 0.4
 
 
 def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):
@@ -190,10 +191,10 @@ def test_every_planted_node_matters_when_removed_alone(circuit):
 
 
 def test_the_curve_has_a_point_for_every_reachable_target(circuit):
-    targets = [point["target"] for point in circuit.curve]
+    targets = [point.target for point in circuit.curve]
     assert targets == sorted(targets)
     assert 0.12 in targets
-    edges = [point["edges"] for point in circuit.curve]
+    edges = [point.edges for point in circuit.curve]
     assert edges[-1] <= edges[targets.index(0.12)]
 
 
@@ -201,10 +202,10 @@ def test_edges_carry_the_models_weights(circuit, subject):
     weights = {(e.source, e.target): e.weight for e in circuit.edges}
     assert weights["1.mlp.act_in.9", "1.mlp.post_act.8"] == -3.0
     assert weights["0.attn.v.3", "0.attn.resid_delta.9"] == 3.0
-    assert circuit.counts["edges"] == len(circuit.edges)
+    assert circuit.counts.edges == len(circuit.edges)
     # Unembedding: channel 11 has two entries; embedding: channels 5 (two tokens) and 9 (none).
-    assert circuit.counts["unembedding_edges"] == 2
-    assert circuit.counts["embedding_edges"] == 2
+    assert circuit.counts.unembedding_edges == 2
+    assert circuit.counts.embedding_edges == 2
 
 
 # ---- The file ----
@@ -218,6 +219,8 @@ def test_a_circuit_survives_saving_and_loading(circuit, subject, tmp_path):
     assert loaded.config == PLANTED
     assert loaded.loss == circuit.loss
     assert loaded.controls == circuit.controls
+    assert loaded.scores == circuit.scores and loaded.counts == circuit.counts
+    assert loaded.curve == circuit.curve
     for kind in ("means", "tau", "removed"):
         for name, array in getattr(circuit, kind).items():
             np.testing.assert_array_equal(getattr(loaded, kind)[name], array)
@@ -232,7 +235,7 @@ def test_a_circuit_survives_saving_and_loading(circuit, subject, tmp_path):
     last = np.asarray(logits)[rows, 5]
     margin = last[rows, pairs.answer] - last[rows, pairs.other]
     expected = np.mean(np.logaddexp(0, -margin))
-    assert loaded.scores["sufficiency"]["loss"] == pytest.approx(expected, abs=0.02)
+    assert loaded.scores.sufficiency.loss == pytest.approx(expected, abs=0.02)
 
 
 def test_a_circuit_refuses_parameters_of_another_model(circuit, subject):
@@ -275,9 +278,12 @@ def change_edge(**values):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_node(name="9.attn.q.1"), "no node '9.attn.q.1'"),
-        (change_node(importance="large"), "'large' is where a number must be"),
-        (change_edge(weight=None), "None is where a number must be"),
+        (change_node(name="9.attn.q.1"), "node '9.attn.q.1' is not in this model"),
+        (
+            change_node(importance="large"),
+            r"'nodes\[0\].importance' must be of type float, got 'large'",
+        ),
+        (change_edge(weight=None), r"'edges\[0\].weight' must be of type float, got None"),
         (change_edge(source="0.attn.q.0"), "an edge ends at '0.attn.q.0'"),
         (
             lambda circuit: circuit["model"]["config"].update(d_mlp=99),
@@ -606,8 +612,8 @@ def test_settings_that_make_no_sense_are_refused_by_name():
 
 def write_run(folder, circuit, edges_by_task, val_loss):
     for task, edges in edges_by_task.items():
-        counts = {**circuit.counts, "edges": edges, "edges_between_nodes": 2 * edges}
-        curve = [{"target": 0.12, "nodes": 3, "edges": edges, "loss": 0.1}]
+        counts = dataclasses.replace(circuit.counts, edges=edges, edges_between_nodes=2 * edges)
+        curve = [CurvePoint(0.12, 3, edges, 0.1)]
         one = dataclasses.replace(circuit, task=task, counts=counts, curve=curve)
         one.save(folder / "circuits" / task)
         status = {"task": task, "status": "found", "model": {"loss": 0.09, "accuracy": 1.0}}
@@ -648,7 +654,7 @@ def test_a_comparison_sets_apart_what_is_empty_or_misses_the_target_on_the_repor
     for i, name in enumerate("ab"):
         write_run(tmp_path / name, held, {task: each[i] for task, each in edges_of.items()}, 2.0)
     where = tmp_path / "b" / "circuits" / "overfit"
-    counts = {**circuit.counts, "edges": 2000, "edges_between_nodes": 4000}
+    counts = dataclasses.replace(circuit.counts, edges=2000, edges_between_nodes=4000)
     fails = dataclasses.replace(held, task="overfit", counts=counts, loss=circuit.target + 0.1)
     fails.save(where)
     result = compare.compare(tmp_path / "a", tmp_path / "b")

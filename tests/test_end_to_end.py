@@ -114,7 +114,7 @@ def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
     assert found, out
     circuit = Circuit.load(folder / found[0])
     circuit.check(run.params)
-    assert circuit.counts["nodes"] == len(circuit.nodes)
+    assert circuit.counts.nodes == len(circuit.nodes)
     assert set(circuit.controls) == {"shuffled_labels", "random_model"}
     assert found[0] in (folder / "table.txt").read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

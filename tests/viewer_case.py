@@ -10,7 +10,18 @@ import numpy as np
 
 from wsparse import files, model, runs, trees
 from wsparse.circuits import Circuit, graph, masks, procedure, scoring, tasks
-from wsparse.circuits.circuit import Node, edge_list
+from wsparse.circuits.circuit import (
+    FOUND,
+    Baseline,
+    Calibration,
+    CircuitNode,
+    Control,
+    Counts,
+    CurvePoint,
+    Score,
+    Scores,
+    Status,
+)
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.nodes import NODES
@@ -96,26 +107,31 @@ def circuit(task: tasks.Task) -> Circuit:
         config=CONFIG,
         target=0.15,
         nodes=[
-            Node(str(n), 0.5, float(i)) for n, i in zip(names, rng.random(N_NODES), strict=True)
+            CircuitNode(str(n), 0.5, float(i))
+            for n, i in zip(names, rng.random(N_NODES), strict=True)
         ],
-        edges=edge_list(edges, given.params),
+        edges=graph.edge_list(edges, given.params),
         loss=scores.loss,
-        scores={
-            "model": {"loss": 0.1, "accuracy": 1.0},
-            "calibrated": {"loss": 0.2},
-            "necessity": {"loss": 2.0, "accuracy": 0.1},
-            "attribution_baseline": {"reached": False, "least_loss": 0.5},
-            "edges_before_clean_up": 99,
-            "seconds_to_find": 3.0,
-        },
-        counts={"nodes": N_NODES, "edges": graph.count(edges)}
-        | dict.fromkeys(
-            ("embedding_edges", "unembedding_edges", "biases", "edges_between_nodes"), 9
+        scores=Scores(
+            model=Score(0.1, 1.0),
+            sufficiency=Score(*scores),
+            calibrated=Calibration(scale=1.0, shift=0.0, loss=0.2),
+            necessity=Score(2.0, 0.1),
+            attribution_baseline=Baseline(reached=False, least_loss=0.5),
+            edges_before_clean_up=99,
+            seconds_to_find=3.0,
+            seconds=4.0,
         ),
-        controls={"shuffled_labels": {"reached": False, "least_loss": 0.7, "edges": None}},
-        curve=[
-            {"target": t, "nodes": 10, "edges": e, "loss": t} for t, e in ((0.15, 50), (0.3, 20))
-        ],
+        counts=Counts(
+            nodes=N_NODES,
+            edges=graph.count(edges),
+            edges_between_nodes=9,
+            embedding_edges=9,
+            unembedding_edges=9,
+            biases=9,
+        ),
+        controls={"shuffled_labels": Control(reached=False, least_loss=0.7)},
+        curve=[CurvePoint(t, 10, e, t) for t, e in ((0.15, 50), (0.3, 20))],
         hyperparameters={"settings": {"report_pairs": 4, "seed": settings.seed}},
         means={name: np.asarray(each) for name, each in scorer.means.items()},
         tau={},
@@ -129,12 +145,8 @@ def write_run(folder: pathlib.Path) -> tasks.Task:
     task = tasks.find(str(write_task(folder)))
     found = circuit(task)
     found.save(folder / "circuits" / TASK)
-    for name, status in ((TASK, "found"), ("hard", "not found")):
-        (folder / "circuits" / name).mkdir(exist_ok=True)
-        files.write_json(
-            folder / "circuits" / name / "status.json",
-            {"task": name, "status": status, "model": {"loss": 0.1, "accuracy": 1.0}},
-        )
+    for name, status in ((TASK, FOUND), ("hard", "not found")):
+        Status(task=name, status=status, model=Score(0.1, 1.0)).save(folder / "circuits" / name)
     return task
 
 

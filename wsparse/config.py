@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -368,7 +369,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
         raise UserError(
             f"config key '{where.rstrip('.')}' must be a group of keys, got {_shown(values)}"
         )
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     arguments = {}
     for key, value in values.items():
         name = key if key in hints else _american(key)
@@ -380,6 +381,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
         if required and field.name not in arguments:
             raise UserError(f"config key '{where}{field.name}' is missing")
     return cls(**arguments)
+
+
+# Slow, and asked for once for every edge of a circuit.
+_hints = functools.cache(typing.get_type_hints)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

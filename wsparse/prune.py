@@ -28,7 +28,7 @@ from optuna.storages import BaseStorage
 
 from wsparse import files, runs
 from wsparse.circuits import procedure, report, scoring, tasks
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import Circuit, Score, Status
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial
 from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
 from wsparse.command import run_command
@@ -152,7 +152,7 @@ class _Job:
                 circuit = procedure.find_circuit(
                     self.subject, self.pairs, self.pruner, self.settings, self.say, trials=trials
                 )
-                self._finish(circuit, "found" if circuit else "not found")
+                self._finish(circuit, circuit.status if circuit else "not found")
 
     @functools.cached_property
     def score(self) -> scoring.Score:
@@ -188,20 +188,19 @@ class _Job:
             yield
 
     def _finish(self, circuit: Circuit | None, outcome: str) -> None:
-        status = {
-            "task": self.pairs.task,
-            "status": outcome,
-            "model": self.score._asdict(),
-            "digest": self.subject.digest,
-            "settings": _as_json(self.settings),
-        }
+        status = Status(
+            task=self.pairs.task,
+            status=outcome,
+            model=Score(*self.score),
+            digest=self.subject.digest,
+            settings=_as_json(self.settings),
+        )
         if circuit is not None:
             circuit.save(self.where)
             with files.replacing(self.where / "circuit.txt") as part:
                 part.write_text(report.text(circuit))
             self.say(f"  {report.summary(circuit)}")
-        self.where.mkdir(parents=True, exist_ok=True)
-        files.write_json(self.where / "status.json", status)
+        status.save(self.where)
 
 
 def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
@@ -234,15 +233,14 @@ def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
 
 
 def _is_done(where: pathlib.Path, digest: str, settings: procedure.Settings) -> bool:
-    path = where / "status.json"
-    if not path.exists():
+    if not (where / "status.json").exists():
         return False
     try:
-        status = files.read_json(path)
+        status = Status.load(where)
     except UserError:
         return False
-    done = status.get("digest") == digest and status.get("settings") == _as_json(settings)
-    if done and status["status"] == "found":
+    done = status.digest == digest and status.settings == _as_json(settings)
+    if done and status.has_circuit:
         # A damaged one is refused now, not by the table after all other tasks.
         Circuit.load(where)
     return done

@@ -1,41 +1,53 @@
-"""The circuit file: what was found for a task, in which model, and the evidence.
+"""The circuit file: the nodes and edges found for a task in a model, with their scores.
 
 A circuit is a folder: `circuit.json`, readable by people, and `circuit.npz` with the arrays that a program
-needs to run it. The viewer, the auditor and the exporter read nothing else of pruning.
+needs to run it. `status.json` beside them tells how the task's search ended. All are read into the
+dataclasses below by `config.from_dict`; reading them needs no jax. What is measured for the page is beside
+them too, see `wsparse.circuits.evidence`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 import zipfile
 
 import numpy as np
 
-from wsparse import files, model, trees
-from wsparse.circuits import graph, masks
+from wsparse import files, nodes
 from wsparse.config import ModelConfig, from_dict, to_dict
 from wsparse.errors import UserError
 
+if TYPE_CHECKING:
+    from wsparse import model
+
 SCHEMA = 1
-_JSON, _ARRAYS = "circuit.json", "circuit.npz"
+FOUND = "found"
+ABOVE_TARGET = "above target on the report split"
+
+_JSON, _ARRAYS, _STATUS = "circuit.json", "circuit.npz", "status.json"
+_ARRAY_FIELDS = ("means", "tau", "removed")
 
 
-class Node(NamedTuple):
-    """A node of a circuit."""
+@dataclasses.dataclass(frozen=True)
+class CircuitNode:
+    """A node of a circuit.
+
+    Attributes:
+      name: Name as `str(nodes.Node(...))` gives it, "layer.location.channel".
+      tau: Parameter that pruning learned for it.
+      importance: Growth of the task's loss, in nats, when it alone is removed from the circuit.
+    """
 
     name: str
-    """"layer.location.channel"."""
     tau: float
-    """What pruning learned for it."""
     importance: float
-    """Growth of the task's loss, in nats, when it alone is removed from the circuit."""
 
 
-class Edge(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Edge:
     """A weight between two nodes of a circuit."""
 
     source: str
@@ -43,176 +55,313 @@ class Edge(NamedTuple):
     weight: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Task loss in nats (ln 2 is chance), and the fraction of prompts whose answer is preferred."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Scale and shift of the logits fitted on the pairs circuits are chosen on, and the loss they give."""
+
+    scale: float
+    shift: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """The circuit of nodes ranked by attribution; `least_loss` stands alone where it missed the target."""
+
+    reached: bool
+    nodes: int | None = None
+    edges: int | None = None
+    loss: float | None = None
+    least_loss: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """The same procedure where there is nothing to find."""
+
+    reached: bool
+    least_loss: float
+    edges: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """The circuit of one target loss, with its loss on the report split."""
+
+    target: float
+    nodes: int
+    edges: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialSize:
+    """Size of the circuit of one pruning run; None where it missed the target."""
+
+    number: int
+    nodes: int | None
+    edges: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Numbers of nodes and edges."""
+
+    nodes: int
+    edges: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Sizes of a circuit, see `graph.Counts`.
+
+    Attributes:
+      edges_between_nodes: All nonzero weights between the kept nodes, the cut ones too.
+    """
+
+    nodes: int
+    edges: int
+    edges_between_nodes: int
+    embedding_edges: int
+    unembedding_edges: int
+    biases: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Everything that was measured of a circuit, on the report split unless said otherwise.
+
+    Attributes:
+      model: The whole model.
+      sufficiency: The circuit alone, everything else at its mean.
+      calibrated: The same after a fitted scale and shift of the logits.
+      necessity: The circuit's nodes at their means, and everything else as it is.
+      attribution_baseline: Circuit by gradient attribution in place of a learned mask.
+      edges_before_clean_up: Edges of the cut that the circuit was cleaned up from.
+      seconds_to_find: Time of search and clean-up.
+      seconds: Time of everything.
+      discretize_loss: Loss on the pairs that the circuit was chosen on.
+      sufficient: Size of the circuit before it was completed until it is necessary.
+      trials: Sizes of the cuts of the search's trials.
+    """
+
+    model: Score
+    sufficiency: Score
+    calibrated: Calibration
+    necessity: Score
+    attribution_baseline: Baseline
+    edges_before_clean_up: int
+    seconds_to_find: float
+    seconds: float
+    discretize_loss: float | None = None
+    sufficient: Size | None = None
+    trials: tuple[TrialSize, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """`status.json`: how the search for a task's circuit ended.
+
+    Attributes:
+      task: Name of the task.
+      status: `FOUND`, `ABOVE_TARGET`, or why there is no circuit.
+      model: Score of the whole model on the report split.
+      digest: Digest of the model's parameters.
+      settings: Settings of the procedure.
+    """
+
+    task: str
+    status: str
+    model: Score
+    digest: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_circuit(self) -> bool:
+        """Whether a circuit is beside it."""
+        return self.status in (FOUND, ABOVE_TARGET)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a circuit's folder."""
+        files.make_folder(folder)
+        files.write_json(pathlib.Path(folder) / _STATUS, to_dict(self))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Status:
+        """Returns the status of a circuit's folder.
+
+        Raises:
+          UserError: The file cannot be read, or is not a status.
+        """
+        path = pathlib.Path(folder) / _STATUS
+        try:
+            return from_dict(cls, files.read_json(path))
+        except UserError as error:
+            raise UserError(
+                f"{path} is damaged: {error}; remove it and prune the task again"
+            ) from error
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Circuit:
     """A task's circuit in one model.
 
     Attributes:
-      task: name of the task.
-      form: the candidates' surface form.
-      model_digest: `trees.digest` of the parameters it belongs to.
-      config: of the model.
-      target: task loss that it was to reach.
-      nodes: the kept nodes.
-      edges: the kept weights between them.
-      loss: task loss of the circuit alone (everything else at its mean), in nats, on the report split, with
+      task: Name of the task.
+      form: The candidates' surface form.
+      loss: Task loss of the circuit alone (everything else at its mean), in nats, on the report split, with
         the logits as they are.
-      scores: every other measurement, see `procedure.find_circuit`.
-      counts: sizes, see `graph.Counts`; "edges_between_nodes" counts all weights between kept nodes.
-      controls: the same procedure where there is nothing to find.
-      curve: one entry for each target of the sweep.
-      hyperparameters: of the trial that it came from, and of the search.
-      means: location -> float32 `(L, N)`: what a removed node's value is.
-      tau: location -> float32 `(L, N)`.
-      removed: kernel path -> bool `(L, in, out)`: the cut weights.
+      target: Task loss that it was to reach.
+      counts: Its sizes.
+      scores: Every other measurement.
+      controls: The same procedure where there is nothing to find, by name.
+      nodes: The kept nodes.
+      edges: The kept weights between them.
+      curve: The circuit of each target of the sweep.
+      hyperparameters: Those of the trial that it came from, and the "settings" of the procedure.
+      model_digest: `trees.digest` of the parameters it belongs to.
+      config: Config of the model.
+      means: Location -> float32 `(L, N)`, the values of removed nodes.
+      tau: Location -> float32 `(L, N)`.
+      removed: Kernel path -> bool `(L, in, out)`, the cut weights.
     """
 
     task: str
     form: str
+    loss: float
+    target: float
+    counts: Counts
+    scores: Scores
+    controls: dict[str, Control]
+    nodes: list[CircuitNode]
+    edges: list[Edge]
+    curve: list[CurvePoint]
+    hyperparameters: dict[str, Any]
     model_digest: str
     config: ModelConfig
-    target: float
-    nodes: list[Node]
-    edges: list[Edge]
-    loss: float
-    scores: dict[str, Any]
-    counts: dict[str, int]
-    controls: dict[str, Any]
-    curve: list[dict[str, float]]
-    hyperparameters: dict[str, Any]
     means: dict[str, np.ndarray]
     tau: dict[str, np.ndarray]
     removed: dict[str, np.ndarray]
 
-    def mask(self) -> masks.Mask:
-        """Location -> bool `(L, N)`: which nodes are kept."""
-        vector_U = masks.from_names([node.name for node in self.nodes], self.config)
-        return masks.unflatten(vector_U, self.config)
+    def __repr__(self) -> str:
+        return (
+            f"Circuit(task={self.task!r}, nodes={len(self.nodes)}, edges={len(self.edges)}, "
+            f"loss={self.loss:.3f}, status={self.status!r})"
+        )
 
-    def belongs_to(self, params: model.Params) -> bool:
-        """Whether these are the parameters that the circuit was found in, to the bit."""
-        return trees.digest(params) == self.model_digest
+    @property
+    def status(self) -> str:
+        """`FOUND`, or `ABOVE_TARGET`: it is chosen on other pairs than its loss is reported on."""
+        return FOUND if self.loss <= self.target else ABOVE_TARGET
+
+    def mask(self) -> dict[str, np.ndarray]:
+        """Returns location -> bool `(L, N)`: which nodes are kept."""
+        mask = {
+            name: np.zeros((self.config.n_layer, kind.width(self.config)), bool)
+            for name, kind in nodes.NODES.items()
+        }
+        for kept in self.nodes:
+            node = nodes.Node.parse(kept.name)
+            mask[node.location][node.layer, node.channel] = True
+        return mask
 
     def check(self, params: model.Params) -> None:
-        """Refuse other parameters.
+        """Refuse parameters other than those that the circuit was found in, to the bit.
 
         Raises:
-          UserError: the circuit was found in another model.
+          UserError: The circuit was found in another model.
         """
-        if not self.belongs_to(params):
+        # Here, not above: reading a circuit needs no jax.
+        from wsparse import trees
+
+        digest = trees.digest(params)
+        if digest != self.model_digest:
             raise UserError(
                 f"the circuit of {self.task!r} belongs to parameters {self.model_digest[:12]}, these are "
-                f"{trees.digest(params)[:12]}: prune this run again, or use the run it came from"
+                f"{digest[:12]}: prune this run again, or use the run it came from"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folder `path`; its `circuit.json` appears last."""
         folder = pathlib.Path(path)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write a circuit to {folder}: {error.strerror}") from error
-        arrays: dict[str, Any] = {
+        files.make_folder(folder)
+        arrays = {
             f"{kind}/{name}": np.asarray(array)
-            for kind in ("means", "tau", "removed")
+            for kind in _ARRAY_FIELDS
             for name, array in getattr(self, kind).items()
         }
         with files.replacing(folder / _ARRAYS) as part:
-            np.savez_compressed(part, **arrays)
-        values = {
-            "schema": SCHEMA,
-            "task": self.task,
-            "form": self.form,
-            "loss": self.loss,
-            "target": self.target,
-            "counts": self.counts,
-            "scores": self.scores,
-            "controls": self.controls,
-            "nodes": [node._asdict() for node in self.nodes],
-            "edges": [edge._asdict() for edge in self.edges],
-            "curve": self.curve,
-            "hyperparameters": self.hyperparameters,
-            "model": {"digest": self.model_digest, "config": to_dict(self.config)},
-        }
-        files.write_json(folder / _JSON, values)
+            np.savez_compressed(part, **arrays)  # pyrefly: ignore
+        values = to_dict(dataclasses.replace(self, **{kind: {} for kind in _ARRAY_FIELDS}))
+        for kind in _ARRAY_FIELDS:
+            del values[kind]
+        model = {"digest": values.pop("model_digest"), "config": values.pop("config")}
+        files.write_json(folder / _JSON, {"schema": SCHEMA, **values, "model": model})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Read a circuit's folder, or the `circuit.json` in it.
+        """Returns the circuit of a folder, or of the `circuit.json` in it.
 
         Raises:
-          UserError: nothing there, or it is not a circuit of this version, or contradicts itself.
+          UserError: There is none, or it is not a circuit of this version, or contradicts itself.
         """
         path = pathlib.Path(path)
         folder = path.parent if path.name == _JSON else path
+        for name in (_JSON, _ARRAYS):
+            if not (folder / name).exists():
+                raise UserError(
+                    f"no circuit in {folder} ({name} is missing): python -m wsparse.prune makes one"
+                )
         try:
-            values = json.loads((folder / _JSON).read_text(encoding="utf-8"))
-            with (
-                (folder / _ARRAYS).open("rb") as file,
-                np.load(file, allow_pickle=False) as stored,
-            ):
-                arrays = {name: stored[name] for name in stored.files}
-        except FileNotFoundError as error:
+            values = files.read_json(folder / _JSON)
+            if values.pop("schema", None) != SCHEMA:
+                raise UserError(f"it is not of schema {SCHEMA}")
+            model = values.pop("model", None)
+            if not isinstance(model, dict):
+                raise UserError("key 'model' must be a group of keys")
+            values |= {"model_digest": model.get("digest"), "config": model.get("config")}
+            circuit = from_dict(cls, values | _arrays(folder / _ARRAYS))
+            _check(circuit)
+        except UserError as error:
             raise UserError(
-                f"no circuit in {folder} ({error.filename} is missing): python -m wsparse.prune makes one"
+                f"the circuit in {folder} is damaged: {error}; prune the task again"
             ) from error
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"the circuit in {folder} is damaged: {error}") from error
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            raise UserError(f"{folder / _JSON} is not a circuit of schema {SCHEMA}: prune again")
-        kinds: dict[str, dict[str, np.ndarray]] = {"means": {}, "tau": {}, "removed": {}}
-        for name, array in arrays.items():
-            kind, _, rest = name.partition("/")
-            kinds.setdefault(kind, {})[rest] = array
-        try:
-            circuit = cls(
-                task=values["task"],
-                form=values["form"],
-                model_digest=values["model"]["digest"],
-                config=from_dict(ModelConfig, values["model"]["config"]),
-                target=values["target"],
-                nodes=[Node(**node) for node in values["nodes"]],
-                edges=[Edge(**edge) for edge in values["edges"]],
-                loss=values["loss"],
-                scores=values["scores"],
-                counts=values["counts"],
-                controls=values["controls"],
-                curve=values["curve"],
-                hyperparameters=values["hyperparameters"],
-                **kinds,
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / _JSON} lacks what a circuit has: {error}") from error
-        if fault := _fault(circuit):
-            raise UserError(f"the circuit in {folder} is damaged: {fault}")
         return circuit
 
 
-def _fault(circuit: Circuit) -> str | None:
-    """What in a circuit's file cannot be of the model that it names."""
-    known, kept = set(masks.names(circuit.config)), {node.name for node in circuit.nodes}
-    if strangers := kept - known:
-        return f"its model has no node {min(strangers, key=str)!r}"
-    ends = {end for edge in circuit.edges for end in (edge.source, edge.target)}
-    if strangers := ends - kept:
-        return f"an edge ends at {min(strangers, key=str)!r}, which is no node of it"
-    numbers = [number for node in circuit.nodes for number in (node.tau, node.importance)]
-    numbers += [circuit.loss, circuit.target, *(edge.weight for edge in circuit.edges)]
-    for number in numbers:
-        if not isinstance(number, int | float):
-            return f"{number!r} is where a number must be"
-    for name, shape in masks.shapes(circuit.config).items():
+def _arrays(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+    """Returns what `circuit.npz` holds, by the name of the field."""
+    arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _ARRAY_FIELDS}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            for key in stored.files:
+                kind, _, name = key.partition("/")
+                if kind in arrays:
+                    arrays[kind][name] = stored[key]
+    # An empty or foreign file is not recognized, and an `.npy` has no `files`.
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path.name} cannot be read: {error}") from error
+    return arrays
+
+
+def _check(circuit: Circuit) -> None:
+    """Refuse a circuit that cannot be of the model that it names."""
+    kept = {node.name for node in circuit.nodes}
+    for name in kept:
+        nodes.Node.parse(name, circuit.config)
+    for edge in circuit.edges:
+        for end in (edge.source, edge.target):
+            if end not in kept:
+                raise UserError(f"an edge ends at {end!r:.80}, which is not among its nodes")
+    for name, kind in nodes.NODES.items():
+        shape = (circuit.config.n_layer, kind.width(circuit.config))
         if name not in circuit.means or circuit.means[name].shape != shape:
-            return f"the means of {name} must have shape {shape}"
-    return None
-
-
-def edge_list(edges: graph.EdgeMask, params: model.Params) -> list[Edge]:
-    """The edges of a mask with their weights."""
-    flat = trees.flatten(params)
-    return [
-        Edge(f"{layer}.{c.source}.{i}", f"{layer}.{c.target}.{o}", float(kernel[layer, i, o]))
-        for c in graph.CONNECTIONS
-        for kernel in [np.asarray(flat[c.kernel])]
-        for layer, i, o in np.argwhere(edges[c.kernel])
-    ]
+            raise UserError(f"the means of {name} must have shape {shape}")

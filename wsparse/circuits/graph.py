@@ -11,6 +11,7 @@ import numpy as np
 
 from wsparse import model, trees
 from wsparse.circuits import masks
+from wsparse.circuits.circuit import Edge
 from wsparse.config import ModelConfig
 from wsparse.nodes import NODES
 
@@ -77,6 +78,17 @@ def between(nodes_U: np.ndarray, weights: EdgeMask, config: ModelConfig) -> Edge
 def count(edges: EdgeMask) -> int:
     """How many edges there are."""
     return sum(int(np.count_nonzero(each)) for each in edges.values())
+
+
+def edge_list(edges: EdgeMask, params: model.Params) -> list[Edge]:
+    """Returns the edges of a mask with their weights."""
+    flat = trees.flatten(params)
+    return [
+        Edge(f"{layer}.{c.source}.{i}", f"{layer}.{c.target}.{o}", float(kernel[layer, i, o]))
+        for c in CONNECTIONS
+        for kernel in [np.asarray(flat[c.kernel])]
+        for layer, i, o in np.argwhere(edges[c.kernel])
+    ]
 
 
 def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:

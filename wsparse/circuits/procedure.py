@@ -19,7 +19,19 @@ import numpy as np
 
 from wsparse import model, sparsity, trees
 from wsparse.circuits import discretize, graph, masks, scoring, tasks
-from wsparse.circuits.circuit import Circuit, Node, edge_list
+from wsparse.circuits.circuit import (
+    Baseline,
+    Calibration,
+    Circuit,
+    CircuitNode,
+    Control,
+    Counts,
+    CurvePoint,
+    Score,
+    Scores,
+    Size,
+    TrialSize,
+)
 from wsparse.circuits.mask_learning import HParams, PairArrays, arrays
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial, log_size, search
 from wsparse.config import ModelConfig, require
@@ -306,26 +318,25 @@ def find_circuit(
         say(f"  until it is necessary: {parts.n_nodes} nodes, {parts.n_edges} edges")
     seconds_found = time.monotonic() - started
     curve = _curve(subject, pairs, best.tau, smallest, settings)
-    scores = measure(subject, pairs, parts)
-    scores["discretize_loss"] = parts.loss
-    scores["trials"] = [
-        {
-            "number": number,
-            "edges": each.n_edges if each else None,
-            "nodes": each.n_nodes if each else None,
-        }
-        for number, each in cuts.items()
-    ]
-    scores["sufficient"] = {"nodes": smallest.n_nodes, "edges": smallest.n_edges}
-    scores["edges_before_clean_up"] = cuts[best.number].n_edges
-    scores["attribution_baseline"] = attribution_baseline(subject, pairs, goal)
+    baseline = attribution_baseline(subject, pairs, goal)
     controls = (
         _controls(subject, pairs, pruner, best.hparams, goal, settings) if settings.controls else {}
     )
     counts = graph.count_all(parts.nodes, parts.edges, subject.params, subject.config)
     between = graph.between(parts.nodes, scorer.weights, subject.config)
-    scores["seconds_to_find"] = round(seconds_found, 1)
-    scores["seconds"] = round(time.monotonic() - started, 1)
+    scores = Scores(
+        **measure(subject, pairs, parts),
+        attribution_baseline=baseline,
+        edges_before_clean_up=cuts[best.number].n_edges,
+        seconds_to_find=round(seconds_found, 1),
+        seconds=round(time.monotonic() - started, 1),
+        discretize_loss=parts.loss,
+        sufficient=Size(smallest.n_nodes, smallest.n_edges),
+        trials=tuple(
+            TrialSize(number, *((cut.n_nodes, cut.n_edges) if cut else (None, None)))
+            for number, cut in cuts.items()
+        ),
+    )
     return Circuit(
         task=pairs.task,
         form=pairs.form,
@@ -333,10 +344,10 @@ def find_circuit(
         config=subject.config,
         target=settings.target,
         nodes=_nodes(subject, pairs.report, parts, best.tau),
-        edges=edge_list(parts.edges, subject.params),
-        loss=scores["sufficiency"]["loss"],
+        edges=graph.edge_list(parts.edges, subject.params),
+        loss=scores.sufficiency.loss,
         scores=scores,
-        counts=counts._asdict() | {"edges_between_nodes": graph.count(between)},
+        counts=Counts(**counts._asdict(), edges_between_nodes=graph.count(between)),
         controls=controls,
         curve=curve,
         hyperparameters={
@@ -371,32 +382,28 @@ def measure(subject: Subject, pairs: Pairs, parts: discretize.Parts) -> dict[str
     fit = discretize.calibrate(scorer.margins(pairs.discretize, parts.nodes, stays))
     margins = scorer.margins(pairs.report, parts.nodes, stays)
     return {
-        "model": model_score(subject, pairs.report)._asdict(),
-        "sufficiency": scorer.mask(pairs.report, parts.nodes, stays)._asdict(),
-        "calibrated": {**fit, "loss": float(discretize.calibrated_loss(margins, **fit))},
-        "necessity": scorer.mask(pairs.report, ~parts.nodes)._asdict(),
+        "model": Score(*model_score(subject, pairs.report)),
+        "sufficiency": Score(*scorer.mask(pairs.report, parts.nodes, stays)),
+        "calibrated": Calibration(**fit, loss=float(discretize.calibrated_loss(margins, **fit))),
+        "necessity": Score(*scorer.mask(pairs.report, ~parts.nodes)),
     }
 
 
-def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> dict[str, Any]:
+def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> Baseline:
     """Nodes ranked by gradient attribution in the whole model instead of by a learned mask."""
     scorer = subject.scorer
     everything = np.ones(masks.n_nodes(subject.config), bool)
     effect = scorer.attributions(pairs.search, everything)[0]
     parts, least = discretize.discretize(scorer, pairs.discretize, np.abs(effect), goal)
     if parts is None:
-        return {"reached": False, "least_loss": least}
-    return {
-        "reached": True,
-        "nodes": parts.n_nodes,
-        "edges": parts.n_edges,
-        "loss": scorer.mask(pairs.report, parts.nodes).loss,
-    }
+        return Baseline(reached=False, least_loss=least)
+    loss = scorer.mask(pairs.report, parts.nodes).loss
+    return Baseline(reached=True, nodes=parts.n_nodes, edges=parts.n_edges, loss=loss)
 
 
 def _nodes(
     subject: Subject, pairs: PairArrays, parts: discretize.Parts, tau_U: np.ndarray
-) -> list[Node]:
+) -> list[CircuitNode]:
     """The circuit's nodes with the growth of the loss when each is removed."""
     scorer, chosen = subject.scorer, np.flatnonzero(parts.nodes)
     order = scorer.ranks(parts.nodes, parts.stays(scorer))
@@ -405,7 +412,7 @@ def _nodes(
     losses = scorer.spans(pairs, order, spans).loss
     names = masks.names(subject.config)
     return [
-        Node(names[i], float(tau_U[i]), float(loss - losses[0]))
+        CircuitNode(names[i], float(tau_U[i]), float(loss - losses[0]))
         for i, loss in zip(chosen, losses[1:], strict=True)
     ]
 
@@ -416,7 +423,7 @@ def _curve(
     tau_U: np.ndarray,
     found: discretize.Parts,
     settings: Settings,
-) -> list[dict[str, float]]:
+) -> list[CurvePoint]:
     """Edges at every target of the sweep that can be reached.
 
     Looser targets go on from the circuit that was found, tighter ones from cuts of their own.
@@ -435,12 +442,12 @@ def _curve(
             parts = discretize.clean_up(scorer, pairs.discretize, parts, tight, singles=0)
             points.append((target, parts))
     return [
-        {
-            "target": target,
-            "nodes": parts.n_nodes,
-            "edges": parts.n_edges,
-            "loss": scorer.mask(pairs.report, parts.nodes, parts.stays(scorer)).loss,
-        }
+        CurvePoint(
+            target=target,
+            nodes=parts.n_nodes,
+            edges=parts.n_edges,
+            loss=scorer.mask(pairs.report, parts.nodes, parts.stays(scorer)).loss,
+        )
         for target, parts in sorted(points, key=lambda point: point[0])
     ]
 
@@ -452,7 +459,7 @@ def _controls(
     hparams: HParams,
     goal: float,
     settings: Settings,
-) -> dict[str, Any]:
+) -> dict[str, Control]:
     """The procedure where there is nothing to find: shuffled labels, and a random model.
 
     Both use the hyperparameters of the circuit's own trial. A control that reaches the target says that
@@ -474,11 +481,11 @@ def _controls(
             discretize.discretize(where.scorer, what.discretize, tau_U, goal) for tau_U in learned
         ]
         reached = [parts for parts, _ in tried if parts is not None]
-        found[name] = {
-            "reached": bool(reached),
-            "least_loss": min(least for _, least in tried),
-            "edges": min((parts.n_edges for parts in reached), default=None),
-        }
+        found[name] = Control(
+            reached=bool(reached),
+            least_loss=min(least for _, least in tried),
+            edges=min((parts.n_edges for parts in reached), default=None),
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -9,34 +10,34 @@ from typing import Any
 import numpy as np
 
 from wsparse import files, plots
-from wsparse.circuits.circuit import Circuit
-from wsparse.nodes import NODES
+from wsparse.circuits.circuit import ABOVE_TARGET, Circuit, Status
+from wsparse.nodes import Node
 
 
-def row(status: dict[str, Any], circuit: Circuit | None) -> dict[str, Any]:
+def row(status: Status, circuit: Circuit | None) -> dict[str, Any]:
     """What the table says about one task."""
     values = {
-        "task": status["task"],
-        "status": status["status"],
-        "model_loss": status["model"]["loss"],
-        "model_accuracy": status["model"]["accuracy"],
+        "task": status.task,
+        "status": status.status if circuit is None else circuit.status,
+        "model_loss": status.model.loss,
+        "model_accuracy": status.model.accuracy,
     }
     if circuit is None:
         return values
     return values | {
-        "nodes": circuit.counts["nodes"],
-        "edges": circuit.counts["edges"],
-        "edges_between_nodes": circuit.counts["edges_between_nodes"],
-        "edges_before_clean_up": circuit.scores["edges_before_clean_up"],
+        "nodes": circuit.counts.nodes,
+        "edges": circuit.counts.edges,
+        "edges_between_nodes": circuit.counts.edges_between_nodes,
+        "edges_before_clean_up": circuit.scores.edges_before_clean_up,
         "sufficiency": circuit.loss,
-        "calibrated": circuit.scores["calibrated"]["loss"],
-        "necessity": circuit.scores["necessity"]["loss"],
-        "necessity_accuracy": circuit.scores["necessity"]["accuracy"],
-        "attribution_edges": circuit.scores["attribution_baseline"].get("edges"),
-        "controls": {name: control["least_loss"] for name, control in circuit.controls.items()},
-        "seconds": circuit.scores["seconds_to_find"],
+        "calibrated": circuit.scores.calibrated.loss,
+        "necessity": circuit.scores.necessity.loss,
+        "necessity_accuracy": circuit.scores.necessity.accuracy,
+        "attribution_edges": circuit.scores.attribution_baseline.edges,
+        "controls": {name: control.least_loss for name, control in circuit.controls.items()},
+        "seconds": circuit.scores.seconds_to_find,
         "target": circuit.target,
-        "curve": circuit.curve,
+        "curve": [dataclasses.asdict(point) for point in circuit.curve],
     }
 
 
@@ -44,8 +45,8 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of every task under a run's `circuits` folder, sorted by edges."""
     rows = []
     for path in sorted(folder.glob("*/status.json")):
-        status = files.read_json(path)
-        circuit = Circuit.load(path.parent) if status["status"] == "found" else None
+        status = Status.load(path.parent)
+        circuit = Circuit.load(path.parent) if status.has_circuit else None
         rows.append(row(status, circuit))
     return sorted(rows, key=lambda r: (r.get("edges", math.inf), r["task"]))
 
@@ -53,15 +54,16 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
 def summary(circuit: Circuit) -> str:
     """One line about a circuit."""
     scores = circuit.scores
+    above = f"{ABOVE_TARGET} ({circuit.target:g}) " if circuit.status == ABOVE_TARGET else ""
     controls = ", ".join(
-        f"{name.replace('_', ' ')} {control['least_loss']:.3f}"
+        f"{name.replace('_', ' ')} {control.least_loss:.3f}"
         for name, control in circuit.controls.items()
     )
     return (
-        f"{circuit.counts['nodes']} nodes, {circuit.counts['edges']} edges; loss {circuit.loss:.3f} "
-        f"(calibrated {scores['calibrated']['loss']:.3f}), without the circuit "
-        f"{scores['necessity']['loss']:.3f}; {'controls: ' + controls + '; ' if controls else ''}"
-        f"{scores['seconds_to_find']:.0f} s to find, {scores['seconds']:.0f} s in all"
+        f"{circuit.counts.nodes} nodes, {circuit.counts.edges} edges; loss {circuit.loss:.3f} "
+        f"{above}(calibrated {scores.calibrated.loss:.3f}), without the circuit "
+        f"{scores.necessity.loss:.3f}; {'controls: ' + controls + '; ' if controls else ''}"
+        f"{scores.seconds_to_find:.0f} s to find, {scores.seconds:.0f} s in all"
     )
 
 
@@ -79,7 +81,7 @@ def text(circuit: Circuit) -> str:
     incoming: dict[str, list[str]] = {node.name: [] for node in circuit.nodes}
     for edge in circuit.edges:
         incoming[edge.target].append(f"{edge.weight:+.3f} {edge.source}")
-    for node in sorted(circuit.nodes, key=lambda node: _place(node.name)):
+    for node in sorted(circuit.nodes, key=lambda node: Node.parse(node.name).order()):
         made_of = "  ".join(incoming[node.name])
         if ".act_in." in node.name:
             made_of = "the normed residual stream"
@@ -87,13 +89,6 @@ def text(circuit: Circuit) -> str:
             made_of = f"where attention looks: {made_of}"
         lines.append(f"{node.name:<22}{node.importance:>10.3f}   {made_of or 'constants'}")
     return "\n".join(lines) + "\n"
-
-
-def _place(name: str) -> tuple[int, int, int]:
-    """Sorts nodes' names: layer, location, channel."""
-    layer, _, rest = name.partition(".")
-    location, _, channel = rest.rpartition(".")
-    return int(layer), list(NODES).index(location), int(channel)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -121,6 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{r['edges_before_clean_up']:>7}{r['sufficiency']:>8.3f}{r['calibrated']:>8.3f}"
             f"{r['necessity']:>9.3f}{controls[0]:>10.3f}{controls[1]:>8.3f}"
             f"{'missed' if attribution is None else attribution:>9}{r['seconds']:>9.0f}"
+            f"{'  *' if r['status'] == ABOVE_TARGET else ''}"
         )
     found = [r for r in rows if "edges" in r]
     if found:
@@ -140,6 +136,7 @@ model: task loss of the whole model on the report split. edges: weights left aft
 circuit alone, everything else at its mean; calib.: after a fitted scale and shift. without: loss when the
 circuit is removed and the rest stays (chance 0.693). shuffled, random: least loss of the controls.
 attrib.: edges of the circuit that gradient attribution finds. seconds: search and clean-up.
+*: its loss is above the target on the report split; circuits are chosen on other pairs.
 """
 
 

@@ -19,7 +19,7 @@ import tqdm
 
 from wsparse import files, model, runs, taps, trees
 from wsparse.circuits import graph, masks, report, scoring, tasks
-from wsparse.circuits.circuit import Circuit, Node
+from wsparse.circuits.circuit import Circuit, CircuitNode
 from wsparse.circuits.mask_learning import PairArrays, arrays
 from wsparse.config import ModelConfig, require, to_dict
 from wsparse.data import streams
@@ -200,14 +200,14 @@ def _batches(
     return [tasks.padded(batch, length) for batch in built]
 
 
-def _most_important(circuit: Circuit, count: int) -> list[Node]:
+def _most_important(circuit: Circuit, count: int) -> list[CircuitNode]:
     return sorted(circuit.nodes, key=lambda node: -node.importance)[:count]
 
 
 def _circuit(
     run: runs.Run,
     circuit: Circuit,
-    shown: list[Node],
+    shown: list[CircuitNode],
     batch: tasks.TaskBatch,
     n_pairs: int,
     tick: Callable[[int], Any],
@@ -254,14 +254,14 @@ def _circuit(
         "form": circuit.form,
         "target": circuit.target,
         "loss": circuit.loss,
-        "scores": circuit.scores,
-        "counts": circuit.counts,
-        "controls": circuit.controls,
+        "scores": to_dict(circuit.scores),
+        "counts": to_dict(circuit.counts),
+        "controls": {name: to_dict(control) for name, control in circuit.controls.items()},
         "notes": notes,
         "total_nodes": len(ordered),
         "nodes": [
             {
-                **node._asdict(),
+                **to_dict(node),
                 "from_model": loss - from_model[0],
                 "mean": circuit.means[p.location][p.layer, p.channel],
             }
@@ -313,7 +313,7 @@ def _on_rows(
     kept_U: np.ndarray,
     stays: graph.EdgeMask,
     pairs: PairArrays,
-    shown: list[Node],
+    shown: list[CircuitNode],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Margins, activations and attention patterns on prompts, in the whole model and in the circuit alone."""
     config = scorer.config
@@ -373,7 +373,7 @@ def _pattern(
 
 
 def _answer_weights(
-    params: model.Params, config: ModelConfig, batch: tasks.TaskBatch, shown: list[Node]
+    params: model.Params, config: ModelConfig, batch: tasks.TaskBatch, shown: list[CircuitNode]
 ) -> dict[str, Any] | None:
     """The final gain times unembedding of written channels for the two answers, if all pairs share them."""
     answers = batch.answer.reshape(-1, 2)

@@ -1,0 +1,126 @@
+"""The circuit file: typed, read strictly, and damaged files are refused in one line that says what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import viewer_case as case
+
+from wsparse.circuits import report
+from wsparse.circuits.circuit import ABOVE_TARGET, FOUND, Circuit, Status
+from wsparse.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A circuit's folder with its status."""
+    folder = tmp_path_factory.mktemp("circuit")
+    case.write_run(folder)
+    return folder / "circuits" / case.TASK
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "circuits" / saved.name)
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("scores", {}, "'scores.model' is missing"),
+        ("scores", None, "'scores' must be a group of keys, got None"),
+        ("counts", {"nodes": "9"}, "'counts.edges' is missing"),
+        ("controls", [], r"'controls' must be a group of keys, got \[\]"),
+        ("controls", {"x": {"reached": 1}}, r"'controls.x.least_loss' is missing"),
+        ("curve", "flat", "'curve' must be a list, got 'flat'"),
+        ("curve", [{"target": 0.1}], r"'curve\[0\].nodes' is missing"),
+        ("hyperparameters", None, "'hyperparameters' must be a group"),
+        ("nodes", {"a": 1}, "'nodes' must be a list"),
+        ("nodes", [5], r"'nodes\[0\]' must be a group"),
+        ("model", None, "'model' must be a group"),
+        ("model", {"digest": "x"}, "'config' must be a group"),
+        ("loss", True, "'loss' must be of type float, got True"),
+        ("los", 1, r"unknown key 'los' \(did you mean 'loss'\?\)"),
+        ("task", "x" * 10**6, None),
+        ("loss", "x" * 10**6, "'loss' must be of type float"),
+    ],
+)
+def test_a_damaged_circuit_json_is_refused_by_the_name_of_the_key(folder, key, value, message):
+    edit(folder / "circuit.json", lambda values: values.update({key: value}))
+    if message is None:
+        assert Circuit.load(folder).task == value
+        return
+    with pytest.raises(UserError, match=rf"is damaged: .*{message}") as caught:
+        Circuit.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04nonsense", b"\x93NUMPY"])
+def test_damaged_arrays_are_refused(folder, content):
+    (folder / "circuit.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged: circuit\.npz cannot be read"):
+        Circuit.load(folder)
+    np.savez(folder / "circuit.npz")
+    with pytest.raises(UserError, match="the means of .* must have shape"):
+        Circuit.load(folder)
+    with (folder / "circuit.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UserError, match=r"circuit\.npz cannot be read"):
+        Circuit.load(folder)
+
+
+@pytest.mark.parametrize("status", [{}, [], {"task": "a", "status": "found", "model": None}])
+def test_a_damaged_status_is_refused_by_every_table(folder, status):
+    (folder / "status.json").write_text(json.dumps(status))
+    with pytest.raises(UserError, match=r"status\.json is damaged: "):
+        Status.load(folder)
+    with pytest.raises(UserError, match=r"status\.json is damaged: "):
+        report.collect(folder.parent)
+
+
+def test_older_files_with_british_keys_and_untyped_scores_still_load(folder):
+    def older(values):
+        scores = values["scores"]
+        scores["discretise_loss"] = 0.25
+        for name in ("discretize_loss", "sufficient", "trials"):
+            del scores[name]
+        # What was not reached had no size at all.
+        scores["attribution_baseline"] = {"reached": False, "least_loss": 0.5}
+        values["hyperparameters"]["settings"]["discretise_pairs"] = 48
+
+    edit(folder / "circuit.json", older)
+    loaded = Circuit.load(folder)
+    assert loaded.scores.discretize_loss == 0.25
+    assert loaded.hyperparameters["settings"]["discretize_pairs"] == 48
+
+
+def test_a_circuit_above_its_target_on_the_report_split_is_marked(folder):
+    edit(folder / "circuit.json", lambda values: values.update(loss=0.179, target=0.15))
+    circuit = Circuit.load(folder)
+    assert circuit.status == ABOVE_TARGET and ABOVE_TARGET in repr(circuit)
+    assert "above target on the report split (0.15)" in report.summary(circuit)
+    [row] = [r for r in report.collect(folder.parent) if r["task"] == case.TASK]
+    assert row["status"] == ABOVE_TARGET
+    assert report.table([row]).splitlines()[1].endswith("  *")
+    edit(folder / "circuit.json", lambda values: values.update(loss=0.15))
+    assert Circuit.load(folder).status == FOUND
+    assert "above" not in report.summary(Circuit.load(folder))
+
+
+def test_reading_a_circuit_imports_no_jax(saved):
+    code = (
+        "import sys; from wsparse.circuits.circuit import Circuit; from wsparse.circuits import report;"
+        f"report.table(report.collect(__import__('pathlib').Path({str(saved.parent)!r})));"
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
