@@ -1,4 +1,4 @@
-"""The circuit file: typed, read strictly, and damaged files are refused in one line that says what is wrong."""
+"""The circuit file: typed, read strictly, and damaged files are refused in one line."""
 
 import json
 import shutil
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import viewer_case as case
 
-from wsparse.circuits import report
+from wsparse.circuits import procedure, report
 from wsparse.circuits.circuit import ABOVE_TARGET, FOUND, Circuit, Status
+from wsparse.config import from_dict
 from wsparse.errors import UserError
 
 
@@ -39,9 +40,9 @@ def edit(path, change):
     [
         ("scores", {}, "'scores.model' is missing"),
         ("scores", None, "'scores' must be a group of keys, got None"),
-        ("counts", {"nodes": "9"}, "'counts.edges' is missing"),
+        ("counts", {"nodes": "9"}, "'counts.nodes' must be of type int, got '9'"),
         ("controls", [], r"'controls' must be a group of keys, got \[\]"),
-        ("controls", {"x": {"reached": 1}}, r"'controls.x.least_loss' is missing"),
+        ("controls", {"x": {"reached": True}}, "'controls.x.least_loss' is missing"),
         ("curve", "flat", "'curve' must be a list, got 'flat'"),
         ("curve", [{"target": 0.1}], r"'curve\[0\].nodes' is missing"),
         ("hyperparameters", None, "'hyperparameters' must be a group"),
@@ -50,7 +51,7 @@ def edit(path, change):
         ("model", None, "'model' must be a group"),
         ("model", {"digest": "x"}, "'config' must be a group"),
         ("loss", True, "'loss' must be of type float, got True"),
-        ("los", 1, r"unknown key 'los' \(did you mean 'loss'\?\)"),
+        ("los", 1, r"unknown config key 'los' \(did you mean 'loss'\?\)"),
         ("task", "x" * 10**6, None),
         ("loss", "x" * 10**6, "'loss' must be of type float"),
     ],
@@ -71,7 +72,7 @@ def test_damaged_arrays_are_refused(folder, content):
     with pytest.raises(UserError, match=r"is damaged: circuit\.npz cannot be read"):
         Circuit.load(folder)
     np.savez(folder / "circuit.npz")
-    with pytest.raises(UserError, match="the means of .* must have shape"):
+    with pytest.raises(UserError, match=r"the means of .* must have shape"):
         Circuit.load(folder)
     with (folder / "circuit.npz").open("wb") as file:
         np.save(file, np.zeros(3))
@@ -96,12 +97,13 @@ def test_older_files_with_british_keys_and_untyped_scores_still_load(folder):
             del scores[name]
         # What was not reached had no size at all.
         scores["attribution_baseline"] = {"reached": False, "least_loss": 0.5}
-        values["hyperparameters"]["settings"]["discretise_pairs"] = 48
+        values["hyperparameters"]["settings"] = {"discretise_pairs": 47, "sweep": [0.3]}
 
     edit(folder / "circuit.json", older)
     loaded = Circuit.load(folder)
     assert loaded.scores.discretize_loss == 0.25
-    assert loaded.hyperparameters["settings"]["discretize_pairs"] == 48
+    settings = from_dict(procedure.Settings, loaded.hyperparameters["settings"])
+    assert settings.discretize_pairs == 47
 
 
 def test_a_circuit_above_its_target_on_the_report_split_is_marked(folder):

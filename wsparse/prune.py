@@ -32,6 +32,7 @@ from wsparse.circuits.circuit import Circuit, Score, Status
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial
 from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
 from wsparse.command import run_command
+from wsparse.config import from_dict
 from wsparse.data import batches
 from wsparse.errors import UserError
 
@@ -237,9 +238,10 @@ def _is_done(where: pathlib.Path, digest: str, settings: procedure.Settings) -> 
         return False
     try:
         status = Status.load(where)
+        done = status.digest == digest
+        done = done and from_dict(procedure.Settings, status.settings) == settings
     except UserError:
         return False
-    done = status.digest == digest and status.settings == _as_json(settings)
     if done and status.has_circuit:
         # A damaged one is refused now, not by the table after all other tasks.
         Circuit.load(where)
