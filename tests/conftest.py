@@ -29,7 +29,7 @@ Counter = Callable[[], contextlib.AbstractContextManager[list[str]]]
 
 
 # Compiled as users' programs are: what is meant for TPUs, and values known to the last digit.
-_AS_USERS = ("test_aot", "test_kernels_tpu", "test_viewer", "test_viewer_browser")
+_AS_USERS = ("test_aot", "test_ops_tpu", "test_viewer", "test_viewer_browser")
 
 
 @pytest.fixture(scope="module", autouse=True)

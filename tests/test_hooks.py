@@ -101,7 +101,7 @@ def test_transformer_lens_names_find_the_same_numbers(plain, cached):
         ("1.attn.q", ["1.attn.q"]),
         (["blocks.1.attn.hook_q", "mlp.post_act"], ["blocks.1.attn.hook_q", "mlp.post_act"]),
         (lambda name: name.endswith("hook_z"), [f"blocks.{i}.attn.hook_z" for i in range(3)]),
-        (lambda name: name.startswith("0.mlp.res"), ["0.mlp.resid_delta", "0.mlp.resid_mid"]),
+        (lambda name: name.startswith("0.mlp.res"), ["0.mlp.resid_mid", "0.mlp.resid_delta"]),
     ],
     ids=["one", "several", "predicate", "our names"],
 )  # fmt: skip
@@ -169,7 +169,6 @@ def test_the_residual_after_the_last_block_can_be_changed(params):
         ("3.attn.q", "2.attn.q"),
         ("blocks.3.attn.hook_q", "blocks.2.attn.hook_q"),
         ("blocks.0.mlp.hook_pre", "blocks.0.mlp.hook_post"),
-        ("blocks.1.attn.hook_pattern", "blocks.1.attn.hook_"),
         ("blocks.1.attn.hook_attn_scores", "blocks.1."),
         ("attn.qq", "attn.q"),
         ("0.final_resid", "final_resid"),
@@ -184,6 +183,72 @@ def test_a_name_without_a_place_is_refused_with_the_nearest(name, near, params):
         with pytest.raises(UserError, match=f"no activation '{name}' in a model of 3 layers") as e:
             run()
         assert f"did you mean '{near}" in str(e.value)
+
+
+def test_the_attention_pattern_is_answered_with_what_computes_it(params, cached):
+    with pytest.raises(
+        UserError, match=r"is not recorded; it is model\.attention_pattern"
+    ) as error:
+        cached[1]["blocks.1.attn.hook_pattern"]
+    expression = re.search(r"it is (model\.attention_pattern\(.*\)), with sink", str(error.value))
+    pattern = eval(
+        expression[1],
+        {"model": model, "cache": cached[1], "sink": params["blocks"]["attn"]["sink"][1]},
+    )
+    assert pattern.shape == (2, 2, 7, 7)
+    assert (np.sum(np.asarray(pattern), -1) < 1).all()
+    with pytest.raises(UserError, match="did you mean 'blocks"):
+        cached[1]["blocks.1.attn.hook_pattern_"]
+
+
+def test_a_loop_over_nodes_compiles_once_and_sets_each(params, plain, compilations):
+    base = np.asarray(plain[1]["mlp.post_act"][1])
+    results = []
+    with compilations() as compiled:
+        for channel in range(4):
+            taps = hooks.set_node(f"1.mlp.post_act.{channel}", CONFIG, value=float(channel))
+            logits, cache = hooks.run_with_taps(params, TOKENS, CONFIG, taps=taps)
+            value = np.asarray(cache["1.mlp.post_act"])
+            assert (value[..., channel] == channel).all()
+            others = np.arange(12) != channel
+            np.testing.assert_allclose(value[..., others], base[..., others], rtol=1e-6)
+            results.append(np.asarray(logits))
+    assert sum("_forward_with_taps" in name for name in compiled) == 1
+    assert len({result.tobytes() for result in results}) == 4
+
+
+def test_the_same_function_is_compiled_once_and_another_is_another(params, compilations):
+    double, triple = (lambda x: 2 * x), (lambda x: 3 * x)
+    with compilations() as compiled:
+        runs = [
+            hooks.run_with_taps(params, TOKENS, CONFIG, taps={"0.attn.q": function})[1]["0.attn.q"]
+            for function in (double, double, triple)
+        ]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    np.testing.assert_allclose(runs[2] / runs[0], 1.5, rtol=1e-6)
+    assert sum("_forward_with_taps" in name for name in compiled) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("1.mlp.post_act.12", "3 layers and 12 channels"),
+        ("3.mlp.post_act.0", "3 layers"),
+        ("1.mlp.post_act", "written layer.location.channel"),
+        ("1.mlp.postact.3", "did you mean 'mlp.post_act'"),
+    ],
+)
+def test_a_node_that_the_model_lacks_is_refused(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        hooks.set_node(name, CONFIG)
+
+
+def test_a_cache_prints_what_it_holds(params, cached):
+    assert repr(cached[1]) == (
+        "Activations(34 of 3 layers: 0.attn.resid_in, 0.attn.act_in, 0.attn.q, ..., final_resid)"
+    )
+    _, cache = hooks.run_with_cache(params, TOKENS, CONFIG, names_filter="1.attn.q")
+    assert repr(cache) == "Activations(1 of 3 layers: 1.attn.q)"
 
 
 def test_a_tap_that_changes_the_shape_is_refused(params):

@@ -1,5 +1,7 @@
 """Any mesh computes what one device computes, and every array has a place on it."""
 
+import dataclasses
+import logging
 import re
 
 import jax
@@ -7,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from wsparse import sharding, trees
+from wsparse import model, sharding, sparsity, step, trees
 from wsparse.config import MeshConfig, TrainConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.step import EVAL_BATCH, init_state, make_program
@@ -119,6 +121,55 @@ def test_moments_lie_where_their_parameters_lie(name):
     assert followed == 2 * len(parameters)
 
 
+def with_gate(params):
+    """The parameters of a block with a kernel that no table mentions."""
+    gate = {"gate": {"kernel": params["blocks"]["mlp"]["fc"]["kernel"]}}
+    return params | {"blocks": params["blocks"] | {"mlp": params["blocks"]["mlp"] | gate}}
+
+
+def test_a_parameter_that_a_table_of_the_model_does_not_mention_is_named():
+    params = with_gate(SHAPES.params)
+    unknown = "no rule matches parameter 'blocks/mlp/gate/kernel'"
+    check(unknown, lambda: sharding.tree_shardings(params, one_device()))
+    check(unknown, lambda: jax.eval_shape(step.make_optimizer(CONFIG).init, params))
+    check(unknown, lambda: trees.match(sparsity.MODEL_RULES, "blocks/mlp/gate/kernel"))
+    check(unknown, lambda: trees.match(step.DECAY_RULES, "blocks/mlp/gate/kernel"))
+    # A tree that is not of this library's models is projected by the default rules.
+    assert isinstance(trees.match(sparsity.DEFAULT_RULES, "head/kernel"), sparsity.Sparse)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm": "layer", "position": "added", "logits_bias": True},
+        {"position": "concat", "d_pos": 4, "norm": "layer", "bigram": "frozen"},
+        {"position": "concat_sinusoid", "d_pos": 4, "tied_embeddings": True, "sink": False},
+    ],
+    ids=str,
+)
+def test_the_tables_mention_every_parameter_of_every_variant(change):
+    config = dataclasses.replace(CONFIG.model, **change)
+    for path in trees.flatten(jax.eval_shape(lambda: model.init(config, jax.random.key(0)))):
+        for table in (sharding.RULES, sparsity.MODEL_RULES, step.DECAY_RULES):
+            trees.match(table, path)
+
+
+def test_an_axis_that_does_not_divide_a_parameter_is_logged_once(caplog):
+    sharding._log_dropped.cache_clear()
+    with caplog.at_level(logging.INFO, "wsparse.sharding"):
+        for _ in range(2):
+            sharding.tree_shardings(SHAPES, mesh_of(MESHES["fsdp=8"]))
+            sharding.tree_shardings(SHAPES, mesh_of(MESHES["fsdp=2 tensor=4"]))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(set(lines))
+    assert (
+        "blocks/attn/sink is not sharded over tensor: its dimension 1, of size 2, does not divide over "
+        "4 devices" in lines
+    )
+    assert not [line for line in lines if "mlp/fc/kernel" in line]
+
+
 def test_matrices_are_spread_and_bookkeeping_is_not():
     found = specs(SHAPES, mesh_of(MESHES["fsdp=2 tensor=4"]))
     for path in ("q/kernel", "k/kernel", "v/kernel"):
@@ -147,8 +198,9 @@ def _axes(dimension) -> tuple[str, ...]:
 
 def test_layers_are_never_spread():
     for config in MESHES.values():
-        for path, spec in specs(SHAPES.params["blocks"], mesh_of(config)).items():
-            assert not spec or spec[0] is None, path
+        for path, spec in specs(SHAPES.params, mesh_of(config)).items():
+            if path.startswith("blocks/"):
+                assert not spec or spec[0] is None, path
 
 
 def test_an_axis_that_does_not_divide_a_dimension_is_dropped_from_it_alone():

@@ -4,7 +4,7 @@
     logits, cache = hooks.run_with_taps(params, tokens, config, taps={"3.mlp.post_act": lambda x: 0 * x})
 
 Both are `wsparse.model.forward` with a tap. A name is "3.attn.q" (layer 3), "attn.q" (all layers),
-"final_resid", or what TransformerLens calls the same place, "blocks.3.attn.hook_q"; docs/hooks.md has them
+"final_resid", or TransformerLens's name of the same place, "blocks.3.attn.hook_q"; docs/hooks.md lists them
 all, and `python -m wsparse.hooks` prints that table. Under TransformerLens's names heads have an axis of
 their own, as they have there.
 """
@@ -12,7 +12,6 @@ their own, as they have there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -20,56 +19,40 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from wsparse import model, nodes
+from wsparse import model
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError, closest
+from wsparse.nodes import LOCATIONS, Node
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool]
-# What a tap makes of a value; shape and dtype stay.
+# From a value to its replacement, of the same shape and dtype.
 ValueTap = Callable[[jax.Array], jax.Array]
 
 _FINAL = "final_resid"
-_LAYERED = (*nodes.NODES, *(name for name in nodes.OTHER_LOCATIONS if name != _FINAL))
-
-
-class _Equivalent(NamedTuple):
-    """A place of TransformerLens's, after "blocks.{i}.", ours, and what follows (B, T) in its shape there."""
-
-    hook: str
-    location: str
-    shape: str = "D"
-    note: str = ""
-
-
-_HEADS = "H, K"
+_LAYERED = tuple(location for location in LOCATIONS if location != _FINAL)
+_LOCATION_OF = {kind.hook: location for location, kind in LOCATIONS.items() if kind.hook}
+# The stream after a block is what the next one finds there.
 _RESID_POST = "hook_resid_post"
-_EQUIVALENTS = (
-    _Equivalent("hook_resid_pre", "attn.resid_in"),
-    _Equivalent("ln1.hook_normalized", "attn.act_in", "R", "what attention reads: with the gain"),
-    _Equivalent("attn.hook_q", "attn.q", _HEADS),
-    _Equivalent("attn.hook_k", "attn.k", _HEADS),
-    _Equivalent("attn.hook_v", "attn.v", _HEADS),
-    _Equivalent("attn.hook_z", "attn.y", _HEADS),
-    _Equivalent("hook_attn_out", "attn.resid_delta"),
-    _Equivalent("hook_resid_mid", "mlp.resid_mid"),
-    _Equivalent("ln2.hook_normalized", "mlp.act_in", "R", "what the MLP reads: with the gain"),
-    _Equivalent("mlp.hook_post", "mlp.post_act", "F"),
-    _Equivalent("hook_mlp_out", "mlp.resid_delta"),
-)
-_BY_HOOK = {each.hook: each for each in _EQUIVALENTS}
+# What follows (B, T) in the shapes under TransformerLens's names.
+_SHAPES = {"residual": "D", "read": "R", "heads": "H, K", "neurons": "F"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """What a name means: a location, one layer of it or all (None), heads apart or side by side."""
+class _Place(NamedTuple):
+    """A parsed name.
+
+    Attributes:
+      location: Location in the model.
+      layer: Layer; None for all of them.
+      split_heads: Whether heads have an axis of their own.
+    """
 
     location: str
     layer: int | None
-    heads: bool = False
+    split_heads: bool = False
 
 
 class Activations(Mapping[str, jax.Array]):
-    """What a forward pass computed, by name; every spelling of a recorded place finds it.
+    """Activations of a forward pass by name; any spelling of a recorded place finds it.
 
     "3.attn.q" is `(B, T, H * K)`, "attn.q" `(L, B, T, H * K)`, "blocks.3.attn.hook_q" `(B, T, H, K)`.
     Iterating gives the names that were asked for.
@@ -85,7 +68,7 @@ class Activations(Mapping[str, jax.Array]):
         value = self._acts[place.location]
         if place.layer is not None:
             value = value[place.layer]
-        return _split_heads(value, self._config) if place.heads else value
+        return _split_heads(value, self._config) if place.split_heads else value
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -99,12 +82,16 @@ class Activations(Mapping[str, jax.Array]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __repr__(self) -> str:
+        shown = self._names if len(self) <= 4 else (*self._names[:3], "...", self._names[-1])
+        return f"Activations({len(self)} of {self._config.n_layer} layers: {', '.join(shown)})"
+
 
 def names(config: ModelConfig) -> tuple[str, ...]:
-    """Every name of one layer's place: ours in the order of the forward pass, then TransformerLens's."""
+    """Returns all names of single layers: ours in the order of the forward pass, then TransformerLens's."""
     layers = range(config.n_layer)
     ours = [f"{i}.{location}" for i in layers for location in _LAYERED]
-    hooks = [*_BY_HOOK, _RESID_POST]
+    hooks = [*_LOCATION_OF, _RESID_POST]
     return (*ours, _FINAL, *(f"blocks.{i}.{hook}" for i in layers for hook in hooks))
 
 
@@ -118,22 +105,22 @@ def run_with_cache(
     """Run the model and keep activations.
 
     Args:
-      params: the model's parameters.
-      tokens_BT: int tokens.
-      config: the model's config.
-      names_filter: a name, several, or a predicate on `names(config)`; None is all of ours. What is not
-        asked for is not computed where nothing else needs it.
+      params: Model parameters.
+      tokens_BT: Int tokens.
+      config: Model config.
+      names_filter: A name, several, or a predicate on `names(config)`; None is all of ours. Other values
+        are not computed where nothing else needs them.
 
     Returns:
       `(logits_BTV, activations)`.
 
     Raises:
-      UserError: a name is unknown (the nearest valid one is given), or the tokens are not `(B, T)`.
+      UserError: A name is unknown (the nearest valid one is given), or the tokens are not `(B, T)`.
     """
-    wanted = _wanted(names_filter, config)
-    locations = frozenset(_resolve(name, config).location for name in wanted)
+    selected = _select(names_filter, config)
+    locations = frozenset(_resolve(name, config).location for name in selected)
     logits_BTV, acts = _forward(params, _checked(tokens_BT), config, locations)
-    return logits_BTV, Activations(acts, config, wanted)
+    return logits_BTV, Activations(acts, config, selected)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "locations"))
@@ -151,42 +138,81 @@ def run_with_taps(
 ) -> tuple[jax.Array, Activations]:
     """Run the model with activations changed.
 
+    As under `jax.jit`, the same functions at the same names are compiled once. A new lambda is a new
+    function; in a loop pass what varies through `set_node` or `jax.tree_util.Partial`, whose arguments
+    are traced.
+
     Args:
-      params: the model's parameters.
-      tokens_BT: int tokens.
-      config: the model's config.
-      taps: name -> function from the value there to what is to replace it, of the same shape. Under a
-        name of all layers it is applied in each. Several at one place are applied in the given order.
+      params: Model parameters.
+      tokens_BT: Int tokens.
+      config: Model config.
+      taps: Name -> function from the value there to its replacement, of the same shape. Under a name of all
+        layers it is applied in each. Several at one place are applied in the given order.
 
     Returns:
       `(logits_BTV, activations)`, the activations as they are after the taps.
 
     Raises:
-      UserError: as `run_with_cache`; a function changes the shape.
+      UserError: As `run_with_cache`, or a function changes the shape.
     """
-    places = [(name, _resolve(name, config), function) for name, function in taps.items()]
+    for name in taps:
+        _resolve(name, config)
+    leaves, structure = jax.tree.flatten(tuple(taps.values()))
+    functions = tuple(leaf if callable(leaf) else None for leaf in leaves)
+    arrays = tuple(None if callable(leaf) else leaf for leaf in leaves)
+    logits_BTV, acts = _forward_with_taps(
+        params, _checked(tokens_BT), config, tuple(taps), structure, functions, arrays
+    )
+    return logits_BTV, Activations(acts, config, _select(None, config))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "tap_names", "structure", "functions"))
+def _forward_with_taps(params, tokens_BT, config, tap_names, structure, functions, arrays):
+    leaves = [a if f is None else f for f, a in zip(functions, arrays, strict=True)]
+    value_taps = dict(zip(tap_names, jax.tree.unflatten(structure, leaves), strict=True))
 
     def tap(location, value):
-        for name, place, function in places:
+        for name, function in value_taps.items():
+            place = _resolve(name, config)
             if place.location == location:
-                changed = functools.partial(_apply, name, function, place, config)
+                change = functools.partial(_apply, name, function, place, config)
                 if place.layer is None:
-                    value = changed(value)
+                    value = change(value)
                 else:
-                    value = lax.cond(location.layer == place.layer, changed, lambda x: x, value)
+                    value = lax.cond(location.layer == place.layer, change, lambda x: x, value)
         return value
 
-    run = jax.jit(lambda params, tokens_BT: model.forward(params, tokens_BT, config, tap=tap))
-    logits_BTV, acts = run(params, _checked(tokens_BT))
-    return logits_BTV, Activations(acts, config, _wanted(None, config))
+    return model.forward(params, tokens_BT, config, tap=tap)
+
+
+def set_node(name: str, config: ModelConfig, value: float = 0.0) -> dict[str, ValueTap]:
+    """Returns taps for `run_with_taps` that set one node to `value` at every token.
+
+    Channel and value are traced: a loop over the nodes of a layer's location compiles once.
+
+    Args:
+      name: Name of a node, such as "1.mlp.post_act.33".
+      config: Model config.
+      value: What the node becomes; 0 ablates it.
+
+    Raises:
+      UserError: The model has no such node.
+    """
+    node = Node.parse(name, config)
+    set_channel = jax.tree_util.Partial(_set_channel, node.channel, value)
+    return {f"{node.layer}.{node.location}": set_channel}
+
+
+def _set_channel(channel, value, x):
+    return x.at[..., channel].set(value)
 
 
 def _apply(name: str, function: ValueTap, place: _Place, config: ModelConfig, value: jax.Array):
-    given = _split_heads(value, config) if place.heads else value
-    result = jnp.asarray(function(given))
-    if result.shape != given.shape:
+    argument = _split_heads(value, config) if place.split_heads else value
+    result = jnp.asarray(function(argument))
+    if result.shape != argument.shape:
         raise UserError(
-            f"the tap of {name!r} must return shape {given.shape} as it is given, got {result.shape}"
+            f"the tap of {name!r} must return shape {argument.shape}, as it was given, got {result.shape}"
         )
     return jnp.reshape(result, value.shape).astype(value.dtype)
 
@@ -205,7 +231,7 @@ def _checked(tokens_BT: Any) -> jax.Array:
     return tokens_BT
 
 
-def _wanted(names_filter: NamesFilter | None, config: ModelConfig) -> tuple[str, ...]:
+def _select(names_filter: NamesFilter | None, config: ModelConfig) -> tuple[str, ...]:
     if names_filter is None:
         return tuple(name for name in names(config) if not name.startswith("blocks."))
     if isinstance(names_filter, str):
@@ -216,21 +242,27 @@ def _wanted(names_filter: NamesFilter | None, config: ModelConfig) -> tuple[str,
 
 
 def _resolve(name: str, config: ModelConfig) -> _Place:
-    if name in _LAYERED or name == _FINAL:
+    if name in LOCATIONS:
         return _Place(name, None)
     known = name in names(config)
     if known and name.startswith("blocks."):
         _, number, hook = name.split(".", 2)
         layer = int(number)
         if hook == _RESID_POST:
-            # What a block leaves in the stream is what the next one finds there.
             last = layer + 1 == config.n_layer
             return _Place(_FINAL, None) if last else _Place("attn.resid_in", layer + 1)
-        equivalent = _BY_HOOK[hook]
-        return _Place(equivalent.location, layer, equivalent.shape == _HEADS)
+        location = _LOCATION_OF[hook]
+        return _Place(location, layer, LOCATIONS[location].channels == "heads")
     if known:
         number, location = name.split(".", 1)
         return _Place(location, int(number))
+    block, _, hook = name.rpartition(".attn.hook_pattern")
+    if block and not hook:
+        q, k = (f"cache['{block}.attn.hook_{letter}']" for letter in "qk")
+        raise UserError(
+            f"{name!r} is not recorded; it is model.attention_pattern({q}, {k}, sink), with sink the "
+            "layer's params['blocks']['attn']['sink'], or None in a model without sinks"
+        )
     near = closest(name, (*names(config), *_LAYERED))
     raise UserError(
         f"there is no activation {name!r} in a model of {config.n_layer} layers{near}; "
@@ -239,12 +271,15 @@ def _resolve(name: str, config: ModelConfig) -> _Place:
 
 
 def table() -> str:
-    """The names side by side, in Markdown."""
-    rows = [(f"{{i}}.{e.location}", e.hook, e.shape, e.note) for e in _EQUIVALENTS]
-    rows.append(("{i+1}.attn.resid_in", _RESID_POST, "D", "`final_resid` for the last layer"))
+    """Returns the names side by side, in Markdown."""
     lines = ["| wsparse | TransformerLens | shape there | |", "|---|---|---|---|"]
-    lines += [f"| `{o}` | `blocks.{{i}}.{h}` | (B, T, {s}) | {n} |" for o, h, s, n in rows]
-    return "\n".join(lines) + "\n"
+    for location, kind in LOCATIONS.items():
+        if kind.hook:
+            note = f"{kind.meaning}: with the gain" if kind.channels == "read" else ""
+            shape = f"(B, T, {_SHAPES[kind.channels]})"
+            lines.append(f"| `{{i}}.{location}` | `blocks.{{i}}.{kind.hook}` | {shape} | {note} |")
+    post = f"| `{{i+1}}.attn.resid_in` | `blocks.{{i}}.{_RESID_POST}` | (B, T, D) |"
+    return "\n".join([*lines, f"{post} `final_resid` for the last layer |"]) + "\n"
 
 
 if __name__ == "__main__":

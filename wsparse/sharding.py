@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
+import logging
 import math
+import re
 from typing import Any
 
 import jax
@@ -15,7 +18,10 @@ import numpy as np
 from wsparse import trees
 from wsparse.config import MeshConfig
 from wsparse.errors import UserError
+from wsparse.nodes import KERNELS, LOCATIONS
 from wsparse.taps import Tap
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -25,37 +31,39 @@ AXES = ("data", "fsdp", "tensor")
 _NEURONS = ("tensor", "fsdp")
 
 # Matched against the end of a path, so that an optimizer's moments follow their parameters. Layers are
-# never sharded: a scan walks over them. Bookkeeping and scalars are replicated.
+# never sharded: a scan walks over them. Bookkeeping and scalars are replicated. Strict: a parameter of the
+# model that is not mentioned is an error.
 RULES: trees.Rules[P] = (
     (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step)", P()),
-    (r"(.*/)?blocks/attn/[qkv]/kernel|(.*/)?blocks/mlp/fc/kernel", P(None, None, _NEURONS)),
-    (r"(.*/)?blocks/attn/out/kernel|(.*/)?blocks/mlp/proj/kernel", P(None, _NEURONS, None)),
-    (r"(.*/)?blocks/attn/[qkv]/bias|(.*/)?blocks/mlp/fc/bias", P(None, _NEURONS)),
-    (r"(.*/)?blocks/attn/out/bias|(.*/)?blocks/mlp/proj/bias", P(None, "fsdp")),
+    *(
+        (f"(.*/)?{k.path}", P(None, None, _NEURONS) if k.neuron_axis else P(None, _NEURONS, None))
+        for k in KERNELS
+    ),
+    *((f"(.*/)?{k.bias}", P(None, _NEURONS if k.neuron_axis else "fsdp")) for k in KERNELS),
     (r"(.*/)?blocks/attn/sink", P(None, "tensor")),
     (r"(.*/)?embed/tokens", P("tensor", "fsdp")),
-    (r"(.*/)?head/unembed", P("fsdp", "tensor")),
-    (r"(.*/)?head/bigram", P("fsdp", "tensor")),
-    (r".*", P()),
+    (r"(.*/)?head/(unembed|bigram)", P("fsdp", "tensor")),
+    (r"(.*/)?(blocks/\w+_norm|head/norm)/(gain|bias)", P()),
+    (r"(.*/)?(embed/(positions|sinusoids)|head/logits_bias)", P()),
 )
 
 # Batches arrive as (accumulation step, sequence, time).
 BATCH = P(None, ("data", "fsdp"), None)
 
-# Values (batch, time, channel) inside the model, by location. Said outright, because the compiler's own
+# Values (batch, time, channel) inside the model, by location. Stated explicitly, because the compiler's own
 # guess follows the parameters: channels over fsdp, and an all-reduce of activations after every product.
-ACTIVATIONS: trees.Rules[P] = (
-    (r"attn\.[qkvy]|mlp\.post_act", P(("data", "fsdp"), None, "tensor")),
-    (r".*", P(("data", "fsdp"), None, None)),
-)
+ACTIVATIONS = {
+    location: P(("data", "fsdp"), None, "tensor" if kind.channels in ("heads", "neurons") else None)
+    for location, kind in LOCATIONS.items()
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over all devices (or those given); several TPU slices share out `data`.
+    """Returns the mesh of `config` over all devices, or over those given; TPU slices divide `data`.
 
     Raises:
-      UserError: the axes' sizes do not multiply to the number of devices, or `data` is no multiple of the
-        number of slices.
+      UserError: The axes' sizes do not multiply to the number of devices, or `data` is not a multiple of
+        the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -88,48 +96,62 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
-    """A `NamedSharding` for each leaf of a tree of arrays or shapes.
+    """Returns a `NamedSharding` for each leaf of a tree of arrays or shapes.
 
-    An axis of the mesh that does not divide a leaf's dimension is dropped from that dimension.
+    A mesh axis that does not divide a leaf's dimension is dropped from that dimension, which is logged once.
+
+    Raises:
+      UserError: No rule matches a leaf.
     """
 
-    return trees.map_with_path(
-        lambda path, leaf: _divisible(leaf.shape, mesh, trees.match(rules, path)), tree
-    )
+    def place(path, leaf):
+        return NamedSharding(mesh, _divisible(path, leaf.shape, mesh, trees.match(rules, path)))
+
+    return trees.map_with_path(place, tree)
 
 
 def replicates(mesh: Mesh) -> bool:
-    """Whether every device of the mesh holds all parameters."""
+    """Returns whether every device of the mesh holds all parameters."""
     return mesh.shape["fsdp"] * mesh.shape["tensor"] == 1
 
 
 def activation_tap(mesh: Mesh) -> Tap:
-    """A tap that changes no value: it keeps sequences spread over the devices throughout the model."""
+    """Returns a tap that changes no value: it keeps sequences sharded over the devices inside the model."""
 
-    def tap(name, value):
-        place = _divisible(value.shape, mesh, trees.match(ACTIVATIONS, name))
-        return jax.lax.with_sharding_constraint(value, place)
+    def tap(location, value):
+        spec = _divisible(str(location), value.shape, mesh, ACTIVATIONS[location])
+        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
 
     return tap
 
 
-def _divisible(shape: Sequence[int], mesh: Mesh, spec: P) -> NamedSharding:
-    """The sharding of `spec`, without the axes of the mesh that do not divide their dimension."""
+def _divisible(path: str, shape: Sequence[int], mesh: Mesh, spec: P) -> P:
+    """Returns `spec` without the mesh axes that do not divide their dimension."""
+    entries: list[str | tuple[str, ...] | None] = []
+    for dimension, (size, entry) in enumerate(zip(shape, tuple(spec), strict=False)):
+        kept: tuple[str, ...] = ()
+        for axis in () if entry is None else (entry,) if isinstance(entry, str) else entry:
+            count = math.prod(mesh.shape[name] for name in (*kept, axis))
+            if size % count == 0:
+                kept += (axis,)
+            else:
+                # A parameter's moments are not worth a line of their own.
+                name = re.sub(r".*/(?=(embed|blocks|head)/)", "", path)
+                _log_dropped(name, dimension, size, axis, mesh.shape[axis])
+        entries.append(kept[0] if len(kept) == 1 else kept or None)
+    return P(*entries)
 
-    def dividing(size, axes):
-        kept = ()
-        for axis in () if axes is None else (axes,) if isinstance(axes, str) else axes:
-            count = math.prod(mesh.shape[each] for each in (*kept, axis))
-            kept += (axis,) if size % count == 0 else ()
-        return kept[0] if len(kept) == 1 else kept or None
 
-    return NamedSharding(
-        mesh, P(*(dividing(size, axes) for size, axes in zip(shape, tuple(spec), strict=False)))
-    )
+@functools.cache
+def _log_dropped(name: str, dimension: int, size: int, axis: str, devices: int) -> None:
+    log.info(
+        "%s is not sharded over %s: its dimension %d, of size %d, does not divide over %d devices",
+        name, axis, dimension, size, devices,
+    )  # fmt: skip
 
 
 def batch_sharding(mesh: Mesh, spec: P = BATCH) -> NamedSharding:
-    """Sharding of a training batch: sequences over the data and fsdp axes."""
+    """Returns the sharding of a training batch: sequences over the data and fsdp axes."""
     return NamedSharding(mesh, spec)
 
 
@@ -137,7 +159,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Refuse a batch that does not divide over the devices.
 
     Raises:
-      UserError: sequences per accumulation step are no multiple of the data-parallel devices.
+      UserError: The sequences per accumulation step are not a multiple of the data-parallel devices.
     """
     parallel = mesh.shape["data"] * mesh.shape["fsdp"]
     if (batch_size // accumulate) % parallel:
@@ -148,17 +170,17 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 
 
 def local_rows(mesh: Mesh, batch_size: int, accumulate: int = 1) -> list[int]:
-    """Which rows of a global batch this process's devices hold, ascending; one process holds all.
+    """Returns the rows of a global batch that this process's devices hold, ascending.
 
     Args:
-      mesh: the devices of all processes, in any order.
-      batch_size: rows of the global batch, `accumulate` micro-batches one after the other.
-      accumulate: micro-batches; each is spread over the devices.
+      mesh: Devices of all processes, in any order.
+      batch_size: Rows of the global batch, `accumulate` micro-batches one after the other.
+      accumulate: Number of micro-batches; each is sharded over the devices.
     """
     size = batch_size // accumulate
-    spread = batch_sharding(mesh, P(BATCH[1]))
+    rows = batch_sharding(mesh, P(BATCH[1]))
     held = np.zeros(size, bool)
-    for index in spread.addressable_devices_indices_map((size,)).values():
+    for index in rows.addressable_devices_indices_map((size,)).values():
         held[index] = True
     return np.flatnonzero(np.tile(held, accumulate)).tolist()
 
@@ -166,24 +188,24 @@ def local_rows(mesh: Mesh, batch_size: int, accumulate: int = 1) -> list[int]:
 def put_batch(
     local: np.ndarray, mesh: Mesh, spec: P = BATCH, *, size: int | None = None
 ) -> jax.Array:
-    """The global batch from the rows that this process holds.
+    """Returns the global batch, given the rows that this process holds.
 
     Args:
-      local: the process's `local_rows`, in their order, on the axis that `spec` spreads over devices.
-      mesh: the devices.
-      spec: of the batch.
-      size: rows on that axis over all processes; None where this process has them all.
+      local: The process's `local_rows`, in their order, on the axis that `spec` shards over devices.
+      mesh: Devices.
+      spec: Sharding of the batch.
+      size: Rows on that axis over all processes; None where this process has them all.
     """
     axis = tuple(spec).index(BATCH[1])
     size = local.shape[axis] if size is None else size
     held = local_rows(mesh, size)
     shape = (*local.shape[:axis], size, *local.shape[axis + 1 :])
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         start, stop, _ = index[axis].indices(size)
         first = held.index(start)
-        mine = slice(first, first + stop - start)
-        return local[(*index[:axis], mine, *index[axis + 1 :])]
+        rows = slice(first, first + stop - start)
+        return local[(*index[:axis], rows, *index[axis + 1 :])]
 
-    return jax.make_array_from_callback(shape, batch_sharding(mesh, spec), part)
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, spec), shard)

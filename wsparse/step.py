@@ -20,14 +20,16 @@ import optax
 
 from wsparse import model, sharding, sparsity, trees
 from wsparse.config import ModelConfig, TrainConfig
+from wsparse.nodes import KERNELS
 
 # The sharding of a batch of held-out windows.
 EVAL_BATCH = P(("data", "fsdp"), None)
 
 # Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
 DECAY_RULES: trees.Rules[bool] = (
-    (r".*/kernel|embed/(tokens|positions)|head/unembed", True),
-    (r".*", False),
+    *((kernel.path, True) for kernel in KERNELS),
+    (r"embed/(tokens|positions)|head/unembed", True),
+    (r".*/(bias|gain|sink)|embed/sinusoids|head/(bigram|logits_bias)", False),
 )
 
 
@@ -76,7 +78,8 @@ def _projection(
         density if sparse else 1.0,
         # At full density there is nothing to protect.
         min_per_neuron=config.sparsity.min_per_neuron if sparse else 0,
-        whole=mesh is None or sharding.replicates(mesh),
+        rules=sparsity.MODEL_RULES,
+        replicated=mesh is None or sharding.replicates(mesh),
     )
 
 

@@ -1,7 +1,8 @@
 """Parameter paths and ordered rule tables over them.
 
 A path is the keys from the root joined with "/", e.g. "blocks/mlp/fc/kernel". A rule table is a sequence
-of `(regular expression, value)`; the first expression that matches the whole path gives its value.
+of `(regular expression, value)`; the first expression that matches the whole path gives its value. The
+tables of the model itself have no catch-all: a parameter that none of them mentions is an error.
 """
 
 from __future__ import annotations
@@ -21,19 +22,17 @@ Rules = Sequence[tuple[str, V]]
 
 
 def path_string(key_path: Sequence[Any]) -> str:
-    """The path of a leaf as jax.tree_util names it, joined with "/"."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in key_path
-    )
+    """Returns the path of a leaf as jax.tree_util names it, joined with "/"."""
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves of a tree by path, in tree order."""
+    """Returns the leaves of a tree by path, in tree order."""
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves by path; undoes `flatten` for trees that are nested dicts."""
+    """Returns nested dicts of leaves by path; undoes `flatten` for trees that are nested dicts."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -45,7 +44,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(tree: Any) -> str:
-    """Hex sha256 of a tree of arrays: paths, dtypes, shapes and contents."""
+    """Returns the hex sha256 of a tree of arrays: paths, dtypes, shapes and contents."""
     content = hashlib.sha256()
     for path, leaf in sorted(flatten(tree).items()):
         array = np.ascontiguousarray(leaf)
@@ -54,18 +53,18 @@ def digest(tree: Any) -> str:
     return content.hexdigest()
 
 
-def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """`jax.tree.map` whose function takes the path first."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(path_string(path), *leaves), tree, *rest
+        lambda path, *leaves: function(path_string(path), *leaves), tree, *others
     )
 
 
 def match(rules: Rules[V], path: str) -> V:
-    """The value of the first rule whose expression matches the whole path.
+    """Returns the value of the first rule whose expression matches the whole path.
 
     Raises:
-      UserError: no rule matches; a table must say something about every parameter.
+      UserError: No rule matches. A table must mention every parameter.
     """
     for pattern, value in rules:
         if re.fullmatch(pattern, path):

@@ -3,6 +3,7 @@
 from wsparse.ops.top_k import Selection, abs_top_k, keep_top_k, select
 from wsparse.sparsity.project import (
     DEFAULT_RULES,
+    MODEL_RULES,
     Dense,
     ProjectTopKState,
     Sparse,
@@ -23,6 +24,7 @@ from wsparse.sparsity.statistics import alive_neurons, kurtosis
 
 __all__ = [
     "DEFAULT_RULES",
+    "MODEL_RULES",
     "Dense",
     "ProjectTopKState",
     "Selection",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import optax
 
 from wsparse import trees
 from wsparse.errors import UserError
+from wsparse.nodes import KERNELS
 from wsparse.ops import selection
 from wsparse.ops.top_k import select
 
@@ -22,9 +22,9 @@ class Sparse:
     """A parameter that is projected.
 
     Attributes:
-      neuron_axis: axis of one matrix that indexes MLP neurons or attention channels (the side that is
+      neuron_axis: Axis of one matrix that indexes MLP neurons or attention channels (the side that is
         not the residual stream's); None where no floor per neuron applies.
-      stacked: the leading axis stacks layers; each layer is a matrix of its own.
+      stacked: Whether the leading axis stacks layers, each a matrix of its own.
     """
 
     neuron_axis: int | None = None
@@ -37,13 +37,19 @@ class Dense:
 
 
 # The embeddings, every matrix and every bias share one density; gains, sinks, the fixed tables and the
-# bigram table stay dense (method of Gao et al. 2025). Any other tree of matrices and vectors is projected
-# entry by entry of the tree, without a floor.
-DEFAULT_RULES: trees.Rules[Sparse | Dense] = (
+# bigram table stay dense (Gao et al. 2025). Strict: a parameter that is not mentioned is an error.
+MODEL_RULES: trees.Rules[Sparse | Dense] = (
     (r"(.*/)?(gain|sink|bigram|logits_bias|sinusoids)", Dense()),
     (r"(.*/)?(\w+_)?norm/bias", Dense()),
-    (r"blocks/attn/[qkv]/kernel|blocks/mlp/fc/kernel", Sparse(neuron_axis=1, stacked=True)),
-    (r"blocks/attn/out/kernel|blocks/mlp/proj/kernel", Sparse(neuron_axis=0, stacked=True)),
+    *((k.path, Sparse(neuron_axis=k.neuron_axis, stacked=True)) for k in KERNELS),
+    *((k.bias, Sparse(stacked=True)) for k in KERNELS),
+    (r"embed/(tokens|positions)|head/unembed", Sparse()),
+)
+
+# The same for models of this library; other trees of matrices and vectors are projected leaf by leaf, without
+# a floor.
+DEFAULT_RULES: trees.Rules[Sparse | Dense] = (
+    *MODEL_RULES,
     (r"blocks/.*", Sparse(stacked=True)),
     (r".*", Sparse()),
 )
@@ -53,9 +59,9 @@ class ProjectTopKState(NamedTuple):
     """State of `project_top_k`.
 
     Attributes:
-      count: int32, updates so far.
-      nonzeros: path -> int32 `(G,)`, nonzeros that each matrix of the parameter has now.
-      finite: path -> bool `(G,)`, false for a matrix that holds NaN or infinity.
+      count: Number of updates so far, int32.
+      nonzeros: Path -> int32 `(G,)`, the nonzeros of each matrix of the parameter.
+      finite: Path -> bool `(G,)`, false for a matrix that holds NaN or infinity.
     """
 
     count: jax.Array
@@ -75,29 +81,31 @@ def project_top_k(
     *,
     min_per_neuron: int = 4,
     rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES,
-    whole: bool = False,
+    replicated: bool = False,
 ) -> optax.GradientTransformation:
-    r"""Change the updates so that `params + updates` is projected to the top-k entries of each matrix.
+    r"""Change updates so that `params + updates` is projected to the top-k entries of each matrix.
 
     With :math:`k = \mathrm{round}(\text{density} \cdot \text{size})` every matrix becomes
 
     .. math:: W \leftarrow \mathrm{keep\_top\_k}(W + U, k)
 
-    see :func:`wsparse.sparsity.keep_top_k`. Entries that go become exactly 0, and the others are updated
-    by exactly what came in. Put it last in the chain: anything after it breaks the count.
+    see :func:`wsparse.sparsity.keep_top_k`. Entries that are removed become exactly 0, and the others get
+    exactly the incoming update. Put it last in the chain: anything after it breaks the count.
 
     Args:
-      density: fraction of entries that stay, or an optax schedule of it by the number of updates so far.
-      min_per_neuron: nonzeros that every neuron keeps in each of its matrices.
-      rules: which parameters are projected, and along which axis their neurons lie.
-      whole: every device holds all parameters, so that a TPU's kernels may work on whole matrices.
+      density: Fraction of entries that stay, or an optax schedule of it by the number of updates so far.
+      min_per_neuron: Nonzeros that every neuron keeps in each of its matrices.
+      rules: Table of the parameters that are projected, and the axes along which their neurons lie; the
+        default fits models of this library and any other tree. `MODEL_RULES` refuses unknown parameters.
+      replicated: Whether every device holds all parameters, so that a TPU's kernels may work on whole
+        matrices.
 
     Returns:
       A transform whose `update` needs `params`. It works inside `optax.chain`, `masked`,
       `multi_transform` and `MultiSteps`, under jit, and on sharded arrays.
 
     Raises:
-      UserError: a fixed density outside (0, 1]; a parameter that no rule matches.
+      UserError: A fixed density is outside (0, 1], or no rule matches a parameter.
 
     >>> import optax
     >>> optimizer = optax.chain(optax.sgd(1.0), project_top_k(0.5))
@@ -135,7 +143,7 @@ def project_top_k(
             ],
             neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
             min_per_neuron=min_per_neuron,
-            whole=whole,
+            whole=replicated,
         )
         selected = dict(zip(sparse, selections, strict=True))
 
@@ -158,9 +166,9 @@ def project_top_k(
 def l0(
     params: Any, rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES
 ) -> dict[str, tuple[int, int]]:
-    """`(nonzeros, size)` of every projected matrix, by its path.
+    """Returns `(nonzeros, size)` of every projected matrix, by its path.
 
-    The matrices of a stacked parameter are told apart by the layer's index after the path's first part:
+    The matrices of a stacked parameter have the layer's index after the path's first part:
     "blocks/3/mlp/fc/kernel".
     """
     counts = {}
@@ -171,17 +179,17 @@ def l0(
 
 
 def matrix_path(path: str, layer: int, rule: Sparse) -> str:
-    """The name of one matrix of a parameter."""
+    """Returns the name of one matrix of a parameter."""
     if not rule.stacked:
         return path
-    first, _, rest = path.partition("/")
-    return f"{first}/{layer}/{rest}"
+    root, _, name = path.partition("/")
+    return f"{root}/{layer}/{name}"
 
 
 def nonfinite_matrices(
     finite: dict[str, Any], rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES
 ) -> list[str]:
-    """Names of the matrices whose flag in `ProjectTopKState.finite` is false."""
+    """Returns the names of the matrices whose flag in `ProjectTopKState.finite` is false."""
     names = []
     for path, flags in finite.items():
         rule = trees.match(rules, path)
@@ -191,16 +199,19 @@ def nonfinite_matrices(
 
 
 def find_state(optimizer_state: Any) -> ProjectTopKState:
-    """The projection's state inside the state of a chain."""
-    is_ours: Callable[[Any], bool] = lambda node: isinstance(node, ProjectTopKState)
-    found = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_ours) if is_ours(node)]
-    if len(found) != 1:
-        raise UserError(f"the optimizer's state must hold one projection, got {len(found)}")
-    return found[0]
+    """Returns the projection's state inside the state of a chain.
+
+    Raises:
+      UserError: The state does not hold exactly one projection.
+    """
+    states = optax.tree_utils.tree_get_all_with_path(optimizer_state, ProjectTopKState.__name__)
+    if len(states) != 1:
+        raise UserError(f"the optimizer's state must hold one projection, got {len(states)}")
+    return states[0][1]
 
 
 def _matrices(tree: Any, rules: trees.Rules[Sparse | Dense]) -> dict[str, tuple[jax.Array, Sparse]]:
-    """Projected leaves as stacks `(G, ...)` by path, with their rules."""
+    """Returns the projected leaves as stacks `(G, ...)` by path, with their rules."""
     matched = {path: (leaf, trees.match(rules, path)) for path, leaf in trees.flatten(tree).items()}
     return {
         path: (leaf if rule.stacked else leaf[None], rule)

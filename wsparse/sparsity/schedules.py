@@ -12,9 +12,10 @@ from wsparse.config import OptimizerConfig, SparsityConfig
 
 
 def density_schedule(config: SparsityConfig, steps: int) -> optax.Schedule:
-    """Density after each step of a run of `steps`: 1 until `anneal_start`, the target from `anneal_end` on.
+    """Returns a schedule of the density: 1 until `anneal_start`, the target from `anneal_end` on.
 
-    The step that ends the anneal already has exactly `config.density`.
+    Its value at step i is the density after that step, of a run of `steps`; the step that ends the anneal
+    already has exactly `config.density`.
     """
     start, stop = config.anneal_start * steps, max(config.anneal_end * steps, 1)
 
@@ -32,7 +33,7 @@ def density_schedule(config: SparsityConfig, steps: int) -> optax.Schedule:
 def learning_rate_schedule(
     config: OptimizerConfig, steps: int, *, density: optax.Schedule
 ) -> optax.Schedule:
-    """Linear warmup, then linear decay to 0 at `steps`, times `1/sqrt(density)`: the "sharkfin".
+    """Returns linear warmup, then linear decay to 0 at `steps`, times `1/sqrt(density)`: the "sharkfin".
 
     Without `config.sharkfin` the last factor is 1.
     """
@@ -48,7 +49,7 @@ def learning_rate_schedule(
 
 
 def gradient_rms(gradients: optax.Updates) -> jax.Array:
-    """Root-mean-square over all entries of all leaves, float32 scalar."""
+    """Returns the root-mean-square over all entries of all leaves, a float32 scalar."""
     leaves = jax.tree.leaves(gradients)
     total = sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
     # As an integer, more than 2^31 parameters would overflow.
@@ -57,6 +58,9 @@ def gradient_rms(gradients: optax.Updates) -> jax.Array:
 
 def scale_by_gradient_rms(form: Literal["normalize", "clip"]) -> optax.GradientTransformation:
     """Scale the whole gradient so that its root-mean-square over all parameters is 1.
+
+    Unlike `optax.clip_by_global_norm` and `normalize_by_update_norm`, the scale does not depend on the number
+    of parameters, and the sum of squares is float32 whatever the gradient's dtype.
 
     Args:
       form: "normalize" always scales (an all-zero gradient stays zero); "clip" only scales down.

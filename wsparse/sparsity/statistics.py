@@ -1,4 +1,4 @@
-"""Numbers that tell how sparse training goes."""
+"""Statistics of sparse training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 
 def alive_neurons(params: Any, fired_LF: jax.Array | None = None) -> jax.Array:
-    """MLP neurons per layer that can do something, int32 `(n_layer,)`.
+    """Returns the number of MLP neurons per layer that can have an effect, int32 `(n_layer,)`.
 
-    A neuron is dead when it has no nonzero in-weight, no nonzero out-weight, or (when `fired_LF` says
-    so) never fired on the data that was looked at.
+    A neuron is dead when all its in-weights or all its out-weights are zero, or when `fired_LF` says that
+    it never fired.
 
     Args:
-      params: a model's parameters.
-      fired_LF: bool `(n_layer, d_mlp)`: the neuron was nonzero at some token.
+      params: Model parameters.
+      fired_LF: Bool `(n_layer, d_mlp)`, true where the neuron was nonzero at some token; None counts all.
     """
     mlp = params["blocks"]["mlp"]
     alive = jnp.any(mlp["fc"]["kernel"] != 0, axis=1) & jnp.any(mlp["proj"]["kernel"] != 0, axis=2)
@@ -26,9 +26,9 @@ def alive_neurons(params: Any, fired_LF: jax.Array | None = None) -> jax.Array:
 
 
 def kurtosis(x: jax.Array) -> jax.Array:
-    """Fourth standardised moment over the last axis, averaged over the others; 3 for a Gaussian.
+    """Returns the fourth standardized moment over the last axis, averaged over the others: a float32 scalar.
 
-    Large values say that few channels carry the residual stream. float32 scalar.
+    It is 3 for a Gaussian; large values mean that few channels carry the residual stream.
     """
     x = x.astype(jnp.float32)
     centered = x - jnp.mean(x, axis=-1, keepdims=True)
