@@ -47,8 +47,8 @@ def calls(shape: tuple[int, int], density: float) -> dict[str, Callable[[], obje
 def main(argv) -> None:
     """Time every shape at every density and print a table and one JSON line."""
     del argv
-    if not cpu.available():
-        raise UserError("the products need numba and one CPU device: pip install 'wsparse[cpu]'")
+    if not cpu.enable():
+        raise UserError("the products need the CPU kernels: one device and a C++ compiler")
     results = []
     for shape in SHAPES:
         for density in DENSITIES:

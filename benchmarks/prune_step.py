@@ -28,6 +28,7 @@ from wsparse import model, sparsity, trees
 from wsparse.circuits import HParams, PairArrays, masks, procedure, prune
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
+from wsparse.ops import cpu
 from wsparse.ops.attention import attend
 from wsparse.ops.linear import gelu, matmul
 from wsparse.ops.top_k import ablate_largest
@@ -196,6 +197,7 @@ def selections(config: ModelConfig) -> float:
 def main(argv) -> None:
     """Time the variants in turns and print a table and one JSON line."""
     del argv
+    cpu.enable()
     config = ModelConfig(vocab_size=2048, context=TIME, n_layer=2, d_model=256, n_head=16)
     params = sparse_params(config, flags.FLAGS.density)
     plain = dataclasses.replace(config, abs_top_k_fraction=None)

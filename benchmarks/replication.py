@@ -23,6 +23,7 @@ from wsparse import model, sharding, sparsity
 from wsparse.command import run_command
 from wsparse.config import ModelConfig, SparsityConfig, TrainConfig
 from wsparse.nodes import NODES
+from wsparse.ops import cpu
 from wsparse.ops.attention import attend
 from wsparse.ops.linear import gelu, matmul
 from wsparse.step import Program, make_optimizer, make_program
@@ -109,6 +110,7 @@ def parts(
 def main(argv) -> None:
     """Time both configurations and print a table and one JSON line for each."""
     del argv
+    cpu.enable()
     for name, (*_, theirs) in SIZES.items():
         config = recipe(name, flags.FLAGS.density)
         program = make_program(config, sharding.make_mesh(config.mesh))

@@ -18,6 +18,7 @@ import timing
 from wsparse import model, recipes, sharding
 from wsparse.command import run_command
 from wsparse.config import TrainConfig
+from wsparse.ops import cpu
 from wsparse.step import make_program
 
 
@@ -35,6 +36,7 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
 
 def main(argv) -> None:
     """Time the variants and print a table and one JSON line."""
+    cpu.enable()
     _, config = recipes.from_flag()
     # The projection is timed where it works hardest, at the final density.
     steps = {name: _stepper(variant) for name, variant in variants(_at_the_end(config)).items()}

@@ -15,10 +15,8 @@ import pytest
 import reference
 from scipy import special
 
-from wsparse.ops import attention, cpu, selection
+from wsparse.ops import attention, cpu, linear, selection, top_k
 from wsparse.sparsity import abs_top_k
-
-pytest.importorskip("numba")
 
 REPO = pathlib.Path(__file__).parents[1]
 
@@ -93,7 +91,7 @@ def test_mean_ablation_of_the_largest_equals_numpy_exactly(x, share, seed):
     k = max(1, int(share * x.shape[1]))
     gate = np.random.default_rng(seed).integers(0, 2, x.shape[1]).astype(np.float32)
     mean = draw(seed, x.shape[1])
-    got = jax.jit(cpu.ablate_largest, static_argnums=3)(x, gate, mean, k)
+    got = jax.jit(top_k.ablate_on_cpu(k))(x, gate, mean)
     with np.errstate(invalid="ignore"):
         # Subnormal numbers become 0, as everywhere in XLA.
         np.testing.assert_allclose(got, ablated(x, gate, mean, k), rtol=0, atol=1.2e-38)
@@ -105,7 +103,7 @@ def test_gradients_of_mean_ablation_equal_a_float64_reference(width, k):
     x, gate, mean = draw(0, 2, 65, width), draw(1, width), draw(2, width)
     x[1] = np.sign(x[1])
     dy = draw(3, *x.shape)
-    y, pull = jax.vjp(lambda *each: cpu.ablate_largest(*each, k), x, gate, mean)
+    y, pull = jax.vjp(lambda *each: top_k.ablate_on_cpu(k)(*each), x, gate, mean)
     np.testing.assert_allclose(y, ablated(x, gate, mean, k), rtol=1e-5, atol=1e-6)
     kept = brute_force(x, k)
     wide = np.float64(dy)
@@ -122,7 +120,7 @@ def test_mean_ablation_under_vmap_gives_each_trial_what_it_gets_alone():
     x, gates, means = draw(0, 3, 2, 70, 24), draw(1, 3, 24), draw(2, 24)
 
     def gradients(x, gate):
-        value = lambda x, gate, mean: jnp.sum(jnp.sin(cpu.ablate_largest(x, gate, mean, 6)))
+        value = lambda x, gate, mean: jnp.sum(jnp.sin(top_k.ablate_on_cpu(6)(x, gate, mean)))
         return jax.grad(value, argnums=(0, 1, 2))(x, gate, means)
 
     together = jax.jit(jax.vmap(gradients))(x, gates)
@@ -152,7 +150,9 @@ def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width
     q, dy = draw(0, 2, time, 3, width), draw(1, 2, time, 3, width)
     k, v, sink = draw(2, 2, keys, 3, width), draw(3, 2, keys, 3, width), draw(4, 3)
     positions = np.arange(time)[None] + np.array([[0], [keys - time]])
-    y, pull = jax.vjp(lambda *each: cpu.attend(*each, jnp.asarray(positions)), q, k, v, sink)
+    y, pull = jax.vjp(
+        lambda *each: attention.attend_on_cpu(*each, jnp.asarray(positions)), q, k, v, sink
+    )
     expected, gradients = reference.attention(q, k, v, sink, positions, dy)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
     for got, wanted in zip(pull(dy), gradients, strict=True):
@@ -165,10 +165,13 @@ def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width
 def test_attention_without_a_sink_and_with_large_scores_stays_exact():
     q, k, v = 30 * draw(0, 2, 11, 2, 16), draw(1, 2, 11, 2, 16), draw(2, 2, 11, 2, 16)
     np.testing.assert_allclose(
-        cpu.attend(q, k, v, None), attention.attend_plainly(q, k, v, None), rtol=1e-4, atol=1e-5
+        attention.attend_on_cpu(q, k, v, None),
+        attention.attend_plainly(q, k, v, None),
+        rtol=1e-4,
+        atol=1e-5,
     )
     q[1, 4, 0, 3] = np.nan
-    spoilt = np.isnan(cpu.attend(q, k, v, None))
+    spoilt = np.isnan(attention.attend_on_cpu(q, k, v, None))
     assert spoilt[1, 4, 0].all() and spoilt.sum() == 16
 
 
@@ -184,13 +187,16 @@ def test_attention_works_under_vmap_scan_and_checkpoint():
         each = jax.checkpoint(lambda q, v, sink: jnp.sum(jnp.sin(attend(q, k, v, sink))))
         return jax.value_and_grad(lambda *xs: jnp.sum(jax.vmap(each)(*xs)), argnums=(0, 1, 2))
 
-    got, expected = value(cpu.attend)(q, v, sink), value(attention.attend_plainly)(q, v, sink)
+    got, expected = (
+        value(attention.attend_on_cpu)(q, v, sink),
+        value(attention.attend_plainly)(q, v, sink),
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
     _, scanned = jax.lax.scan(
-        lambda c, xs: (c, cpu.attend(xs[0], k, xs[1], xs[2])), 0, (q, v, sink)
+        lambda c, xs: (c, attention.attend_on_cpu(xs[0], k, xs[1], xs[2])), 0, (q, v, sink)
     )
     np.testing.assert_array_equal(
-        scanned, jax.vmap(lambda *xs: cpu.attend(xs[0], k, *xs[1:]))(q, v, sink)
+        scanned, jax.vmap(lambda *xs: attention.attend_on_cpu(xs[0], k, *xs[1:]))(q, v, sink)
     )
 
 
@@ -200,11 +206,11 @@ def test_gelu_and_its_gradient_equal_a_float64_reference():
     exact = x.astype(np.float64)
     share = special.ndtr(exact)
     slope = share + exact * np.exp(-(exact**2) / 2) / np.sqrt(2 * np.pi)
-    y, pull = jax.vjp(cpu.gelu, x)
+    y, pull = jax.vjp(linear.gelu_on_cpu, x)
     np.testing.assert_allclose(y, exact * share, rtol=3e-6, atol=1e-7)
     np.testing.assert_allclose(pull(np.ones_like(x))[0], slope, rtol=3e-6, atol=3e-7)
     assert np.abs(np.asarray(jax.nn.gelu(x, approximate=True)) - exact * share).max() > 1e-4
-    assert np.isnan(cpu.gelu(jnp.array([jnp.nan]))).all()
+    assert np.isnan(linear.gelu_on_cpu(jnp.array([jnp.nan]))).all()
 
 
 def sparse_matrix(seed: int, rows: int, columns: int, density: float) -> np.ndarray:
@@ -220,7 +226,7 @@ def sparse_matrix(seed: int, rows: int, columns: int, density: float) -> np.ndar
 )
 def test_products_and_their_gradients_equal_a_float64_reference(rows, shape, density):
     x, w, dy = draw(0, rows, shape[0]), sparse_matrix(1, *shape, density), draw(2, rows, shape[1])
-    y, pull = jax.vjp(cpu.product, x, w)
+    y, pull = jax.vjp(linear.product, x, w)
     dx, dw = pull(dy)
     wide = [np.asarray(a, np.float64) for a in (x, w, dy)]
     np.testing.assert_allclose(y, wide[0] @ wide[1], rtol=1e-5, atol=1e-5)
@@ -240,7 +246,7 @@ def test_a_matrix_with_few_nonzeros_is_multiplied_by_its_nonzeros_alone():
     x[:, 5] = 2.0
     w = np.zeros((32, 8), np.float32)
     w[5, 3] = 1.5
-    product = jax.jit(cpu.product)
+    product = jax.jit(linear.product)
     np.testing.assert_array_equal(product(x, w), 3.0 * (np.arange(8) == 3) * np.ones((4, 1)))
     w[6] = 1.0
     assert np.count_nonzero(w) < (32 * 8) * cpu.DENSITY_LIMIT
@@ -268,13 +274,13 @@ def test_a_zero_of_either_sign_is_passed_over_and_nothing_else_is(product, colum
 def test_products_work_under_vmap_of_either_side():
     x, w = draw(0, 3, 5, 40), np.stack([sparse_matrix(i, 40, 35, 0.03) for i in range(3)])
     np.testing.assert_allclose(
-        jax.vmap(cpu.product, (0, None))(x, w[0]), x @ w[0], rtol=1e-5, atol=1e-5
+        jax.vmap(linear.product, (0, None))(x, w[0]), x @ w[0], rtol=1e-5, atol=1e-5
     )
     np.testing.assert_allclose(
-        jax.vmap(cpu.product, (None, 0))(x[0], w), x[0] @ w, rtol=1e-5, atol=1e-5
+        jax.vmap(linear.product, (None, 0))(x[0], w), x[0] @ w, rtol=1e-5, atol=1e-5
     )
-    np.testing.assert_allclose(jax.vmap(cpu.product)(x, w), x @ w, rtol=1e-5, atol=1e-5)
-    gradient = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(cpu.product(x, w[0])))))(x)
+    np.testing.assert_allclose(jax.vmap(linear.product)(x, w), x @ w, rtol=1e-5, atol=1e-5)
+    gradient = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(linear.product(x, w[0])))))(x)
     np.testing.assert_allclose(gradient, np.cos(x @ w[0]) @ w[0].T, rtol=1e-4, atol=1e-5)
 
 
@@ -324,11 +330,11 @@ print(*(float(jnp.linalg.norm(gradient[name])) for name in sorted(gradient)))
 def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     program = (
         "import jax, jax.numpy as jnp, numpy as np\n"
-        "from wsparse.ops import cpu\n"
+        "from wsparse.ops import cpu\ncpu.enable()\n"
         "from wsparse.sparsity import abs_top_k\n"
         "x = jax.random.normal(jax.random.key(1), (6, 9, 64))\n"
         "f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(abs_top_k(x, 16)))))\n"
-        "print(cpu.available(), 'wsparse_top_k' in f.lower(x).as_text())\n"
+        "print(cpu.enabled(), 'wsparse_top_k' in f.lower(x).as_text())\n"
         "value, gradient = f(x)\n"
         "print(float(value), np.asarray(gradient).tobytes().hex())\n"
         + MODEL_GRADIENT
@@ -363,6 +369,6 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
 
 def test_several_devices_keep_to_the_plain_jax():
     assert jax.device_count() == 8
-    assert not cpu.available()
+    assert not cpu.enable()
     x = jax.random.normal(jax.random.key(1), (6, 64))
     assert "wsparse_top_k" not in jax.jit(lambda x: abs_top_k(x, 16)).lower(x).as_text()

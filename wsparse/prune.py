@@ -35,6 +35,7 @@ from wsparse.command import run_command
 from wsparse.config import from_dict
 from wsparse.data import batches
 from wsparse.errors import UserError
+from wsparse.ops import cpu
 
 # Windows of pretraining text for the means, and the megabytes they are drawn from.
 _WINDOWS, _MEGABYTES = 512, 2.0
@@ -275,6 +276,7 @@ def main(argv: Sequence[str]) -> int:
     if options.lease <= 0:
         raise UserError(f"--lease must be above 0 seconds, got {options.lease}")
     storage = None if options.storage is None else open_storage(options.storage)
+    cpu.enable()
     # A worker that is told to leave gives its claims back.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

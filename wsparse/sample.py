@@ -16,6 +16,7 @@ from wsparse import model, runs
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
+from wsparse.ops import cpu
 
 
 def next_token_logits(logits_BV: jax.Array, *, temperature: float, top_k: int) -> jax.Array:
@@ -93,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
         value = getattr(options, name)
         if value < smallest:
             raise UserError(f"--{name} must be at least {smallest}, got {value}")
+    cpu.enable()
     run = runs.load(options.run)
     context = run.config.model.context
     # A document begins after the end of another, as in training.

@@ -70,8 +70,6 @@ def run(config: TrainConfig, workdir: pathlib.Path) -> int:
         return 0
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
-    if jax.default_backend() == "cpu" and jax.device_count() == 1 and not cpu.available():
-        log.info("AbsTopK runs without its CPU kernel, which is faster: pip install 'wsparse[cpu]'")
     tokenizer_file = workdir / "tokenizer.json"
     dataset = batches.open_dataset(
         config.data,
@@ -387,6 +385,7 @@ def main(argv: Sequence[str]) -> int:
     options: Any = flags.FLAGS
     name, config = recipes.from_flag()
     processes.initialize_processes()
+    cpu.enable()
     return run(config, pathlib.Path(options.workdir or f"runs/{name}"))
 
 

@@ -13,6 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from wsparse.ops import cpu, tpu, tpu_attention
+from wsparse.ops.derivatives import differentiable
 
 
 def attend(
@@ -29,7 +30,7 @@ def attend(
     """
     kernels: dict[str, Callable[..., jax.Array]] = {}
     if cpu.takes(q_BTHK):
-        kernels["cpu"] = cpu.attend
+        kernels["cpu"] = attend_on_cpu
     if tpu.available() and positions_BT is None and tpu_attention.takes(q_BTHK):
         kernels["tpu"] = lambda q, k, v, sink, _: tpu_attention.attend(q, k, v, sink)
     return lax.platform_dependent(
@@ -51,6 +52,25 @@ def attend_plainly(
     # Normalized after the product, which is smaller than the weights by T / d_head.
     y_BHTK = (y_BHTK / total_BHT1.astype(y_BHTK.dtype)).astype(v_BSHK.dtype)
     return jnp.swapaxes(y_BHTK, 1, 2)
+
+
+_attend_on_cpu = differentiable(attend_plainly, cpu.attend, cpu.attend_gradient)
+
+
+def attend_on_cpu(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    sink_H: jax.Array | None,
+    positions_BT: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` of float32 by the CPU kernel."""
+    batch, time, heads, _ = q_BTHK.shape
+    if sink_H is None:
+        sink_H = jnp.full(heads, -jnp.inf, jnp.float32)
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
+    return _attend_on_cpu(q_BTHK, k_BSHK, v_BSHK, sink_H, positions_BT.astype(jnp.int32))
 
 
 def attention_pattern(q_BTHK: jax.Array, k_BSHK: jax.Array, sink_H: jax.Array | None) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Products of activations with weight matrices, and the GELU: plain JAX, and the choice of a kernel."""
+"""Products of activations with weight matrices, and the GELU: plain JAX, and the choice of a kernel.
+
+Shapes: R rows, I inputs, O outputs.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from wsparse.ops import cpu
+from wsparse.ops.derivatives import differentiable, linear_map
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
@@ -17,15 +22,66 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
     rows = jnp.reshape(x, (-1, x.shape[-1]))
     plain = functools.partial(jnp.matmul, preferred_element_type=dtype)
     if cpu.takes(rows) and kernel.dtype == jnp.float32:
-        y = lax.platform_dependent(rows, kernel, cpu=cpu.product, default=plain)
+        y = lax.platform_dependent(rows, kernel, cpu=product, default=plain)
     else:
         y = plain(rows, kernel)
     return jnp.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def product(x_RI: jax.Array, w_IO: jax.Array, transposed: bool = False) -> jax.Array:
+    """`x @ w`, or `x @ w.T`, float32: over the nonzeros of `w` where they are few, else a dense product.
+
+    The choice is made when the program runs, by counting; see `cpu.DENSITY_LIMIT`. The gradient of `x` is
+    found likewise, that of `w` is dense. A NaN or infinity in `x` spoils only results that a nonzero weight
+    brings it to.
+    """
+
+    def dense(x_RI, w_IO):
+        return jnp.matmul(x_RI, w_IO.T if transposed else w_IO)
+
+    sparse = cpu.sparse_product_transposed if transposed else cpu.sparse_product
+    few = jnp.sum(w_IO != 0, dtype=jnp.int32) < cpu.DENSITY_LIMIT * w_IO.size
+    return lax.cond(few, sparse, dense, x_RI, w_IO)
+
+
+def _product_jvp(transposed, primals, tangents):
+    varied = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+
+    def push(primals, *directions):
+        x_RI, w_IO = primals
+        dx, dw = (next(rest) if v else None for rest in [iter(directions)] for v in varied)
+        terms = []
+        if dx is not None:
+            terms.append(product(dx, w_IO, transposed))
+        if dw is not None:
+            terms.append(jnp.matmul(x_RI, dw.T if transposed else dw))
+        return (sum(terms[1:], terms[0]),)
+
+    def pull(primals, dy_RO):
+        x_RI, w_IO = primals
+        gradients = (
+            lambda: product(dy_RO, w_IO, not transposed),
+            lambda: jnp.matmul(dy_RO.T, x_RI) if transposed else jnp.matmul(x_RI.T, dy_RO),
+        )
+        return tuple(gradient() for gradient, v in zip(gradients, varied, strict=True) if v)
+
+    directions = [tangent for tangent, v in zip(tangents, varied, strict=True) if v]
+    return product(*primals, transposed), linear_map(push, pull, primals, *directions)[0]
+
+
+product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """The exact (erf) GELU."""
-    plain = functools.partial(jax.nn.gelu, approximate=False)
     if cpu.takes(x):
-        return lax.platform_dependent(x, cpu=cpu.gelu, default=plain)
-    return plain(x)
+        return lax.platform_dependent(x, cpu=gelu_on_cpu, default=_gelu_plainly)
+    return _gelu_plainly(x)
+
+
+def _gelu_plainly(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+gelu_on_cpu = differentiable(_gelu_plainly, cpu.gelu, cpu.gelu_gradient)

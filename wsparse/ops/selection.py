@@ -158,7 +158,7 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
     return lax.platform_dependent(
         lax.stop_gradient(x),
         cpu=functools.partial(
-            cpu.largest_per_row if half_or_single and cpu.available() else _largest_per_row_blocked,
+            cpu.largest_per_row if half_or_single and cpu.enabled() else _largest_per_row_blocked,
             k=k,
         ),
         default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),

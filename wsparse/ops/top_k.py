@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from wsparse.errors import UserError
 from wsparse.ops import cpu, selection, tpu
+from wsparse.ops.derivatives import differentiable
 
 
 def abs_top_k(x: jax.Array, k: int) -> jax.Array:
@@ -75,14 +76,25 @@ def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -
       An array like `x`.
     """
 
-    def plain(x, gate_N, mean_N):
-        gate, mean = (jnp.reshape(v, (1,) * (x.ndim - 1) + v.shape) for v in (gate_N, mean_N))
-        return ablate(abs_top_k(x, k), gate, mean)
+    if not cpu.takes(x) or k == 0:
+        return _ablate_plainly(x, gate_N, mean_N, k=k)
+    plain = functools.partial(_ablate_plainly, k=k)
+    return lax.platform_dependent(x, gate_N, mean_N, cpu=ablate_on_cpu(k), default=plain)
 
-    if not cpu.takes(x):
-        return plain(x, gate_N, mean_N)
-    kernel = functools.partial(cpu.ablate_largest, k=k)
-    return lax.platform_dependent(x, gate_N, mean_N, cpu=kernel, default=plain)
+
+def _ablate_plainly(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, *, k: int) -> jax.Array:
+    gate, mean = (jnp.reshape(v, (1,) * (x.ndim - 1) + v.shape) for v in (gate_N, mean_N))
+    return ablate(abs_top_k(x, k), gate, mean)
+
+
+@functools.cache
+def ablate_on_cpu(k: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns `ablate_largest` of `k` channels, float32, by the CPU kernel."""
+    return differentiable(
+        functools.partial(_ablate_plainly, k=k),
+        functools.partial(cpu.ablate, k=k),
+        cpu.ablate_gradient,
+    )
 
 
 def keep_top_k(
@@ -214,8 +226,8 @@ def _select_in_one_search(
 def _largest_of_each(keys: list[jax.Array], k: list[jax.Array], whole: bool) -> list[jax.Array]:
     """`selection.largest_of_each` in the way that suits the platform; the result is the same."""
     plain = functools.partial(selection.largest_of_each, whole=whole)
-    # With the kernels for TPUs this may be the inside of one.
-    if cpu.available() and not tpu.available() and all(key.dtype == jnp.int32 for key in keys):
+    # On TPU this may be traced inside a Pallas kernel, where a foreign call of a CPU is not allowed.
+    if cpu.enabled() and not tpu.available() and all(key.dtype == jnp.int32 for key in keys):
         return lax.platform_dependent(keys, k, cpu=cpu.largest_of_each, default=plain)
     return plain(keys, k)
 
