@@ -31,6 +31,7 @@ import numpy as np
 import pytest
 
 from wsparse import model
+from wsparse import tasks as command
 from wsparse.circuits import tasks
 from wsparse.config import ModelConfig
 from wsparse.data import idioms
@@ -505,20 +506,43 @@ def test_report():
         tokenizer=tokenizer,
     )
     wanted = [tasks.TASKS[name] for name in ("bracket_brace", "for_while", "lambda_func")]
-    text = tasks.report(run, wanted, n_pairs=8)
+    text = command.report(run, wanted, n_pairs=8, n_examples=1)
     # Fresh parameters know nothing.
     rows = re.findall(r"^(\w+) +(\d\.\d{4}) +\d\.\d{3} +\d+-\d+  '", text, re.M)
     assert [name for name, _ in rows] == ["bracket_brace", "lambda_func"]
     assert all(abs(float(loss) - math.log(2)) < 0.05 for _, loss in rows)
-    assert tasks.build("lambda_func", tokenizer, 8, 0, max_tokens=256).prompts[1] in text
     assert "refused: task 'for_while' fits no form" in text
+    # The table comes first, and the programs only where they are asked for.
+    assert text.startswith("task ")
+    second = tasks.build("lambda_func", tokenizer, 8, 0, max_tokens=256).prompts[1]
+    assert text.index(second) > text.index("refused:")
+    table = command.report(run, wanted, n_pairs=8)
+    assert text.startswith(table) and len(table.splitlines()) == 4
 
 
-def test_command_line(tmp_path):
-    # The task is read first: it is known as a `Task` although the module runs as the main program.
+def test_scores_do_not_depend_on_how_rows_are_grouped(monkeypatch):
+    tokenizer = tokenizer_lib.train([idioms.document(0, 0)], 260)
+    config = ModelConfig(vocab_size=260, context=256, n_layer=1, d_model=16, n_head=1)
+    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
+    batch = tasks.build("lambda_func", tokenizer, 7, 0)
+    logits_BPV, _ = model.forward(
+        params, batch.tokens, config, positions_BP=batch.position[:, None]
+    )
+    chosen = (logits_BPV[:, 0], batch.answer, batch.other)
+    expected = (tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
+    for rows in (4, 14, 32):
+        monkeypatch.setattr(command, "_ROWS", rows)
+        np.testing.assert_allclose(command._score(params, config, batch), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["wsparse.tasks", "wsparse.circuits.tasks"])
+def test_command_line(tmp_path, module):
+    # The task is read first: a user's `Task` is the same class whichever name the command has.
     task = written(tmp_path / "mine.py", TASK)
-    command = [sys.executable, "-m", "wsparse.circuits.tasks", "--run=no/such/run"]
+    command = [sys.executable, "-m", module, "--run=no/such/run"]
     done = subprocess.run([*command, f"--task={task}"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
+    notice, *_ = [*done.stderr.splitlines(), ""]
+    assert notice.startswith("note: ") == (module == "wsparse.circuits.tasks")
     assert done.stderr.splitlines()[-1].startswith("error: no/such/run is not a run folder")
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wsparse.circuits.circuit import Circuit
-    from wsparse.circuits.mask_learning import HParams, Masks, PairArrays, prune
+    from wsparse.circuits.mask_learning import HParams, Masks, prune
+    from wsparse.circuits.pairs import PairArrays
 
 __all__ = ["Circuit", "HParams", "Masks", "PairArrays", "prune"]
 
 
 def __getattr__(name: str) -> Any:
-    """Names are fetched when asked for, so that `python -m wsparse.circuits.tasks` loads itself once."""
+    """Imports on first use: a reader of circuit files needs no jax, which masks and pairs import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "circuit" if name == "Circuit" else "mask_learning"
+    module = {"Circuit": "circuit", "PairArrays": "pairs"}.get(name, "mask_learning")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

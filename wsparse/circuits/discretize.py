@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from wsparse.circuits import graph
-from wsparse.circuits.mask_learning import HasPairs
+from wsparse.circuits.pairs import HasPairs
 from wsparse.circuits.scoring import GONE, STAYS, Ranks, Scorer
 
 # Sizes tried in one call of the scorer.

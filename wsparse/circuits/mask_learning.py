@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from wsparse import model, taps
-from wsparse.circuits import masks, tasks
+from wsparse.circuits import masks
+from wsparse.circuits.pairs import HasPairs, PairArrays, arrays, task_loss
 from wsparse.config import ModelConfig
 
 
@@ -36,18 +37,6 @@ class HParams(NamedTuple):
     """Width of the Heaviside's surrogate derivative."""
 
 
-class PairArrays(NamedTuple):
-    """The arrays of a `tasks.TaskBatch`; rows `2 i` and `2 i + 1` are a pair."""
-
-    tokens: Any
-    position: Any
-    answer: Any
-    other: Any
-
-
-HasPairs = tasks.TaskBatch | PairArrays
-
-
 class Masks(NamedTuple):
     """What a run of `prune` learned."""
 
@@ -57,11 +46,6 @@ class Masks(NamedTuple):
     """`(S,)` task loss of each step's batch."""
     open: jax.Array
     """`(S,)` int32, gates open at each step."""
-
-
-def arrays(batch: HasPairs) -> PairArrays:
-    """The arrays of a batch of pairs, on the device."""
-    return PairArrays(*(jnp.asarray(getattr(batch, name)) for name in PairArrays._fields))
 
 
 def prune(
@@ -117,7 +101,7 @@ def prune(
     def objective(tau, rows: PairArrays):
         gates = masks.gates(tau, hparams.temperature)
         logits_BV = answer_logits(params, config, rows, taps.mask(gates, means))
-        loss = tasks.task_loss(logits_BV, rows.answer, rows.other)
+        loss = task_loss(logits_BV, rows.answer, rows.other)
         n_open = sum(jnp.sum(gate) for gate in gates.values())
         return loss + hparams.k_coef * n_open, (loss, n_open)
 

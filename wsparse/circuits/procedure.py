@@ -32,7 +32,8 @@ from wsparse.circuits.circuit import (
     Size,
     TrialSize,
 )
-from wsparse.circuits.mask_learning import HParams, PairArrays, arrays
+from wsparse.circuits.mask_learning import HParams
+from wsparse.circuits.pairs import PairArrays, arrays
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial, log_size, search
 from wsparse.config import ModelConfig, require
 from wsparse.data.tokenizer import Tokenizer

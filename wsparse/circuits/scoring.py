@@ -16,8 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, nodes, taps, trees
-from wsparse.circuits import graph, masks, tasks
-from wsparse.circuits.mask_learning import HasPairs, PairArrays, answer_logits, arrays
+from wsparse.circuits import graph, masks
+from wsparse.circuits.mask_learning import answer_logits
+from wsparse.circuits.pairs import (
+    HasPairs,
+    PairArrays,
+    arrays,
+    margins,
+    task_accuracy,
+    task_loss,
+)
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `Ranks`.
@@ -211,7 +219,7 @@ def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, conf
         i, scores = carry
         logits_BV = _logits(params, means, pairs, _kept(ranks, spans_M2[i]), config)
         chosen = (logits_BV, pairs.answer, pairs.other)
-        each = Score(tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
+        each = Score(task_loss(*chosen), task_accuracy(*chosen))
         return i + 1, jax.tree.map(lambda all_M, one: all_M.at[i].set(one), scores, each)
 
     nothing = Score(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
@@ -222,7 +230,7 @@ def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, conf
 def _attributions(params, means, pairs, ranks: Ranks, *, config) -> Ranks:
     def loss(kept):
         logits_BV = _logits(params, means, pairs, kept, config)
-        return tasks.task_loss(logits_BV, pairs.answer, pairs.other)
+        return task_loss(logits_BV, pairs.answer, pairs.other)
 
     kept = _kept(ranks)
     return jax.tree.map(lambda slope, each: -slope * each, jax.grad(loss)(kept), kept)
@@ -231,4 +239,4 @@ def _attributions(params, means, pairs, ranks: Ranks, *, config) -> Ranks:
 @functools.partial(jax.jit, static_argnames="config")
 def _margins(params, means, pairs, ranks: Ranks, *, config) -> jax.Array:
     logits_BV = _logits(params, means, pairs, _kept(ranks), config)
-    return tasks.margins(logits_BV, pairs.answer, pairs.other)
+    return margins(logits_BV, pairs.answer, pairs.other)

@@ -17,7 +17,8 @@ import optuna
 
 from wsparse import files, model
 from wsparse.circuits import masks
-from wsparse.circuits.mask_learning import HasPairs, HParams, arrays, prune
+from wsparse.circuits.mask_learning import HParams, prune
+from wsparse.circuits.pairs import HasPairs, arrays
 from wsparse.circuits.workers import ElsewhereError, Pieces
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError

@@ -1,24 +1,17 @@
 """The 20 tasks: pairs of Python prompts that differ only in what decides the next token.
 
-A task draws *pairs* of programs and says where each is cut. What comes before the cut is the prompt;
-the first token after it, in the tokenization of the whole program, is the answer. Each prompt's wrong
-candidate is its partner's answer.
-
     batch = build("bracket_counting", tokenizer, 64, seed=0)
     logits_BPV, _ = model.forward(
         params, batch.tokens, config, positions_BP=batch.position[:, None]
     )
     loss = task_loss(logits_BPV[:, 0], batch.answer, batch.other)
 
-Which characters an answer has is up to the tokenizer (`]` and a line end are one token in most), so
-a task lists its *forms*, and the first that the tokenizer cuts in the same way in every context is
-used; a task with none is refused. The prompts look like the text of `wsparse.data.idioms`. They are
-divided into three splits, for the search of a circuit, for its discretization and for the report:
-no template, and no name, word or number, occurs in two of them.
+The prompts look like the text of `wsparse.data.idioms`. They are divided into three splits, for the search of
+a circuit, for its discretization and for the report: two splits share neither templates nor names, words and
+numbers.
 
-A user's own task is a JSONL file of pairs or a small Python file; see `load`.
-
-    python -m wsparse.circuits.tasks --run=runs/tiny [--task=for_while,my_task.jsonl] [--pairs=64]
+A user's own task is a JSONL file of pairs or a small Python file; see `load`. `python -m wsparse.tasks` shows
+how well a model does the tasks.
 """
 
 from __future__ import annotations
@@ -30,161 +23,54 @@ from functools import partial
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import random
 import runpy
+import sys
 import traceback
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from absl import flags
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from wsparse import model
-from wsparse.command import run_command
+from wsparse.circuits import pairs
+from wsparse.circuits.pairs import (
+    SPLITS,
+    Form,
+    Pair,
+    Program,
+    Split,
+    Task,
+    TaskBatch,
+    margins,
+    padded,
+    task_accuracy,
+    task_loss,
+)
 from wsparse.data import idioms
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError, closest
 
-if TYPE_CHECKING:
-    from wsparse import runs
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Form",
+    "Pair",
+    "Program",
+    "Split",
+    "Task",
+    "TaskBatch",
+    "build",
+    "find",
+    "load",
+    "margins",
+    "padded",
+    "task_accuracy",
+    "task_loss",
+]
 
 T = TypeVar("T")
-Split = Literal["search", "discretize", "report"]
-SPLITS: tuple[Split, ...] = ("search", "discretize", "report")
 
-# Pairs per split on which a form is tried. One of each split's must fit, no more: where answers are
-# names, a small tokenizer cuts most of them in pieces, and those pairs are passed over.
-_PROBES = 32
-# Pairs of equal length are insisted on where this share of each split's fitting ones have it.
-_EQUAL = 0.2
-# Draws in a row without a new pair after which the templates count as exhausted.
-_PATIENCE = 2000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One side of a pair.
-
-    Attributes:
-      prompt: the text that the model reads.
-      rest: what follows it; `prompt + rest` is a whole program in the tasks of this module.
-      answer: the beginning of `rest` that is to be one token; "" where the task's form says it.
-    """
-
-    prompt: str
-    rest: str
-    answer: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two programs that differ only in what decides what follows their prompts.
-
-    Attributes:
-      first: answered by the first of the candidates.
-      second: answered by the second.
-      template: what the pair was made from.
-    """
-
-    first: Program
-    second: Program
-    template: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """The characters of the two candidates.
-
-    Attributes:
-      first: answer of the first side; "" takes each pair's own `Program.answer`.
-      second: answer of the second side; "" likewise.
-      given: the beginning of both sides' `rest` that this form moves into the prompts.
-      beginning: the candidates are the tokens that the answers begin with, whatever these are.
-    """
-
-    first: str = ""
-    second: str = ""
-    given: str = ""
-    beginning: bool = False
-
-    def __str__(self) -> str:
-        which = f"{self.first!r} or {self.second!r}" if self.first else "each pair's own answers"
-        after = f" after {self.given!r}" if self.given else ""
-        return f"{which}{after}{', their first tokens' if self.beginning else ''}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """A binary decision about the next token.
-
-    Attributes:
-      name: as in `TASKS`.
-      summary: what is decided, and by what.
-      stream: `(seed, split) -> pairs`, always the same for the same arguments; may be endless.
-      forms: the candidates' surface forms, best first.
-      equal_lengths: pass over pairs whose prompts differ in length, where enough do not.
-    """
-
-    name: str
-    summary: str
-    stream: Callable[[int, Split], Iterator[Pair]]
-    forms: tuple[Form, ...] = (Form(),)
-    equal_lengths: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TaskBatch:
-    """Encoded pairs: rows `2 i` and `2 i + 1` are the two sides of pair `i`.
-
-    Suffixes of shapes: B = 2 * n_pairs rows, T the longest prompt.
-
-    Attributes:
-      tokens: (B, T) int32, padded on the right with end_of_text.
-      position: (B,) int32, index of the prompt's last token, where the logits are read.
-      answer: (B,) int32, the right candidate.
-      other: (B,) int32, the wrong candidate, which is the answer of the row's partner.
-      prompts: the text of each row.
-      answers: the text of each row's answer.
-      continuations: `prompts[i] + answers[i] + continuations[i]` is the program behind row i.
-      templates: what each pair was made from.
-      task: name of the task.
-      form: the form of the candidates.
-      split: which of `SPLITS` the pairs are from.
-      seed: of the pairs.
-      end_of_text: the token of the padding.
-    """
-
-    tokens: np.ndarray
-    position: np.ndarray
-    answer: np.ndarray
-    other: np.ndarray
-    prompts: list[str]
-    answers: list[str]
-    continuations: list[str]
-    templates: list[str]
-    task: str
-    form: str
-    split: Split
-    seed: int
-    end_of_text: int
-
-    @property
-    def n_pairs(self) -> int:
-        return len(self.position) // 2
-
-    @property
-    def equal_lengths(self) -> bool:
-        """Whether both sides of every pair have the same number of tokens.
-
-        Where they have not, the sides agree from their ends backwards, up to what decides.
-        """
-        return bool(np.array_equal(self.position[::2], self.position[1::2]))
-
-
-# ---- Building batches ----
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -196,85 +82,9 @@ def build(
     split: Split = "search",
     max_tokens: int | None = None,
 ) -> TaskBatch:
-    """The first `n_pairs` distinct pairs of a task that fit the tokenizer.
-
-    The pairs depend on nothing but the arguments, and a larger batch begins with the smaller one.
-
-    Args:
-      task: a name in `TASKS`, or a task.
-      tokenizer: decides the form of the candidates, which all splits and seeds share.
-      n_pairs: how many pairs; the batch has twice as many rows.
-      seed: names the stream of pairs.
-      split: which templates and fillers to use, one of `SPLITS`.
-      max_tokens: longest prompt to use, the model's context for instance; None is any length.
-
-    Raises:
-      UserError: no such task or split, the tokenizer fits none of the task's forms, or the task
-        cannot make that many distinct pairs.
-    """
+    """Encodes `n_pairs` pairs of a task, or of the name of one; see `pairs.build`."""
     task = _named(task) if isinstance(task, str) else task
-    if split not in SPLITS:
-        raise UserError(
-            f"split must be one of {', '.join(SPLITS)}, got {split!r}{closest(split, SPLITS)}"
-        )
-    if n_pairs < 1:
-        raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
-    form, equal = _choose_form(task, tokenizer)
-
-    rows: list[_Row] = []
-    templates: list[str] = []
-    prompts: set[str] = set()
-    passed_over, in_vain, reason = 0, 0, ""
-    for pair in task.stream(seed, split):
-        sides = _encoded(tokenizer, pair, form, equal=equal, max_tokens=max_tokens)
-        if not isinstance(sides, str) and prompts & {side.prompt for side in sides}:
-            sides = "a prompt repeats an earlier one"
-        if isinstance(sides, str):
-            reason, passed_over, in_vain = sides, passed_over + 1, in_vain + 1
-            if in_vain == _PATIENCE:
-                break
-            continue
-        in_vain = 0
-        prompts |= {side.prompt for side in sides}
-        rows += sides
-        templates.append(pair.template)
-        if len(templates) == n_pairs:
-            break
-    if len(templates) < n_pairs:
-        why = f" ({passed_over} were passed over, the last because {reason})" if reason else ""
-        raise UserError(
-            f"task {task.name!r} makes only {len(templates)} distinct pairs for split {split!r} "
-            f"and seed {seed} with this tokenizer, {n_pairs} were asked for{why}"
-        )
-
-    answer = np.array([row.answer for row in rows], np.int32)
-    return TaskBatch(
-        tokens=_padded_rows([row.ids for row in rows], tokenizer.end_of_text),
-        position=np.array([len(row.ids) - 1 for row in rows], np.int32),
-        answer=answer,
-        other=answer.reshape(-1, 2)[:, ::-1].reshape(-1),
-        prompts=[row.prompt for row in rows],
-        answers=[row.text for row in rows],
-        continuations=[row.continuation for row in rows],
-        templates=templates,
-        task=task.name,
-        form=str(form),
-        split=split,
-        seed=seed,
-        end_of_text=tokenizer.end_of_text,
-    )
-
-
-def padded(batch: TaskBatch, length: int) -> TaskBatch:
-    """The batch with rows of `length` tokens, so that batches of several tasks have one shape."""
-    short = length - batch.tokens.shape[1]
-    if short < 0:
-        raise UserError(
-            f"the prompts of task {batch.task!r} have up to {batch.tokens.shape[1]} tokens and "
-            f"cannot be padded to {length}"
-        )
-    tokens = np.pad(batch.tokens, ((0, 0), (0, short)), constant_values=batch.end_of_text)
-    return dataclasses.replace(batch, tokens=tokens)
+    return pairs.build(task, tokenizer, n_pairs, seed, split=split, max_tokens=max_tokens)
 
 
 def find(name: str) -> Task:
@@ -290,122 +100,6 @@ def _named(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"no task {name!r}{closest(name, TASKS)}; tasks are {', '.join(TASKS)}")
     return TASKS[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    prompt: str
-    ids: list[int]
-    text: str
-    answer: int
-    continuation: str
-
-
-def _encoded(
-    tokenizer: Tokenizer,
-    pair: Pair,
-    form: Form,
-    *,
-    equal: bool = False,
-    max_tokens: int | None = None,
-) -> tuple[_Row, _Row] | str:
-    """Both sides of a pair, or in words why they do not fit the form and the tokenizer.
-
-    They fit when each answer is the first token after its prompt *in the whole program*, and when
-    either candidate can be added to either prompt without changing the prompt's own tokens. With
-    `equal` the prompts must also have the same number of tokens.
-    """
-    programs = (pair.first, pair.second)
-    prompts = [program.prompt + form.given for program in programs]
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    lengths = [len(ids) for ids in encoded]
-    if min(lengths) == 0:
-        return "a prompt is empty"
-    if max_tokens is not None and max(lengths) > max_tokens:
-        return f"a prompt has {max(lengths)} tokens, more than max_tokens={max_tokens}"
-    if equal and lengths[0] != lengths[1]:
-        return f"the prompts have {lengths[0]} and {lengths[1]} tokens"
-    texts = (form.first or pair.first.answer, form.second or pair.second.answer)
-    rows = []
-    for program, prompt, ids, text in zip(programs, prompts, encoded, texts, strict=True):
-        if not program.rest.startswith(form.given + text):
-            return f"{program.prompt[-20:]!r} is followed by {program.rest[:12]!r}, not by {text!r}"
-        rest = program.rest[len(form.given) :]
-        whole = tokenizer.encode(prompt + rest)
-        if whole[: len(ids)] != ids:
-            return f"the end of the prompt {prompt[-20:]!r} merges with {rest[:12]!r}"
-        pieces = [tokenizer.decode([i]) for i in whole[len(ids) : len(ids) + 2]]
-        if form.beginning and pieces and text.startswith(pieces[0]):
-            text = pieces[0]
-        if pieces[:1] != [text]:
-            return f"{rest[:12]!r} is cut as {', '.join(map(repr, pieces))}, not as {text!r}"
-        rows.append(_Row(prompt, ids, text, whole[len(ids)], rest[len(text) :]))
-    if rows[0].answer == rows[1].answer:
-        return f"both answers are the token {rows[0].text!r}"
-    for row in rows:
-        for candidate in rows:
-            if tokenizer.encode(row.prompt + candidate.text) != [*row.ids, candidate.answer]:
-                return f"{candidate.text!r} is not one token after {row.prompt[-20:]!r}"
-    return rows[0], rows[1]
-
-
-@functools.lru_cache(maxsize=256)
-def _choose_form(task: Task, tokenizer: Tokenizer) -> tuple[Form, bool]:
-    """The first form that fits the tokenizer, and whether to insist on pairs of equal length."""
-    probes = [list(itertools.islice(task.stream(0, split), _PROBES)) for split in SPLITS]
-    failures = []
-    for form in task.forms:
-        tried = [[_encoded(tokenizer, pair, form) for pair in pairs] for pairs in probes]
-        reasons = [sides for split in tried for sides in split if isinstance(sides, str)]
-        fitting = [[sides for sides in split if not isinstance(sides, str)] for split in tried]
-        if all(fits or not pairs for fits, pairs in zip(fitting, probes, strict=True)):
-            enough = all(
-                sum(len(a.ids) == len(b.ids) for a, b in split) >= _EQUAL * len(split)
-                for split in fitting
-            )
-            return form, task.equal_lengths and enough
-        total = sum(map(len, probes))
-        failures.append(f"{form}: {reasons[0]} ({len(reasons)} of {total} pairs do not fit)")
-    raise UserError(
-        f"task {task.name!r} fits no form to this tokenizer of {tokenizer.vocab_size} tokens; "
-        f"use a larger vocabulary or leave the task out. Forms tried: {'; '.join(failures)}"
-    )
-
-
-def _padded_rows(rows: Sequence[Sequence[int]], padding: int) -> np.ndarray:
-    tokens_BT = np.full((len(rows), max(map(len, rows))), padding, np.int32)
-    for tokens_T, row in zip(tokens_BT, rows, strict=True):
-        tokens_T[: len(row)] = row
-    return tokens_BT
-
-
-# ---- Scores ----
-
-
-def task_loss(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
-    """Mean cross-entropy restricted to the two candidates; ln 2 is chance.
-
-    Args:
-      logits_BV: logits at each prompt's last token.
-      answer_B: the right candidates.
-      other_B: the wrong candidates.
-
-    Returns:
-      The mean of `softplus(other - answer)`, a float32 scalar.
-    """
-    return jnp.mean(jax.nn.softplus(-margins(logits_BV, answer_B, other_B)))
-
-
-def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
-    """Share of the rows whose answer has a larger logit than the other candidate, a float32."""
-    return jnp.mean(margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)
-
-
-def margins(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
-    """`(B,)` logit of the answer less that of the other candidate, float32."""
-    candidates_B2 = jnp.stack([jnp.asarray(answer_B), jnp.asarray(other_B)], axis=1)
-    chosen_B2 = jnp.take_along_axis(logits_BV.astype(jnp.float32), candidates_B2, axis=1)
-    return chosen_B2[:, 0] - chosen_B2[:, 1]
 
 
 # ---- Drawing programs ----
@@ -1176,85 +870,6 @@ def _python_pairs(
         yield where, strings
 
 
-# ---- The command ----
-
-
-def report(
-    run: runs.Run,
-    tasks: Iterable[Task],
-    *,
-    n_pairs: int = 64,
-    seed: int = 0,
-    split: Split = "search",
-) -> str:
-    """What a run's model makes of tasks: of each the first pair, then a table of scores.
-
-    Tasks that its tokenizer or its context rule out are named at the end, with the reason.
-    """
-    config = run.config.model
-    batches: list[TaskBatch] = []
-    refused: list[str] = []
-    for task in tasks:
-        try:
-            batch = build(
-                task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context
-            )
-            batches.append(batch)
-        except UserError as error:
-            refused.append(f"refused: {error}")
-
-    @jax.jit
-    def score(params, tokens_BT, position_B, answer_B, other_B):
-        logits_BPV, _ = model.forward(params, tokens_BT, config, positions_BP=position_B[:, None])
-        chosen = (logits_BPV[:, 0], answer_B, other_B)
-        return task_loss(*chosen), task_accuracy(*chosen)
-
-    examples, table = [], []
-    # One length for all tasks, so that the model is compiled once.
-    length = max((batch.tokens.shape[1] for batch in batches), default=0)
-    for batch in batches:
-        long = padded(batch, length)
-        loss, accuracy = score(run.params, long.tokens, long.position, long.answer, long.other)
-        examples.append(f"==== {batch.task}")
-        examples += [f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n" for row in (0, 1)]
-        tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
-        table.append(f"{batch.task:<28}{loss:8.4f}{accuracy:10.3f}{tokens:>9}  {batch.form}")
-    if table:
-        table.insert(0, f"{'task':<28}{'loss':>8}{'accuracy':>10}{'tokens':>9}  candidates")
-    return "\n".join([*examples, *table, *refused])
-
-
-def _command(argv: Sequence[str]) -> None:
-    from wsparse import runs  # Only the command reads run folders.
-
-    values = flags.FLAGS
-    if values.pairs < 1:
-        raise UserError(f"--pairs must be at least 1, got {values.pairs}")
-    wanted = [find(name) for name in values.task or TASKS]
-    print(
-        report(
-            runs.load(values.run),
-            wanted,
-            n_pairs=values.pairs,
-            seed=values.seed,
-            split=values.split,
-        )
-    )
-
-
-def _define_flags() -> None:
-    """Called only by the command, so that importing this module defines no global flag."""
-    flags.DEFINE_string("run", None, "the folder of a training run", required=True)
-    flags.DEFINE_list("task", None, "names, or .jsonl and .py files (default: all 20)")
-    flags.DEFINE_integer("pairs", 64, "pairs of each task")
-    flags.DEFINE_integer("seed", 0, "seed of the pairs")
-    flags.DEFINE_enum("split", "search", SPLITS, "which templates and fillers to use")
-
-
 if __name__ == "__main__":
-    # A user's task file imports this module by its name: run that copy, so that a `Task` is a `Task`.
-    from wsparse.circuits import tasks as this_module
-
-    this_module._define_flags()
-    flags.adopt_module_key_flags(this_module)
-    run_command(this_module._command)
+    print("note: python -m wsparse.circuits.tasks is now python -m wsparse.tasks", file=sys.stderr)
+    runpy.run_module("wsparse.tasks", run_name="__main__", alter_sys=True)

@@ -20,7 +20,7 @@ import tqdm
 from wsparse import files, model, runs, taps, trees
 from wsparse.circuits import graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit, CircuitNode
-from wsparse.circuits.mask_learning import PairArrays, arrays
+from wsparse.circuits.pairs import PairArrays, arrays
 from wsparse.config import ModelConfig, require, to_dict
 from wsparse.data import streams
 from wsparse.errors import UserError, closest

@@ -1,0 +1,406 @@
+"""Pairs of prompts: a task's stream of them, their encoding for a tokenizer, and their loss.
+
+A task is a stream of *pairs* of programs that differ only in what decides the next token. The text before
+a program's cut is its prompt; the first token after it, in the tokenization of the whole program, is the
+answer. Each prompt's wrong candidate is its partner's answer.
+
+Which characters an answer has depends on the tokenizer (`]` and a line end are one token in most), so a
+task lists its *forms*, and `build` uses the first one that the tokenizer cuts in the same way in every
+context. A task without such a form is refused.
+
+Shapes: B rows, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse.data.tokenizer import Tokenizer
+from wsparse.errors import UserError, closest
+
+Split = Literal["search", "discretize", "report"]
+SPLITS: tuple[Split, ...] = ("search", "discretize", "report")
+
+# Pairs per split on which a form is tried. One of them must fit in each split, not more: where answers are
+# names, a small tokenizer cuts most of them into several tokens, and those pairs are skipped.
+_PROBES = 32
+# Pairs of equal length are required where this fraction of each split's fitting ones have it.
+_EQUAL = 0.2
+# Draws in a row without a new pair after which a task counts as exhausted.
+_PATIENCE = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One side of a pair.
+
+    Attributes:
+      prompt: The text that the model reads.
+      rest: The text after it; `prompt + rest` is a complete program in the tasks of this package.
+      answer: The beginning of `rest` that is to be one token; "" where the task's form says it.
+    """
+
+    prompt: str
+    rest: str
+    answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two programs that differ only in what decides the token after their prompts.
+
+    Attributes:
+      first: The side that the form's first candidate answers.
+      second: The side that the form's second candidate answers.
+      template: What the pair was made from.
+    """
+
+    first: Program
+    second: Program
+    template: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The characters of the two candidates.
+
+    Attributes:
+      first: Answer of the first side; "" takes each pair's own `Program.answer`.
+      second: Answer of the second side; "" likewise.
+      given: The beginning of both sides' `rest` that this form moves into the prompts.
+      beginning: The candidates are the tokens that the answers begin with, whatever these are.
+    """
+
+    first: str = ""
+    second: str = ""
+    given: str = ""
+    beginning: bool = False
+
+    def __str__(self) -> str:
+        which = f"{self.first!r} or {self.second!r}" if self.first else "each pair's own answers"
+        after = f" after {self.given!r}" if self.given else ""
+        return f"{which}{after}{', their first tokens' if self.beginning else ''}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """A binary decision about the next token.
+
+    Attributes:
+      name: As in `wsparse.circuits.tasks.TASKS`.
+      summary: What is decided, and by what.
+      stream: `(seed, split) -> pairs`, always the same for the same arguments; may be endless.
+      forms: The candidates' surface forms, best first.
+      equal_lengths: Skip pairs whose prompts differ in length, where enough pairs do not.
+    """
+
+    name: str
+    summary: str
+    stream: Callable[[int, Split], Iterator[Pair]]
+    forms: tuple[Form, ...] = (Form(),)
+    equal_lengths: bool = True
+
+
+class PairArrays(NamedTuple):
+    """The arrays of a `TaskBatch`; rows `2 i` and `2 i + 1` are a pair."""
+
+    tokens: Any
+    position: Any
+    answer: Any
+    other: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TaskBatch:
+    """Encoded pairs: rows `2 i` and `2 i + 1` are the two sides of pair `i`.
+
+    Attributes:
+      tokens: (B, T) int32, padded on the right with end_of_text; T is the longest prompt's length.
+      position: (B,) int32, index of the prompt's last token, where the logits are read.
+      answer: (B,) int32, the right candidate.
+      other: (B,) int32, the wrong candidate, which is the answer of the row's partner.
+      prompts: Text of each row.
+      answers: Text of each row's answer.
+      continuations: `prompts[i] + answers[i] + continuations[i]` is the program behind row i.
+      templates: What each pair was made from.
+      task: Name of the task.
+      form: Form of the candidates.
+      split: The one of `SPLITS` that the pairs are from.
+      seed: Seed of the pairs.
+      end_of_text: Token of the padding.
+    """
+
+    tokens: np.ndarray
+    position: np.ndarray
+    answer: np.ndarray
+    other: np.ndarray
+    prompts: list[str]
+    answers: list[str]
+    continuations: list[str]
+    templates: list[str]
+    task: str
+    form: str
+    split: Split
+    seed: int
+    end_of_text: int
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.position) // 2
+
+    @property
+    def equal_lengths(self) -> bool:
+        """Returns whether both sides of every pair have the same number of tokens.
+
+        Where they do not, the sides agree from their ends backwards, up to what decides.
+        """
+        return bool(np.array_equal(self.position[::2], self.position[1::2]))
+
+
+HasPairs = TaskBatch | PairArrays
+
+
+def arrays(batch: HasPairs) -> PairArrays:
+    """Returns the arrays of a batch of pairs, on the device."""
+    return PairArrays(*(jnp.asarray(getattr(batch, name)) for name in PairArrays._fields))
+
+
+# ---- Building batches ----
+
+
+def build(
+    task: Task,
+    tokenizer: Tokenizer,
+    n_pairs: int,
+    seed: int,
+    *,
+    split: Split = "search",
+    max_tokens: int | None = None,
+) -> TaskBatch:
+    """Encodes the first `n_pairs` distinct pairs of a task that fit the tokenizer.
+
+    The pairs depend on nothing but the arguments, and a larger batch begins with the smaller one.
+
+    Args:
+      task: The task.
+      tokenizer: Decides the form of the candidates, which all splits and seeds share.
+      n_pairs: Number of pairs; the batch has twice as many rows.
+      seed: Names the stream of pairs.
+      split: Which templates and fillers to use, one of `SPLITS`.
+      max_tokens: Longest prompt to use, the model's context for instance; None allows any length.
+
+    Returns:
+      The encoded pairs.
+
+    Raises:
+      UserError: The split does not exist, the tokenizer fits none of the task's forms, or the task cannot
+        make that many distinct pairs.
+    """
+    if split not in SPLITS:
+        raise UserError(
+            f"split must be one of {', '.join(SPLITS)}, got {split!r}{closest(split, SPLITS)}"
+        )
+    if n_pairs < 1:
+        raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
+    form, equal = _choose_form(task, tokenizer)
+    sides, templates, skipped = _distinct(
+        task, tokenizer, n_pairs, seed, split, form, equal=equal, max_tokens=max_tokens
+    )
+    if len(templates) < n_pairs:
+        if templates:
+            makes = f"{len(templates)} distinct pairs"
+            remedy = f"; --pairs={len(templates)} would do"
+        else:
+            makes, remedy = "0 distinct pairs", ""
+        raise UserError(
+            f"task {task.name!r} makes only {makes} for split {split!r} and seed {seed} with this "
+            f"tokenizer, {n_pairs} were asked for{skipped}{remedy}"
+        )
+    answer = np.array([side.answer for side in sides], np.int32)
+    return TaskBatch(
+        tokens=_stack([side.ids for side in sides], tokenizer.end_of_text),
+        position=np.array([len(side.ids) - 1 for side in sides], np.int32),
+        answer=answer,
+        other=answer.reshape(-1, 2)[:, ::-1].reshape(-1),
+        prompts=[side.prompt for side in sides],
+        answers=[side.text for side in sides],
+        continuations=[side.continuation for side in sides],
+        templates=templates,
+        task=task.name,
+        form=str(form),
+        split=split,
+        seed=seed,
+        end_of_text=tokenizer.end_of_text,
+    )
+
+
+def padded(batch: TaskBatch, length: int) -> TaskBatch:
+    """Returns the batch with rows of `length` tokens, so that batches of several tasks have one shape."""
+    short = length - batch.tokens.shape[1]
+    if short < 0:
+        raise UserError(
+            f"the prompts of task {batch.task!r} have up to {batch.tokens.shape[1]} tokens and "
+            f"cannot be padded to {length}"
+        )
+    tokens = np.pad(batch.tokens, ((0, 0), (0, short)), constant_values=batch.end_of_text)
+    return dataclasses.replace(batch, tokens=tokens)
+
+
+class _Encoded(NamedTuple):
+    """One encoded side of a pair."""
+
+    prompt: str
+    ids: list[int]
+    text: str
+    answer: int
+    continuation: str
+
+
+def _distinct(
+    task: Task,
+    tokenizer: Tokenizer,
+    n_pairs: int,
+    seed: int,
+    split: Split,
+    form: Form,
+    *,
+    equal: bool,
+    max_tokens: int | None,
+) -> tuple[list[_Encoded], list[str], str]:
+    """Returns the sides and templates of up to `n_pairs` pairs, and in words how many were skipped."""
+    sides: list[_Encoded] = []
+    templates: list[str] = []
+    prompts: set[str] = set()
+    n_skipped, in_vain, reason = 0, 0, ""
+    for pair in task.stream(seed, split):
+        encoded = _encode(tokenizer, pair, form, equal=equal, max_tokens=max_tokens)
+        if not isinstance(encoded, str) and prompts & {side.prompt for side in encoded}:
+            encoded = "a prompt repeats an earlier one"
+        if isinstance(encoded, str):
+            reason, n_skipped, in_vain = encoded, n_skipped + 1, in_vain + 1
+            if in_vain == _PATIENCE:
+                break
+            continue
+        in_vain = 0
+        prompts |= {side.prompt for side in encoded}
+        sides += encoded
+        templates.append(pair.template)
+        if len(templates) == n_pairs:
+            break
+    skipped = f" ({n_skipped} were skipped, the last because {reason})" if reason else ""
+    return sides, templates, skipped
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    pair: Pair,
+    form: Form,
+    *,
+    equal: bool = False,
+    max_tokens: int | None = None,
+) -> tuple[_Encoded, _Encoded] | str:
+    """Encodes both sides of a pair, or returns in words why they do not fit the form and the tokenizer.
+
+    They fit when each answer is the first token after its prompt *in the tokenization of the program*, and
+    when either candidate can be appended to either prompt without changing the prompt's own tokens. With
+    `equal` the prompts must also have the same number of tokens.
+    """
+    programs = (pair.first, pair.second)
+    prompts = [program.prompt + form.given for program in programs]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    lengths = [len(ids) for ids in encoded]
+    if min(lengths) == 0:
+        return "a prompt is empty"
+    if max_tokens is not None and max(lengths) > max_tokens:
+        return f"a prompt has {max(lengths)} tokens, more than max_tokens={max_tokens}"
+    if equal and lengths[0] != lengths[1]:
+        return f"the prompts have {lengths[0]} and {lengths[1]} tokens"
+    texts = (form.first or pair.first.answer, form.second or pair.second.answer)
+    sides = []
+    for program, prompt, ids, text in zip(programs, prompts, encoded, texts, strict=True):
+        if not program.rest.startswith(form.given + text):
+            return f"{program.prompt[-20:]!r} is followed by {program.rest[:12]!r}, not by {text!r}"
+        rest = program.rest[len(form.given) :]
+        program_ids = tokenizer.encode(prompt + rest)
+        if program_ids[: len(ids)] != ids:
+            return f"the end of the prompt {prompt[-20:]!r} merges with {rest[:12]!r}"
+        tokens = [tokenizer.decode([i]) for i in program_ids[len(ids) : len(ids) + 2]]
+        if form.beginning and tokens and text.startswith(tokens[0]):
+            text = tokens[0]
+        if tokens[:1] != [text]:
+            return f"{rest[:12]!r} is cut as {', '.join(map(repr, tokens))}, not as {text!r}"
+        sides.append(_Encoded(prompt, ids, text, program_ids[len(ids)], rest[len(text) :]))
+    if sides[0].answer == sides[1].answer:
+        return f"both answers are the token {sides[0].text!r}"
+    for side in sides:
+        for candidate in sides:
+            if tokenizer.encode(side.prompt + candidate.text) != [*side.ids, candidate.answer]:
+                return f"{candidate.text!r} is not one token after {side.prompt[-20:]!r}"
+    return sides[0], sides[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _choose_form(task: Task, tokenizer: Tokenizer) -> tuple[Form, bool]:
+    """Returns the first form that fits the tokenizer, and whether to require pairs of equal length."""
+    probes = [list(itertools.islice(task.stream(0, split), _PROBES)) for split in SPLITS]
+    failures = []
+    for form in task.forms:
+        attempts = [[_encode(tokenizer, pair, form) for pair in pairs] for pairs in probes]
+        reasons = [sides for split in attempts for sides in split if isinstance(sides, str)]
+        fitting = [[sides for sides in split if not isinstance(sides, str)] for split in attempts]
+        if all(fits or not pairs for fits, pairs in zip(fitting, probes, strict=True)):
+            enough = all(
+                sum(len(a.ids) == len(b.ids) for a, b in split) >= _EQUAL * len(split)
+                for split in fitting
+            )
+            return form, task.equal_lengths and enough
+        total = sum(map(len, probes))
+        failures.append(f"{form}: {reasons[0]} ({len(reasons)} of {total} pairs do not fit)")
+    raise UserError(
+        f"task {task.name!r} fits no form to this tokenizer of {tokenizer.vocab_size} tokens; "
+        f"use a larger vocabulary or leave the task out. Forms tried: {'; '.join(failures)}"
+    )
+
+
+def _stack(rows: Sequence[Sequence[int]], padding: int) -> np.ndarray:
+    tokens_BT = np.full((len(rows), max(map(len, rows))), padding, np.int32)
+    for tokens_T, row in zip(tokens_BT, rows, strict=True):
+        tokens_T[: len(row)] = row
+    return tokens_BT
+
+
+# ---- Scores ----
+
+
+def task_loss(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
+    """Mean cross-entropy restricted to the two candidates; ln 2 is chance.
+
+    Args:
+      logits_BV: Logits at each prompt's last token.
+      answer_B: The right candidates.
+      other_B: The wrong candidates.
+
+    Returns:
+      The mean of `softplus(other - answer)`, a float32 scalar.
+    """
+    return jnp.mean(jax.nn.softplus(-margins(logits_BV, answer_B, other_B)))
+
+
+def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
+    """Returns the fraction of rows whose answer has a larger logit than the other candidate, float32."""
+    return jnp.mean(margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)
+
+
+def margins(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
+    """Returns `(B,)` the logit of the answer less that of the other candidate, float32."""
+    candidates_B2 = jnp.stack([jnp.asarray(answer_B), jnp.asarray(other_B)], axis=1)
+    chosen_B2 = jnp.take_along_axis(logits_BV.astype(jnp.float32), candidates_B2, axis=1)
+    return chosen_B2[:, 0] - chosen_B2[:, 1]

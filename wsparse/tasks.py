@@ -1,0 +1,127 @@
+"""The command that shows how well a run's model does the tasks.
+
+python -m wsparse.tasks --run=runs/tiny [--task=for_while,my_task.jsonl] [--pairs=64]
+python -m wsparse.tasks --run=runs/tiny --task=for_while --examples=2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from absl import flags
+import jax
+import numpy as np
+
+from wsparse import model, runs
+from wsparse.circuits import pairs, tasks
+from wsparse.command import run_command
+from wsparse.config import ModelConfig
+from wsparse.errors import UserError
+
+# Rows scored at once. The last group is padded, so that all tasks share one compiled function.
+_ROWS = 128
+_MOST_PAIRS = 100_000
+
+
+def report(
+    run: runs.Run,
+    chosen: Iterable[pairs.Task],
+    *,
+    n_pairs: int = 64,
+    seed: int = 0,
+    split: pairs.Split = "search",
+    n_examples: int = 0,
+) -> str:
+    """Returns a table of how well a run's model does tasks.
+
+    Tasks that the run's tokenizer or its context rules out are named after the table, with the reason.
+
+    Args:
+      run: A training run.
+      chosen: The tasks.
+      n_pairs: Pairs of each task.
+      seed: Seed of the pairs.
+      split: Which templates and fillers to use.
+      n_examples: Pairs of each task to show after the table.
+    """
+    config = run.config.model
+    batches: list[pairs.TaskBatch] = []
+    refused: list[str] = []
+    for task in chosen:
+        try:
+            batch = pairs.build(
+                task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context
+            )
+        except UserError as error:
+            refused.append(f"refused: {error}")
+        else:
+            batches.append(batch)
+
+    lines = []
+    if batches:
+        lines.append(f"{'task':<28}{'loss':>8}{'accuracy':>10}{'tokens':>9}  candidates")
+    # One length for all tasks, so that the model is compiled once.
+    length = max((batch.tokens.shape[1] for batch in batches), default=0)
+    for batch in batches:
+        loss, accuracy = _score(run.params, config, pairs.padded(batch, length))
+        n_tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
+        lines.append(f"{batch.task:<28}{loss:8.4f}{accuracy:10.3f}{n_tokens:>9}  {batch.form}")
+    lines += refused
+    for batch in batches:
+        for row in range(2 * min(n_examples, batch.n_pairs)):
+            if row == 0:
+                lines.append(f"\n==== {batch.task}")
+            lines.append(f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n")
+    return "\n".join(lines)
+
+
+def _score(
+    params: model.Params, config: ModelConfig, batch: pairs.TaskBatch
+) -> tuple[float, float]:
+    """Returns the model's loss and accuracy on a batch."""
+    columns = (batch.tokens, batch.position, batch.answer, batch.other)
+    margins = []
+    for start in range(0, len(batch.position), _ROWS):
+        rows = np.arange(start, start + _ROWS) % len(batch.position)
+        group_B = _margins(params, *(column[rows] for column in columns), config=config)
+        margins.append(np.asarray(group_B)[: len(batch.position) - start])
+    margin_B = np.concatenate(margins)
+    return float(np.mean(jax.nn.softplus(-margin_B))), float(np.mean(margin_B > 0))
+
+
+@jax.jit(static_argnames="config")
+def _margins(params, tokens_BT, position_B, answer_B, other_B, *, config: ModelConfig) -> jax.Array:
+    logits_BPV, _ = model.forward(params, tokens_BT, config, positions_BP=position_B[:, None])
+    return pairs.margins(logits_BPV[:, 0], answer_B, other_B)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    options = flags.FLAGS
+    chosen = [tasks.find(name) for name in options.task or tasks.TASKS]
+    print(
+        report(
+            runs.load(options.run),
+            chosen,
+            n_pairs=options.pairs,
+            seed=options.seed,
+            split=options.split,
+            n_examples=options.examples,
+        )
+    )
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("run", None, "Folder of a training run.", required=True)
+    flags.DEFINE_list("task", None, "Names, or .jsonl and .py files (default: all 20).")
+    flags.DEFINE_integer("pairs", 64, "Pairs of each task.", lower_bound=1, upper_bound=_MOST_PAIRS)
+    flags.DEFINE_integer("seed", 0, "Seed of the pairs.")
+    flags.DEFINE_enum("split", "search", pairs.SPLITS, "Which templates and fillers to use.")
+    flags.DEFINE_integer(
+        "examples", 0, "Pairs of each task to print after the table.", lower_bound=0
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)
