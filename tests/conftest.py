@@ -63,26 +63,27 @@ def logged() -> Iterator[list[str]]:
         yield lines
 
 
-@pytest.fixture
-def compilations() -> Counter:
-    """`with compilations() as names:` collects the name of every function that XLA compiles inside.
+@contextlib.contextmanager
+def collect_compilations() -> Iterator[list[str]]:
+    """`with collect_compilations() as names:` collects the name of every function that XLA compiles inside.
 
     Eager operations count too: what the block needs must have been made before it.
     """
+    names: list[str] = []
 
-    @contextlib.contextmanager
-    def collect() -> Iterator[list[str]]:
-        names: list[str] = []
+    def listen(event, duration, **labels):
+        del duration
+        if event.endswith("backend_compile_duration"):
+            names.append(labels.get("fun_name", "?"))
 
-        def listen(event, duration, **labels):
-            del duration
-            if event.endswith("backend_compile_duration"):
-                names.append(labels.get("fun_name", "?"))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
-            yield names
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
 
-    return collect
+@pytest.fixture
+def compilations() -> Counter:
+    """See `collect_compilations`."""
+    return collect_compilations

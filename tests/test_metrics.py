@@ -44,7 +44,9 @@ def test_numbers_that_are_not_finite_reach_the_file_but_not_the_events(tmp_path)
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"fine" in events.read_bytes()
     assert b"exploded" not in events.read_bytes()
-    assert metrics.read(tmp_path)[0]["exploded"] != metrics.read(tmp_path)[0]["exploded"]
+    # JSON has no NaN.
+    assert metrics.read(tmp_path) == [{"step": 1, "exploded": None, "fine": 1.0}]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,30 @@ def test_a_corrupted_line_in_the_middle_is_an_error_that_names_the_line(tmp_path
         metrics.read(tmp_path)
     assert f"{path}:2:" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[1]", "12", '{"loss": 1.0}', '{"step": "5"}', "[" * 200_000]
+)
+def test_a_line_that_is_not_a_record_is_an_error_that_names_it(tmp_path, line):
+    write_records(tmp_path, 5, tail=f"{line}\n" + json.dumps({"step": 10}) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record"):
+        metrics.read(tmp_path)
+
+
+def test_records_that_are_set_aside_overwrite_none(tmp_path):
+    for step in (5, 10):
+        write_records(tmp_path, step)
+        metrics.set_aside(tmp_path, tmp_path / "damaged")
+        assert not (tmp_path / "metrics.jsonl").exists()
+    metrics.set_aside(tmp_path, tmp_path / "damaged")
+    contents = [json.loads(p.read_text())["step"] for p in sorted((tmp_path / "damaged").iterdir())]
+    assert contents == [5, 10]
+
+
+def test_what_is_not_finite_is_null_in_strict_json():
+    values = {"a": [1.0, float("inf")], "b": {"c": float("nan")}, "d": (2, "x")}
+    assert metrics.strict(values) == {"a": [1.0, None], "b": {"c": None}, "d": [2, "x"]}
 
 
 def test_curves_are_drawn_from_records(tmp_path):

@@ -40,16 +40,16 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3):
-        self._folder, self._keep = pathlib.Path(folder).absolute(), keep
+        self.folder, self._keep = pathlib.Path(folder).absolute(), keep
         # Orbax would delete old steps before the new one has its digests.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True)
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "metadata": ocp.JsonCheckpointHandler(),
         }
-        with _explained(self._folder):
+        with _explained(self.folder):
             self._manager = ocp.CheckpointManager(
-                self._folder, item_names=tuple(handlers), item_handlers=handlers, options=options
+                self.folder, item_names=tuple(handlers), item_handlers=handlers, options=options
             )
         self._hasher = futures.ThreadPoolExecutor(1)
         self._hashing: list[futures.Future] = []
@@ -158,7 +158,7 @@ class Checkpointer:
                 self._set_aside(step, reason)
 
     def _set_aside(self, step: int, reason: str) -> None:
-        target = self._folder.parent / SET_ASIDE / f"{self._folder.name}-{step}"
+        target = self.folder.parent / SET_ASIDE / f"{self.folder.name}-{step}"
         log.warning("checkpoint %d is not used: %s; moved to %s", step, reason, target)
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
@@ -180,7 +180,7 @@ class Checkpointer:
             files.write_json(self._path(step) / _DIGESTS, digests)
 
     def _path(self, step: int) -> pathlib.Path:
-        return self._folder / _NAMES.build_name(step)
+        return self.folder / _NAMES.build_name(step)
 
 
 def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) -> tuple[int, Any]:

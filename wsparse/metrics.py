@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import pathlib
 from typing import Any
 
 from wsparse import files, plots
 from wsparse.errors import UserError
-from wsparse.progress import Progress, progress
+from wsparse.progress import progress
 
-__all__ = ["MetricsWriter", "Progress", "plot_curves", "progress", "read"]
+log = logging.getLogger(__name__)
+
+# `progress` is also known by this module's name.
+__all__ = ["MetricsWriter", "plot_curves", "progress", "read", "set_aside", "strict"]
+
+_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and TensorBoard events; use as a context manager.
 
     Args:
-      workdir: the run's folder.
-      start_step: records after this step (of a run that went on further than its last checkpoint)
+      workdir: Folder of the run.
+      start_step: Step to go on from; records after it (of a run that got further than its last checkpoint)
         are removed.
     """
 
@@ -27,10 +34,10 @@ class MetricsWriter:
         # Imported here: only training needs it.
         import tensorboardX
 
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / _FILE
         kept = [record for record in read(workdir) if record["step"] <= start_step]
         with files.replacing(self._path) as part:
-            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            part.write_text("".join(_line(record) for record in kept))
         self._file = self._path.open("a", buffering=1)
         self._events = tensorboardX.SummaryWriter(
             str(workdir), purge_step=start_step + 1, write_to_disk=True
@@ -44,28 +51,68 @@ class MetricsWriter:
         self._events.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Record `values` (numbers, or dicts and lists of numbers) as of `step`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Record `values` (numbers, or dicts and lists of numbers) as of `step`.
+
+        Raises:
+          UserError: The file cannot be written.
+        """
+        try:
+            self._file.write(_line({"step": step, **values}))
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from error
         for name, value in _scalars("", values):
             self._events.add_scalar(name, value, step)
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`; a last line cut short by a crash is left out."""
-    path = workdir / "metrics.jsonl"
+    """Read the records of a run's `metrics.jsonl`; a last line cut short by a crash is left out.
+
+    Raises:
+      UserError: A line is not a record.
+    """
+    path = workdir / _FILE
     if not path.exists():
         return []
     records = []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}:{number}: not a JSON record; move the file away"
-                ) from error
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(f"{path}:{number}: not a record with a step; move the file away")
+        records.append(record)
     return records
+
+
+def set_aside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Move the records of a run that begins anew to a folder, where they overwrite nothing."""
+    path = workdir / _FILE
+    if not path.exists() or not path.stat().st_size:
+        return
+    names = (folder / f"metrics-{number}.jsonl" for number in itertools.count())
+    target = next(name for name in names if not name.exists())
+    files.make_folder(folder)
+    path.replace(target)
+    log.warning(
+        "no checkpoint is usable: training begins anew; its records so far are in %s", target
+    )
+
+
+def strict(value: Any) -> Any:
+    """Returns a value for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(strict(record), allow_nan=False) + "\n"
 
 
 def _scalars(prefix: str, values: dict[str, Any]):

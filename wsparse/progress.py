@@ -50,7 +50,8 @@ class Progress(Generic[T]):
         self._total = work if isinstance(work, int) else _length(work)
         self._label, self._start, self._done = label, start, start
         self._seconds_per_line = seconds_per_line
-        self._began = self._last_line = time.monotonic()
+        self._began: float | None = None
+        self._last_line = time.monotonic()
         self._bar = None
         if _in_terminal() and logging.getLogger("wsparse").level <= logging.INFO:
             self._bar = tqdm(total=self._total, initial=start, desc=label, leave=False)
@@ -70,6 +71,9 @@ class Progress(Generic[T]):
     def advance(self, count: int = 1) -> None:
         """Count finished items."""
         self._done += count
+        if self._began is None:
+            # The first item may have had to be compiled.
+            self._began, self._start = time.monotonic(), self._done
         if self._bar is not None:
             self._bar.update(count)
             return
@@ -89,7 +93,7 @@ class Progress(Generic[T]):
 
     def time_left(self) -> str:
         """Returns an estimate from the pace so far, such as "1m20s"."""
-        if self._total is None or self._done == self._start:
+        if self._total is None or self._began is None or self._done == self._start:
             return "?"
         pace = (time.monotonic() - self._began) / (self._done - self._start)
         return duration(pace * (self._total - self._done))

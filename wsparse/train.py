@@ -1,16 +1,13 @@
 """Train a weight-sparse transformer: `python -m wsparse.train --config=configs/tiny.py`.
 
-The step is one jitted pure function `(state, batch) -> (state, metrics)`; the loop around it keeps the
-device busy (metrics are read one step late), writes what happened, and can be stopped and started again
-at any step without changing a bit of the result.
+The loop around the jitted step of `wsparse.step` keeps the device busy (metrics are read one step late),
+writes what happened, and can be stopped and started again at any step without changing a bit of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -24,15 +21,26 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from wsparse import checkpoint, files, metrics, model, processes, recipes, sharding, sparsity, trees
+from wsparse import (
+    checkpoint,
+    files,
+    locks,
+    metrics,
+    model,
+    processes,
+    recipes,
+    sharding,
+    sparsity,
+    trees,
+)
 from wsparse.command import run_command
-from wsparse.config import TrainConfig, differences, to_dict
+from wsparse.config import TrainConfig, describe, differences, from_dict, to_dict
 from wsparse.data import batches
 from wsparse.errors import UserError
 from wsparse.ops import cpu
-
-# Some of these are only imported from here by programs that are older than wsparse.step.
 from wsparse.progress import progress
+
+# Some of these are here only for programs that are older than wsparse.step.
 from wsparse.step import (  # noqa: F401
     EVAL_BATCH,
     Program,
@@ -48,71 +56,68 @@ from wsparse.step import (  # noqa: F401
 log = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig, workdir: pathlib.Path) -> int:
+def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None) -> int:
     """Train to the end, or on from where an earlier call stopped.
+
+    Args:
+      config: The run.
+      workdir: Folder of the run.
+      origin: Checkpoint to begin from where the folder has none, "RUN" or "RUN@STEP".
 
     Returns:
       The exit status: 0 when training is complete, 128 + the signal's number when it was told to stop.
 
     Raises:
-      UserError: the folder belongs to another config or other data; the data or mesh does not fit the
-        config; a weight became NaN or infinite.
+      UserError: The folder belongs to another config or other data, or is in use; the data or mesh does not
+        fit the config; a weight became NaN or infinite; something could not be written.
     """
     started = time.monotonic()
     _refuse_url(workdir)
     _refuse_unwritable(workdir)
     _refuse_other(workdir, config)
-    finished = workdir / "summary.json"
-    quiet = jax.process_index() != 0
-    # What process 0 sees decides: a network's file system may show it to others later.
-    if processes.gather(str(finished.exists()))[0] == "True":
-        log.info(f"{workdir} is complete: {finished.read_text().strip()}")
+    summary = workdir / "summary.json"
+    # Process 0 decides: a network's file system may show the file to others later.
+    if processes.gather(str(summary.exists()))[0] == "True":
+        log.info("%s is complete: %s", workdir, summary.read_text().strip())
         return 0
-    mesh = sharding.make_mesh(config.mesh)
-    program = make_program(config, mesh)
-    tokenizer_file = workdir / "tokenizer.json"
-    dataset = batches.open_dataset(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        context=config.model.context,
-        tokenizer_file=tokenizer_file if tokenizer_file.exists() else None,
-        progress=log.info,
-    )
-    for line in str(dataset.report).splitlines():
-        log.info(line)
-    processes.require_same(dataset.digest, "the data")
-    # Only now: a start that failed above leaves the folder free for the corrected command.
-    _claim(workdir, config)
-    if not quiet and not tokenizer_file.exists():
-        dataset.tokenizer.save(tokenizer_file)
+    program = make_program(config, sharding.make_mesh(config.mesh))
+    with _locked(workdir):
+        dataset = _open_data(config, workdir)
+        # Only now: a start that failed above leaves the folder free for the corrected command.
+        _claim(workdir, config, dataset)
+        with checkpoint.Checkpointer(
+            workdir / "checkpoints", keep=config.keep_checkpoints
+        ) as checkpoints:
+            state, step, seconds, losses = _restore(config, checkpoints, program, dataset, origin)
+            if step:
+                log.info("resuming at step %d of %d", step, config.steps)
+            elif checkpoint.has_steps(workdir):
+                metrics.set_aside(workdir, workdir / checkpoint.SET_ASIDE)
+            with _writer(workdir, step) as writer:
+                loop = _Loop(config, program, dataset, checkpoints, writer, step, losses)
+                loop.started = started - seconds
+                return loop.run(state)
 
-    with checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=config.keep_checkpoints
-    ) as checkpoints:
-        state, step, seconds, losses = _restore(checkpoints, program, dataset)
-        if step:
-            log.info(f"resuming at step {step} of {config.steps}")
-        loop = _Loop(config, program, dataset, checkpoints, workdir, quiet, started - seconds)
-        return loop.run(state, step, losses)
+
+# Folders ----------------------------------------------------------------------------------------------
 
 
 def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
     """Refuse a folder that holds the run of another config."""
-    path, mine = workdir / "config.json", to_dict(config)
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{path} is not JSON: move the folder away or choose another --workdir"
-            ) from error
-        # Arrays are saved whole, whatever they were spread over.
-        changed = differences(theirs | {"mesh": None}, mine | {"mesh": None})
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run of a different config ({'; '.join(changed)}): "
-                "choose another --workdir, or undo the change"
-            )
+    path, ours = workdir / "config.json", to_dict(config)
+    if not path.exists():
+        return
+    theirs = files.read_json(path)
+    # Older spellings of the same config.
+    with contextlib.suppress(UserError):
+        theirs = to_dict(from_dict(TrainConfig, theirs))
+    # Arrays are saved as one, whatever mesh they were sharded over.
+    changed = differences(theirs | {"mesh": None}, ours | {"mesh": None})
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of a different config ({'; '.join(changed)}): choose another --workdir "
+            f"(--from={workdir} begins it from this run's newest checkpoint), or undo the change"
+        )
 
 
 def _refuse_url(workdir: pathlib.Path) -> None:
@@ -125,22 +130,60 @@ def _refuse_url(workdir: pathlib.Path) -> None:
 
 def _refuse_unwritable(workdir: pathlib.Path) -> None:
     """Refuse a folder that could not be made, before any work is done for it."""
-    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(
-            f"cannot write to --workdir={workdir}: {there} is no folder one can write to"
+            f"cannot write to --workdir={workdir}: {parent} is not a writable directory"
         )
 
 
-def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the folder's lock in process 0, and let all processes know whether it does."""
+    with contextlib.ExitStack() as stack:
+        reason = ""
+        if jax.process_index() == 0:
+            try:
+                if not workdir.exists():
+                    files.make_folder(workdir)
+                    stack.callback(_remove_empty, workdir)
+                stack.enter_context(locks.hold(workdir, "training"))
+            except UserError as error:
+                reason = str(error)
+        reason = processes.gather(reason)[0]
+        if reason:
+            raise UserError(reason)
+        yield
+
+
+def _remove_empty(folder: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _open_data(config: TrainConfig, workdir: pathlib.Path) -> batches.Dataset:
+    tokenizer_file = workdir / "tokenizer.json"
+    dataset = batches.open_dataset(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        context=config.model.context,
+        tokenizer_file=tokenizer_file if tokenizer_file.exists() else None,
+        progress=log.info,
+    )
+    for line in str(dataset.report).splitlines():
+        log.info(line)
+    processes.require_same(dataset.digest, "the data")
+    return dataset
+
+
+def _claim(workdir: pathlib.Path, config: TrainConfig, dataset: batches.Dataset) -> None:
     """Make the folder this config's."""
     path = workdir / "config.json"
-    if not path.exists() and jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        if not path.exists():
             files.write_json(path, to_dict(config))
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        if not (workdir / "tokenizer.json").exists():
+            dataset.tokenizer.save(workdir / "tokenizer.json")
     blind = processes.blind_processes(path)
     if blind:
         raise UserError(
@@ -149,119 +192,180 @@ def _claim(workdir: pathlib.Path, config: TrainConfig) -> None:
         )
 
 
-def _restore(checkpoints, program: Program, dataset: batches.Dataset):
-    """`(state, step, seconds so far, losses since the last record)`: of a checkpoint, or a start."""
+def _restore(
+    config: TrainConfig,
+    checkpoints: checkpoint.Checkpointer,
+    program: Program,
+    dataset: batches.Dataset,
+    origin: str | None,
+) -> tuple[TrainState, int, float, list[float]]:
+    """Returns `(state, step, seconds so far, losses since the last record)` to go on from."""
     restored = checkpoints.restore(program.abstract_state)
-    if restored is None:
+    if restored is not None:
+        step, state, metadata = restored
+        if metadata["data_digest"] != dataset.digest:
+            raise UserError(
+                "the data is not what this run was trained on so far (its digest differs): restore the "
+                "original files, or choose another --workdir"
+            )
+        return state, step, metadata["seconds"], metadata["losses"]
+    if origin is None:
         return program.init(), 0, 0.0, []
-    step, state, metadata = restored
-    if metadata["data_digest"] != dataset.digest:
-        raise UserError(
-            "the data is not what this run was trained on so far (its digest differs): restore the "
-            "original files, or choose another --workdir"
-        )
-    return state, step, metadata["seconds"], metadata["losses"]
+    step, state = _read_origin(origin, program)
+    if step >= config.steps:
+        raise UserError(f"--from={origin} is at step {step}, and steps={config.steps} ends before")
+    log.info("beginning from %s", origin)
+    # From now on the folder knows where it began.
+    checkpoints.save(step, state, _metadata(config, dataset, 0.0, []))
+    return state, step, 0.0, []
 
 
-@dataclasses.dataclass
+def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
+    folder, at, number = origin.rpartition("@")
+    if not at:
+        folder, number = origin, ""
+    elif not number.isdecimal():
+        raise UserError(f"--from={origin} must be RUN or RUN@STEP, with a number for STEP")
+    return checkpoint.read(
+        pathlib.Path(folder) / "checkpoints",
+        program.abstract_state,
+        step=int(number) if number else None,
+    )
+
+
+def _metadata(
+    config: TrainConfig, dataset: batches.Dataset, seconds: float, losses: list[float]
+) -> dict[str, Any]:
+    """Returns what a checkpoint holds beside the state.
+
+    Losses are those of the steps since the last record, so that the next one is what it would have been.
+    """
+    return {
+        "config": to_dict(config),
+        "data_digest": dataset.digest,
+        "tokenizer": dataset.tokenizer.to_json(),
+        "seconds": seconds,
+        "losses": losses,
+    }
+
+
+def _writer(
+    workdir: pathlib.Path, step: int
+) -> contextlib.AbstractContextManager[metrics.MetricsWriter | None]:
+    # One process writes for all: what it writes is the same in all of them.
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return metrics.MetricsWriter(workdir, step)
+
+
+# The loop ---------------------------------------------------------------------------------------------
+
+
 class _Loop:
     """The training loop: everything around `Program.step`."""
 
-    config: TrainConfig
-    program: Program
-    dataset: batches.Dataset
-    checkpoints: checkpoint.Checkpointer
-    workdir: pathlib.Path
-    quiet: bool
-    started: float
-    stop_signal: int = 0
+    def __init__(
+        self,
+        config: TrainConfig,
+        program: Program,
+        dataset: batches.Dataset,
+        checkpoints: checkpoint.Checkpointer,
+        writer: metrics.MetricsWriter | None,
+        step: int,
+        losses: list[float],
+    ):
+        self.config, self.program, self.dataset = config, program, dataset
+        self.checkpoints, self.writer = checkpoints, writer
+        # Losses are those of the steps since the last record; the report of a step waits to be read.
+        self.step, self.losses = step, losses
+        self.pending: tuple[int, dict[str, Any]] | None = None
+        self.stop_signal = 0
+        self.started = self.clock_time = time.monotonic()
+        self.clock_step = step
+        self.density = sparsity.density_schedule(config.sparsity, config.steps)
+        self.rate = sparsity.learning_rate_schedule(
+            config.optimizer, config.steps, density=self.density
+        )
+        self.progress = progress(config.steps, "step", start=step, seconds_per_line=None)
 
-    def run(self, state: TrainState, step: int, losses: list[float]) -> int:
-        config = self.config
+    def run(self, state: TrainState) -> int:
+        """Train from a state to the end or to a signal, and return the exit status."""
+        with self._signals(), self.progress:
+            return self._steps(state)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        handlers: dict[signal.Signals, Callable[..., None]]
+        if jax.process_count() == 1:
+            handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._on_signal)
+        else:
+            # SIGTERM belongs to jax's service, which tells all processes; the terminal's signal joins it.
+            handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        del frame
+        self.stop_signal = number
+        # Restore the default handler, so that a second signal kills the process.
+        signal.signal(number, signal.SIG_DFL)
+
+    def _steps(self, state: TrainState) -> int:
+        config, evaluation = self.config, None
         stream = batches.train_batches(
             self.dataset.train,
             batch_size=config.batch_size,
             context=config.model.context,
             seed=config.data.seed,
-            start_step=step,
+            start_step=self.step,
             rows=sharding.local_rows(self.program.mesh, config.batch_size, config.accumulate),
             threads=config.data.threads,
             prefetch=config.data.prefetch,
         )
-        self.progress = progress(config.steps, "step", start=step, seconds_per_line=None)
-        handlers = {s: signal.signal(s, handler) for s, handler in self._handlers().items()}
-        try:
-            # One process writes for all: what it writes is the same in all of them.
-            with (
-                contextlib.nullcontext()
-                if self.quiet
-                else metrics.MetricsWriter(self.workdir, step) as self.writer
-            ):
-                return self._steps(state, step, stream, losses)
-        finally:
-            self.progress.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def _handlers(self) -> dict[signal.Signals, Callable[..., None]]:
-        if jax.process_count() == 1:
-            return dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._on_signal)
-        # Here SIGTERM belongs to jax's service, which tells all processes; the terminal's signal joins it.
-        return {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
-
-    def _on_signal(self, number, frame):
-        del frame
-        self.stop_signal = number
-        # A second one is not caught: whoever insists gets out at once.
-        signal.signal(number, signal.SIG_DFL)
-
-    def _steps(self, state: TrainState, step: int, stream, losses: list[float]) -> int:
-        config = self.config
-        pending, evaluation = None, {}
-        window_start, window_step = time.monotonic(), step
-        while step < config.steps and not self._must_stop(step):
+        self._restart_clock()
+        while self.step < config.steps and not self._must_stop():
             state, report = self.program.step(state, self._put(next(stream)))
-            step += 1
+            self.step += 1
             # The device works on this step while the host reads the one before.
-            if pending is not None:
-                losses.append(self._read(pending))
-            pending = (step, report)
+            self._read()
+            self.pending = self.step, report
             self.progress.advance()
             self.checkpoints.poll()
-            last = step == config.steps
-            if step % config.log_every == 0 or last:
-                losses.append(self._read(pending))
-                pending = None
-                elapsed = (time.monotonic() - window_start) / (step - window_step)
-                self._log(state, step, report, losses, elapsed)
-                losses.clear()
-                window_start, window_step = time.monotonic(), step
-            if last or (config.eval_every and step % config.eval_every == 0):
-                evaluation = self._evaluate(state, step)
-                window_start, window_step = time.monotonic(), step
-            if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            if self._due(config.log_every):
+                self._read()
+                self._log(state, report)
+            if self._due(config.eval_every):
+                evaluation = self._evaluate(state)
+            if self._due(config.checkpoint_every):
                 # A state is saved only once its own step is known to be finite.
-                if pending is not None:
-                    losses.append(self._read(pending))
-                    pending = None
-                self._save(state, step, losses)
-        if pending is not None:
-            losses.append(self._read(pending))
-        if step < config.steps:
-            self._save(state, step, losses)
+                self._read()
+                self._save(state)
+        self._read()
+        if self.step < config.steps:
+            self._save(state)
             self.checkpoints.finish()
             name = signal.Signals(self.stop_signal).name
-            log.info(f"{name}: saved step {step}; run the same command again to go on")
+            log.info("%s: saved step %d; run the same command again to go on", name, self.step)
             return 128 + self.stop_signal
         self.checkpoints.finish()
         # A run that was killed between its last checkpoint and its summary has nothing evaluated yet.
-        self._summarize(state, step, evaluation or self._evaluate(state, step))
+        self._summarize(state, evaluation or self._evaluate(state))
         return 0
 
-    def _must_stop(self, step: int) -> bool:
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _restart_clock(self) -> None:
+        self.clock_time, self.clock_step = time.monotonic(), self.step
+
+    def _must_stop(self) -> bool:
         # Every process must leave at the same step, whichever of them was told to. The service that
         # jax runs for that agrees on one in the background: the devices are not waited for.
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.step):
             self.stop_signal = signal.SIGTERM
         return bool(self.stop_signal)
 
@@ -270,58 +374,77 @@ class _Loop:
         split = local.reshape(accumulate, -1, local.shape[-1])
         return sharding.put_batch(split, self.program.mesh, size=size)
 
-    def _read(self, pending) -> float:
-        """The loss of a step; stops training when a weight is no longer finite."""
-        step, report = pending
+    def _read(self) -> None:
+        """Read the loss of the pending step; stop training when a weight is no longer finite."""
+        if self.pending is None:
+            return
+        (step, report), self.pending = self.pending, None
         finite = jax.device_get(report["finite"])
-        if not all(np.all(flags) for flags in finite.values()):
+        if not all(np.all(matrices) for matrices in finite.values()):
             names = sparsity.nonfinite_matrices(finite)
-            saved = self.checkpoints.latest_step()
             raise UserError(
                 f"NaN or infinity at step {step} in {', '.join(names[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: lower "
-                "optimizer.learning_rate or raise optimizer.warmup; the last checkpoint is "
-                + ("none" if saved is None else f"step {saved}")
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {self._advice()}"
             )
-        return float(report["loss"])
+        self.losses.append(float(report["loss"]))
 
-    def _log(self, state, step, report, losses, seconds_per_step):
-        config = self.config
+    def _advice(self) -> str:
+        """Returns what to change after a weight became NaN or infinite, and where to go on from."""
+        settings, saved = self.config.optimizer, self.checkpoints.latest_step()
+        peak = settings.learning_rate
+        if settings.sharkfin:
+            peak *= self.config.sparsity.density**-0.5
+        # A decay of more than the whole weight overshoots.
+        change = (
+            "lower optimizer.weight_decay"
+            if peak * settings.weight_decay > 1
+            else "lower optimizer.learning_rate or raise optimizer.warmup"
+        )
+        if saved is None:
+            return f"{change}, in another --workdir; the last checkpoint is none"
+        workdir = self.checkpoints.folder.parent
+        return (
+            f"{change}; the last checkpoint is step {saved}: go on from it with --from={workdir}@{saved} and "
+            "another --workdir"
+        )
+
+    def _log(self, state: TrainState, report: dict[str, Any]) -> None:
+        config, step = self.config, self.step
+        seconds_per_step = (time.monotonic() - self.clock_time) / (step - self.clock_step)
         nonzeros = sparsity.find_state(state.optimizer).nonzeros
         alive = self.program.alive(state.params)
         nonzeros, alive, report = jax.device_get((nonzeros, alive, report))
-        density = sparsity.density_schedule(config.sparsity, config.steps)
-        rate = sparsity.learning_rate_schedule(config.optimizer, config.steps, density=density)
         tokens_per_step = config.batch_size * config.model.context
-        total = sum(int(np.sum(each)) for each in nonzeros.values())
         values = {
             "tokens": step * tokens_per_step,
-            "loss": statistics.fmean(losses),
-            "learning_rate": float(np.asarray(rate(step - 1))),
-            "density": float(np.asarray(density(step - 1))),
-            "nonzeros": total,
-            "nonzeros_per_matrix": {path: each.tolist() for path, each in nonzeros.items()},
+            "loss": statistics.fmean(self.losses),
+            "learning_rate": float(np.asarray(self.rate(step - 1))),
+            "density": float(np.asarray(self.density(step - 1))),
+            "nonzeros": sum(int(np.sum(counts)) for counts in nonzeros.values()),
+            "nonzeros_per_matrix": {path: counts.tolist() for path, counts in nonzeros.items()},
             "alive_neurons": alive.tolist(),
             "gradient_rms": float(report["gradient_rms"]),
             "kurtosis": float(report["kurtosis"]),
             "tokens_per_s": tokens_per_step / seconds_per_step,
         }
-        self._write(step, values)
+        self._write(values)
         self.progress.record(
             {
                 "loss": f"{values['loss']:.3f}",
                 "density": f"{values['density']:.4f}",
-                "nonzeros": str(total),
+                "nonzeros": str(values["nonzeros"]),
                 "tokens/s": f"{values['tokens_per_s']:.0f}",
                 "left": self.progress.time_left(),
             },
         )
+        self.losses.clear()
+        self._restart_clock()
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(self, values: dict[str, Any]) -> None:
         if self.writer is not None:
-            self.writer.write(step, values)
+            self.writer.write(self.step, values)
 
-    def _evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
+    def _evaluate(self, state: TrainState) -> dict[str, Any]:
         config = self.config
         results, size = [], config.batch_size // config.accumulate
         for local in batches.eval_batches(
@@ -333,67 +456,82 @@ class _Loop:
         ):
             batch = sharding.put_batch(local, self.program.mesh, EVAL_BATCH, size=size)
             results.append(jax.device_get(self.program.evaluate(state.params, batch)))
-        fired = np.any([each for _, each in results], axis=0)
+        fired = np.any([neurons for _, neurons in results], axis=0)
         values = {
-            "tokens": step * config.batch_size * config.model.context,
+            "tokens": self.step * config.batch_size * config.model.context,
             "val_loss": statistics.fmean(float(value) for value, _ in results),
             "alive_neurons_fired": jax.device_get(self.program.alive(state.params, fired)).tolist(),
         }
-        self._write(step, values)
-        log.info(f"step {step}: held-out loss {values['val_loss']:.4f}")
+        self._write(values)
+        log.info("step %d: held-out loss %.4f", self.step, values["val_loss"])
+        self._restart_clock()
         return values
 
-    def _save(self, state: TrainState, step: int, losses: list[float]) -> None:
-        metadata = {
-            "config": to_dict(self.config),
-            "data_digest": self.dataset.digest,
-            "tokenizer": self.dataset.tokenizer.to_json(),
-            "seconds": time.monotonic() - self.started,
-            # Of the steps since the last record, so that the next one is what it would have been.
-            "losses": losses,
-        }
-        self.checkpoints.save(step, state, metadata)
+    def _save(self, state: TrainState) -> None:
+        seconds = time.monotonic() - self.started
+        metadata = _metadata(self.config, self.dataset, seconds, self.losses)
+        self.checkpoints.save(self.step, state, metadata)
 
-    def _summarize(self, state: TrainState, step: int, evaluation: dict[str, Any]) -> None:
-        if self.quiet:
+    def _summarize(self, state: TrainState, evaluation: dict[str, Any]) -> None:
+        if self.writer is None:
             return
-        kept = jax.device_get(sparsity.find_state(state.optimizer).nonzeros)
-        nonzeros = sum(int(np.sum(each)) for each in kept.values())
-        size = sum(leaf.size for path, leaf in trees.flatten(state.params).items() if path in kept)
-        records = metrics.read(self.workdir)
+        workdir = self.checkpoints.folder.parent
+        projected = jax.device_get(sparsity.find_state(state.optimizer).nonzeros)
+        nonzeros = sum(int(np.sum(counts)) for counts in projected.values())
+        leaves = trees.flatten(state.params)
+        records = metrics.read(workdir)
         rates = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
         summary = {
             "val_loss": evaluation["val_loss"],
-            "l0": nonzeros / size,
+            "l0": nonzeros / sum(leaves[path].size for path in projected),
             "nonzeros": nonzeros,
             "parameters": model.count_parameters(state.params),
             "alive_neurons": evaluation["alive_neurons_fired"],
             "tokens_per_s": statistics.median(rates),
-            "steps": step,
+            "steps": self.step,
             "seconds": round(time.monotonic() - self.started, 1),
         }
-        metrics.plot_curves(records, self.workdir / "curves.png")
-        files.write_json(self.workdir / "summary.json", summary)
+        metrics.plot_curves(records, workdir / "curves.png")
+        files.write_json(workdir / "summary.json", metrics.strict(summary))
         log.info(
-            f"done: held-out loss {summary['val_loss']:.4f}, {nonzeros} nonzero weights, "
-            f"{summary['seconds']:.0f} s; see {self.workdir / 'curves.png'}"
-        )
+            "done: held-out loss %.4f, %d nonzero weights, %.0f s; see %s",
+            summary["val_loss"], nonzeros, summary["seconds"], workdir / "curves.png",
+        )  # fmt: skip
+
+
+# The command ------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; see the module's docstring."""
+    del argv
     options: Any = flags.FLAGS
     name, config = recipes.from_flag()
     processes.initialize_processes()
     cpu.enable()
-    return run(config, pathlib.Path(options.workdir or f"runs/{name}"))
+    workdir = pathlib.Path(options.workdir or f"runs/{name}")
+    return run(config, workdir, origin=options["from"].value)
 
 
 def _define_flags() -> None:
     recipes.define_flag()
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME for the recipe NAME.")
+    flags.DEFINE_string(
+        "from",
+        None,
+        "RUN or RUN@STEP: begin a new run from another one's checkpoint, with a config that may differ.",
+    )
+
+
+def config_help() -> str:
+    """Returns the keys of a config with their defaults and meanings, as `--help` lists them."""
+    lines = ["Keys of the config, with their defaults:"]
+    for key, default, text in describe(TrainConfig()):
+        lines.append(f"\n  --config.{key}={default!r}\n      {text}")
+    return "".join(lines)
 
 
 if __name__ == "__main__":
+    __doc__ = f"{__doc__}\n{config_help()}\n"
     _define_flags()
     run_command(main)
