@@ -62,7 +62,7 @@ def is_position_wise(tap: Tap | None) -> bool:
     return tap is None or getattr(tap, "position_wise", False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Composition:
     taps: tuple[Tap, ...]
 
@@ -85,7 +85,7 @@ def compose(*taps: Tap) -> Tap:
     return _Composition(taps)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MeanAblation:
     """The tap of `mask`."""
 
