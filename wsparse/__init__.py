@@ -42,7 +42,7 @@ _MODULES = {
     "run_with_cache": "wsparse.hooks",
     "run_with_taps": "wsparse.hooks",
 }
-__all__ = [*_MODULES]  # noqa: PLE0604
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -52,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*__all__, "__version__"])

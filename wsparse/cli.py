@@ -10,7 +10,7 @@ from wsparse.errors import closest
 
 COMMANDS = {
     "train": ("wsparse.train", "Train a model from a recipe."),
-    "tasks": ("wsparse.circuits.tasks", "Measure how well a run does each task."),
+    "tasks": ("wsparse.tasks", "Measure how well a run does each task."),
     "prune": ("wsparse.prune", "Find the circuits of a run."),
     "view": ("wsparse.view", "Write a run's circuits as one HTML page."),
     "compare": ("wsparse.circuits.compare", "Set the circuits of two runs side by side."),
@@ -35,7 +35,10 @@ def main() -> None:
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     else:
         near = closest(name, COMMANDS)
-        print(f"error: there is no command {ascii(name[:80])}{near}; see wsparse --help", file=sys.stderr)
+        print(
+            f"error: there is no command {name[:80]!a}{near}; see wsparse --help",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
