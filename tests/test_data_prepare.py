@@ -84,11 +84,11 @@ def test_a_prepared_folder_gives_the_batches_of_the_sources_themselves(source, f
                 memory.read(0, len(memory)), files.read(0, len(files)), strict=True
             )
     sizes = {"batch_size": 8, "context": 48}
-    batches = [
+    drawn = [
         list(itertools.islice(batches.train_batches(each.train, seed=3, **sizes), 20))
         for each in (direct, stored)
     ]
-    np.testing.assert_array_equal(*batches)
+    np.testing.assert_array_equal(*drawn)
     evaluation = [
         batches.eval_batches(each.validation, batches=4, **sizes) for each in (direct, stored)
     ]
@@ -327,7 +327,7 @@ def test_a_wrong_manifest_or_tokenizer_is_one_line(copy, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest | {"surprise": 2}))
     check("manifest.json is malformed", lambda: prepared.open_folder(copy))
     (copy / "manifest.json").write_text("{")
-    check("manifest.json cannot be read", lambda: prepared.open_folder(copy))
+    check("manifest.json: not JSON", lambda: prepared.open_folder(copy))
     check("no folder", lambda: prepared.open_folder(tmp_path / "none"))
 
 

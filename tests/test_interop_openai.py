@@ -271,7 +271,7 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path):
     ):
         openai.load(tmp_path)
     (tmp_path / "beeg_config.json").write_text("[]")
-    with pytest.raises(UserError, match="must hold a JSON object"):
+    with pytest.raises(UserError, match="must be a JSON object"):
         openai.load(tmp_path)
     (tmp_path / "beeg_config.json").write_text(json.dumps(golden_config("rms_abstopk")))
     with pytest.raises(UserError, match=r"final_model\.pt cannot be read: No such file"):

@@ -336,7 +336,7 @@ def main(argv: Sequence[str]) -> int:
     )
     name = f"{recipe}_{re.sub(r'[: ]+', '_', str(target))}.json"
     out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     files.write_json(out, report)
     log.info(f"wrote {out}")
     return 0 if report["fits"] else 1

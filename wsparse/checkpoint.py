@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent import futures
 import contextlib
-import hashlib
 import logging
 import os
 import pathlib
@@ -160,7 +159,7 @@ class Checkpointer:
     def _set_aside(self, step: int, reason: str) -> None:
         target = self.folder.parent / SET_ASIDE / f"{self.folder.name}-{step}"
         log.warning("checkpoint %d is not used: %s; moved to %s", step, reason, target)
-        target.parent.mkdir(exist_ok=True)
+        files.make_folder(target.parent)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(self._path(step), target)
         self._manager.reload()
@@ -296,8 +295,5 @@ def _digests(folder: pathlib.Path) -> dict[str, str]:
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != _DIGESTS:
-            with path.open("rb") as file:
-                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
+            digests[path.relative_to(folder).as_posix()] = files.sha256(path)
     return digests

@@ -1,9 +1,10 @@
-"""Files: written so that a reader sees the old one or the new one, read with clear errors."""
+"""Files: written so that a reader sees the old one or the new one, read and refused in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -15,19 +16,63 @@ from wsparse.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path`, with its suffix, that takes its place when the block ends well."""
+def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a temporary path beside `path`, with its suffix, that takes its place when the block ends well.
+
+    Args:
+      path: File to write.
+      durable: Whether the content reaches the disk first, so that it survives a power cut.
+
+    Raises:
+      UserError: The file cannot be written; the message says how much space is left.
+    """
     path = pathlib.Path(path)
-    # Processes on different machines may write to one folder, and have the same number.
-    writer = f"{socket.gethostname()}.{os.getpid()}"
-    part = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
+    part = _temporary(path)
     try:
         yield part
+        if durable:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder beside `path` that becomes `path` when the block ends well.
+
+    Where another process has made `path` meanwhile, its folder stays and this one is dropped.
+
+    Args:
+      path: Folder to make; it does not exist, or is empty.
+
+    Raises:
+      UserError: The folder cannot be written.
+    """
+    path = pathlib.Path(path).absolute()
+    part, made = _temporary(path), not path.parent.exists()
+    make_folder(part, shown=path)
+    try:
+        yield part
+        try:
+            os.replace(part, path)
+        except OSError as error:
+            if not (path.is_dir() and any(path.iterdir())):
+                raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if made:
+            # What failed leaves nothing behind; a folder that holds something stays.
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    # Processes on different machines may write to one folder, and have the same number.
+    return path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.tmp{path.suffix}")
 
 
 def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> UserError:
@@ -46,25 +91,69 @@ def _space_left(path: pathlib.Path) -> str:
 def make_folder(
     path: str | os.PathLike[str], *, shown: str | os.PathLike[str] | None = None
 ) -> None:
-    """Make a folder where there is none; UserError when that cannot be, which names `shown` instead."""
+    """Makes a folder, and those above it, where there is none.
+
+    Args:
+      path: Folder to make.
+      shown: Folder to name in the message instead.
+
+    Raises:
+      UserError: The folder cannot be made.
+    """
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {shown or path}: {error.strerror}") from error
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as indented JSON."""
-    with replacing(path) as part:
+def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = False) -> None:
+    """Writes a value as indented JSON; see `replacing`."""
+    with replacing(path, durable=durable) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is none."""
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+      UserError: The file cannot be read, or holds something else.
+    """
+    path = pathlib.Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Returns the JSON object that `text` holds.
+
+    Args:
+      text: Text to parse.
+      where: Name of the place for messages, such as "data.jsonl:3".
+
+    Raises:
+      UserError: `text` is not JSON or not an object, is nested too deep, or has a number of too many digits.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" + (f" of line {error.lineno}" if error.lineno > 1 else "")
+        raise UserError(f"{where}: not JSON: {error.msg} at {place}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not JSON in UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: its JSON is nested too deep") from error
+    except ValueError as error:
+        raise UserError(f"{where}: a number in its JSON has too many digits") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        raise UserError(f"{where}: must be a JSON object, got {type(values).__name__}")
     return values
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Returns the hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -77,12 +77,12 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = files.parse_json(line, f"{path}:{number}")
+        except UserError:
             if number == len(lines):
                 break
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            record = {}
+        if not isinstance(record.get("step"), int):
             raise UserError(f"{path}:{number}: not a record with a step; move the file away")
         records.append(record)
     return records

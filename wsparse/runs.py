@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -43,16 +42,13 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
       UserError: the folder is missing, or is no run.
     """
     path = pathlib.Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    # A folder that one may not look into has one, perhaps: reading it says what is wrong.
+    if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
         raise UserError(
             f"{folder} is not a run folder: it has no config.json; train one with "
-            "python -m wsparse.train --config=configs/tiny.py"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: restore it from a checkpoint's metadata") from error
-    return from_dict(TrainConfig, values)
+            "python -m wsparse.train --config=tiny"
+        )
+    return from_dict(TrainConfig, files.read_json(path))
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:

@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
     result = compare_pruned(first, second)
     print(text(result))
     out = options.out or options.runs[0] / "circuits"
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     files.write_json(out / "compare.json", result)
     shared = [t["task"] for t in result["tasks"]]
     rows_of = {run.folder.name: [run.rows[task] for task in shared] for run in (first, second)}

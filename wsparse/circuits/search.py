@@ -183,7 +183,7 @@ class Shared:
 
     def keep(self, number: int, tau_U: np.ndarray) -> None:
         """Write what a trial learned, before it is said to be done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         with files.replacing(self.folder / f"{number}.npy") as part:
             np.save(part, tau_U)
 

@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from wsparse import files
 from wsparse.errors import UserError
 
 _SEEN = "seen"
@@ -37,7 +38,7 @@ def open_storage(where: str) -> BaseStorage:
     try:
         if "://" in where:
             return RDBStorage(where)
-        pathlib.Path(where).parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(pathlib.Path(where).parent)
         return JournalStorage(JournalFileBackend(where))
     # The drivers of databases raise errors of their own kinds.
     except Exception as error:

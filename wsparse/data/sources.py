@@ -26,7 +26,6 @@ import dataclasses
 import enum
 import glob
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -35,6 +34,7 @@ import sysconfig
 from typing import Any
 import urllib.parse
 
+from wsparse import files
 from wsparse.errors import UserError, closest, missing_extra
 
 # What each kind of source accepts after `?`, with defaults.
@@ -173,16 +173,16 @@ def open_source(name: str, *, seed: int = 0) -> Source:
 
             return Source(name, True, lambda: idioms.documents(seed))
         case "files":
-            files = _expand(name, path)
-            return Source(name, False, lambda: _read_files(files))
+            paths = _expand(name, path)
+            return Source(name, False, lambda: _read_files(paths))
         case "jsonl":
-            files = _expand(name, path)
-            return Source(name, False, lambda: _read_jsonl(files, options["field"]))
+            paths = _expand(name, path)
+            return Source(name, False, lambda: _read_jsonl(paths, options["field"]))
         case "parquet":
             if importlib.util.find_spec("pyarrow") is None:
                 raise missing_extra("pyarrow", "parquet", f"the source {name!r}")
-            files = _expand(name, path)
-            return Source(name, False, lambda: _read_parquet(files, options["field"]))
+            paths = _expand(name, path)
+            return Source(name, False, lambda: _read_parquet(paths, options["field"]))
         case "tfds":
             examples = _open_tfds(name, path, options["split"], options["data_dir"])
             return Source(name, False, lambda: _read_tfds(name, examples, options["field"]))
@@ -292,9 +292,9 @@ def _expand(name: str, pattern: str) -> list[pathlib.Path]:
     pattern = os.path.expanduser(pattern)
     # A name that exists is meant literally, even with `[` or `*` in it.
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = [pathlib.Path(path) for path in found if not os.path.isdir(path)]
-    if files:
-        return files
+    paths = [pathlib.Path(path) for path in found if not os.path.isdir(path)]
+    if paths:
+        return paths
     if os.path.isdir(pattern):
         hint = f"is a folder; name the files in it, e.g. {os.path.join(pattern, '**', '*.py')}"
         raise UserError(f"the source {name!r} {hint}")
@@ -304,15 +304,15 @@ def _expand(name: str, pattern: str) -> list[pathlib.Path]:
 
 def _stdlib_files() -> list[pathlib.Path]:
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = []
+    paths = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [subfolder for subfolder in subfolders if subfolder not in _STDLIB_SKIPPED]
-        files += [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(files)
+        paths += [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
 
 
-def _read_files(files: list[pathlib.Path]) -> Iterator[bytes | Skip]:
-    for file in files:
+def _read_files(paths: list[pathlib.Path]) -> Iterator[bytes | Skip]:
+    for file in paths:
         try:
             content = file.read_bytes()
         except OSError:
@@ -321,8 +321,8 @@ def _read_files(files: list[pathlib.Path]) -> Iterator[bytes | Skip]:
             yield content
 
 
-def _read_jsonl(files: list[pathlib.Path], field: str) -> Iterator[str | Skip]:
-    for file in files:
+def _read_jsonl(paths: list[pathlib.Path], field: str) -> Iterator[str | Skip]:
+    for file in paths:
         try:
             lines = file.open("rb")
         except OSError:
@@ -335,17 +335,12 @@ def _read_jsonl(files: list[pathlib.Path], field: str) -> Iterator[str | Skip]:
 
 def _jsonl_document(line: bytes, field: str, where: str) -> str | Skip:
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
         return Skip.UNDECODABLE
     if not text.strip():
         return Skip.EMPTY
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object, got {type(record).__name__}")
+    record = files.parse_json(text, where)
     if field not in record:
         raise _wrong_field(field, record, where)
     value = record[field]
@@ -358,11 +353,11 @@ def _jsonl_document(line: bytes, field: str, where: str) -> str | Skip:
     return value
 
 
-def _read_parquet(files: list[pathlib.Path], field: str) -> Iterator[str | bytes | Skip]:
+def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes | Skip]:
     import pyarrow
     import pyarrow.parquet
 
-    for file in files:
+    for file in paths:
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except OSError:
