@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import files, model, runs, trees
-from wsparse.circuits import Circuit, graph, masks, procedure, scoring, tasks
+from wsparse.circuits import Circuit, evidence, graph, masks, procedure, scoring, tasks
 from wsparse.circuits.circuit import (
     FOUND,
     Baseline,
@@ -25,7 +25,7 @@ from wsparse.circuits.circuit import (
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.nodes import NODES
-from wsparse.viewer import collect, page
+from wsparse.viewer import contents, page
 
 # Small programs to compile: neurons are 0 where the ReLU makes them so, and AbsTopK is off.
 CONFIG = ModelConfig(
@@ -43,7 +43,7 @@ TASK = "closing"
 # Nodes of a layer's location in the circuit, and in all of it.
 EACH = 2
 N_NODES = EACH * CONFIG.n_layer * len(NODES)
-OPTIONS = collect.Options(task=("all",), pairs=2)
+OPTIONS = evidence.Options(pairs=2)
 
 
 @functools.cache
@@ -139,8 +139,14 @@ def circuit(task: tasks.Task) -> Circuit:
     )
 
 
+def batch(task: tasks.Task) -> tasks.TaskBatch:
+    """The pairs that the circuit's numbers are from."""
+    return tasks.build(task, run().tokenizer, 4, 0, split="report")
+
+
 def write_run(folder: pathlib.Path) -> tasks.Task:
-    """What `view` reads beside the checkpoint: the config, a circuit, and a task without one."""
+    """What `view` reads, but for evidence: a circuit, and a task without one."""
+    folder.mkdir(exist_ok=True)
     files.write_json(folder / "config.json", to_dict(run().config))
     task = tasks.find(str(write_task(folder)))
     found = circuit(task)
@@ -154,5 +160,9 @@ def write_run(folder: pathlib.Path) -> tasks.Task:
 def data_text(folder: pathlib.Path) -> str:
     """The page's data of the run that `write_run` makes in `folder`, as JSON."""
     task = write_run(folder)
-    rows, [found] = collect.read_circuits(folder, ["all"])
-    return page.embedded(collect.measured(run(), rows, [(found, task)], windows(), OPTIONS))
+    where = folder / "circuits" / TASK
+    text = evidence.Text(windows(), "random tokens")
+    evidence.measure(
+        run(), Circuit.load(where), batch(task), text, summary=task.summary, options=OPTIONS
+    ).save(where)
+    return page.embedded(contents.read_run(folder, contents.Options()))

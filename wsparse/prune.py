@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import pathlib
 import re
 import signal
@@ -27,7 +28,7 @@ import numpy as np
 from optuna.storages import BaseStorage
 
 from wsparse import files, runs
-from wsparse.circuits import procedure, report, scoring, tasks
+from wsparse.circuits import evidence, procedure, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit, Score, Status
 from wsparse.circuits.search import Pruner, Sampler, Shared, Trial
 from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
@@ -36,6 +37,8 @@ from wsparse.config import from_dict
 from wsparse.data import batches
 from wsparse.errors import UserError
 from wsparse.ops import cpu
+
+log = logging.getLogger(__name__)
 
 # Windows of pretraining text for the means, and the megabytes they are drawn from.
 _WINDOWS, _MEGABYTES = 512, 2.0
@@ -51,6 +54,7 @@ def run(
     max_tokens: int,
     storage: BaseStorage | None = None,
     lease: float = 600.0,
+    shown: evidence.Options | None = None,
 ) -> list[dict[str, Any]]:
     """Find the circuits of tasks that are not done, and write the table of all.
 
@@ -61,6 +65,8 @@ def run(
       max_tokens: longest prompt to use.
       storage: shares the work with all processes that are given the same one.
       lease: seconds of silence after which the others take a process for dead.
+
+      shown: What to measure of each circuit for the viewer; None measures nothing.
 
     Returns:
       The rows of the table, see `report.row`.
@@ -87,8 +93,9 @@ def run(
         tie_qk=settings.tie_qk,
         parallel=min(settings.parallel, settings.trials),
     )
+    measure = _measurer(trained, wanted, shown)
     jobs = [
-        _Job(subject, each, pruner, settings, out / each.task, storage, lease, say)
+        _Job(subject, each, pruner, settings, out / each.task, storage, lease, say, measure)
         for each in pairs
     ]
     waiting = False
@@ -109,6 +116,35 @@ def run(
             time.sleep(min(_POLL, lease / 4))
         todo = left
     return write_report(folder, say)
+
+
+def _measurer(
+    trained: runs.Run, wanted: Sequence[tasks.Task], shown: evidence.Options | None
+) -> Callable[[Circuit, procedure.Pairs, pathlib.Path], None]:
+    """Returns a function that measures a circuit's evidence and writes it into its folder."""
+    summaries = {task.name: task.summary for task in wanted}
+    # Read when it is first needed: a sweep may find nothing.
+    text = functools.cache(lambda source: evidence.read_text(trained, source))
+
+    def measure(circuit: Circuit, pairs: procedure.Pairs, folder: pathlib.Path) -> None:
+        if shown is None or not circuit.nodes:
+            return
+        try:
+            measured = evidence.measure(
+                trained,
+                circuit,
+                pairs.report,
+                text(shown.source),
+                summary=summaries[circuit.task],
+                options=shown,
+            )
+        except UserError as error:
+            # The circuit is found and saved, and its evidence can be measured at any time.
+            log.info("  no evidence: %s", error)
+            return
+        measured.save(folder)
+
+    return measure
 
 
 def write_report(folder: pathlib.Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -134,6 +170,7 @@ class _Job:
     storage: BaseStorage | None
     lease: float
     say: Callable[[str], None]
+    measure: Callable[[Circuit, procedure.Pairs, pathlib.Path], None]
 
     def run(self) -> None:
         """Do what is left of the task.
@@ -203,6 +240,8 @@ class _Job:
                 part.write_text(report.text(circuit))
             self.say(f"  {report.summary(circuit)}")
         status.save(self.where)
+        if circuit is not None:
+            self.measure(circuit, self.pairs, self.where)
 
 
 def pretraining_windows(trained: runs.Run, out: pathlib.Path) -> np.ndarray:
@@ -273,6 +312,12 @@ def main(argv: Sequence[str]) -> int:
     if options.report:
         write_report(folder, functools.partial(print, flush=True))
         return 0
+    shown = evidence.Options(
+        source=options.source, pairs=options.pairs, max_nodes=options.max_nodes
+    )
+    if options.evidence:
+        evidence.measure_run(folder, options.task, shown)
+        return 0
     if options.lease <= 0:
         raise UserError(f"--lease must be above 0 seconds, got {options.lease}")
     storage = None if options.storage is None else open_storage(options.storage)
@@ -287,6 +332,7 @@ def main(argv: Sequence[str]) -> int:
             max_tokens=options.max_tokens,
             storage=storage,
             lease=options.lease,
+            shown=shown if options.evidence is None else None,
         )
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on with the tasks that are not done")
@@ -294,11 +340,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _help_of(name: str) -> str:
-    """What the docstring of `Settings` says about an attribute."""
+def _help_of(name: str, cls: type = procedure.Settings) -> str:
+    """Returns what the docstring of `Settings` says about an attribute."""
     about = re.search(
         rf"^ +{name}: (.*?)(?=^ +\w+: |\Z)",
-        procedure.Settings.__doc__ or "",
+        cls.__doc__ or "",
         re.MULTILINE | re.DOTALL,
     )
     assert about is not None, name
@@ -321,6 +367,16 @@ def _define_flags() -> None:
     flags.DEFINE_bool(
         "report", False, "Only write the table and curves of the tasks that are done."
     )
+    flags.DEFINE_bool(
+        "evidence",
+        None,
+        "What the viewer shows of a circuit is measured when it is found. --noevidence leaves it out, "
+        "--evidence does nothing else, for circuits that were found before.",
+    )
+    for field in dataclasses.fields(evidence.Options()):
+        define = flags.DEFINE_string if field.name == "source" else flags.DEFINE_integer
+        about = _help_of(field.name, evidence.Options)
+        define(field.name, field.default, f"Of the evidence: {about}")
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
         about = _help_of(field.name)

@@ -1,76 +1,75 @@
 """Show a run's circuits in a browser: `python -m wsparse.view --run=runs/tiny [--out=report.html]`.
 
 Writes one HTML file that needs no server and no network: a table of all tasks, each circuit as a graph, and
-what every node does. The circuits come from `python -m wsparse.prune`.
+what every node does. The circuits and what is shown of them come from `python -m wsparse.prune`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
+import logging
 import os
 import pathlib
 from typing import Any
 
 from absl import flags
 
-from wsparse import files, runs
+from wsparse import files
 from wsparse.command import run_command
 from wsparse.errors import UserError
-from wsparse.viewer import collect, page
+from wsparse.viewer import contents, page
+
+log = logging.getLogger(__name__)
 
 
-def write(folder: pathlib.Path, out: pathlib.Path, options: collect.Options) -> pathlib.Path:
-    """Write the page of the run in `folder` to the file `out`.
+def write(folder: pathlib.Path, out: pathlib.Path, options: contents.Options) -> pathlib.Path:
+    """Write the page of the run in `folder` to the file `out`, and return `out`.
 
     Raises:
-      UserError: see `collect.collect`; or the folder is no run, or `out` cannot be written.
+      UserError: See `contents.read_run`; or the folder is not a run, or `out` cannot be written.
     """
-    runs.read_config(folder)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a run folder: name one that train has written")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(
             f"cannot write {out}: --out must be a file in a folder that can be written to"
         )
-    say = functools.partial(print, flush=True)
-    data = collect.collect(folder, options, say)
+    data = contents.read_run(folder, options)
     text = page.render(data, title=f"{data['run']['name']}: circuits")
     with files.replacing(out) as part:
         part.write_text(text, encoding="utf-8")
-    say(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    log.info("written to %s (%.1f MB): open it in a browser", out, out.stat().st_size / 1e6)
     return out
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     del argv
-    given: Any = flags.FLAGS
-    folder = pathlib.Path(given.run)
-    options = collect.Options(
-        task=tuple(given.task),
-        source=given.source,
-        pairs=given.pairs,
-        max_nodes=given.max_nodes,
+    options: Any = flags.FLAGS
+    folder = pathlib.Path(options.run)
+    if options.source is not None:
+        raise UserError(
+            "the text for examples is read when evidence is measured: "
+            f"python -m wsparse.prune --run={folder} --evidence --source={options.source}"
+        )
+    write(
+        folder,
+        pathlib.Path(options.out or folder / "report.html"),
+        contents.Options(
+            task=tuple(options.task), pairs=options.pairs, max_nodes=options.max_nodes
+        ),
     )
-    try:
-        write(folder, pathlib.Path(given.out or folder / "report.html"), options)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written")
-        return 130
-    return 0
 
 
 def _define_flags() -> None:
-    defaults = collect.Options()
+    defaults = contents.Options()
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
     flags.DEFINE_string("out", None, "The HTML file; report.html in the run's folder by default.")
     flags.DEFINE_list(
-        "task",
-        list(defaults.task),
-        "Names, or all: every task that has a circuit. A task of your own needs its .jsonl or .py file "
-        "beside it: all,mine.jsonl.",
+        "task", list(defaults.task), "Names of tasks, or all: every task that has a circuit."
     )
     flags.DEFINE_string(
-        "source", defaults.source, "Text to take examples from; the run's held-out text by default."
+        "source", None, "An option of the evidence: python -m wsparse.prune --evidence --source=..."
     )
     flags.DEFINE_integer("pairs", defaults.pairs, "Pairs of each task to show token by token.")
     flags.DEFINE_integer(

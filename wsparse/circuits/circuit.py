@@ -9,6 +9,8 @@ them too, see `wsparse.circuits.evidence`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -261,6 +263,14 @@ class Circuit:
     def status(self) -> str:
         """`FOUND`, or `ABOVE_TARGET`: it is chosen on other pairs than its loss is reported on."""
         return FOUND if self.loss <= self.target else ABOVE_TARGET
+
+    @property
+    def digest(self) -> str:
+        """Digest of the circuit itself: its task, its model, its nodes and its edges."""
+        edges = [[edge.source, edge.target] for edge in self.edges]
+        names = [node.name for node in self.nodes]
+        text = json.dumps([self.task, self.model_digest, names, edges])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def mask(self) -> dict[str, np.ndarray]:
         """Returns location -> bool `(L, N)`: which nodes are kept."""

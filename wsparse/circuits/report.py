@@ -41,14 +41,19 @@ def row(status: Status, circuit: Circuit | None) -> dict[str, Any]:
     }
 
 
-def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of every task under a run's `circuits` folder, sorted by edges."""
-    rows = []
+def read(folder: pathlib.Path) -> list[tuple[dict[str, Any], Circuit | None]]:
+    """Returns the row and the circuit of every task under a run's `circuits` folder, sorted by edges."""
+    tasks = []
     for path in sorted(folder.glob("*/status.json")):
         status = Status.load(path.parent)
         circuit = Circuit.load(path.parent) if status.has_circuit else None
-        rows.append(row(status, circuit))
-    return sorted(rows, key=lambda r: (r.get("edges", math.inf), r["task"]))
+        tasks.append((row(status, circuit), circuit))
+    return sorted(tasks, key=lambda task: (task[0].get("edges", math.inf), task[0]["task"]))
+
+
+def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of `read`."""
+    return [row for row, _ in read(folder)]
 
 
 def summary(circuit: Circuit) -> str:

@@ -1,1 +1,1 @@
-"""Circuits in a browser: what `python -m wsparse.view` collects, and the one page it writes."""
+"""Circuits in a browser: one page of HTML from the folders of circuits, without jax or a model."""

@@ -21,15 +21,15 @@ LIBRARY = "d3.min.js"
 # In the order in which they are joined; a later one uses what an earlier one defines.
 SCRIPTS = ("data.js", "layout.js", "graph.js", "charts.js", "panel.js", "overview.js", "main.js")
 
-_QUANTIzED = {"int8": 127, "int16": 32767, "uint8": 255}
+_QUANTIZED = {"int8": 127, "int16": 32767, "uint8": 255}
 
 
 def render(data: dict[str, Any], *, title: str) -> str:
-    """The page's text.
+    """Returns the page's text.
 
     Args:
-      data: JSON values; what is not finite becomes null.
-      title: of the browser's tab.
+      data: JSON values, as `contents` has them; what is not finite becomes null.
+      title: Title of the browser's tab.
     """
     style, library = static("style.css"), static(LIBRARY)
     script = "".join(map(static, SCRIPTS))
@@ -51,35 +51,35 @@ def render(data: dict[str, Any], *, title: str) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that can stand in a `<script>` element: nothing in it can end the element."""
+    """Returns JSON that can stand in a `<script>` element: nothing in it can end the element."""
     text = json.dumps(_plain(data), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def packed(values: np.ndarray, dtype: str) -> dict[str, Any]:
-    """An array in few bytes: `scale * q` with integers q, little-endian, in base64.
+    """Returns an array in few bytes: `scale * q` with integers q, little-endian, in base64.
 
     Args:
-      values: floats of any shape; non-negative for "uint8".
+      values: Floats of any shape; non-negative for "uint8".
       dtype: "int8", "int16" or "uint8".
 
     Returns:
       `{"dtype", "scale", "data"}`; an entry is off by at most half of `scale`.
     """
     values = np.asarray(values, np.float64).ravel()
-    scale = float(np.max(np.abs(values), initial=0.0)) / _QUANTIzED[dtype]
+    scale = float(np.max(np.abs(values), initial=0.0)) / _QUANTIZED[dtype]
     whole = np.rint(values / scale) if scale else np.zeros_like(values)
     return {"dtype": dtype, "scale": scale, "data": raw(whole, dtype)}
 
 
 def raw(values: np.ndarray, dtype: str) -> str:
-    """Integers, little-endian, in base64."""
+    """Returns integers, little-endian, in base64."""
     little = np.asarray(values).astype(np.dtype(dtype).newbyteorder("<"))
     return base64.b64encode(little.tobytes()).decode()
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types, with floats of 9 digits (a float32 to the bit), and null for what is not finite."""
+    """Returns JSON's own types: floats of 9 digits (a float32 to the bit), null for what is not finite."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 
 def static(name: str) -> str:
-    """The text of a file of `static/`."""
+    """Returns the text of a file of `static/`."""
     return (resources.files("wsparse.viewer") / "static" / name).read_text(encoding="utf-8")
 
 

@@ -54,7 +54,12 @@ function drawPrefix(holder, circuit, keep) {
   const x = d3.scaleLinear([1, Math.max(2, circuit.nodes.length)], [4, width - 4]);
   const points = circuit.prefix.filter(([count]) => count <= circuit.nodes.length);
   const y = d3.scaleLinear([0, Math.max(circuit.target, d3.max(points, (p) => p[1]))], [height - 3, 3]);
-  const [count, value] = d3.least(points, (p) => Math.abs(p[0] - keep)) ?? circuit.prefix.at(-1);
+  // Large circuits are measured at some sizes; between two of them the line says how much it is about.
+  const measured = points.some(([count]) => count === keep);
+  const after = Math.max(1, d3.bisector((p) => p[0]).left(points, keep));
+  const [from, to] = [points[after - 1], points[after] ?? points[after - 1]];
+  const share = to[0] === from[0] ? 0 : (keep - from[0]) / (to[0] - from[0]);
+  const [count, value] = [keep, from[1] + Math.max(0, Math.min(1, share)) * (to[1] - from[1])];
   const chart = svg('svg', {
     class: 'spark', viewBox: `0 0 ${width} ${height}`, role: 'img',
     'aria-label': 'Task loss of the most important nodes alone, by how many',
@@ -63,8 +68,8 @@ function drawPrefix(holder, circuit, keep) {
   svg('path', { d: d3.line((p) => x(p[0]), (p) => y(p[1]))(points) }),
   svg('circle', { cx: x(count), cy: y(value), r: 4 }));
   const text = el('span', { class: 'quiet' },
-    `${count === circuit.total_nodes ? 'all of them' : `the top ${count}`} alone:`, el('br'),
-    `loss ${loss(value)}, target ${circuit.target}`);
+    `${count === circuit.total_nodes ? 'all of them' : `the top ${count}`} alone: loss ${measured ? '' : 'about '}${loss(value)}, target ${circuit.target}`,
+    el('br'), `on ${plural(circuit.ablation_pairs, 'pair')} of the report split`);
   holder.replaceChildren(chart, text);
 }
 

@@ -46,12 +46,11 @@ function unpack(packed) {
   return unpacked.get(packed);
 }
 
-const windowTokens = whole(data.windows.dtype, data.windows.data);
-
-/** Token ids of a stretch of a held-out window. */
-function stretch(window, start, stop) {
-  const offset = window * data.windows.length;
-  return windowTokens.subarray(offset + start, offset + stop);
+/** Token ids of a stretch of a window of text. */
+function stretch(text, window, start, stop) {
+  text.tokens ??= whole(text.dtype, text.data);
+  const offset = window * text.length;
+  return text.tokens.subarray(offset + start, offset + stop);
 }
 
 const tokenText = (id) => data.tokens[id] ?? `token ${id}`;
@@ -72,26 +71,20 @@ const exact = (value) => (value === null || value === undefined ? '–' : String
 const signed = (value, digits = 3) => (value > 0 ? '+' : '') + number(value, digits);
 const loss = (value) => (value === null || value === undefined ? '–' : value.toFixed(3));
 
-const KINDS = {
-  'attn.act_in': { column: 0, part: 'attention', short: '', what: 'read by attention' },
-  'attn.q': { column: 1, part: 'attention', short: 'q', what: 'query' },
-  'attn.k': { column: 1, part: 'attention', short: 'k', what: 'key' },
-  'attn.v': { column: 1, part: 'attention', short: 'v', what: 'value' },
-  'attn.resid_delta': { column: 2, part: 'attention', short: '', what: 'written by attention' },
-  'mlp.act_in': { column: 3, part: 'MLP', short: '', what: 'read by the MLP' },
-  'mlp.post_act': { column: 4, part: 'MLP', short: 'n', what: 'neuron' },
-  'mlp.resid_delta': { column: 5, part: 'MLP', short: '', what: 'written by the MLP' },
-};
+// Columns of a block by what the channels of its locations hold; the MLP's come after attention's.
+const COLUMN = { read: 0, heads: 1, neurons: 1, residual: 2 };
 const COLUMNS = ['read', 'q k v', 'write', 'read', 'neurons', 'write'];
+const KINDS = Object.fromEntries(Object.entries(data.locations).map(([location, { part, channels, meaning }]) => [location, {
+  part, what: meaning, column: COLUMN[channels] + (part === 'MLP' ? 3 : 0),
+  short: { heads: location.split('.')[1], neurons: 'n' }[channels] ?? '',
+  reads: channels === 'read', writes: channels === 'residual', inHead: channels === 'heads', neuron: channels === 'neurons',
+}]));
 
 /** What a node's name says: "0.attn.q.17". */
 function parse(name) {
   const [layer, part, kind, channel] = name.split('.');
   const location = `${part}.${kind}`;
   const node = { name, location, layer: +layer, channel: +channel, ...KINDS[location] };
-  node.reads = kind === 'act_in';
-  node.writes = kind === 'resid_delta';
-  node.inHead = node.column === 1;
   node.head = node.inHead ? Math.floor(node.channel / data.run.model.d_head) : null;
   // Channels above the residual stream's are the concatenated positions.
   node.position = node.reads && node.channel >= data.run.model.d_model;
@@ -104,7 +97,7 @@ function describe(node) {
     const j = node.channel % data.run.model.d_head;
     return `layer ${node.layer}, head ${node.head}, ${node.what} channel ${j}`;
   }
-  if (node.location === 'mlp.post_act') return `layer ${node.layer}, neuron ${node.channel}`;
+  if (node.neuron) return `layer ${node.layer}, neuron ${node.channel}`;
   const channel = node.position
     ? `position channel ${node.channel - data.run.model.d_model}`
     : `residual channel ${node.channel}`;
@@ -123,7 +116,10 @@ const keptAtFirst = (circuit) => Math.min(LARGE, circuit.nodes.length);
 function circuitOf(task) {
   if (circuits.has(task)) return circuits.get(task);
   const raw = data.circuits[task];
-  const nodes = raw.nodes.map((each, rank) => ({ ...parse(each.name), ...each, rank, in: [], out: [] }));
+  const text = data.texts[raw.text];
+  const nodes = raw.nodes.map((each, rank) => ({
+    ...parse(each.name), ...each, rank, about: text.nodes[each.name], in: [], out: [],
+  }));
   const edges = raw.edges.map(([source, target, weight]) => ({
     source: nodes[source], target: nodes[target], weight,
   }));
@@ -132,7 +128,7 @@ function circuitOf(task) {
     edge.target.in.push(edge);
   }
   const circuit = {
-    ...raw, task, nodes, edges, streams: streams(nodes),
+    ...raw, task, nodes, edges, text, streams: streams(nodes),
     byName: new Map(nodes.map((node) => [node.name, node])),
     large: nodes.length > LARGE,
     largestWeight: d3.max(edges, (edge) => Math.abs(edge.weight)) || 1,
@@ -157,12 +153,12 @@ function streams(nodes) {
   const writes = d3.group(nodes.filter((node) => node.writes), (node) => node.channel);
   for (const node of nodes) {
     if (node.reads && !node.position) {
-      if (data.nodes[node.name].n_tokens) found.push({ source: null, target: node });
+      if (node.about.n_tokens) found.push({ source: null, target: node });
       for (const write of writes.get(node.channel) ?? []) {
         if (siteOf(write) < siteOf(node)) found.push({ source: write, target: node });
       }
     }
-    if (node.writes && data.nodes[node.name].n_tokens) found.push({ source: node, target: null });
+    if (node.writes && node.about.n_tokens) found.push({ source: node, target: null });
   }
   return found;
 }

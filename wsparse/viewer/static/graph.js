@@ -50,6 +50,7 @@ function drawGraph(circuit, { select, moved }) {
       'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
     });
     graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
+    line.dataset.edge = `${edge.source.name}>${edge.target.name}`;
     graph.lines.push({ ...edge, line, stream: false });
     edgeLayer.append(line);
   }
@@ -128,27 +129,31 @@ function streamPath({ source, target }) {
 }
 
 /** Shows what the state says: which nodes, which is selected, whether the residual stream is drawn. */
-function paintGraph({ keep, node: selected, residual }) {
+function paintGraph({ keep, node, edge, residual }) {
   const { circuit } = graph;
-  const shown = (node) => !node || node.rank < keep;
-  const near = new Set([selected]);
+  const shown = (each) => !each || each.rank < keep;
+  // What the slider hides does not dim the others.
+  const selected = node && shown(circuit.byName.get(node)) && graph.items.has(node) ? node : null;
+  const ends = !node && edge ? edge.split('>') : null;
+  const chosen = Boolean(selected) || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
+  const near = new Set(selected ? [selected] : ends ?? []);
   for (const { source, target, line, stream } of graph.lines) {
     const visible = shown(source) && shown(target) && (!stream || residual);
-    const touches = source?.name === selected || target?.name === selected;
+    const touches = selected ? source?.name === selected || target?.name === selected
+      : chosen && line.dataset.edge === edge;
     line.classList.toggle('gone', !visible);
-    line.classList.toggle('dim', Boolean(selected) && !touches);
-    line.classList.toggle('lit', Boolean(selected) && touches);
-    if (visible && touches) near.add(source?.name).add(target?.name);
+    line.classList.toggle('dim', chosen && !touches);
+    line.classList.toggle('lit', chosen && touches);
+    if (selected && visible && touches) near.add(source?.name).add(target?.name);
   }
-  for (const node of circuit.nodes) {
-    const item = graph.items.get(node.name);
-    item.classList.toggle('gone', !shown(node));
-    item.classList.toggle('dim', Boolean(selected) && !near.has(node.name));
-    item.classList.toggle('selected', node.name === selected);
-    item.setAttribute('aria-pressed', String(node.name === selected));
+  for (const each of circuit.nodes) {
+    const item = graph.items.get(each.name);
+    item.classList.toggle('gone', !shown(each));
+    item.classList.toggle('dim', chosen && !near.has(each.name));
+    item.classList.toggle('selected', each.name === selected);
+    item.setAttribute('aria-pressed', String(each.name === selected));
   }
-  byId('graph').classList.toggle('selecting', Boolean(selected));
-  if (graph.items.has(selected)) reach(circuit.byName.get(selected));
+  if (selected) reach(circuit.byName.get(selected));
 }
 
 /** One node at a time can be reached by Tab; arrows go on from there. */
@@ -162,9 +167,12 @@ function reach(node) {
 function listenToGraph() {
   const root = byId('graph');
   const nodeOf = (event) => graph.circuit.byName.get(event.target.closest('.node')?.dataset.name);
-  root.addEventListener('click', (event) => graph.select(nodeOf(event)?.name ?? null));
+  root.addEventListener('click', (event) => {
+    const node = nodeOf(event)?.name ?? null;
+    graph.select(node, node ? null : lineNear(event)?.dataset.edge ?? null);
+  });
   root.addEventListener('pointermove', (event) => {
-    const text = graph.texts.get(event.target.closest('.node') ?? event.target);
+    const text = graph.texts.get(event.target.closest('.node') ?? lineNear(event) ?? event.target);
     if (text) tip(text(), event);
     else hideTip();
   });
@@ -181,6 +189,16 @@ function listenToGraph() {
     const node = nodeOf(event);
     if (node && !event.ctrlKey && !event.metaKey && !event.altKey) nodeKey(event, node);
   });
+}
+
+/** The edge, or the stretch of residual stream, within a few pixels of the pointer: lines are thin. */
+function lineNear({ target, clientX, clientY }) {
+  if (graph.texts.has(target)) return target;
+  for (const [dx, dy] of [[0, 3], [0, -3], [3, 0], [-3, 0]]) {
+    const line = document.elementFromPoint(clientX + dx, clientY + dy);
+    if (line && graph.texts.has(line) && !line.closest('.node')) return line;
+  }
+  return null;
 }
 
 function nodeKey(event, node) {
@@ -231,11 +249,29 @@ function fitting() {
   return { scale, x: (left + right) / 2, y: (top + bottom) / 2 - 20 };
 }
 
-/** Shows a view: scale relative to all of the circuit, and the point in the middle. Null is everything. */
+// Below this scale a label is less than 9 pixels high.
+const READABLE = 0.72;
+/** The view that a circuit opens with: everything, or on a phone what is around its most important node. */
+function opening() {
+  const { scale, x, y } = fitting();
+  if (scale >= READABLE || graphSize()[0] > 600) return { scale, x, y };
+  const { left, right } = graph.place;
+  const half = graphSize()[0] / READABLE / 2;
+  const [first] = graph.circuit.nodes;
+  return { scale: READABLE, x: Math.max(left + half, Math.min(right - half, first.x)), y: first.y };
+}
+
+/** The view of everything; null where a circuit opens with it. */
+function everything() {
+  const { scale, x, y } = fitting();
+  return opening().scale === scale ? null : [1, x, y];
+}
+
+/** Shows a view: scale relative to all of the circuit, and the point in the middle. Null is `opening`. */
 function setView(view) {
   const [width, height] = graphSize();
-  const all = fitting();
-  const [scale, x, y] = view ? [all.scale * view[0], view[1], view[2]] : [all.scale, all.x, all.y];
+  const [all, start] = [fitting(), opening()];
+  const [scale, x, y] = view ? [all.scale * view[0], view[1], view[2]] : [start.scale, start.x, start.y];
   const transform = d3.zoomIdentity.translate(width / 2, height / 2).scale(scale).translate(-x, -y);
   d3.select(byId('graph')).call(graph.zoom.transform, transform);
 }

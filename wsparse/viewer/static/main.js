@@ -1,7 +1,7 @@
 // The state of the view, which is the fragment of the address, and what is drawn for it.
 
 const START = {
-  task: null, node: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
+  task: data.opens, node: null, edge: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
   sort: 'edges', order: 'up', theme: 'auto',
 };
 const THEMES = ['auto', 'light', 'dark'];
@@ -13,7 +13,7 @@ function read(fragment) {
   const given = new URLSearchParams(fragment.replace(/^#/, ''));
   const found = { ...START };
   const task = given.get('task');
-  if (Object.hasOwn(data.circuits, task)) found.task = task;
+  if (given.has('task')) found.task = Object.hasOwn(data.circuits, task) ? task : null;
   const circuit = found.task && circuitOf(found.task);
   const within = (name, from, to) => {
     const value = Number(given.get(name));
@@ -21,6 +21,7 @@ function read(fragment) {
   };
   if (circuit) {
     if (circuit.byName.has(given.get('node'))) found.node = given.get('node');
+    else if (edgeOf(circuit, given.get('edge'))) found.edge = given.get('edge');
     found.keep = within('keep', 1, circuit.nodes.length);
     found.pair = within('pair', 0, circuit.rows.length / 2 - 1);
     found.second = within('second', 0, 1);
@@ -45,14 +46,25 @@ function fragment(values) {
   return `#${parts}`;
 }
 
-const hrefOf = (task) => fragment({ ...state, task, node: null, keep: null, view: null, pair: 0, second: 0 });
+const hrefOf = (task) => fragment({ ...state, task, node: null, edge: null, keep: null, view: null, pair: 0, second: 0 });
+
+/** Writes the state to the address. */
+function address(step = false) {
+  try {
+    history[step ? 'pushState' : 'replaceState'](null, '', fragment(state));
+  } catch {
+    // A page in the `srcdoc` of a frame has no address of its own.
+  }
+}
 
 /** Changes the state, the address and the page; `step` makes the back button return to what was before. */
 function change(changes, step = false) {
   const task = changes.task ?? state.task;
-  if (changes.task && task !== state.task) Object.assign(state, { node: null, keep: null, view: null, pair: 0, second: 0 });
+  if (changes.task && task !== state.task) Object.assign(state, { node: null, edge: null, keep: null, view: null, pair: 0, second: 0 });
+  if (changes.node) state.edge = null;
+  if (changes.edge) state.node = null;
   Object.assign(state, changes);
-  history[step ? 'pushState' : 'replaceState'](null, '', fragment(state));
+  address(step);
   draw(changes);
 }
 
@@ -87,10 +99,11 @@ function draw(changes = state) {
   // After all that takes room from the graph.
   if (opened || ('view' in changes && !same(state.view, settled))) show(state.view);
   drawPanel(circuit, state, change);
-  if ('node' in changes) {
+  if ('node' in changes || 'edge' in changes) {
     byId('panel').scrollTop = 0;
     const node = circuit.byName.get(state.node);
-    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : `${circuit.task}, nothing selected`;
+    const edge = state.edge?.replace('>', ' to ');
+    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : edge ?? `${circuit.task}, nothing selected`;
     if (graph.items.has(state.node)) showInView(node);
   }
 }
@@ -108,11 +121,13 @@ function openCircuit(circuit, keep) {
   byId('keep').max = circuit.nodes.length;
   const shown = circuit.large ? part(circuit, keep) : circuit;
   const lines = drawGraph(shown, {
-    select: (node) => change({ node: node === state.node ? null : node }, true),
+    select: (node, edge = null) => change({
+      node: node === state.node ? null : node, edge: edge === state.edge ? null : edge,
+    }, true),
     moved: () => {
       settled = getView();
       state.view = settled;
-      history.replaceState(null, '', fragment(state));
+      address();
     },
   });
   const notes = [...circuit.notes];
@@ -137,7 +152,7 @@ function start() {
   byId('task').append(el('option', { value: '' }, 'all tasks'),
     ...Object.keys(data.circuits).map((task) => el('option', { value: task }, task)));
   byId('task').addEventListener('change', (event) => change({ task: event.target.value || null }, true));
-  byId('home').addEventListener('click', () => change({ task: null, node: null }, true));
+  byId('home').addEventListener('click', () => change({ task: null, node: null, edge: null }, true));
   byId('theme').addEventListener('click', () => change({ theme: THEMES[(THEMES.indexOf(state.theme) + 1) % 3] }));
   byId('help-open').addEventListener('click', () => byId('help').showModal());
   const slide = (event) => {
@@ -152,8 +167,17 @@ function start() {
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
   byId('zoom-out').addEventListener('click', () => zoomBy(1 / 1.4));
-  byId('zoom-fit').addEventListener('click', () => change({ view: null }));
+  byId('zoom-fit').addEventListener('click', () => change({ view: everything() }));
   document.addEventListener('keydown', key);
+  // In the `srcdoc` of a frame a link to a fragment would lead to the page around it.
+  document.addEventListener('click', (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+    event.preventDefault();
+    Object.assign(state, read(link.getAttribute('href')));
+    address(true);
+    draw();
+  });
   const follow = () => {
     Object.assign(state, read(location.hash));
     draw();
@@ -177,15 +201,15 @@ function key(event) {
   const inGraph = event.target.closest('.graph');
   const pairs = state.task ? circuitOf(state.task).rows.length / 2 : 0;
   if (event.key === '?') byId('help').showModal();
-  else if (event.key === 'Escape' && state.node) {
+  else if (event.key === 'Escape' && (state.node || state.edge)) {
     const item = graph.items.get(state.node);
-    change({ node: null }, true);
+    change({ node: null, edge: null }, true);
     item?.focus({ preventScroll: true });
   } else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
   else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);
   else if (inGraph && event.key === '-') zoomBy(1 / 1.4);
-  else if (inGraph && event.key === '0') change({ view: null });
+  else if (inGraph && event.key === '0') change({ view: everything() });
 }
 
 start();

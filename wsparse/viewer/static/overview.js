@@ -19,7 +19,7 @@ const WHOLE = new Set(['nodes', 'edges', 'all', 'attribution', 'seconds']);
 function drawOverview(state, change, hrefOf) {
   const withCircuit = data.tasks.filter((row) => data.circuits[row.task]);
   byId('headline').textContent = `${plural(withCircuit.length, 'circuit')} of ${plural(data.tasks.length, 'task')}; `
-    + `geometric mean of edges ${number(data.mean_edges)}. Losses are in nats, on prompts that the search has not seen.`;
+    + `geometric mean of edges ${number(data.mean_edges)}. Losses are in nats, on the report split: prompts that the search has not seen.`;
   const value = TABLE.find(([key]) => key === state.sort)[2];
   const down = state.order === 'down';
   const rows = [...data.tasks].sort((a, b) => {
@@ -42,7 +42,8 @@ function drawOverview(state, change, hrefOf) {
     const cells = TABLE.map(([key, , of]) => {
       if (key === 'task') {
         return el('th', { scope: 'row' }, opens ? el('a', { href: hrefOf(row.task) }, row.task) : row.task,
-          el('div', { class: 'quiet' }, opens ? row.summary : row.status));
+          el('div', { class: 'quiet' }, opens ? row.summary : row.status),
+          opens && row.sufficiency > row.target ? el('div', { class: 'wrong' }, row.status) : null);
       }
       const number = of(row);
       return el('td', { class: 'number' }, (number ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(number).toLocaleString('en') : loss(number));
@@ -55,7 +56,7 @@ function drawOverview(state, change, hrefOf) {
     };
     return el('tr', {
       class: opens ? 'opens' : '', pointerenter: light(true), pointerleave: light(false), focusin: light(true), focusout: light(false),
-      click: () => opens && change({ task: row.task }, true),
+      click: (event) => opens && !event.target.closest('a') && change({ task: row.task }, true),
     }, ...cells);
   }));
   byId('columns').replaceChildren(...TABLE.slice(1).flatMap(([, name, , title]) => [el('dt', {}, name), el('dd', {}, title)]));

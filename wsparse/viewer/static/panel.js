@@ -3,13 +3,38 @@
 function drawPanel(circuit, state, change) {
   const node = circuit.byName.get(state.node);
   const panel = byId('panel');
-  panel.replaceChildren(...(node ? nodePanel(circuit, node, state, change) : circuitPanel(circuit, state, change)));
+  const edge = node ? null : edgeOf(circuit, state.edge);
+  if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
+  else panel.replaceChildren(...(edge ? edgePanel(circuit, edge, change) : circuitPanel(circuit, state, change)));
 }
 
 const section = (title, ...content) => el('section', {}, el('h3', {}, title), ...content);
 const facts = (pairs) => el('dl', { class: 'facts' }, ...pairs.filter(Boolean).flatMap(([name, value, title]) => [
   el('dt', { title }, name), el('dd', {}, value),
 ]));
+
+/** The edge that "source>target" names. */
+function edgeOf(circuit, name) {
+  const [source, target] = (name ?? '').split('>');
+  return circuit.byName.get(source)?.out.find((edge) => edge.target.name === target) ?? null;
+}
+
+function edgePanel(circuit, edge, change) {
+  const end = (node) => el('span', {}, link(node, change), el('span', { class: 'quiet' }, ` ${describe(node)}`));
+  return [
+    el('div', { class: 'heading' },
+      el('h2', {}, `${edge.source.name} → ${edge.target.name}`),
+      el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ edge: null }, true) }, '×')),
+    section('Edge', facts([
+      ['weight', exact(edge.weight)], ['from', end(edge.source)], ['to', end(edge.target)],
+      ['rank by size', `${circuit.edges.indexOf(edge) + 1} of ${circuit.edges.length}`],
+      ['loss without its source, in the circuit', signed(edge.source.importance)],
+      ['loss without its target, in the circuit', signed(edge.target.importance)],
+    ])),
+  ];
+}
+
+const REPORT = 'on the report split: pairs that neither masks were learned on nor circuits chosen on';
 
 function circuitPanel(circuit, state, change) {
   const row = data.tasks.find((each) => each.task === circuit.task);
@@ -22,8 +47,9 @@ function circuitPanel(circuit, state, change) {
   return [
     el('h2', {}, circuit.task),
     el('p', {}, row.summary),
-    el('p', { class: 'quiet' }, `Answers: ${circuit.form}`),
-    section('Evidence', facts([
+    el('p', { class: 'quiet' }, 'Answers: ', el('code', { class: 'form' }, circuit.form)),
+    circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${circuit.target}, on the report split.`) : null,
+    section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
       ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
       ['after scale and shift of the logits', loss(scores.calibrated?.loss)],
       ['loss of the whole model', loss(scores.model?.loss)],
@@ -31,7 +57,7 @@ function circuitPanel(circuit, state, change) {
       ['chance', '0.693'],
       ...Object.entries(controls).map(([name, control]) => [
         `control: ${name.replaceAll('_', ' ')}`, `${loss(control.least_loss)}${control.reached ? ' (reached the target)' : ''}`,
-        'least loss of the same search where there is nothing to find',
+        'least loss of the same search where there is nothing to find, on the pairs that circuits are chosen on',
       ]),
     ])),
     section('Size', facts([
@@ -44,7 +70,7 @@ function circuitPanel(circuit, state, change) {
     section('Loss against edges', curves),
     section('Most important nodes', el('ol', { class: 'links' }, ...circuit.nodes.slice(0, 12).map((node) => el('li', {},
       link(node, change), el('span', { class: 'quiet' }, ` ${signed(node.importance)}`))))),
-  ];
+  ].filter(Boolean);
 }
 
 const link = (node, change) => el('button', {
@@ -52,24 +78,25 @@ const link = (node, change) => el('button', {
 }, node.name);
 
 function nodePanel(circuit, node, state, change) {
-  const about = data.nodes[node.name];
+  const { about } = node;
   return [
     el('div', { class: 'heading' },
       el('h2', {}, node.name),
       el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ node: null }, true) }, '×')),
     el('p', {}, describe(node)),
     facts([
-      ['loss without it, in the circuit', signed(node.importance), 'growth of the task loss when it alone is removed from the circuit'],
-      ['loss without it, in the whole model', signed(node.from_model), `growth of the task loss when it alone is removed from the whole model, on ${plural(circuit.ablation_pairs, 'pair')}`],
+      ['loss without it, in the circuit', signed(node.importance), 'growth of the task loss when it alone is removed from the circuit, on all pairs of the report split'],
+      ['loss without it, in the whole model', signed(node.from_model), 'growth of the task loss when it alone is removed from the whole model'],
       about.bias === null ? null : ['bias', exact(about.bias)],
       about.gain === null ? null : ['gain of the norm', exact(about.gain)],
       ['mean, its value when removed', exact(node.mean), 'over pretraining text'],
       ['tau', number(node.tau), 'what pruning learned for it'],
     ]),
+    el('p', { class: 'quiet' }, `Growth of the task loss on the report split: all its pairs in the circuit, ${circuit.ablation_pairs} of them in the whole model.`),
     section('Edges', ...edgeTables(circuit, node, about, change)),
-    section('On the task', ...onTask(circuit, node, state, change)),
+    section('On the task: prompts of the report split', ...onTask(circuit, node, state, change)),
     node.inHead ? section(`Attention of head ${node.head}`, ...attention(circuit, node, state, change)) : null,
-    section('In other text', ...inText(about)),
+    section('In other text', ...inText(circuit, about)),
   ].filter(Boolean);
 }
 
@@ -204,7 +231,7 @@ function attention(circuit, node, state, change) {
   ].filter(Boolean);
 }
 
-function inText(about) {
+function inText(circuit, about) {
   const values = unpack(about.values);
   let at = 0;
   const list = (title, spans, note = () => '') => {
@@ -215,12 +242,12 @@ function inText(about) {
       at += stop - start;
       return el('div', { class: 'excerpt' },
         el('span', { class: 'number' }, number(own[token - start])), note(span),
-        drawTokens(stretch(window, start, stop), own, about.largest, { focus: token - start, label: 'Excerpt' }));
+        drawTokens(stretch(circuit.text, window, start, stop), own, about.largest, { focus: token - start, label: 'Excerpt' }));
     }));
   };
   const percent = (share) => `${(100 * share).toFixed(share > 0.999 && share < 1 ? 2 : 0)}%`;
   return [
-    el('p', { class: 'quiet' }, `Text: ${data.run.text}. The node is 0 on ${percent(about.zero)} of tokens, which the histogram leaves out (its heights are square roots).`),
+    el('p', { class: 'quiet' }, `Text: ${circuit.text.name}. The node is 0 on ${percent(about.zero)} of tokens, which the histogram leaves out (its heights are square roots).`),
     drawHistogram(about),
     // In this order, since their values follow one another.
     list('Highest', about.highest),

@@ -1,0 +1,270 @@
+"""Evidence of circuits: what the page says is what the model does."""
+
+import base64
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import viewer_case as case
+
+from wsparse import model
+from wsparse.circuits import Circuit, graph, tasks
+from wsparse.data import batches
+from wsparse.errors import UserError
+from wsparse.nodes import NODES, Node
+from wsparse.circuits import held_out
+
+DOC = pathlib.Path(__file__).parents[1] / "docs" / "viewer.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is most of the time of these tests, and the optimizer most of compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("viewer")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> dict:
+    return json.loads(case.data_text(folder))
+
+
+@pytest.fixture(scope="module")
+def circuit(data, folder) -> Circuit:
+    del data  # Its fixture has written the folder.
+    return Circuit.load(folder / "circuits" / case.TASK)
+
+
+@pytest.fixture(scope="module")
+def batch(folder, data) -> tasks.TaskBatch:
+    del data
+    task = tasks.find(str(folder / f"{case.TASK}.jsonl"))
+    return tasks.build(task, case.run().tokenizer, 4, 0, split="report")
+
+
+def unpacked(packed: dict) -> np.ndarray:
+    whole = np.frombuffer(base64.b64decode(packed["data"]), f"<{np.dtype(packed['dtype']).str[1:]}")
+    return whole * packed["scale"]
+
+
+@functools.cache
+def _whole_model():
+    return jax.jit(lambda params, tokens: model.forward(params, tokens, case.CONFIG)[1])
+
+
+def whole_model_acts(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Location -> `(L, W, T, ...)`; rows are filled up to one shape, so that one program serves all."""
+    filled = np.zeros((10, case.CONFIG.context), np.int32)
+    filled[: len(tokens), : tokens.shape[1]] = tokens
+    acts = _whole_model()(case.run().params, filled)
+    return {name: np.asarray(acts[name])[:, : len(tokens), : tokens.shape[1]] for name in NODES}
+
+
+def task_losses(batch, without: list[str | None], means) -> list[float]:
+    """Losses of the whole model with one node at its mean (None: with all), in NumPy float64."""
+
+    @jax.jit
+    def logits(gone):
+        def tap(name, value):
+            if name not in gone:
+                return value
+            gone_11N, mean_11N = (
+                gone[name][name.layer][None, None],
+                means[name][name.layer][None, None],
+            )
+            return jnp.where(gone_11N, mean_11N, value)
+
+        return model.forward(case.run().params, batch.tokens, case.CONFIG, tap=tap)[0]
+
+    means = {name: jnp.asarray(each) for name, each in means.items()}
+    rows, losses = np.arange(len(batch.position)), []
+    for node in without:
+        gone = {name: np.zeros(means[name].shape, bool) for name in NODES}
+        if node is not None:
+            layer, location, channel = Node.parse(node)
+            gone[location][layer, channel] = True
+        last = np.asarray(logits(gone), np.float64)[rows, batch.position]
+        lead = last[rows, batch.other] - last[rows, batch.answer]
+        losses.append(float(np.mean(np.log1p(np.exp(lead)))))
+    return losses
+
+
+# ---- What is measured ----
+
+
+def test_values_on_prompts_are_those_of_the_forward_pass(data, batch):
+    shown = data["circuits"][case.TASK]
+    acts = whole_model_acts(batch.tokens[: 2 * case.OPTIONS.pairs])
+    lengths = batch.position[: 2 * case.OPTIONS.pairs] + 1
+    for name, packed in shown["values"].items():
+        layer, location, channel = Node.parse(name)
+        values_RT = acts[location][layer, ..., channel]
+        expected = np.concatenate([row[:n] for row, n in zip(values_RT, lengths, strict=True)])
+        found = unpacked(packed["model"])
+        np.testing.assert_allclose(found, expected, atol=packed["model"]["scale"])
+        assert not expected.any() or not np.allclose(found[::-1], expected, atol=1e-3)
+    assert [row["tokens"] for row in shown["rows"]] == [
+        batch.tokens[i, :n].tolist() for i, n in enumerate(lengths)
+    ]
+
+
+def test_values_in_the_circuit_alone_are_those_with_everything_else_at_its_mean(data, circuit):
+    values = data["circuits"][case.TASK]["values"]
+    kept = {node.name for node in circuit.nodes}
+    partners = set(values) - kept
+    assert partners  # a query whose key is not in the circuit, or the other way round
+    for name in partners:
+        layer, location, channel = Node.parse(name)
+        found = unpacked(values[name]["circuit"])
+        np.testing.assert_allclose(
+            found, circuit.means[location][layer, channel], rtol=1e-3, atol=1e-6
+        )
+    assert any(values[name]["model"] != values[name]["circuit"] for name in kept)
+
+
+def test_ablation_deltas_are_those_of_one_node_at_its_mean(data, circuit, batch):
+    nodes = data["circuits"][case.TASK]["nodes"]
+    strongest = sorted(nodes, key=lambda node: -abs(node["from_model"]))[:5]
+    assert abs(strongest[-1]["from_model"]) > 1e-3
+    names = [node["name"] for node in strongest]
+    whole, *losses = task_losses(batch, [None, *names], circuit.means)
+    assert [node["from_model"] for node in strongest] == pytest.approx(
+        [loss - whole for loss in losses], abs=2e-4
+    )
+    stated = {node.name: node.importance for node in circuit.nodes}
+    assert {node["name"]: node["importance"] for node in nodes} == pytest.approx(stated)
+
+
+def test_the_most_important_nodes_alone_end_at_the_circuits_own_loss(data, circuit):
+    prefix = data["circuits"][case.TASK]["prefix"]
+    assert [size for size, _ in prefix] == list(range(1, case.N_NODES + 1))
+    assert prefix[-1][1] == pytest.approx(circuit.loss, abs=1e-4)
+    assert max(abs(value - circuit.loss) for _, value in prefix) > 1e-3
+
+
+def test_edges_are_the_circuits_with_their_weights(data, circuit):
+    shown = data["circuits"][case.TASK]
+    names = [node["name"] for node in shown["nodes"]]
+    found = {(names[s], names[t]): np.float32(w) for s, t, w in shown["edges"]}
+    assert found == {(e.source, e.target): np.float32(e.weight) for e in circuit.edges}
+
+
+def test_attention_patterns_are_rows_of_shares(data, batch):
+    """Against a softmax with a sink, in float64."""
+    config, params = case.CONFIG, case.run().params
+    acts = whole_model_acts(batch.tokens[: 2 * case.OPTIONS.pairs])
+    lengths = batch.position[: 2 * case.OPTIONS.pairs] + 1
+    for key, packed in data["circuits"][case.TASK]["patterns"].items():
+        layer, head = map(int, key.split("."))
+        own = slice(head * config.d_head, (head + 1) * config.d_head)
+        sink = np.exp(float(params["blocks"]["attn"]["sink"][layer, head]))
+        expected = []
+        for row, length in enumerate(lengths):
+            q, k = (acts[f"attn.{x}"][layer, row, :length, own].astype(float) for x in "qk")
+            weights = np.exp(q @ k.T / np.sqrt(config.d_head))
+            weights /= np.tril(weights).sum(1, keepdims=True) + sink
+            expected.append(weights[np.tril_indices(length)])
+        found = unpacked(packed["model"])
+        np.testing.assert_allclose(found, np.concatenate(expected), atol=packed["model"]["scale"])
+        assert found.std() > 0.01
+
+
+def test_excerpts_show_where_a_node_is_highest_lowest_and_at_its_quantiles(data):
+    windows = case.windows()
+    acts = whole_model_acts(windows)
+    for name, about in data["texts"][0]["nodes"].items():
+        layer, location, channel = Node.parse(name)
+        values = acts[location][layer, ..., channel]
+        packed = unpacked(about["values"])
+        spans = [*about["highest"], *about["lowest"], *about["sampled"]]
+        expected = np.concatenate([values[w, a:b] for w, a, b, *_ in spans] or [np.zeros(0)])
+        np.testing.assert_allclose(packed, expected, atol=1.01 * about["values"]["scale"])
+        tops = [values[w, t] for w, _, _, t in about["highest"]]
+        assert tops == sorted(tops, reverse=True)
+        if tops:
+            # One excerpt a window, and none of a window in which the node is silent.
+            most = values.max(axis=1)
+            assert tops[0] == most[most != 0].max()
+        bottoms = [values[w, t] for w, _, _, t in about["lowest"]]
+        assert bottoms == sorted(bottoms)
+        if bottoms:
+            least = values.min(axis=1)
+            assert bottoms[0] == least[least != 0].min()
+        active = values[values != 0]
+        for window, _, _, token, quantile in about["sampled"]:
+            value = values[window, token]
+            assert np.mean(active < value) <= quantile + 1 / active.size
+            assert np.mean(active <= value) >= quantile - 1 / active.size
+        assert about["zero"] == pytest.approx(np.mean(values == 0))
+        assert sum(about["counts"]) == active.size
+    assert any(about["highest"] for about in data["texts"][0]["nodes"].values())
+
+
+def test_token_weights_are_the_largest_of_the_embedding_and_of_the_unembedding(data):
+    params = jax.tree.map(np.asarray, case.run().params)
+    tables = {
+        "act_in": params["embed"]["tokens"].T,
+        "resid_delta": params["head"]["norm"]["gain"][:, None] * params["head"]["unembed"],
+    }
+    seen = set()
+    for name, about in data["texts"][0]["nodes"].items():
+        kind = name.split(".")[2]
+        if kind not in tables:
+            assert about["tokens"] == []
+            continue
+        weights = tables[kind][Node.parse(name).channel]
+        order = np.argsort(-np.abs(weights), kind="stable")[:12]
+        assert [t for t, _ in about["tokens"]] == order.tolist()
+        np.testing.assert_allclose([w for _, w in about["tokens"]], weights[order], rtol=1e-6)
+        seen.add(kind)
+    assert seen == set(tables)
+
+
+def test_biases_are_those_of_the_nodes_own_matrix(data):
+    biases = {c.target: c.bias for c in graph.CONNECTIONS}
+    for name, about in data["texts"][0]["nodes"].items():
+        layer, location, channel = Node.parse(name)
+        if location not in biases:
+            assert about["bias"] is None and about["gain"] is not None
+            continue
+        leaf = case.run().params
+        for key in biases[location].split("/"):
+            leaf = leaf[key]
+        assert np.float32(about["bias"]) == leaf[layer, channel]
+
+
+# ---- Held-out text ----
+
+
+def test_text_is_from_documents_that_training_held_out():
+    run = case.run()
+    windows_WT = held_out.windows(run, tokens=2000)
+    dataset = batches.open_dataset(
+        run.config.data, vocab_size=257, context=case.CONFIG.context, tokenizer_file=None
+    )
+    sides = [
+        b"".join(s.read(0, len(s)).astype(np.uint16).tobytes() for _, s in side)
+        for side in (dataset.validation, dataset.train)
+    ]
+    kept = [row.astype(np.uint16).tobytes() for row in windows_WT]
+    assert len(kept) > 20 and all(each in sides[0] for each in kept)
+    assert np.mean([each in sides[1] for each in kept]) < 0.2  # idioms repeat each other a little
+
+
+def test_another_text_can_be_given(tmp_path):
+    (tmp_path / "a.py").write_text("answer = 42\n" * 30)
+    windows_WT = held_out.windows(case.run(), tokens=200, source=f"files:{tmp_path}/*.py")
+    assert "answer = 42" in case.run().tokenizer.decode(windows_WT[0])
+    (tmp_path / "a.py").write_text("short")
+    with pytest.raises(UserError, match="less than a window of 24 tokens"):
+        held_out.windows(case.run(), tokens=200, source=f"files:{tmp_path}/*.py")

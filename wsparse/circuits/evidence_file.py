@@ -1,0 +1,245 @@
+"""The evidence file: what was measured of a circuit for people to look at, beside its `circuit.json`.
+
+`evidence.json` holds the numbers and names, `evidence.npz` the arrays. They are measured by
+`wsparse.circuits.evidence`; reading them needs no jax.
+
+Shapes: N nodes shown, P places whose values are recorded (the nodes shown, and the partners of queries and
+keys), R prompts (rows `2 i` and `2 i + 1` are a pair), X tokens of all prompts one after the other, H heads
+shown, Y entries of the lower triangles of all prompts one after the other, W windows of T tokens, E
+excerpts, Z values of all excerpts one after the other, B bins, K tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import typing
+import zipfile
+
+import numpy as np
+
+from wsparse import files
+from wsparse.circuits.circuit import Circuit
+from wsparse.config import from_dict
+from wsparse.errors import UserError
+
+SCHEMA = 1
+BINS, TOP_TOKENS, PATTERN_TOKENS = 41, 12, 96
+HIGHEST, LOWEST, SAMPLED = range(3)
+"""Kinds of excerpts."""
+
+_JSON, _ARRAYS = "evidence.json", "evidence.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeEvidence:
+    """A node of the circuit, in the model and on text.
+
+    Attributes:
+      name: Name of the node.
+      from_model: Growth of the task loss when it alone is removed from the whole model, on the first
+        `ablation_pairs` pairs of the report split.
+      mean: Its value when it is removed.
+      bias: Its entry of its matrix's bias.
+      gain: Its entry of its norm's gain.
+      n_tokens: Entries that the embedding, or the unembedding, has in its channel.
+      answer_weights: Unembedding times final gain of its channel for the two answers.
+      largest: Largest magnitude in the text.
+      zero: Fraction of the text's tokens on which it is exactly 0.
+      low: Lower end of the histogram.
+      high: Upper end of the histogram.
+    """
+
+    name: str
+    from_model: float
+    mean: float
+    bias: float | None
+    gain: float | None
+    n_tokens: int
+    answer_weights: tuple[float, ...] | None
+    largest: float
+    zero: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt of the report split.
+
+    Attributes:
+      length: Its tokens.
+      answer: Token that is right.
+      model: Logit of the answer less that of the other candidate, in the whole model.
+      circuit: The same in the circuit alone.
+    """
+
+    length: int
+    answer: int
+    model: float
+    circuit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Loss of the circuit's most important nodes alone, on the `ablation_pairs` pairs."""
+
+    nodes: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """An attention head."""
+
+    layer: int
+    head: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """What was measured of a circuit for people to look at.
+
+    Attributes:
+      task: Name of the task.
+      summary: What the task asks, in a line.
+      circuit: `Circuit.digest` of the circuit it belongs to.
+      step: Optimizer steps behind the model.
+      text: Description of the text that excerpts are from.
+      ablation_pairs: Pairs of the report split that losses of ablations are from.
+      prefix: Losses of the most important nodes alone.
+      answers: The two answers, if all pairs share them.
+      nodes: The nodes shown, most important first.
+      places: Names of the nodes whose values are recorded.
+      heads: Heads whose patterns are recorded.
+      prompts: Prompts shown token by token.
+      token_texts: Text of every token that can be shown.
+      prompt_tokens_X: Tokens of the prompts.
+      model_values_PX: Values of the places in the whole model.
+      circuit_values_PX: Values of the places in the circuit alone.
+      model_patterns_HY: Attention in the whole model over the last `PATTERN_TOKENS` tokens of each prompt:
+        lower triangles, row by row.
+      circuit_patterns_HY: Attention in the circuit alone.
+      windows_WT: Windows of text.
+      counts_NB: Histogram of each node's values in the text, zeros left out.
+      excerpts_E6: Rank of the node, kind, window, first token, token after the last, token it is about.
+      quantile_E: Quantile of the values that are not 0, for `SAMPLED` excerpts.
+      excerpt_values_Z: The nodes' values in their excerpts.
+      top_tokens_NK: Tokens with the largest entries in the node's channel of the embedding (of reads) or of
+        the unembedding times the final gain (of writes); -1 fills up.
+      top_weights_NK: The entries.
+    """
+
+    task: str
+    summary: str
+    circuit: str
+    step: int
+    text: str
+    ablation_pairs: int
+    prefix: list[Prefix]
+    answers: tuple[int, ...] | None
+    nodes: list[NodeEvidence]
+    places: list[str]
+    heads: list[Head]
+    prompts: list[Prompt]
+    token_texts: dict[str, str]
+    prompt_tokens_X: np.ndarray
+    model_values_PX: np.ndarray
+    circuit_values_PX: np.ndarray
+    model_patterns_HY: np.ndarray
+    circuit_patterns_HY: np.ndarray
+    windows_WT: np.ndarray
+    counts_NB: np.ndarray
+    excerpts_E6: np.ndarray
+    quantile_E: np.ndarray
+    excerpt_values_Z: np.ndarray
+    top_tokens_NK: np.ndarray
+    top_weights_NK: np.ndarray
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a circuit's folder; `evidence.json` appears last."""
+        folder = pathlib.Path(folder)
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        with files.replacing(folder / _ARRAYS) as part:
+            np.savez_compressed(part, **arrays)
+        nothing = dict.fromkeys(ARRAYS, np.zeros(0))
+        values = dataclasses.asdict(dataclasses.replace(self, **nothing))  # pyrefly: ignore
+        numbers = {name: value for name, value in values.items() if name not in ARRAYS}
+        files.write_json(folder / _JSON, {"schema": SCHEMA, **numbers})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], circuit: Circuit) -> Evidence | None:
+        """Returns the evidence beside a circuit; None where there is none, or it is another circuit's.
+
+        Raises:
+          UserError: It is damaged.
+        """
+        folder = pathlib.Path(folder)
+        if not (folder / _JSON).exists():
+            return None
+        try:
+            values = files.read_json(folder / _JSON)
+            if values.pop("schema", None) != SCHEMA or values.get("circuit") != circuit.digest:
+                return None
+            evidence = from_dict(cls, values | _read_arrays(folder / _ARRAYS))
+            _check(evidence, circuit)
+        except UserError as error:
+            raise UserError(
+                f"the evidence in {folder} is damaged: {error}; measure it again with "
+                f"python -m wsparse.prune --run=RUN --evidence"
+            ) from error
+        return evidence
+
+
+ARRAYS = tuple(name for name, hint in typing.get_type_hints(Evidence).items() if hint is np.ndarray)
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files if name in ARRAYS}
+    # An empty or foreign file is not recognized, and an `.npy` has no `files`.
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path.name} cannot be read: {error}") from error
+
+
+def triangle(length: int) -> int:
+    """Returns the entries of the pattern of a prompt."""
+    size = min(length, PATTERN_TOKENS)
+    return size * (size + 1) // 2
+
+
+def _check(evidence: Evidence, circuit: Circuit) -> None:
+    """Refuse arrays that do not fit the numbers beside them."""
+    n_nodes, n_places = len(evidence.nodes), len(evidence.places)
+    lengths = [prompt.length for prompt in evidence.prompts]
+    n_tokens, n_entries = sum(lengths), sum(map(triangle, lengths))
+    excerpts_E6 = evidence.excerpts_E6
+    shapes = {
+        "prompt_tokens_X": (n_tokens,),
+        "model_values_PX": (n_places, n_tokens),
+        "circuit_values_PX": (n_places, n_tokens),
+        "model_patterns_HY": (len(evidence.heads), n_entries),
+        "circuit_patterns_HY": (len(evidence.heads), n_entries),
+        "windows_WT": evidence.windows_WT.shape[:2] if evidence.windows_WT.ndim >= 2 else (0, 0),
+        "counts_NB": (n_nodes, BINS),
+        "excerpts_E6": (*excerpts_E6.shape[:1], 6),
+        "quantile_E": excerpts_E6.shape[:1],
+        "top_tokens_NK": (n_nodes, TOP_TOKENS),
+        "top_weights_NK": (n_nodes, TOP_TOKENS),
+    }
+    for name, shape in shapes.items():
+        array = getattr(evidence, name)
+        if array.shape != shape or array.dtype.kind not in "iuf":
+            raise UserError(f"{name} must be numbers of shape {shape}, got {array.shape}")
+    kept = {node.name for node in circuit.nodes}
+    if len(lengths) % 2 or not lengths or not {node.name for node in evidence.nodes} <= kept:
+        raise UserError("its prompts are not pairs, or its nodes not the circuit's")
+    node, kind, window, start, stop, token = excerpts_E6.T
+    n_windows, n_time = evidence.windows_WT.shape
+    inside = (node >= 0) & (node < n_nodes) & (kind >= 0) & (kind <= SAMPLED)
+    inside &= (window >= 0) & (window < n_windows) & (start >= 0) & (stop <= n_time)
+    inside &= (start <= token) & (token < stop)
+    if not inside.all() or evidence.excerpt_values_Z.shape != (int((stop - start).sum()),):
+        raise UserError("its excerpts do not fit its windows")
