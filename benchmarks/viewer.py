@@ -23,13 +23,12 @@ import numpy as np
 from playwright import sync_api
 
 from wsparse import runs
-from wsparse.circuits import graph, masks, tasks
+from wsparse.circuits import evidence, graph, masks, report, tasks
 from wsparse.circuits.circuit import Circuit, CircuitNode
 from wsparse.command import run_command
 from wsparse.errors import UserError
-from wsparse.viewer import collect, held_out, page
+from wsparse.viewer import contents, page
 
-TEXT_TOKENS = 32768
 # Milliseconds since the start of navigation, when what was drawn by then is on the screen.
 PAINTED = (
     "new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()))))"
@@ -52,6 +51,15 @@ def grown(circuit: Circuit, run: runs.Run, n_nodes: int) -> Circuit:
         edges=graph.edge_list(edges, run.params),
         removed={path: np.zeros_like(each) for path, each in edges.items()},
     )
+
+
+def measure(run: runs.Run, circuit: Circuit, text: evidence.Text) -> evidence.Evidence:
+    """Returns the evidence of a circuit, on fresh pairs of its task."""
+    task = tasks.TASKS[circuit.task]
+    pairs = tasks.build(
+        task, run.tokenizer, 96, 0, split="report", max_tokens=run.config.model.context
+    )
+    return evidence.measure(run, circuit, pairs, text, summary=task.summary)
 
 
 def opened(browser: sync_api.Browser, url: str) -> float:
@@ -97,8 +105,12 @@ def main(argv) -> None:
     if chromium is None:
         raise UserError("there is no Chromium on the path: apt-get install chromium")
     run = runs.load(options.run)
-    rows, circuits = collect.read_circuits(run.folder, ["all"])
-    windows_WT = held_out.windows(run, tokens=TEXT_TOKENS)
+    found_tasks = report.read(run.folder / "circuits")
+    rows = [row for row, _ in found_tasks]
+    circuits = [circuit for _, circuit in found_tasks if circuit is not None and circuit.nodes]
+    if not circuits:
+        raise UserError(f"{run.folder} has no circuits: python -m wsparse.prune --run={run.folder}")
+    text = evidence.read_text(run)
     pages = {
         f"{run.folder.resolve().name}, circuits: {len(circuits)}": circuits,
         f"{options.nodes} nodes": [grown(circuits[0], run, options.nodes)],
@@ -109,12 +121,14 @@ def main(argv) -> None:
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
         for name, shown in pages.items():
-            data = collect.measured(
-                run,
-                [row for row in rows if row["task"] in {each.task for each in shown}],
-                [(each, tasks.TASKS[each.task]) for each in shown],
-                windows_WT,
-                collect.Options(),
+            measured = [contents.Shown(circuit, measure(run, circuit, text)) for circuit in shown]
+            names = {circuit.task for circuit in shown}
+            data = contents.contents(
+                name,
+                [row for row in rows if row["task"] in names],
+                measured,
+                {},
+                contents.Options(),
             )
             path = pathlib.Path(folder) / "report.html"
             path.write_text(page.render(data, title=name), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Evidence of circuits: what the page says is what the model does."""
 
 import base64
+import dataclasses
 import functools
 import json
 import pathlib
@@ -11,14 +12,20 @@ import numpy as np
 import pytest
 import viewer_case as case
 
-from wsparse import model
-from wsparse.circuits import Circuit, graph, tasks
+from wsparse import model, runs
+from wsparse.circuits import (
+    Circuit,
+    evidence,
+    evidence_file,
+    excerpts,
+    graph,
+    held_out,
+    pairs,
+    tasks,
+)
 from wsparse.data import batches
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
-from wsparse.circuits import held_out
-
-DOC = pathlib.Path(__file__).parents[1] / "docs" / "viewer.md"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +53,7 @@ def circuit(data, folder) -> Circuit:
 
 
 @pytest.fixture(scope="module")
-def batch(folder, data) -> tasks.TaskBatch:
+def batch(folder, data) -> pairs.TaskBatch:
     del data
     task = tasks.find(str(folder / f"{case.TASK}.jsonl"))
     return tasks.build(task, case.run().tokenizer, 4, 0, split="report")
@@ -241,6 +248,65 @@ def test_biases_are_those_of_the_nodes_own_matrix(data):
         for key in biases[location].split("/"):
             leaf = leaf[key]
         assert np.float32(about["bias"]) == leaf[layer, channel]
+
+
+def test_no_stretch_of_text_is_shown_twice():
+    windows_WT = np.tile(np.arange(24, dtype=np.int32), (8, 1))
+    windows_WT[6:] += 100
+    values_WT = np.where(windows_WT % 12 == 5, np.float32(1), np.float32(0))
+    found = excerpts.summarize(values_WT, windows_WT)
+    shown = [*found.highest, *found.lowest, *(one for _, one in found.sampled)]
+    texts = [windows_WT[e.window, e.start : e.token + 1].tobytes() for e in shown]
+    assert len(texts) == len(set(texts)) == 2
+    assert [e.window for e in found.highest] == [0, 6]
+
+
+# ---- The command ----
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The run's checkpoint is the one in memory, and its text random."""
+    monkeypatch.setattr(runs, "load", lambda folder: dataclasses.replace(case.run(), folder=folder))
+    text = evidence.Text(case.windows(), "random tokens")
+    monkeypatch.setattr(evidence, "read_text", lambda run, source: text)
+
+
+def test_evidence_of_circuits_that_were_found_before_is_measured_by_one_command(
+    folder, data, circuit, loaded
+):
+    where = folder / "circuits" / case.TASK
+    before = evidence_file.Evidence.load(where, circuit)
+    (where / "evidence.json").unlink()
+    names = ["all", str(folder / f"{case.TASK}.jsonl")]
+    assert evidence.measure_run(folder, names, case.OPTIONS) == 1
+    after = evidence_file.Evidence.load(where, circuit)
+    assert after.nodes == before.nodes and after.prompts == before.prompts
+    for name in evidence_file.ARRAYS:
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+
+
+def test_the_users_own_task_must_be_named(folder, data, loaded):
+    with pytest.raises(UserError, match=r"--task=all,closing\.jsonl"):
+        evidence.measure_run(folder, ["all"], case.OPTIONS)
+    with pytest.raises(UserError, match=r"no circuit of 'closign' \(did you mean 'closing'"):
+        evidence.measure_run(folder, ["closign"], case.OPTIONS)
+
+
+def test_a_circuit_of_other_parameters_is_refused(folder, data, loaded, monkeypatch):
+    other = dataclasses.replace(
+        case.run(), folder=folder, params=jax.tree.map(lambda leaf: leaf + 1, case.run().params)
+    )
+    monkeypatch.setattr(runs, "load", lambda folder: other)
+    names = ["all", str(folder / f"{case.TASK}.jsonl")]
+    with pytest.raises(UserError, match="belongs to parameters"):
+        evidence.measure_run(folder, names, case.OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{"pairs": 0}, {"max_nodes": 0}])
+def test_options_that_measure_nothing_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        evidence.Options(**options)
 
 
 # ---- Held-out text ----

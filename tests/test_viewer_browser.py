@@ -167,7 +167,7 @@ def test_a_clicked_node_shows_its_numbers(open_page, data):
         assert str(weight).replace("-", MINUS) in "\n".join(text)
     assert page.locator("path.edge.lit").count() == len(weights)
     assert panel.locator(".excerpt").count() == sum(
-        len(data["nodes"][node["name"]][k]) for k in ("highest", "lowest", "sampled")
+        len(data["texts"][0]["nodes"][node["name"]][k]) for k in ("highest", "lowest", "sampled")
     )
     assert state(page)["node"] == node["name"]
 
@@ -305,7 +305,7 @@ def large(data: dict, n_nodes: int) -> dict:
         name = f"{like['name'].rsplit('.', 1)[0]}.{1000 + i}"
         nodes.append(dict(like, name=name, importance=1 / (1 + i)))
         shown["values"][name] = shown["values"][like["name"]]
-        grown["nodes"][name] = grown["nodes"][like["name"]]
+        grown["texts"][0]["nodes"][name] = grown["texts"][0]["nodes"][like["name"]]
     by_kind = {}
     for i, node in enumerate(nodes):
         by_kind.setdefault(node["name"].split(".", 1)[1].rsplit(".", 1)[0], []).append(i)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import files, model, runs, trees
-from wsparse.circuits import Circuit, evidence, graph, masks, procedure, scoring, tasks
+from wsparse.circuits import Circuit, evidence, graph, masks, pairs, procedure, scoring, tasks
 from wsparse.circuits.circuit import (
     FOUND,
     Baseline,
@@ -78,7 +78,7 @@ def windows() -> np.ndarray:
     return np.random.default_rng(3).integers(0, 257, (10, CONFIG.context)).astype(np.int32)
 
 
-def circuit(task: tasks.Task) -> Circuit:
+def circuit(task: pairs.Task) -> Circuit:
     """Random nodes and the edges between them but one, with what `find` says of each node."""
     given = run()
     rng = np.random.default_rng(1)
@@ -139,12 +139,12 @@ def circuit(task: tasks.Task) -> Circuit:
     )
 
 
-def batch(task: tasks.Task) -> tasks.TaskBatch:
+def batch(task: pairs.Task) -> pairs.TaskBatch:
     """The pairs that the circuit's numbers are from."""
     return tasks.build(task, run().tokenizer, 4, 0, split="report")
 
 
-def write_run(folder: pathlib.Path) -> tasks.Task:
+def write_run(folder: pathlib.Path) -> pairs.Task:
     """What `view` reads, but for evidence: a circuit, and a task without one."""
     folder.mkdir(exist_ok=True)
     files.write_json(folder / "config.json", to_dict(run().config))

@@ -35,7 +35,7 @@ from wsparse.circuits.evidence_file import (
     Prefix,
     Prompt,
 )
-from wsparse.circuits.mask_learning import HasPairs, PairArrays, arrays
+from wsparse.circuits.pairs import HasPairs, PairArrays, Task, TaskBatch, arrays, margins
 from wsparse.config import ModelConfig, from_dict, require
 from wsparse.errors import UserError, closest
 from wsparse.nodes import NODES, Node
@@ -188,7 +188,7 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     return len(circuits)
 
 
-def _pairs(run: runs.Run, circuit: Circuit, task: tasks.Task) -> tasks.TaskBatch:
+def _pairs(run: runs.Run, circuit: Circuit, task: Task) -> TaskBatch:
     """Returns the pairs that a circuit's numbers were reported on."""
     settings = from_dict(procedure.Settings, circuit.hyperparameters.get("settings", {}))
     return tasks.build(
@@ -279,7 +279,7 @@ def _on_prompts(
         "heads": [Head(layer, head) for layer, head in heads],
         "prompt_tokens_X": _joined(np.asarray(pairs.tokens), lengths).astype(np.int32),
     }
-    margins = {}
+    leads = {}
     for side, (params, gates_U) in sides.items():
         logits_RV, acts = _masked(
             params,
@@ -289,14 +289,14 @@ def _on_prompts(
             scorer.means,
             config=config,
         )
-        margins[side] = np.asarray(tasks.margins(logits_RV, pairs.answer, pairs.other)).tolist()
+        leads[side] = np.asarray(margins(logits_RV, pairs.answer, pairs.other)).tolist()
         values_PRT = excerpts.values_at(acts, places)
         recorded[f"{side}_values_PX"] = np.stack([_joined(v, lengths) for v in values_PRT])
         recorded[f"{side}_patterns_HY"] = _triangles(params, acts, heads, lengths, config)
     recorded["prompts"] = [
         Prompt(length=length, answer=answer, model=whole, circuit=alone)
         for length, answer, whole, alone in zip(
-            lengths, np.asarray(pairs.answer).tolist(), *margins.values(), strict=True
+            lengths, np.asarray(pairs.answer).tolist(), *leads.values(), strict=True
         )
     ]
     return recorded
