@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import helpers
 import jax
 import numpy as np
 
@@ -24,11 +25,6 @@ def fresh(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return trees.flatten(jax.device_get(model.init(config, jax.random.key(seed))))
 
 
-@functools.cache
-def shapes(config: ModelConfig):
-    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
-
-
 def random_params(config: ModelConfig, dtype=np.float64, seed: int = 1):
     """Parameters with nothing at a special value: no zero bias, sink or bigram, no gain of 1."""
     random = np.random.default_rng(seed)
@@ -37,7 +33,7 @@ def random_params(config: ModelConfig, dtype=np.float64, seed: int = 1):
         values = random.normal(size=leaf.shape) * (0.3 if path.endswith("kernel") else 0.5)
         return (1 + values if path.endswith("gain") else values).astype(dtype)
 
-    return trees.map_with_path(draw, shapes(config))
+    return trees.map_with_path(draw, helpers.shapes(config))
 
 
 @functools.cache

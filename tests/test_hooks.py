@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,9 +47,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
-    random = np.random.default_rng(1)
-    return jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32) / 3, shapes)
+    return helpers.random_params(CONFIG, seed=1, scale=1 / 3)
 
 
 @pytest.fixture(scope="module")

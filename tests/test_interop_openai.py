@@ -7,6 +7,7 @@ import pathlib
 import shutil
 
 from absl import flags
+import helpers
 import jax
 import ml_dtypes
 import numpy as np
@@ -51,16 +52,6 @@ def golden_config(name: str) -> dict:
 def golden(name: str):
     """Fields and state of a published checkpoint."""
     return golden_config(name), torch_file.read(GOLDEN / name / "final_model.pt")
-
-
-def abstract(config: ModelConfig):
-    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
-
-
-def random_params(config: ModelConfig, seed: int = 0):
-    """Nothing at a special value, so that nothing can be lost unseen."""
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32), abstract(config))
 
 
 def assert_same(got, want):
@@ -121,7 +112,7 @@ def test_the_mapping_gives_the_parameters_that_init_gives(name):
     fields, state = golden(name)
     config = model_config(fields)
     params = params_from_state(config, state)
-    want = {path: leaf.shape for path, leaf in trees.flatten(abstract(config)).items()}
+    want = {path: leaf.shape for path, leaf in trees.flatten(helpers.shapes(config)).items()}
     assert {path: leaf.shape for path, leaf in trees.flatten(params).items()} == want
 
 
@@ -328,7 +319,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_comes_back_from_the_published_format_bit_for_bit(name, tmp_path):
-    config, params = VARIANTS[name], random_params(VARIANTS[name])
+    config, params = VARIANTS[name], helpers.random_params(VARIANTS[name])
     openai.save(tmp_path, config, params)
     got_config, got_params = openai.load(tmp_path)
     assert got_config == dataclasses.replace(config, d_mlp=config.mlp_width)
@@ -349,8 +340,8 @@ def test_a_published_checkpoint_is_written_back_bit_for_bit(name, tmp_path):
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
-        openai.save(tmp_path / folder, CONFIG, random_params(CONFIG))
-    openai.save(tmp_path / "c", CONFIG, random_params(CONFIG, seed=1))
+        openai.save(tmp_path / folder, CONFIG, helpers.random_params(CONFIG))
+    openai.save(tmp_path / "c", CONFIG, helpers.random_params(CONFIG, seed=1))
     a, b, c = ((tmp_path / folder / "final_model.pt").read_bytes() for folder in "abc")
     assert a == b != c
 
@@ -358,7 +349,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
 def test_an_epsilon_the_format_cannot_say_is_refused_before_anything_is_written(tmp_path):
     config = dataclasses.replace(CONFIG, norm_eps=1e-3)
     with pytest.raises(UserError, match=r"cannot express model\.norm_eps=0\.001"):
-        openai.save(tmp_path / "out", config, random_params(config))
+        openai.save(tmp_path / "out", config, helpers.random_params(config))
     assert not (tmp_path / "out").exists()
 
 
@@ -456,7 +447,7 @@ def test_tokenizer_files_that_contradict_each_other_are_refused(
 def published(tokenizer, tmp_path_factory):
     """A published checkpoint with its tokenizer, and the parameters in it."""
     folder = tmp_path_factory.mktemp("published")
-    params = random_params(CONFIG)
+    params = helpers.random_params(CONFIG)
     openai.save(folder, CONFIG, params)
     bpe_files.save(folder, tokenizer)
     return folder, params

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.server
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import urllib.parse
 
+import helpers
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -51,10 +53,7 @@ def tokenizer():
     return tokenizer_lib.train(["x"], 257)
 
 
-def random_params(dtype=np.float32):
-    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda s: random.normal(size=s.shape).astype(dtype), shapes)
+random_params = functools.partial(helpers.random_params, CONFIG)
 
 
 @pytest.fixture
@@ -122,8 +121,7 @@ def test_parameters_or_a_tokenizer_of_another_model_are_not_written(tokenizer, t
     ):
         save_pretrained(tmp_path / "a", CONFIG, params, tokenizer)
     other = dataclasses.replace(CONFIG, vocab_size=300)
-    shapes = jax.eval_shape(lambda: model.init(other, jax.random.key(0)))
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), helpers.shapes(other))
     with pytest.raises(
         UserError, match=r"tokenizer of 257 tokens, its config says model\.vocab_size=300"
     ):

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import time
 
+from helpers import shapes
 import jax
 import jax.numpy as jnp
-from model_case import SMALL, SPARSE, TOKENS, forward, random_params, shapes, small_run
+from model_case import SMALL, SPARSE, TOKENS, forward, random_params, small_run
 import numpy as np
 import pytest
 import reference

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 
-from model_case import SMALL, TOKENS, shapes, small_run
+from helpers import shapes
+from model_case import SMALL, TOKENS, small_run
 import pytest
 
 from wsparse import nodes, taps, trees

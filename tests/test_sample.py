@@ -5,6 +5,7 @@ import itertools
 import types
 
 from absl import flags
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +25,13 @@ PROMPTS = np.array([[5, 200, 31], [7, 7, 90]], np.int32)
 @functools.cache
 def params():
     """Large random weights, so that what comes next depends on everything before."""
-    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         scale = {"embed": 0.3, "blocks": 1.0, "head": 0.3}[path.split("/")[0]]
         return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    return trees.map_with_path(fill, shapes)
+    return trees.map_with_path(fill, helpers.shapes(CONFIG))
 
 
 @functools.cache
@@ -144,8 +144,7 @@ def test_of_equal_logits_no_more_than_k_are_kept():
 
 def chain_params(tokenizer: tokenizer_lib.Tokenizer, *, chain: str):
     """A model whose next token is decided by the last one: the chain's characters, then the end."""
-    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), helpers.shapes(CONFIG))
     ids = [tokenizer.token_id(character) for character in chain] + [tokenizer.end_of_text]
     for token, following in itertools.pairwise(ids):
         zeros["head"]["bigram"][token, following] = 50.0
