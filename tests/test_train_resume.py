@@ -308,11 +308,11 @@ def test_a_failed_save_stops_training_with_one_line(finished, tmp_path, one_devi
     workdir, saves = tmp_path / "run", []
     write = checkpoint.files.write_json
 
-    def fail(path, value):
+    def fail(path, value, **options):
         if path.name == "digests.json":
             saves.append(path)
             raise checkpoint.files.cannot_write(path, OSError(28, "No space left on device"))
-        write(path, value)
+        write(path, value, **options)
 
     monkeypatch.setattr(checkpoint.files, "write_json", fail)
     with pytest.raises(UserError) as error:

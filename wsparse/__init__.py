@@ -12,6 +12,7 @@ The names below are imported when they are first used.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,3 +54,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+if sys.argv[:1] == ["-m"]:
+    # Python imports the package before a command in it, `python -m wsparse.NAME`: while that imports the
+    # rest, a signal ends it in one line.
+    from wsparse import signals
+
+    signals.handle()

@@ -176,7 +176,7 @@ class Checkpointer:
     def _write_digests(self, step: int) -> None:
         with _explained(self._path(step)):
             digests = {"step": step, "files": _digests(self._path(step))}
-            files.write_json(self._path(step) / _DIGESTS, digests)
+            files.write_json(self._path(step) / _DIGESTS, digests, durable=True)
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / _NAMES.build_name(step)

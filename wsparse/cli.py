@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from wsparse import __version__
+from wsparse import __version__, signals
 from wsparse.errors import closest
 
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command that the first argument names."""
+    signals.handle()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help"):
         print(usage())

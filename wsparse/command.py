@@ -8,27 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import logging
 import math
 import os
 import re
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags
 import absl.logging
 from tqdm import tqdm
 
+from wsparse import signals
 from wsparse.errors import UserError
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; unwinds like Ctrl-C, so that files and leases are left in order."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -45,14 +39,15 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
             _hush_libraries()
         sys.exit(_run(main, argv))
 
-    handle_signals(_unwind)
+    signals.handle(signals.unwind)
+    sys.unraisablehook = signals.unraisable
     try:
         with log_to_stdout():
             app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt as interrupt:
-        _leave(getattr(interrupt, "number", signal.SIGINT))
+        signals.leave(getattr(interrupt, "number", signal.SIGINT))
     finally:
-        handle_signals(_leave)
+        signals.handle(signals.leave)
 
 
 def run_plain(main: Callable[[], None]) -> None:
@@ -62,40 +57,6 @@ def run_plain(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _fail(str(error))
-
-
-def handle_signals(handler: Callable[..., Any] | None = None) -> None:
-    """Let SIGINT and SIGTERM end the process with one line instead of a traceback.
-
-    Args:
-      handler: Handler to install. By default the process ends at once, which suits the time before and
-        after a command runs: while modules are imported, and while the interpreter shuts down.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A shell that starts a command in the background has SIGINT ignored.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _leave if handler is None else handler)
-
-
-def _unwind(number: int, frame: Any) -> NoReturn:
-    del frame
-    # A second signal ends the process at once.
-    handle_signals(signal.SIG_DFL)
-    raise Interrupted(number)
-
-
-def _leave(number: int, frame: Any = None) -> NoReturn:
-    """End the process with the status of a signal, without the interpreter's shutdown.
-
-    Threads of libraries may still be at work, and some do not survive their interpreter.
-    """
-    del frame
-    name = signal.Signals(number).name
-    print(f"{name}: stopped; run the same command again to go on", file=sys.stderr)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(128 + number)
 
 
 class _TqdmHandler(logging.Handler):
@@ -117,7 +78,7 @@ def _hush_libraries() -> None:
     for name in ("jax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # After a failed save, orbax's unawaited writes are collected with an error each.
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = functools.partial(signals.unraisable, quiet=True)
 
 
 @contextlib.contextmanager

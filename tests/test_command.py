@@ -1,0 +1,133 @@
+"""Commands end in one line, whatever happens to them and whenever it does."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+# A command whose `main` does what argv[1] says; no jax, so that it starts at once.
+COMMAND = """
+import errno, gc, logging, sys, time
+from absl import flags
+from wsparse.command import run_command
+from wsparse.errors import UserError
+from wsparse.progress import progress
+
+log = logging.getLogger("wsparse.example")
+
+class Destructor:
+    def __del__(self):
+        print("deep", flush=True)
+        time.sleep(20)
+
+def main(argv):
+    what = flags.FLAGS.what
+    if what == "log":
+        log.info("a line")
+        log.debug("hidden")
+        logging.getLogger("absl").error("a library's error")
+        return 3
+    if what == "user":
+        raise UserError("what to change")
+    if what == "missing":
+        open("/does/not/exist")
+    if what == "pipe":
+        while True:
+            log.info("a line")
+    try:
+        print("deep", flush=True) if what == "wait" else Destructor()
+        time.sleep(20)
+    finally:
+        print("in order", flush=True)
+
+flags.DEFINE_string("what", "", "")
+flags.DEFINE_float("number", 1.0, "")
+run_command(main)
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(*arguments: str) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_log_lines_go_to_stdout_and_those_of_libraries_nowhere():
+    assert finish("--what=log") == (3, "a line\n", "")
+    # Control: a user can ask for them.
+    status, out, err = finish("--what=log", "--verbosity=1")
+    assert (status, out) == (3, "a line\n")
+    assert "a library's error" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--what=user"], "error: what to change"),
+        (["--what=missing"], "error: /does/not/exist: No such file or directory"),
+        (["--number=nan"], "error: --number must be a finite number, got nan"),
+        (["--number=-inf"], "error: --number must be a finite number, got -inf"),
+        (["word"], "error: unexpected argument 'word': options are written --name=value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, line):
+    assert finish(*arguments) == (2, "", line + "\n")
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    with start("--what=pipe") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "a line\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("what", ["wait", "destructor"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_unwinds_and_ends_in_one_line(what, number):
+    """Where Python would drop the exception as well: in a destructor."""
+    process = start(f"--what={what}")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "deep\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=15)
+    assert process.returncode == 128 + number
+    assert out == "in order\n"
+    assert err == f"{number.name}: stopped; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize("seconds", [0.3, 0.7])
+def test_a_signal_while_a_command_is_imported_ends_in_one_line(number, seconds):
+    """From the package's own import on; before it, it is Python that is interrupted."""
+    program = (
+        "import sys; sys.argv[0] = '-m'; import wsparse; print('in', flush=True); "
+        "import wsparse.train, time; time.sleep(20)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 128 + number
+    assert err == f"{number.name}: stopped; run the same command again to go on\n"
