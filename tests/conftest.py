@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import itertools
 import logging
 import os
+import pathlib
+import sysconfig
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 _DEVICES = "--xla_force_host_platform_device_count=8"
@@ -87,3 +90,15 @@ def collect_compilations() -> Iterator[list[str]]:
 def compilations() -> Counter:
     """See `collect_compilations`."""
     return collect_compilations
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """Tokenizers of generated and of real Python, by vocabulary size."""
+    from wsparse.data import tokenizer
+    from wsparse.pytext.documents import documents
+
+    texts = list(itertools.islice(documents(0), 1500))
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    texts += [(library / f"{name}.py").read_text() for name in ("argparse", "ast", "typing")]
+    return {vocab: tokenizer.train(texts, vocab) for vocab in (512, 1024, 2048)}

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from wsparse.config import DataConfig
-from wsparse.data import batches, corpus, idioms, streams, tokenizer
+from wsparse.data import batches, corpus, streams, tokenizer
 from wsparse.errors import UserError
+from wsparse.pytext.documents import document
 
 # A component's tokens name their own position, so a window shows where it was read.
 APART = 1_000_000
@@ -213,8 +214,8 @@ def corpus_folder(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(120):
-        (folder / f"{i:03}.py").write_text(idioms.document(7, i))
-    (folder / "zcopy.py").write_text(idioms.document(7, 3))
+        (folder / f"{i:03}.py").write_text(document(7, i))
+    (folder / "zcopy.py").write_text(document(7, 3))
     (folder / "binary.py").write_bytes(b"\xff\xfe\x00")
     return folder
 

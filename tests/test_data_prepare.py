@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from wsparse.config import DataConfig
-from wsparse.data import batches, idioms, prepare, prepared, streams
+from wsparse.data import batches, prepare, prepared, streams
 from wsparse.errors import UserError
+from wsparse.pytext.documents import document
 
 ROOT = pathlib.Path(prepare.__file__).parents[2]
 
@@ -26,7 +27,7 @@ def source(tmp_path_factory) -> str:
     for name, count in (("a", 150), ("b", 20)):
         (folder / name).mkdir()
         for i in range(count):
-            (folder / name / f"{i:03}.py").write_text(idioms.document(len(name) + count, i))
+            (folder / name / f"{i:03}.py").write_text(document(len(name) + count, i))
     return f"0.8*files:{folder}/a/*.py+0.2*files:{folder}/b/*.py"
 
 
@@ -282,7 +283,7 @@ def test_documents_that_change_between_runs_are_noticed(tmp_path, monkeypatch):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(60):
-        (folder / f"{i:02}.py").write_text(idioms.document(1, i))
+        (folder / f"{i:02}.py").write_text(document(1, i))
     given = options(f"files:{folder}/*.py", shard_megabytes=0.01)
     publish = prepared.publish
 
@@ -318,7 +319,7 @@ def test_a_wrong_manifest_or_tokenizer_is_one_line(copy, tmp_path):
         (copy / "tokenizer.json").read_text().replace("endoftext", "endoftext")[:-2] + " }"
     )
     prepared.open_folder(copy)  # Layout of the JSON is not content.
-    prepare.tokenizer_lib.train([idioms.document(0, i) for i in range(40)], 300).save(
+    prepare.tokenizer_lib.train([document(0, i) for i in range(40)], 300).save(
         copy / "tokenizer.json"
     )
     check("is not the tokenizer that", lambda: prepared.open_folder(copy))

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from wsparse.data import idioms, sources
+from wsparse.data import sources
 from wsparse.errors import UserError
+from wsparse.pytext.documents import document
 
 
 def read(name: str, **options) -> tuple[list[str], sources.SourceReport]:
@@ -103,8 +104,8 @@ def test_idioms_are_those_of_the_generator_and_of_the_seed():
     source = sources.open_source("idioms", seed=5)
     assert source.endless
     documents = list(sources.documents(source, counts, max_bytes=20_000))
-    assert documents == [idioms.document(5, i) for i in range(len(documents))]
-    assert documents[0] != idioms.document(6, 0)
+    assert documents == [document(5, i) for i in range(len(documents))]
+    assert documents[0] != document(6, 0)
 
 
 def test_files_that_are_no_text_are_counted_and_skipped(tmp_path):

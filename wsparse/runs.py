@@ -42,12 +42,15 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
       UserError: the folder is missing, or is no run.
     """
     path = pathlib.Path(folder) / "config.json"
-    # A folder that one may not look into has one, perhaps: reading it says what is wrong.
-    if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
+    try:
+        path.lstat()
+    except FileNotFoundError as error:
         raise UserError(
             f"{folder} is not a run folder: it has no config.json; train one with "
             "python -m wsparse.train --config=tiny"
-        )
+        ) from error
+    except OSError:
+        pass  # Reading it says what is wrong.
     return from_dict(TrainConfig, files.read_json(path))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ import numpy as np
 
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError, closest
-
-Split = Literal["search", "discretize", "report"]
-SPLITS: tuple[Split, ...] = ("search", "discretize", "report")
+from wsparse.pytext.contrasts import Form
+from wsparse.pytext.prompts import Pair
+from wsparse.pytext.words import SPLITS, Split
 
 # Pairs per split on which a form is tried. One of them must fit in each split, not more: where answers are
 # names, a small tokenizer cuts most of them into several tokens, and those pairs are skipped.
@@ -36,58 +36,6 @@ _PROBES = 32
 _EQUAL = 0.2
 # Draws in a row without a new pair after which a task counts as exhausted.
 _PATIENCE = 2000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One side of a pair.
-
-    Attributes:
-      prompt: The text that the model reads.
-      rest: The text after it; `prompt + rest` is a complete program in the tasks of this package.
-      answer: The beginning of `rest` that is to be one token; "" where the task's form says it.
-    """
-
-    prompt: str
-    rest: str
-    answer: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two programs that differ only in what decides the token after their prompts.
-
-    Attributes:
-      first: The side that the form's first candidate answers.
-      second: The side that the form's second candidate answers.
-      template: What the pair was made from.
-    """
-
-    first: Program
-    second: Program
-    template: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """The characters of the two candidates.
-
-    Attributes:
-      first: Answer of the first side; "" takes each pair's own `Program.answer`.
-      second: Answer of the second side; "" likewise.
-      given: The beginning of both sides' `rest` that this form moves into the prompts.
-      beginning: The candidates are the tokens that the answers begin with, whatever these are.
-    """
-
-    first: str = ""
-    second: str = ""
-    given: str = ""
-    beginning: bool = False
-
-    def __str__(self) -> str:
-        which = f"{self.first!r} or {self.second!r}" if self.first else "each pair's own answers"
-        after = f" after {self.given!r}" if self.given else ""
-        return f"{which}{after}{', their first tokens' if self.beginning else ''}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,6 +36,7 @@ import urllib.parse
 
 from wsparse import files
 from wsparse.errors import UserError, closest, missing_extra
+from wsparse.pytext.documents import documents as python_documents
 
 # What each kind of source accepts after `?`, with defaults.
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
@@ -169,9 +170,7 @@ def open_source(name: str, *, seed: int = 0) -> Source:
         case "stdlib":
             return Source(name, False, lambda: _read_files(_stdlib_files()))
         case "idioms":
-            from wsparse.data import idioms  # Only who generates documents loads the generator.
-
-            return Source(name, True, lambda: idioms.documents(seed))
+            return Source(name, True, lambda: python_documents(seed))
         case "files":
             paths = _expand(name, path)
             return Source(name, False, lambda: _read_files(paths))

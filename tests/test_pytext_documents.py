@@ -1,4 +1,4 @@
-"""The idiom generator: documents parse, show both sides of all 20 tasks, and never change.
+"""Generated documents parse, show both sides of all 20 tasks, and never change.
 
 What a document shows is counted here with patterns and syntax trees of the test's own, not with the
 generator's table.
@@ -14,13 +14,18 @@ import hashlib
 import itertools
 import random
 import re
+import subprocess
+import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from wsparse.data import idioms
 from wsparse.errors import UserError
+from wsparse.pytext import words
+from wsparse.pytext.contrasts import CONTRASTS
+from wsparse.pytext.documents import document, documents
+from wsparse.pytext.draw import Draw
 
 TASKS = {
     "single_double_quote",
@@ -91,7 +96,7 @@ GOLDEN = "b6da13b943bafb5ae3a337fe0ef16f997f22a5dbf7ea6f5728018c61da3395e1"
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return list(itertools.islice(idioms.documents(11), 500))
+    return list(itertools.islice(documents(11), 500))
 
 
 def accumulators(text: str) -> Iterator[tuple[str, str]]:
@@ -161,7 +166,7 @@ def count_sides(texts: list[str]) -> dict[str, Counter[str]]:
             for side, pattern in zip(("first", "second"), patterns, strict=True):
                 counts[task][side] += sum(1 for _ in re.finditer(pattern, text))
         for name, side in accumulators(text):
-            fixed = name == idioms.FIXED_VARIABLE
+            fixed = name == words.FIXED_VARIABLE
             counts["set_or_string_fixedvarname" if fixed else "set_or_string"][side] += 1
         for task, side in itertools.chain(tree_sides(text), indents(text)):
             counts[task][side] += 1
@@ -181,15 +186,15 @@ def test_documents_are_small_modules(texts):
 @given(st.integers(), st.integers(min_value=0, max_value=2**63))
 @settings(max_examples=100, deadline=None)
 def test_any_seed_and_index_parse(seed, index):
-    text = idioms.document(seed, index)
+    text = document(seed, index)
     ast.parse(text)
-    assert text == idioms.document(seed, index)
+    assert text == document(seed, index)
 
 
 def test_every_task_is_in_the_table():
-    assert set(idioms.IDIOMS) == TASKS
-    for idiom in idioms.IDIOMS.values():
-        assert len(idiom.sides) >= 2 and idiom.weight > 0
+    assert set(CONTRASTS) == TASKS
+    for contrast in CONTRASTS.values():
+        assert len(set(contrast.sides)) == 2 and contrast.weight > 0
 
 
 def test_both_sides_of_every_task_appear_and_balance(texts):
@@ -217,10 +222,10 @@ def test_the_counts_notice_a_missing_side(texts):
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_every_side_parses_alone(task):
     for number in range(50):
-        for side in idioms.IDIOMS[task].sides.values():
-            snippet = side.write(random.Random(number))
+        for side in (0, 1):
+            snippet = CONTRASTS[task].write(Draw(random.Random(number)), side)
             ast.parse("\n".join(snippet.lines))
-            if side.definition:
+            if snippet.definition:
                 assert set(snippet.needs.values()) <= {"call"}
 
 
@@ -248,9 +253,9 @@ def test_quotes_balance_and_mix_within_documents(texts):
 
 
 def test_documents_are_distinct():
-    made = set(itertools.islice(idioms.documents(1), 1000))
+    made = set(itertools.islice(documents(1), 1000))
     assert len(made) >= 999
-    assert made.isdisjoint(itertools.islice(idioms.documents(-1), 1000))
+    assert made.isdisjoint(itertools.islice(documents(-1), 1000))
 
 
 def test_every_name_is_defined_somewhere(texts):
@@ -265,26 +270,35 @@ def test_every_name_is_defined_somewhere(texts):
 
 
 def test_random_access_equals_the_stream():
-    stream = list(itertools.islice(idioms.documents(5), 30))
-    assert stream[::-1] == [idioms.document(5, index) for index in reversed(range(30))]
-    assert stream[17:] == list(itertools.islice(idioms.documents(5, start=17), 13))
+    stream = list(itertools.islice(documents(5), 30))
+    assert stream[::-1] == [document(5, index) for index in reversed(range(30))]
+    assert stream[17:] == list(itertools.islice(documents(5, start=17), 13))
 
 
 def test_documents_never_change():
-    digest = hashlib.sha256("".join(itertools.islice(idioms.documents(0), 20)).encode())
+    digest = hashlib.sha256("".join(itertools.islice(documents(0), 20)).encode())
     assert digest.hexdigest() == GOLDEN
 
 
 def test_a_negative_index_is_refused():
     with pytest.raises(UserError, match="0 or more, got -1"):
-        idioms.document(0, -1)
+        document(0, -1)
 
 
-def test_command_prints_and_measures(capsys):
-    idioms.main(["--print=2", "--seed=3"])
-    printed = capsys.readouterr().out
-    assert idioms.document(3, 0) in printed and idioms.document(3, 1) in printed
-    idioms.main(["--megabytes=0.02"])
-    assert "MB/s" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--megabytes must be a size above 0"):
-        idioms.main(["--megabytes=0"])
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "wsparse.pytext.documents", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_command_prints_and_measures():
+    printed = command("--examples=2", "--seed=3").stdout
+    assert document(3, 0) in printed and document(3, 1) in printed
+    assert "MB/s" in command("--megabytes=0.02").stdout
+
+
+@pytest.mark.parametrize("megabytes", ["0", "nan", "inf"])
+def test_command_refuses_sizes(megabytes):
+    done = command(f"--megabytes={megabytes}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "--megabytes" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,105 @@
+"""Pairs of prompts: programs that parse, never change, and differ only in what decides.
+
+The texts are judged here with Python's own parser.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections import Counter
+import hashlib
+import itertools
+import keyword
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsparse.pytext import prompts, words
+from wsparse.pytext.contrasts import CONTRASTS
+
+# The first pairs of every task, split and two seeds: whoever changes it changes every circuit.
+GOLDEN = "bb0dfefb0c636ce02cfec7a7b791e63d4aec0ee2659b5d2584d99ca2fe2836f3"
+
+
+def pairs_of(name: str, split: words.Split, count: int, seed: int = 0) -> list[prompts.Pair]:
+    return list(itertools.islice(prompts.pairs(name, seed, split), count))
+
+
+def parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+def test_splits_share_neither_templates_nor_fillers():
+    # What decides, and Python itself, is no filler.
+    shared = {*keyword.kwlist, *dir(builtins), "self", "init", "current", "helpers", "tools", "the"}
+    shared |= {"add", "pop", "split", "f", "r", "w", *itertools.chain(*words.STEMS.values())}
+
+    def fillers(name: str, split: words.Split) -> set[str]:
+        texts = [
+            side.prompt for pair in pairs_of(name, split, 150) for side in (pair.first, pair.second)
+        ]
+        # The decided word of a user's path, `input_path`, is not a filler either.
+        text = re.sub(r"[a-z]+_(path|file|name)\b|\[0\]", "", "\n".join(texts)).lower()
+        tokens = set(re.findall(r"[a-z]+|\d+", text.replace("_", " ")))
+        plurals = {f"{noun}s": noun for noun in words.NOUNS}
+        singular = {plurals.get(word, word) for word in tokens}
+        return singular - {word.lower() for word in shared}
+
+    for name in CONTRASTS:
+        found = [fillers(name, split) for split in words.SPLITS]
+        templates = [{p.template for p in pairs_of(name, split, 150)} for split in words.SPLITS]
+        for a, b in itertools.combinations(range(3), 2):
+            assert not found[a] & found[b], name
+            assert not templates[a] & templates[b], name
+        assert min(map(len, found)) >= 30, name
+        assert min(map(len, templates)) >= 2, name
+
+
+def test_each_task_has_thousands_of_pairs():
+    for name in CONTRASTS:
+        made = {(p.first.prompt, p.second.prompt) for p in pairs_of(name, "search", 2200)}
+        assert len(made) >= 2000, name
+
+
+def test_pairs_differ_only_in_what_decides():
+    """Both sides have the same context, and the same words but for those that decide."""
+    for name in CONTRASTS:
+        for pair in pairs_of(name, "discretize", 30):
+            counts = [
+                Counter(re.findall(r"\w+", side.prompt)) for side in (pair.first, pair.second)
+            ]
+            differing = (counts[0] - counts[1]) | (counts[1] - counts[0])
+            assert differing.total() <= 8, (pair.first.prompt, pair.second.prompt)
+            context = [side.prompt.splitlines()[:2] for side in (pair.first, pair.second)]
+            assert context[0] == context[1]
+
+
+def test_pairs_never_change():
+    digest = hashlib.sha256()
+    for name, split, seed in itertools.product(CONTRASTS, words.SPLITS, (0, 1)):
+        for pair in pairs_of(name, split, 3, seed):
+            for side in (pair.first, pair.second):
+                digest.update(f"{side.prompt}\0{side.rest}\0{side.answer}\0".encode())
+    assert digest.hexdigest() == GOLDEN
+
+
+@given(
+    st.sampled_from(sorted(CONTRASTS)),
+    st.integers(-(2**40), 2**70),
+    st.sampled_from(words.SPLITS),
+)
+@settings(max_examples=60)
+def test_any_seed_makes_programs(name, seed, split):
+    made = pairs_of(name, split, 3, seed)
+    assert made == pairs_of(name, split, 3, seed)
+    for pair in made:
+        for side in (pair.first, pair.second):
+            assert parses(side.prompt + side.rest)
+            assert side.rest.startswith(side.answer)
+            assert "¦" not in side.prompt + side.rest

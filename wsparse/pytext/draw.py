@@ -1,0 +1,285 @@
+"""Drawing: every random choice about a program goes through one object.
+
+Text to train on and prompts of tasks are two readings of the same grammar. In documents (`split` is None) a
+draw uses all words and elaborates; in prompts it uses the words of one split and keeps to the plain form,
+so that the two sides of a pair, drawn with the same seed, differ only in what decides.
+
+Only `random.Random.random` is called, the one method whose sequence Python promises to keep between versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import random
+from typing import Literal, TypeVar
+
+from wsparse.pytext import words
+from wsparse.pytext.words import NOUNS, Split
+
+T = TypeVar("T")
+Kind = Literal["number", "numbers", "words", "text", "flag", "path", "call"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snippet:
+    """A few lines of code at indentation zero, for a module or for a function's body.
+
+    Attributes:
+      lines: The code, without line ends.
+      needs: The names that the lines read before they assign them, with the kind of value expected.
+      result: A variable that a function around the lines could return, or "".
+    """
+
+    lines: list[str]
+    needs: dict[str, Kind]
+    result: str = ""
+
+    @property
+    def definition(self) -> bool:
+        """Returns whether the lines are a function or a class, which belongs at module level."""
+        return self.lines[0].startswith(("def ", "class "))
+
+
+def indented(lines: Sequence[str]) -> list[str]:
+    """Returns the lines one level deeper."""
+    return [f"    {line}" if line else line for line in lines]
+
+
+class Draw:
+    """The random choices of one snippet, and its names: each is new, and those it needs are noted.
+
+    Attributes:
+      rng: Source of the choices.
+      split: Split whose words are used; None in documents, which use all of them.
+      cut: Mark that ends the prompt in a snippet's lines; "" in documents.
+      strings: Whether unrelated statements may contain strings.
+      arguments: Names that a definition reads instead of outer names.
+      taken: Names that are in use.
+      needs: Names that must exist before the snippet, with their kind of value.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        split: Split | None = None,
+        *,
+        cut: str = "",
+        strings: bool = True,
+        arguments: Sequence[str] = (),
+    ):
+        self.rng = rng
+        self.split = split
+        self.cut = cut
+        self.strings = strings
+        self.arguments = arguments
+        self.taken = set(arguments)
+        self.needs: dict[str, Kind] = {}
+
+    def inside(self, arguments: Sequence[str] = ()) -> Draw:
+        """Returns a scope of its own, for the inside of a function with these arguments."""
+        return Draw(self.rng, self.split, cut=self.cut, strings=self.strings, arguments=arguments)
+
+    def snippet(self, *lines: str, result: str = "") -> Snippet:
+        """Returns the lines with the names that they need."""
+        return Snippet(lines=list(lines), needs=self.needs, result=result)
+
+    @property
+    def paired(self) -> bool:
+        """Returns whether this draws a prompt, one side of a pair."""
+        return self.split is not None
+
+    # ---- Choices ----
+
+    def chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def embellish(self, probability: float) -> bool:
+        """Returns whether to elaborate: by chance in documents, never in prompts."""
+        return not self.paired and self.chance(probability)
+
+    def plain(self, probability: float) -> bool:
+        """Returns whether to keep to the plain form: by chance in documents, always in prompts."""
+        return self.paired or self.chance(probability)
+
+    def between(self, low: int, high: int) -> int:
+        return low + int(self.rng.random() * (high - low + 1))
+
+    def either(self, *choices: T) -> T:
+        """Returns one of a few turns of phrase, which all splits share."""
+        return choices[int(self.rng.random() * len(choices))]
+
+    def one(self, fillers: Sequence[T], *, early: bool = False) -> T:
+        """Returns one of the split's fillers.
+
+        Args:
+          fillers: A list of `words`.
+          early: Prefer the front, so that a tokenizer gives the common words one token.
+        """
+        if self.split is not None:
+            fillers = words.fillers_of(self.split, fillers)
+        return fillers[int(self.rng.random() ** (2 if early else 1) * len(fillers))]
+
+    # ---- Names ----
+
+    def new(self, source: Sequence[str] = NOUNS, *, plural: bool = False) -> str:
+        """Returns a name that is not in use, for the snippet to assign."""
+        while True:
+            name = self.one(source, early=True)
+            if source is NOUNS and self.embellish(0.12):
+                name = f"{self.one(words.PREFIXES)}_{name}"
+            if plural:
+                name = f"{name}s"
+            if name not in self.taken:
+                self.taken.add(name)
+                return name
+
+    def expect(self, name: str, kind: Kind) -> str:
+        """Notes that `name` must exist before the snippet, and returns it."""
+        self.taken.add(name)
+        self.needs[name] = kind
+        return name
+
+    def given(self, kind: Kind) -> str:
+        """Returns a name that must exist before the snippet: an argument, or one not used so far."""
+        if self.arguments:
+            return self.either(*self.arguments)
+        source = words.FLAGS if kind == "flag" else NOUNS
+        return self.expect(self.new(source, plural=kind in ("numbers", "words")), kind)
+
+    def items(self, kind: Kind) -> tuple[str, str]:
+        """Returns a new name for the elements of a given list, and the list's, usually its plural."""
+        while True:
+            item = self.new()
+            plural = self.chance(0.75)
+            items = f"{item if plural else self.one(NOUNS, early=True)}s"
+            if items not in self.taken:
+                return item, self.expect(items, kind)
+
+    def function(self) -> str:
+        """Returns the name of a function."""
+        verb = self.one(words.VERBS, early=True)
+        return f"{verb}_{self.one(NOUNS, early=True)}" if self.chance(0.6) else verb
+
+    # ---- Values ----
+
+    def number(self) -> str:
+        return str(self.one(words.DIGITS if self.chance(0.8) else words.TENS))
+
+    def numbers(self, most: int) -> str:
+        """Returns up to `most` numbers, separated by commas."""
+        return ", ".join(self.number() for _ in range(self.between(1, most)))
+
+    def phrase(self, low: int, high: int) -> str:
+        """Returns some words, separated by spaces."""
+        count = self.between(low, high)
+        return " ".join(self.one(words.WORDS, early=True) for _ in range(count))
+
+    def quoted(self, text: str, *, answer: bool = False) -> str:
+        """Returns a string literal; where its end is an `answer`, prompts always use double quotes."""
+        single = self.embellish(0.5) if answer else self.chance(0.5)
+        return f"'{text}'" if single else f'"{text}"'
+
+    def value(self, name: str, kind: Kind) -> str:
+        """Returns an expression for a variable of this name and kind."""
+        # If all lists were written out, they would outnumber nested lists and dicts by far.
+        written_out = self.chance(0.5)
+        if kind == "number":
+            return self.number()
+        if kind == "numbers":
+            return f"[{self.numbers(5)}]" if written_out else f"list(range({self.number()}))"
+        if kind == "words":
+            texts = [self.phrase(1, 1) for _ in range(self.between(2, 4))]
+            listed = f"[{', '.join(self.quoted(text) for text in texts)}]"
+            return listed if written_out else f"{self.quoted(' '.join(texts))}.split()"
+        if kind == "flag":
+            return self.either("True", "False")
+        if kind == "path":
+            return self.quoted(f"{name.split('_')[0]}.{self.one(words.SUFFIXES)}")
+        return self.quoted(self.phrase(1, 4))
+
+    # ---- Expressions and statements ----
+
+    def condition(self) -> str:
+        draw = self.rng.random()
+        if draw < 0.45:
+            return self.given("flag")
+        if draw < 0.55:
+            return f"not {self.given('flag')}"
+        comparison = self.either(">", "<", "==", "==")
+        return f"{self.given('number')} {comparison} {self.number()}"
+
+    def arithmetic(self, name: str) -> str:
+        """Returns an expression of a variable."""
+        return f"{name} {self.either('+', '-', '*')} {self.number()}"
+
+    def say(self, *, quote: str = "") -> str:
+        """Returns a call that ends with a string; with a given `quote`, its end is what is decided."""
+        text = self.phrase(1, 4)
+        string = f"{quote}{text}{self.cut}{quote}" if quote else self.quoted(text)
+        callee = "print" if self.plain(0.6) else self.expect(self.one(words.CALLS), "call")
+        if self.embellish(0.15):
+            return f"{callee}({self.given('number')}, {string})"
+        return f"{callee}({string})"
+
+    def formatted(self, variable: str) -> str:
+        """Returns a call that prints a variable inside a string."""
+        text = self.phrase(1, 2)
+        variable = f"{{{variable}}}"
+        leads = self.embellish(0.15)
+        text = f"{variable} {text}" if leads else f"{text}{self.cut} {variable}"
+        return f"print(f{self.quoted(text, answer=True)})"
+
+    def ternary(self, name: str) -> str:
+        condition = self.condition()
+        return f"{name} = {self.number()} if {condition}{self.cut} else {self.number()}"
+
+    def statement(self) -> str:
+        """Returns one statement on one line; a prompt's has nothing to do with the task."""
+        draw = self.rng.random()
+        if self.paired:
+            if draw < 0.5 and self.strings:
+                return f"print({self.quoted(self.phrase(1, 2))})"
+            return f"{self.new()} = {self.number()}"
+        if draw < 0.3:
+            return self.say()
+        if draw < 0.4:
+            return self.formatted(self.given("number"))
+        if draw < 0.63:
+            return f"{self.new()} = {self.number()}"
+        if draw < 0.7:
+            return self.ternary(self.new())
+        if draw < 0.8:
+            return f"{self.given('number')} += 1"
+        if draw < 0.92:
+            return f"{self.new()} = len({self.given('numbers')})"
+        return f"{self.given('numbers')}.append({self.number()})"
+
+    # ---- Functions and classes ----
+
+    def signature(self, arguments: Sequence[str], *, defaults: bool) -> str:
+        """Returns arguments without a default or, all of them or all but the first, with `=None`.
+
+        At least the last two have one, so that the last can be predicted from the one before it.
+        """
+        if not defaults or len(arguments) < 2:
+            return ", ".join(arguments)
+        required = int(len(arguments) > 2 and self.chance(0.4))
+        optional = (f"{name}=None" for name in arguments[required:])
+        return ", ".join([*arguments[:required], *optional])
+
+    def constructor(self, attributes: Sequence[str], *, reverse: bool) -> list[str]:
+        """Returns the head of a class that stores its arguments, in their order or the reverse.
+
+        As both orders occur, only the attribute's name tells which argument comes next.
+        """
+        first, *others = attributes[::-1] if reverse else attributes
+        name = self.one(NOUNS, early=True).capitalize()
+        if self.embellish(0.3):
+            name += self.one(words.CLASS_KINDS)
+        return [
+            f"class {name}:",
+            f"    def __init__(self, {', '.join(attributes)}):",
+            f"        self.{first} ={self.cut} {first}{self.cut}",
+            *(f"        self.{attribute} = {attribute}" for attribute in others),
+        ]
