@@ -12,7 +12,7 @@ import pytest
 from wsparse import nodes, taps, trees
 from wsparse.config import NODE_SITES
 from wsparse.errors import UserError
-from wsparse.nodes import KERNELS, LOCATIONS, NODES, Node
+from wsparse.nodes import CONNECTIONS, LOCATIONS, NODES, Node
 
 
 def test_the_table_of_nodes_has_the_widths_and_neighbors_of_the_parameters():
@@ -45,7 +45,7 @@ def test_every_recorded_location_is_in_the_table_with_its_width():
 
 def test_a_kernels_neuron_axis_is_the_side_that_is_not_the_residual_stream():
     # Written down from the method, not read from the table.
-    assert {kernel.path.removeprefix("blocks/"): kernel.neuron_axis for kernel in KERNELS} == {
+    assert {c.kernel.removeprefix("blocks/"): c.neuron_axis for c in CONNECTIONS} == {
         "attn/q/kernel": 1,
         "attn/k/kernel": 1,
         "attn/v/kernel": 1,
@@ -54,10 +54,10 @@ def test_a_kernels_neuron_axis_is_the_side_that_is_not_the_residual_stream():
         "mlp/proj/kernel": 0,
     }
     flat = trees.flatten(shapes(SMALL))
-    for kernel in KERNELS:
-        source, target = (NODES[name].width(SMALL) for name in (kernel.source, kernel.target))
-        assert flat[kernel.path].shape[1:] == (source, target)
-        assert flat[kernel.bias].shape[1:] == (target,)
+    for c in CONNECTIONS:
+        source, target = (NODES[name].width(SMALL) for name in (c.source, c.target))
+        assert flat[c.kernel].shape[1:] == (source, target)
+        assert flat[c.bias].shape[1:] == (target,)
 
 
 @pytest.mark.parametrize("name", ["0.attn.q.0", "1.mlp.post_act.39", "12.attn.resid_delta.1048576"])

@@ -111,38 +111,40 @@ NODES = {name: kind for name, kind in LOCATIONS.items() if kind.site is not None
 OTHER_LOCATIONS = tuple(name for name in LOCATIONS if name not in NODES)
 
 
-class Kernel(NamedTuple):
-    """A weight matrix `(in, out)` of a block, with the nodes at its two sides.
+class Connection(NamedTuple):
+    """A weight matrix `(in, out)` of a block, with the node locations at its two sides.
 
     Attributes:
-      path: Parameter path; layers are stacked on a leading axis there.
       source: Location of the input side.
       target: Location of the output side.
+      kernel: Parameter path of the matrix; layers are stacked on a leading axis there.
       neuron_axis: Axis of one layer's matrix that indexes neurons or attention channels, the side that is
         not the residual stream's.
     """
 
-    path: str
     source: str
     target: str
+    kernel: str
     neuron_axis: int
 
     @property
     def bias(self) -> str:
-        """Path of the bias beside the kernel."""
-        return f"{self.path.removesuffix('kernel')}bias"
+        """Parameter path of the bias beside the kernel."""
+        return f"{self.kernel.removesuffix('kernel')}bias"
 
 
-def _kernels() -> tuple[Kernel, ...]:
+def _connections() -> tuple[Connection, ...]:
     target_of = {path: name for name, kind in NODES.items() for path in kind.incoming}
     return tuple(
-        Kernel(path, name, target_of[path], 1 if kind.channels == "read" else 0)
+        Connection(name, target_of[path], path, 1 if kind.channels == "read" else 0)
         for name, kind in NODES.items()
         for path in kind.outgoing
     )
 
 
-KERNELS = _kernels()
+# Gao et al. 2025: act_in to q, k, v; v to resid_delta; act_in to post_act; post_act to resid_delta.
+CONNECTIONS = _connections()
+
 _NAME = re.compile(r"(0|[1-9]\d*)\.(\w+\.\w+)\.(0|[1-9]\d*)", re.ASCII)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from wsparse import trees
 from wsparse.config import MeshConfig
 from wsparse.errors import UserError
-from wsparse.nodes import KERNELS, LOCATIONS
+from wsparse.nodes import CONNECTIONS, LOCATIONS
 from wsparse.taps import Tap
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ _NEURONS = ("tensor", "fsdp")
 RULES: trees.Rules[P] = (
     (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step)", P()),
     *(
-        (f"(.*/)?{k.path}", P(None, None, _NEURONS) if k.neuron_axis else P(None, _NEURONS, None))
-        for k in KERNELS
+        (f"(.*/)?{c.kernel}", P(None, None, _NEURONS) if c.neuron_axis else P(None, _NEURONS, None))
+        for c in CONNECTIONS
     ),
-    *((f"(.*/)?{k.bias}", P(None, _NEURONS if k.neuron_axis else "fsdp")) for k in KERNELS),
+    *((f"(.*/)?{c.bias}", P(None, _NEURONS if c.neuron_axis else "fsdp")) for c in CONNECTIONS),
     (r"(.*/)?blocks/attn/sink", P(None, "tensor")),
     (r"(.*/)?embed/tokens", P("tensor", "fsdp")),
     (r"(.*/)?head/(unembed|bigram)", P("fsdp", "tensor")),

@@ -20,14 +20,14 @@ import optax
 
 from wsparse import model, sharding, sparsity, trees
 from wsparse.config import ModelConfig, TrainConfig
-from wsparse.nodes import KERNELS
+from wsparse.nodes import CONNECTIONS
 
 # The sharding of a batch of held-out windows.
 EVAL_BATCH = P(("data", "fsdp"), None)
 
 # Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
 DECAY_RULES: trees.Rules[bool] = (
-    *((kernel.path, True) for kernel in KERNELS),
+    *((connection.kernel, True) for connection in CONNECTIONS),
     (r"embed/(tokens|positions)|head/unembed", True),
     (r".*/(bias|gain|sink)|embed/sinusoids|head/(bigram|logits_bias)", False),
 )

@@ -13,31 +13,7 @@ from wsparse import model, trees
 from wsparse.circuits import masks
 from wsparse.circuits.circuit import Edge
 from wsparse.config import ModelConfig
-from wsparse.nodes import NODES
-
-
-class Connection(NamedTuple):
-    """A kernel `(L, in, out)` and the locations at its two sides."""
-
-    source: str
-    target: str
-    kernel: str
-
-    @property
-    def bias(self) -> str:
-        """The path of the bias beside the kernel."""
-        return f"{self.kernel.removesuffix('kernel')}bias"
-
-
-def _connections() -> tuple[Connection, ...]:
-    into = {path: name for name, kind in NODES.items() for path in kind.incoming}
-    return tuple(
-        Connection(name, into[path], path) for name, kind in NODES.items() for path in kind.outgoing
-    )
-
-
-CONNECTIONS = _connections()
-"""Gao et al. 2025: act_in to q, k, v; v to resid_delta; act_in to post_act; post_act to resid_delta."""
+from wsparse.nodes import CONNECTIONS, Node
 
 # What a kernel multiplies, where that is not the node itself: heads mix values over time on the way.
 MULTIPLIED = {"attn.v": "attn.y"}
@@ -84,7 +60,9 @@ def edge_list(edges: EdgeMask, params: model.Params) -> list[Edge]:
     """Returns the edges of a mask with their weights."""
     flat = trees.flatten(params)
     return [
-        Edge(f"{layer}.{c.source}.{i}", f"{layer}.{c.target}.{o}", float(kernel[layer, i, o]))
+        Edge(
+            str(Node(layer, c.source, i)), str(Node(layer, c.target, o)), float(kernel[layer, i, o])
+        )
         for c in CONNECTIONS
         for kernel in [np.asarray(flat[c.kernel])]
         for layer, i, o in np.argwhere(edges[c.kernel])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse.config import ModelConfig
-from wsparse.nodes import NODES
+from wsparse.nodes import NODES, Node
 
 Mask = dict[str, Any]
 
@@ -48,7 +48,7 @@ def unflatten(vector_U: Any, config: ModelConfig) -> Mask:
 def names(config: ModelConfig) -> list[str]:
     """Every node's name, "layer.location.channel", in the order of `flatten`."""
     return [
-        f"{layer}.{location}.{channel}"
+        str(Node(layer, location, channel))
         for location, (layers, width) in shapes(config).items()
         for layer in range(layers)
         for channel in range(width)

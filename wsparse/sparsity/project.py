@@ -12,7 +12,7 @@ import optax
 
 from wsparse import trees
 from wsparse.errors import UserError
-from wsparse.nodes import KERNELS
+from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
 from wsparse.ops.top_k import select
 
@@ -41,8 +41,8 @@ class Dense:
 MODEL_RULES: trees.Rules[Sparse | Dense] = (
     (r"(.*/)?(gain|sink|bigram|logits_bias|sinusoids)", Dense()),
     (r"(.*/)?(\w+_)?norm/bias", Dense()),
-    *((k.path, Sparse(neuron_axis=k.neuron_axis, stacked=True)) for k in KERNELS),
-    *((k.bias, Sparse(stacked=True)) for k in KERNELS),
+    *((c.kernel, Sparse(neuron_axis=c.neuron_axis, stacked=True)) for c in CONNECTIONS),
+    *((c.bias, Sparse(stacked=True)) for c in CONNECTIONS),
     (r"embed/(tokens|positions)|head/unembed", Sparse()),
 )
 
