@@ -25,25 +25,25 @@ def initialize_processes() -> None:
     One process on its own needs nothing. Must come before the first use of a device.
 
     Raises:
-      UserError: the variables contradict each other, or the others cannot be joined.
+      UserError: The variables contradict each other, or the others cannot be joined.
     """
-    given = _given_processes()
-    if jax.distributed.is_initialized() or not (given or _in_a_cluster()):
+    arguments = _arguments_from_environment()
+    if jax.distributed.is_initialized() or not (arguments or _in_a_cluster()):
         return
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**arguments)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot join the other processes: {str(error).splitlines()[0]}; every process needs the "
             f"same {_PROCESS_VARIABLES[0]} and {_PROCESS_VARIABLES[1]}, and its own {_PROCESS_VARIABLES[2]}"
         ) from error
     if jax.process_index() != 0:
-        # What all processes do, one of them tells.
+        # All processes do the same, and the first one logs it.
         logging.getLogger("wsparse").setLevel(logging.WARNING)
 
 
 def gather(text: str) -> list[str]:
-    """`text` of every process, in the order of processes; what is longer than 1 kB is cut.
+    """Returns the `text` of every process, in the order of processes, each cut to 1 kB.
 
     All processes must call this together.
     """
@@ -57,24 +57,28 @@ def gather(text: str) -> list[str]:
 def require_same(text: str, what: str) -> None:
     """Refuse to go on when processes do not agree on `text`.
 
+    Args:
+      text: Text that must be the same in all processes.
+      what: Name of what the text stands for, for the message.
+
     Raises:
-      UserError: naming `what` and the first process that differs.
+      UserError: A process differs from the first one.
     """
-    everywhere = gather(text)
-    other = next((p for p, each in enumerate(everywhere) if each != everywhere[0]), None)
+    texts = gather(text)
+    other = next((process for process, copy in enumerate(texts) if copy != texts[0]), None)
     if other is not None:
         raise UserError(
-            f"{what} must be the same in all {len(everywhere)} processes, but that of process {other} "
+            f"{what} must be the same in all {len(texts)} processes, but that of process {other} "
             "differs from that of process 0: give all of them the same files"
         )
 
 
 def blind_processes(path: epath.PathLike, *, seconds: float = 60) -> list[int]:
-    """The processes that do not see a file which process 0 has written; empty where storage is shared.
+    """Returns the processes that do not see a file of process 0, which is none of them on shared storage.
 
     Args:
-      path: of the file.
-      seconds: how long a network's file system may take to show it.
+      path: Path of the file.
+      seconds: Time that a network's file system may take to show it.
     """
     deadline = time.monotonic() + seconds
     path = epath.Path(path)
@@ -86,7 +90,7 @@ def blind_processes(path: epath.PathLike, *, seconds: float = 60) -> list[int]:
 
 
 def accelerators() -> list[str]:
-    """The kinds of accelerator that this machine seems to have, "tpu" or "cuda", without asking jax."""
+    """Returns the accelerators that this machine seems to have, "tpu" or "cuda", without asking jax."""
     kinds = {"tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
     return [kind for kind, patterns in kinds.items() if any(map(glob.glob, patterns))]
 
@@ -95,8 +99,8 @@ _PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCE
 _LONGEST = 1024
 
 
-def _given_processes() -> dict[str, Any]:
-    """What the variables say, as arguments of `jax.distributed.initialize`, which reads only the first."""
+def _arguments_from_environment() -> dict[str, Any]:
+    """Returns the arguments of `jax.distributed.initialize`, which itself reads only the first variable."""
     address, count, index = (os.environ.get(name) for name in _PROCESS_VARIABLES)
     if count is None and index is None:
         return {} if address is None else {"coordinator_address": address}
@@ -113,7 +117,7 @@ def _given_processes() -> dict[str, Any]:
 
 
 def _in_a_cluster() -> bool:
-    """Whether jax would find other processes, or a slice of a pod, by itself."""
+    """Returns whether jax would find other processes, or a slice of a pod, by itself."""
     environment = os.environ
     # Only a step that srun began has this: in a batch script of Slurm itself, python is alone.
     slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1

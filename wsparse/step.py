@@ -44,9 +44,11 @@ class TrainState(NamedTuple):
 def make_optimizer(
     config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
+    """Returns gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
 
-    With the mesh that parameters lie on, the projection knows whether devices hold whole matrices.
+    Args:
+      config: The run.
+      mesh: Devices that hold the parameters; the projection needs to know whether they are replicated.
     """
     settings = config.optimizer
     density = sparsity.density_schedule(config.sparsity, config.steps)
@@ -84,7 +86,7 @@ def _projection(
 
 
 def init_state(config: TrainConfig) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     params = model.init(config.model, jax.random.key(config.seed))
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 
@@ -96,11 +98,11 @@ def loss(
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
+    """Returns the mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
     tap = None if mesh is None else sharding.activation_tap(mesh)
     logits_BTV, acts = model.forward(params, window_BT[:, :-1], config, tap=tap)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
-    return jnp.mean(each), acts
+    loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, window_BT[:, 1:])
+    return jnp.mean(loss_BT), acts
 
 
 def train_step(
@@ -110,7 +112,7 @@ def train_step(
     config: TrainConfig,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
+    """Make one optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
 
     Returns:
       The next state, and float32 scalars "loss", "gradient_rms", "kurtosis" (of the final residual,
@@ -152,7 +154,7 @@ def train_step(
 def project(
     params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
 ) -> model.Params:
-    """The projection alone, at the final density: what it costs can be told apart."""
+    """Returns updates that only project, at the final density; used to time the projection."""
     transform = _projection(config, config.sparsity.density, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates: Any = transform.update(zeros, transform.init(params), params)[0]
@@ -166,7 +168,7 @@ def eval_step(
     config: ModelConfig,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
+    """Returns the mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
     value, acts = loss(params, window_BT, config, mesh=mesh)
     return value, jnp.any(acts["mlp.post_act"] != 0, axis=(1, 2))
 
@@ -176,12 +178,12 @@ class Program:
     """The compiled functions of a run, and where their arrays live.
 
     Attributes:
-      mesh: the devices.
-      abstract_state: shapes, dtypes and shardings of the state.
+      mesh: Devices of the run.
+      abstract_state: Shapes, dtypes and shardings of the state.
       init: `() -> state`.
       step: `(state, batch) -> (state, metrics)`, donates the state.
       evaluate: `(params, windows) -> (loss, fired)`.
-      project: `params -> updates` that project them; part of `step`, here on its own.
+      project: `params -> updates` that project them; part of `step`, here on its own to be timed.
       alive: `(params, fired or None) -> alive neurons per layer`.
     """
 
@@ -198,7 +200,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     """Jit the functions of a run over a mesh; nothing is compiled yet.
 
     Raises:
-      UserError: the batch does not divide over the mesh.
+      UserError: The batch does not divide over the mesh.
     """
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     init = functools.partial(init_state, config)
@@ -207,7 +209,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     replicated = NamedSharding(mesh, P())
 
     def on_mesh(function, config):
-        """The function, traced where kernels can see which devices their arrays are spread over."""
+        """Returns the function, traced where kernels can see which devices their arrays are sharded over."""
 
         def traced(*arguments):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
