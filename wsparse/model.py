@@ -259,7 +259,8 @@ class Attention(nn.Module):
         sink_H = None
         if config.sink:
             sink_H = self.param("sink", nn.initializers.zeros, (config.n_head,))
-        y_BTHK = attend(*heads, sink_H, positions_BP)
+        q_BTHK, k_BTHK, v_BTHK = heads
+        y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, sink_H, positions_BP)
         y_BTE = jnp.reshape(y_BTHK, (*y_BTHK.shape[:2], config.attention_width))
         y_BTE = acts["attn.y"] = node("attn.y", y_BTE)
         out = Linear(config.d_model, _output_std(config), config.bias, name="out")

@@ -56,52 +56,20 @@ _OUT, _FC, _PROJ = "blocks/attn/out/kernel", "blocks/mlp/fc/kernel", "blocks/mlp
 LOCATIONS: dict[str, NodeKind] = {
     "attn.resid_in": NodeKind("residual", hook="hook_resid_pre"),
     "attn.act_in": NodeKind(
-        "read",
-        "attn_in",
-        outgoing=(_Q, _K, _V),
-        hook="ln1.hook_normalized",
-        meaning="read by attention",
+        "read", "attn_in", (), (_Q, _K, _V), "ln1.hook_normalized", "read by attention"
     ),
-    "attn.q": NodeKind("heads", "attn_q", incoming=(_Q,), hook="attn.hook_q", meaning="query"),
-    "attn.k": NodeKind("heads", "attn_k", incoming=(_K,), hook="attn.hook_k", meaning="key"),
-    "attn.v": NodeKind(
-        "heads",
-        "attn_v",
-        incoming=(_V,),
-        outgoing=(_OUT,),
-        hook="attn.hook_v",
-        meaning="value",
-    ),
+    "attn.q": NodeKind("heads", "attn_q", (_Q,), (), "attn.hook_q", "query"),
+    "attn.k": NodeKind("heads", "attn_k", (_K,), (), "attn.hook_k", "key"),
+    "attn.v": NodeKind("heads", "attn_v", (_V,), (_OUT,), "attn.hook_v", "value"),
     "attn.y": NodeKind("heads", hook="attn.hook_z"),
     "attn.resid_delta": NodeKind(
-        "residual",
-        "attn_out",
-        incoming=(_OUT,),
-        hook="hook_attn_out",
-        meaning="written by attention",
+        "residual", "attn_out", (_OUT,), (), "hook_attn_out", "written by attention"
     ),
     "mlp.resid_mid": NodeKind("residual", hook="hook_resid_mid"),
-    "mlp.act_in": NodeKind(
-        "read",
-        "mlp_in",
-        outgoing=(_FC,),
-        hook="ln2.hook_normalized",
-        meaning="read by the MLP",
-    ),
-    "mlp.post_act": NodeKind(
-        "neurons",
-        "mlp_neuron",
-        incoming=(_FC,),
-        outgoing=(_PROJ,),
-        hook="mlp.hook_post",
-        meaning="neuron",
-    ),
+    "mlp.act_in": NodeKind("read", "mlp_in", (), (_FC,), "ln2.hook_normalized", "read by the MLP"),
+    "mlp.post_act": NodeKind("neurons", "mlp_neuron", (_FC,), (_PROJ,), "mlp.hook_post", "neuron"),
     "mlp.resid_delta": NodeKind(
-        "residual",
-        "mlp_out",
-        incoming=(_PROJ,),
-        hook="hook_mlp_out",
-        meaning="written by the MLP",
+        "residual", "mlp_out", (_PROJ,), (), "hook_mlp_out", "written by the MLP"
     ),
     "final_resid": NodeKind("residual"),
 }
