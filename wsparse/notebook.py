@@ -167,6 +167,9 @@ class Circuits(Mapping[str, "Circuit"]):
         found.check(self._run.params)
         return Circuit(**_fields(found), run=self._run)
 
+    def __contains__(self, task: object) -> bool:
+        return task in list(self)
+
     def __iter__(self) -> Iterator[str]:
         return (path.parent.name for path in sorted(self._folder.glob("*/circuit.json")))
 
@@ -207,11 +210,9 @@ class Circuit(circuit_file.Circuit):
         Raises:
           UserError: The circuit has no nodes, or no evidence is stored beside it.
         """
-        from wsparse.viewer import contents, page
+        from wsparse.viewer import contents
 
-        options = contents.Options(task=(self.task,))
-        data = contents.read_run(self.run.folder, options)
-        return Page(page.render(data, title=f"{self.run.folder.name}: {self.task}"))
+        return Page(contents.circuit_page(self.run.folder / "circuits" / self.task))
 
     def _repr_html_(self) -> str:
         return self.show()._repr_html_()
