@@ -363,3 +363,136 @@ def test_narrow_windows_do_not_scroll_sideways(open_page, data, width):
         page.set_viewport_size({"width": width, "height": 800})
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_an_edge_can_be_selected_shared_and_left(open_page, data):
+    shown = data["circuits"][case.TASK]
+    page = open_page(f"#task={case.TASK}")
+    edge = page.locator("path.edge").last
+    edge.evaluate("e => e.dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    source, target = edge.get_attribute("data-edge").split(">")
+    [weight] = [
+        weight
+        for s, t, weight in shown["edges"]
+        if (shown["nodes"][s]["name"], shown["nodes"][t]["name"]) == (source, target)
+    ]
+    for opened in (page, open_page(page.evaluate("location.hash"))):
+        assert opened.locator("#panel h2").inner_text() == f"{source} \N{RIGHTWARDS ARROW} {target}"
+        assert str(weight).replace("-", MINUS) in opened.locator("#panel").inner_text()
+        assert opened.locator("path.edge.lit").count() == 1
+        assert opened.locator(".node:not(.dim)").count() == 2
+    page.locator("#panel").get_by_role("button", name=source).click()
+    assert state(page)["node"] == source and "edge" not in state(page)
+    page.keyboard.press("Escape")
+    assert page.locator("path.edge.dim").count() == 0
+
+
+def test_a_selection_that_the_slider_hides_dims_nothing(open_page, data):
+    last = data["circuits"][case.TASK]["nodes"][-1]["name"]
+    page = open_page(f"#task={case.TASK}&node={last}")
+    assert page.locator(".node.dim").count() > 0
+    page.locator("#keep").fill("5")
+    assert page.locator(".node.dim").count() == page.locator("path.dim").count() == 0
+    assert page.locator("#panel h2").inner_text() == last
+
+
+def test_numbers_name_their_split_and_count_the_same_nodes(open_page, data):
+    page = open_page(f"#task={case.TASK}")
+    pairs = data["circuits"][case.TASK]["ablation_pairs"]
+    for keep in (3, 17, case.N_NODES - 1):
+        page.locator("#keep").fill(str(keep))
+        assert page.locator("#kept").inner_text() == f"{keep} of {case.N_NODES}"
+        text = page.locator("#prefix").inner_text()
+        assert (
+            f"the top {keep} alone: loss {dict(data['circuits'][case.TASK]['prefix'])[keep]:.3f}"
+            in text
+        )
+        assert f"{pairs} pairs of the report split" in text
+    assert "report split" in page.locator("#panel").inner_text()
+    page.locator(".node").first.click()
+    assert "report split" in page.locator("#panel").inner_text()
+
+
+def test_between_measured_sizes_the_loss_of_a_part_is_said_to_be_about(open_page, data, tmp_path):
+    sparse = copy.deepcopy(data)
+    sparse["circuits"][case.TASK]["prefix"] = [[1, 0.6], [case.N_NODES, 0.1]]
+    file = tmp_path / "sparse.html"
+    file.write_text(page_lib.render(sparse, title="x"), encoding="utf-8")
+    page = open_page(f"#task={case.TASK}&keep={(1 + case.N_NODES) // 2}", file=file)
+    assert "alone: loss about 0.3" in page.locator("#prefix").inner_text()
+    page.locator("#keep").fill("1")
+    assert "the top 1 alone: loss 0.600" in page.locator("#prefix").inner_text()
+
+
+def test_answers_keep_their_white_space(open_page, data, tmp_path):
+    spaced = copy.deepcopy(data)
+    spaced["circuits"][case.TASK]["form"] = "'    ' or '        '"
+    file = tmp_path / "spaced.html"
+    file.write_text(page_lib.render(spaced, title="x"), encoding="utf-8")
+    page = open_page(f"#task={case.TASK}", file=file)
+    assert "'    ' or '        '" in page.locator("#panel").inner_text()
+
+
+def test_a_circuit_above_its_target_is_marked_in_table_and_panel(open_page, data, tmp_path):
+    missed = copy.deepcopy(data)
+    status = "above target on the report split"
+    missed["circuits"][case.TASK] |= {"loss": 0.179, "target": 0.15, "status": status}
+    for row in missed["tasks"]:
+        if row["task"] == case.TASK:
+            row |= {"status": status, "sufficiency": 0.179, "target": 0.15}
+        elif "edges" in row:
+            row |= {"sufficiency": 0.1, "target": 0.15}
+    file = tmp_path / "missed.html"
+    file.write_text(page_lib.render(missed, title="x"), encoding="utf-8")
+    page = open_page(file=file)
+    marked = page.locator("#tasks tbody tr").filter(has_text=status)
+    assert marked.count() == 1 and case.TASK in marked.inner_text()
+    page = open_page(f"#task={case.TASK}", file=file)
+    assert "above its target, 0.15, on the report split" in page.locator("#panel").inner_text()
+
+
+def test_the_page_works_in_the_srcdoc_of_a_frame(open_page, browser, path, tmp_path):
+    """Where links to fragments would lead to the page around it, and the address cannot be written."""
+    outer = tmp_path / "outer.html"
+    outer.write_text("<iframe width=1200 height=800></iframe>")
+    page = browser.new_page()
+    trouble = []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto(outer.as_uri())
+    page.locator("iframe").evaluate("(e, text) => { e.srcdoc = text; }", path.read_text())
+    frame = page.frame_locator("iframe")
+    frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
+    frame.locator(".node").first.click()
+    assert frame.locator("#panel .prompt").count() == 3
+    frame.locator("#keep").fill("9")
+    assert frame.locator(".node:not(.gone)").count() == 9
+    frame.locator("#home").click()
+    assert frame.locator("#overview").is_visible()
+    page.close()
+    assert trouble == []
+
+
+def test_labels_can_be_read_on_a_phone(open_page, data):
+    page = open_page(f"#task={case.TASK}")
+    tall = "e => e.getBoundingClientRect().height"
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.reload()
+    page.wait_for_selector(".node")
+    first = data["circuits"][case.TASK]["nodes"][0]["name"]
+    label = page.locator(f'.node[data-name="{first}"] text')
+    assert label.evaluate(tall) >= 9
+    box, graph = label.bounding_box(), page.locator("#graph").bounding_box()
+    assert graph["x"] <= box["x"] <= graph["x"] + graph["width"]
+    page.locator("#zoom-fit").click()
+    assert label.evaluate(tall) < 9
+
+
+def test_a_page_that_opens_with_a_circuit_shows_it_and_leads_to_the_table(
+    open_page, data, tmp_path
+):
+    file = tmp_path / "one.html"
+    file.write_text(page_lib.render(data | {"opens": case.TASK}, title="x"), encoding="utf-8")
+    page = open_page(file=file)
+    assert page.locator("#circuit-title").inner_text() == case.TASK
+    page.locator("#home").click()
+    assert page.locator("#overview").is_visible()
