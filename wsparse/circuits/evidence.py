@@ -111,7 +111,7 @@ def measure(
     scorer = scoring.Scorer(run.params, config, jax.tree.map(jnp.asarray, circuit.means))
     ordered = sorted(circuit.nodes, key=lambda node: -node.importance)
     shown = ordered[: options.max_nodes]
-    with progress(2 * len(shown) + min(len(ordered), _PREFIXES), "evidence") as bar:
+    with progress(2 * len(shown) + 1 + min(len(ordered), _PREFIXES), "evidence") as bar:
         from_model, prefix = _ablations(scorer, circuit, ordered, shown, pairs, bar.advance)
         recorded = _on_prompts(scorer, circuit, shown, _first(pairs, options.pairs))
         places = [Node.parse(node.name) for node in shown]
