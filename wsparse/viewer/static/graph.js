@@ -255,10 +255,11 @@ const READABLE = 0.72;
 function opening() {
   const { scale, x, y } = fitting();
   if (scale >= READABLE || graphSize()[0] > 600) return { scale, x, y };
-  const { left, right } = graph.place;
-  const half = graphSize()[0] / READABLE / 2;
+  const { left, right, top, bottom } = graph.place;
+  const [halfWidth, halfHeight] = graphSize().map((size) => size / READABLE / 2);
   const [first] = graph.circuit.nodes;
-  return { scale: READABLE, x: Math.max(left + half, Math.min(right - half, first.x)), y: first.y };
+  const near = (at, from, to, half) => (to - from < 2 * half ? (from + to) / 2 : Math.max(from + half, Math.min(to - half, at)));
+  return { scale: READABLE, x: near(first.x, left, right, halfWidth), y: near(first.y, top - 58, bottom + 18, halfHeight) };
 }
 
 /** The view of everything; null where a circuit opens with it. */

@@ -9,8 +9,8 @@ const TABLE = [
   ['calibrated', 'calib.', (row) => row.calibrated, 'the same after a fitted scale and shift of the logits'],
   ['model', 'model', (row) => row.model_loss, 'task loss of the whole model'],
   ['without', 'without', (row) => row.necessity, 'loss when the circuit is removed and the rest stays; chance is 0.693'],
-  ['shuffled', 'shuffled', (row) => row.controls?.shuffled_labels, 'control: least loss of the same search on shuffled labels'],
-  ['random', 'random', (row) => row.controls?.random_model, 'control: least loss of the same search in a model with weights at random places'],
+  ['shuffled', 'shuffled', (row) => row.controls?.shuffled_labels, 'control: least loss of the same search on shuffled labels, on the pairs that circuits are chosen on'],
+  ['random', 'random', (row) => row.controls?.random_model, 'the same in a model with weights at random places'],
   ['attribution', 'attrib.', (row) => row.attribution_edges, 'edges of the circuit that gradient attribution finds'],
   ['seconds', 'seconds', (row) => row.seconds, 'search and clean-up'],
 ];

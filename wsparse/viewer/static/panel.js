@@ -20,17 +20,17 @@ function edgeOf(circuit, name) {
 }
 
 function edgePanel(circuit, edge, change) {
-  const end = (node) => el('span', {}, link(node, change), el('span', { class: 'quiet' }, ` ${describe(node)}`));
   return [
     el('div', { class: 'heading' },
       el('h2', {}, `${edge.source.name} → ${edge.target.name}`),
       el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ edge: null }, true) }, '×')),
+    el('p', {}, `From ${describe(edge.source)} to ${describe(edge.target)}`),
     section('Edge', facts([
-      ['weight', exact(edge.weight)], ['from', end(edge.source)], ['to', end(edge.target)],
+      ['weight', exact(edge.weight)], ['from', link(edge.source, change)], ['to', link(edge.target, change)],
       ['rank by size', `${circuit.edges.indexOf(edge) + 1} of ${circuit.edges.length}`],
       ['loss without its source, in the circuit', signed(edge.source.importance)],
       ['loss without its target, in the circuit', signed(edge.target.importance)],
-    ])),
+    ]), el('p', { class: 'quiet' }, 'Growth of the task loss when that node alone is removed, on the report split.')),
   ];
 }
 
