@@ -235,7 +235,7 @@ def change_key(key, value):
     [
         (lambda where: (where / "evidence.npz").unlink(), r"evidence\.npz cannot be read"),
         (lambda where: (where / "evidence.npz").write_bytes(b""), r"evidence\.npz cannot be read"),
-        (lambda where: (where / "evidence.json").write_text("{"), "cannot be read"),
+        (lambda where: (where / "evidence.json").write_text("{"), r"evidence\.json"),
         (drop_array, "'counts_NB' is missing"),
         (change_array("model_values_PX", lambda a: a[:-1]), "model_values_PX must be numbers"),
         (change_array("quantile_E", lambda a: a.astype(str)), "quantile_E must be numbers"),
