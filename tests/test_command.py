@@ -36,6 +36,8 @@ def main(argv):
         raise UserError("what to change")
     if what == "missing":
         open("/does/not/exist")
+    if what == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
     if what == "pipe":
         while True:
             log.info("a line")
@@ -47,6 +49,7 @@ def main(argv):
 
 flags.DEFINE_string("what", "", "")
 flags.DEFINE_float("number", 1.0, "")
+flags.DEFINE_string("out", None, "")
 run_command(main)
 """
 
@@ -85,6 +88,13 @@ def test_log_lines_go_to_stdout_and_those_of_libraries_nowhere():
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, line):
     assert finish(*arguments) == (2, "", line + "\n")
+
+
+def test_a_full_disk_is_one_line_that_says_where_and_what_is_free(tmp_path):
+    status, out, err = finish("--what=full", f"--out={tmp_path}/x")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: cannot write {tmp_path}/x: No space left on device (")
+    assert err.endswith(f" MB free in {tmp_path})\n")
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly():

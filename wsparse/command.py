@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -21,7 +22,7 @@ from absl import app, flags
 import absl.logging
 from tqdm import tqdm
 
-from wsparse import signals
+from wsparse import files, signals
 from wsparse.errors import UserError
 
 
@@ -145,8 +146,17 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
     except OSError as error:
         if flags.FLAGS.verbosity > 0:
             raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _fail(str(files.cannot_write(error.filename or _destination(), error)))
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
+
+
+def _destination() -> str:
+    """Returns where a command writes: a write that fails does not know its file."""
+    names = ("out", "workdir", "run")
+    values = (flags.FLAGS[name].value for name in names if name in flags.FLAGS)
+    return next((str(value) for value in values if value), ".")
 
 
 def _fail(message: str) -> NoReturn:

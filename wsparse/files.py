@@ -84,6 +84,8 @@ def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> Us
 def _space_left(path: pathlib.Path) -> str:
     for folder in (path, *path.absolute().parents):
         with contextlib.suppress(OSError):
+            if not folder.is_dir():
+                continue
             return f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder})"
     return ""
 
