@@ -80,6 +80,19 @@ def test_damaged_arrays_are_refused(folder, content):
         Circuit.load(folder)
 
 
+@pytest.mark.parametrize("name", ["removed/blocks/mlp/fc/kernel", "means/attn.q"])
+@pytest.mark.parametrize("change", [lambda array: None, lambda array: array[:1]])
+def test_arrays_of_another_shape_are_refused(folder, name, change):
+    with np.load(folder / "circuit.npz") as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    changed = change(arrays.pop(name))
+    if changed is not None:
+        arrays[name] = changed
+    np.savez(folder / "circuit.npz", **arrays)
+    with pytest.raises(UserError, match=rf"{name.rpartition('/')[2]} must|{name[8:]} must"):
+        Circuit.load(folder)
+
+
 @pytest.mark.parametrize("status", [{}, [], {"task": "a", "status": "found", "model": None}])
 def test_a_damaged_status_is_refused_by_every_table(folder, status):
     (folder / "status.json").write_text(json.dumps(status))

@@ -118,9 +118,19 @@ def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
     assert set(circuit.controls) == {"shuffled_labels", "random_model"}
     assert found[0] in (folder / "table.txt").read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all(
+        (folder / name / "evidence.json").exists() == bool(Circuit.load(folder / name).nodes)
+        for name in found
+    )
     status, out, err = finish(start("prune", *command))
     assert status == 0, err
     assert out.count("done before") >= 1
+    circuits = [Circuit.load(folder / name) for name in found]
+    if drawn := [circuit.task for circuit in circuits if circuit.nodes]:
+        status, out, err = finish(start("view", "--run=runs/tiny"))
+        assert status == 0, err
+        page = (workdir / "report.html").read_text()
+        assert all(name in page for name in drawn)
     status, out, err = finish(start("circuits.compare", "--runs", "runs/tiny", "runs/tiny"))
     assert status == 0, err
     assert " 1.0" in out

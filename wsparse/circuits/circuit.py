@@ -375,3 +375,13 @@ def _check(circuit: Circuit) -> None:
         shape = (circuit.config.n_layer, kind.width(circuit.config))
         if name not in circuit.means or circuit.means[name].shape != shape:
             raise UserError(f"the means of {name} must have shape {shape}")
+        if name in circuit.tau and circuit.tau[name].shape != shape:
+            raise UserError(f"the tau of {name} must have shape {shape}")
+    widths = {name: kind.width(circuit.config) for name, kind in nodes.NODES.items()}
+    for connection in nodes.CONNECTIONS:
+        shape = (circuit.config.n_layer, widths[connection.source], widths[connection.target])
+        removed = circuit.removed.get(connection.kernel)
+        if removed is None or removed.shape != shape or removed.dtype != bool:
+            raise UserError(
+                f"the removed weights of {connection.kernel} must be bool of shape {shape}"
+            )
