@@ -186,3 +186,18 @@ def test_wrong_python_tasks(tmp_path, text, message):
     path = written(tmp_path / "task.py", text)
     with pytest.raises(UserError, match=rf"^{path}{message}"):
         tasks.load(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("        yield 1 / 0", "task.py:8: ZeroDivisionError: division by zero"),
+        ("        yield 5", "task.py: TypeError: the stream of TASK must yield Pair, got 5"),
+    ],
+)
+def test_a_stream_that_fails_is_named_by_file_and_line(tmp_path, tokenizers, line, message):
+    text = TASK.replace("        yield Pair(", f"{line}\n        yield Pair(")
+    assert text != TASK
+    task = tasks.load(written(tmp_path / "task.py", text))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{message}$"):
+        tasks.build(task, tokenizers[512], 4, seed=0)

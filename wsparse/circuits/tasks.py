@@ -15,7 +15,8 @@ splits share neither templates nor names, words and numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
 from functools import partial
 import hashlib
 import logging
@@ -225,7 +226,7 @@ def _from_python(path: pathlib.Path) -> Task:
             raise UserError(
                 f"{path}: TASK must be a wsparse.circuits.tasks.Task, got {ascii(task)[:80]}"
             )
-        return task
+        return dataclasses.replace(task, stream=partial(_checked, path, task.stream))
     if not callable(names.get("pairs")):
         raise UserError(f"{path}: must define TASK = Task(...) or a function pairs()")
     try:
@@ -233,6 +234,19 @@ def _from_python(path: pathlib.Path) -> Task:
     except Exception as error:  # As above.
         raise _located(path, error) from error
     return _listed(path, _python_pairs(path, listed))
+
+
+def _checked(
+    path: pathlib.Path, stream: Callable[[int, Split], Iterator[Pair]], seed: int, split: Split
+) -> Iterator[Pair]:
+    """Yields the pairs of a user's stream, and raises a UserError for whatever else it does."""
+    try:
+        for pair in stream(seed, split):
+            if not isinstance(pair, Pair):
+                raise TypeError(f"the stream of TASK must yield Pair, got {ascii(pair)[:80]}")
+            yield pair
+    except Exception as error:  # As above.
+        raise _located(path, error) from error
 
 
 def _located(path: pathlib.Path, error: BaseException) -> UserError:
