@@ -125,7 +125,7 @@ class Run(runs.Run):
             task, or none of the search's circuits reaches the target.
         """
         from wsparse import prune
-        from wsparse.circuits import procedure
+        from wsparse.circuits import evidence, procedure
         from wsparse.circuits.tasks import find
 
         chosen = find(task)
@@ -134,6 +134,7 @@ class Run(runs.Run):
             [chosen],
             from_dict(procedure.Settings, settings),
             max_tokens=self.config.model.context,
+            shown=evidence.Options(),
         )
         status = circuit_file.Status.load(self.folder / "circuits" / chosen.name)
         if not status.has_circuit:

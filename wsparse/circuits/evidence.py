@@ -156,14 +156,15 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
     known = tasks.TASKS | {task.name: task for task in files}
     rows = report.collect(folder / "circuits")
-    wanted = {pathlib.Path(name).stem for name in names}
-    found = [row["task"] for row in rows if row.get("nodes")]
-    if "all" not in wanted and (missing := sorted(wanted - set(found))):
-        raise UserError(f"{folder} has no circuit of {missing[0]!r}{closest(missing[0], found)}")
+    stems = {pathlib.Path(name).stem for name in names}
+    with_circuit = [row["task"] for row in rows if row.get("nodes")]
+    if "all" not in stems and (missing := sorted(stems - set(with_circuit))):
+        near = closest(missing[0], with_circuit)
+        raise UserError(f"{folder} has no circuit of {missing[0]!r}{near}")
     circuits = [
         Circuit.load(folder / "circuits" / name)
-        for name in found
-        if "all" in wanted or name in wanted
+        for name in with_circuit
+        if "all" in stems or name in stems
     ]
     if not circuits:
         raise UserError(
@@ -294,8 +295,8 @@ def _on_prompts(
         recorded[f"{side}_values_PX"] = np.stack([_joined(v, lengths) for v in values_PRT])
         recorded[f"{side}_patterns_HY"] = _triangles(params, acts, heads, lengths, config)
     recorded["prompts"] = [
-        Prompt(length=length, answer=answer, model=whole, circuit=alone)
-        for length, answer, whole, alone in zip(
+        Prompt(length=length, answer=answer, model=in_model, circuit=in_circuit)
+        for length, answer, in_model, in_circuit in zip(
             lengths, np.asarray(pairs.answer).tolist(), *leads.values(), strict=True
         )
     ]

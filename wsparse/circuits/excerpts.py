@@ -121,7 +121,7 @@ def summaries(
     size = max(1, _TOKENS // windows_WT.shape[1])
     # Batches of one shape: the last is filled up with repeats.
     position_W = jnp.zeros(size, jnp.int32)
-    found = []
+    described = []
     for first in range(0, len(places), _NODES):
         part = places[first : first + _NODES]
         stretches = []
@@ -131,9 +131,9 @@ def summaries(
             _, acts = _recorded(params, filled, position_W, config=config)
             stretches.append(values_at(acts, part)[:, : len(batch_WT)])
         values_NWT = np.concatenate(stretches, axis=1)
-        found += [summarize(values_WT, windows_WT) for values_WT in values_NWT]
+        described += [summarize(values_WT, windows_WT) for values_WT in values_NWT]
         advance(len(part))
-    return found
+    return described
 
 
 def summarize(values_WT: np.ndarray, windows_WT: np.ndarray) -> Summary:

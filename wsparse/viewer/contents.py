@@ -78,8 +78,8 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
             f"{folder} has no circuits{tried}: python -m wsparse.prune --run={folder} --task=all"
         )
     evidence = [Evidence.load(folder / "circuits" / c.task, c) for c in circuits]
-    shown = [Shown(c, found) for c, found in zip(circuits, evidence, strict=True) if found]
-    without = [c.task for c, found in zip(circuits, evidence, strict=True) if not found]
+    shown = [Shown(c, e) for c, e in zip(circuits, evidence, strict=True) if e is not None]
+    without = [c.task for c, e in zip(circuits, evidence, strict=True) if e is None]
     if without:
         missing = (
             f"no evidence of {', '.join(without)}: "

@@ -68,8 +68,8 @@ def packed(values: np.ndarray, dtype: str) -> dict[str, Any]:
     """
     values = np.asarray(values, np.float64).ravel()
     scale = float(np.max(np.abs(values), initial=0.0)) / _QUANTIZED[dtype]
-    whole = np.rint(values / scale) if scale else np.zeros_like(values)
-    return {"dtype": dtype, "scale": scale, "data": raw(whole, dtype)}
+    integers = np.rint(values / scale) if scale else np.zeros_like(values)
+    return {"dtype": dtype, "scale": scale, "data": raw(integers, dtype)}
 
 
 def raw(values: np.ndarray, dtype: str) -> str:
@@ -81,9 +81,9 @@ def raw(values: np.ndarray, dtype: str) -> str:
 def _plain(value: Any) -> Any:
     """Returns JSON's own types: floats of 9 digits (a float32 to the bit), null for what is not finite."""
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     if isinstance(value, float):
