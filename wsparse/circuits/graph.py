@@ -37,13 +37,13 @@ class Counts(NamedTuple):
 
 
 def nonzero(params: model.Params) -> EdgeMask:
-    """Which weights are not zero."""
+    """Returns which weights are not zero."""
     flat = trees.flatten(params)
     return {c.kernel: np.asarray(flat[c.kernel]) != 0 for c in CONNECTIONS}
 
 
 def between(nodes_U: np.ndarray, weights: EdgeMask, config: ModelConfig) -> EdgeMask:
-    """The weights of `weights` whose two ends are among `nodes_U` (bool)."""
+    """Returns the weights of `weights` whose two ends are among `nodes_U` (bool)."""
     mask = masks.unflatten(np.asarray(nodes_U), config)
     return {
         c.kernel: weights[c.kernel] & mask[c.source][:, :, None] & mask[c.target][:, None, :]
@@ -52,8 +52,20 @@ def between(nodes_U: np.ndarray, weights: EdgeMask, config: ModelConfig) -> Edge
 
 
 def count(edges: EdgeMask) -> int:
-    """How many edges there are."""
-    return sum(int(np.count_nonzero(each)) for each in edges.values())
+    """Returns the number of edges."""
+    return sum(int(np.count_nonzero(array)) for array in edges.values())
+
+
+def flatten_edges(edges: EdgeMask) -> np.ndarray:
+    """Returns an edge mask (or an array of numbers for each edge) as one vector."""
+    return np.concatenate([np.ravel(array) for array in edges.values()])
+
+
+def unflatten_edges(vector: np.ndarray, like: EdgeMask) -> EdgeMask:
+    """Returns the edge mask of a vector, in the shapes of another."""
+    ends = np.cumsum([array.size for array in like.values()])[:-1]
+    parts = np.split(vector, ends)
+    return {path: part.reshape(like[path].shape) for path, part in zip(like, parts, strict=True)}
 
 
 def edge_list(edges: EdgeMask, params: model.Params) -> list[Edge]:
@@ -70,7 +82,7 @@ def edge_list(edges: EdgeMask, params: model.Params) -> list[Edge]:
 
 
 def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
-    """int `(U,)`: edges in and out of every node."""
+    """Returns int `(U,)`: edges in and out of every node."""
     mask = {name: np.zeros(shape, int) for name, shape in masks.shapes(config).items()}
     for c in CONNECTIONS:
         mask[c.source] += edges[c.kernel].sum(2)
@@ -81,7 +93,7 @@ def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
 def count_all(
     nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config: ModelConfig
 ) -> Counts:
-    """Sizes of the circuit of these nodes and edges."""
+    """Returns the sizes of the circuit of these nodes and edges."""
     mask = masks.unflatten(np.asarray(nodes_U), config)
     flat = trees.flatten(params)
     read = np.any(mask["attn.act_in"] | mask["mlp.act_in"], axis=0)[: config.d_model]
@@ -105,15 +117,18 @@ def count_all(
 def cut(
     params: model.Params, kept: Mapping[str, jax.Array], means: Mapping[str, jax.Array]
 ) -> model.Params:
-    """Parameters without the edges that are not kept: what such a weight brings becomes a constant.
+    """Remove the edges that are not kept: what such a weight brings becomes a constant.
 
     `w_ij x_i` turns into `w_ij mean(x_i)`, the mean over the pretraining distribution, as for nodes. Needs a
     model with biases, see `with_biases`.
 
     Args:
-      params: of the model.
-      kept: kernel path -> float or bool `(L, in, out)`, 1 where the weight stays; differentiable.
-      means: location -> `(L, N)`, "attn.y" among them.
+      params: Parameters of the model.
+      kept: Kernel path -> float or bool `(L, in, out)`, 1 where the weight stays; differentiable.
+      means: Location -> `(L, N)`, "attn.y" among them.
+
+    Returns:
+      The new parameters.
     """
     flat = dict(trees.flatten(params))
     for c in CONNECTIONS:

@@ -29,7 +29,7 @@ from wsparse.circuits.pairs import (
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `Ranks`.
-STAYS, GONE = np.int32(2**31 - 1), np.int32(-1)
+_STAYS, _GONE = np.int32(2**31 - 1), np.int32(-1)
 
 # Masks that one call scores. They are run one after the other: the rows of a batch fill a device, and its
 # activations stay in a CPU's cache.
@@ -52,21 +52,21 @@ class Ranks(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of one mask, or of many."""
+    """Score of one mask, or of many."""
 
     loss: Any
     """Task loss in nats; ln 2 is chance."""
     accuracy: Any
-    """Share of prompts whose answer is preferred."""
+    """Fraction of prompts whose answer is preferred."""
 
 
 def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.ndarray) -> Means:
-    """The mean of every node, and of "attn.y", over tokens and documents of the pretraining text.
+    """Take the mean of every node, and of "attn.y", over tokens and documents of the pretraining text.
 
     Args:
-      params: of the model.
-      config: of the model.
-      windows_WT: int tokens.
+      params: Parameters of the model.
+      config: Config of the model.
+      windows_WT: Tokens, int.
 
     Returns:
       Location -> float32 `(L, N)`.
@@ -79,7 +79,7 @@ def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.n
         tokens += part.size
     if sums is None:
         raise ValueError("no windows to take means over")
-    return {name: each / tokens for name, each in sums.items()}
+    return {name: total / tokens for name, total in sums.items()}
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -94,11 +94,14 @@ def _summed_activations(params, windows_WT, *, config):
 class Scorer:
     """Scores masks of one model on pairs of one shape.
 
+    Masks are given as the nodes that stay, bool `(U,)`, and the weights that stay, see `graph.EdgeMask`;
+    None stands for all weights.
+
     Attributes:
-      config: of the model, with biases.
-      params: of the model; where it has no biases, with zeros for them.
-      means: from `mean_activations`.
-      weights: which weights are not zero.
+      config: Config of the model, with biases.
+      params: Parameters of the model; where it has no biases, with zeros for them.
+      means: Means from `mean_activations`.
+      weights: Which weights are not zero.
     """
 
     def __init__(self, params: model.Params, config: ModelConfig, means: Means):
@@ -106,16 +109,63 @@ class Scorer:
         self.means = means
         self.weights = graph.nonzero(params)
 
-    def spans(
-        self, pairs: HasPairs, ranks: Ranks, spans_M2: Any, *, until: float = -np.inf
+    def mask(
+        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> Score:
-        """Score the masks of spans, in turn, up to the first whose loss is at most `until`.
+        """Returns the score of one mask, as floats."""
+        score = self.spans(pairs, self.ranks(nodes_U, edges), [[0, 0]])
+        return Score(float(score.loss[0]), float(score.accuracy[0]))
+
+    def without_nodes(
+        self,
+        pairs: HasPairs,
+        nodes_U: np.ndarray,
+        edges: graph.EdgeMask | None,
+        order: np.ndarray,
+        spans_M2: Any,
+        *,
+        until: float = -np.inf,
+    ) -> Score:
+        """Score a mask without spans of an order of its nodes.
+
+        Args:
+          pairs: Pairs to score on.
+          nodes_U: Nodes that stay where no span removes them.
+          edges: Weights that stay.
+          order: Indices of nodes.
+          spans_M2: Begin and end, in the order, of what each of M masks lacks.
+          until: Loss; what follows the first mask that reaches it is not scored.
 
         Returns:
           NumPy arrays `(M,)`; NaN for masks that were not scored.
         """
+        ranks = self.ranks(nodes_U, edges)
+        ranks.nodes[order] = np.arange(len(order))
+        return self.spans(pairs, ranks, spans_M2, until=until)
+
+    def without_edges(
+        self,
+        pairs: HasPairs,
+        nodes_U: np.ndarray,
+        edges: graph.EdgeMask,
+        order: np.ndarray,
+        spans_M2: Any,
+        *,
+        until: float = -np.inf,
+    ) -> Score:
+        """Score a mask without spans of an order of its edges, indices into `graph.flatten_edges`."""
+        ranks = self.ranks(nodes_U, edges)
+        of_edges = graph.flatten_edges(ranks.edges)
+        of_edges[order] = np.arange(len(order))
+        ranks = ranks._replace(edges=graph.unflatten_edges(of_edges, ranks.edges))
+        return self.spans(pairs, ranks, spans_M2, until=until)
+
+    def spans(
+        self, pairs: HasPairs, ranks: Ranks, spans_M2: Any, *, until: float = -np.inf
+    ) -> Score:
+        """Score the masks of spans, in turn, up to the first whose loss is at most `until`."""
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
-        pairs, parts = arrays(pairs), []
+        pairs, scores = arrays(pairs), []
         ranks = jax.tree.map(jnp.asarray, ranks)
         for start in range(0, len(spans_M2), _MASKS):
             part = spans_M2[start : start + _MASKS]
@@ -131,27 +181,20 @@ class Scorer:
                 np.float32(until),
                 config=self.config,
             )
-            parts.append([np.asarray(each)[:n] for each in score])
-            if np.any(parts[-1][0] <= until):
+            scores.append(Score(*(np.asarray(values)[:n] for values in score)))
+            if np.any(scores[-1].loss <= until):
                 break
-        scored = Score(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-        rest = (0, len(spans_M2) - len(scored.loss))
-        return Score(*(np.pad(each, rest, constant_values=np.nan) for each in scored))
-
-    def mask(
-        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
-    ) -> Score:
-        """Score one mask: nodes that stay, and weights that stay (None is all). Floats."""
-        score = self.spans(pairs, self.ranks(nodes_U, edges), [[0, 0]])
-        return Score(float(score.loss[0]), float(score.accuracy[0]))
+        scored = Score(*map(np.concatenate, zip(*scores, strict=True)))
+        missing = (0, len(spans_M2) - len(scored.loss))
+        return Score(*(np.pad(values, missing, constant_values=np.nan) for values in scored))
 
     def ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Ranks:
-        """Ranks in which what stays stays and everything else is gone."""
+        """Returns ranks in which what stays stays and everything else is gone."""
         edges = self.weights if edges is None else edges
         return Ranks(
-            np.where(nodes_U, STAYS, GONE),
+            np.where(nodes_U, _STAYS, _GONE),
             {
-                path: np.where(edges[path] | ~self.weights[path], STAYS, GONE)
+                path: np.where(edges[path] | ~self.weights[path], _STAYS, _GONE)
                 for path in self.weights
             },
         )
@@ -159,7 +202,7 @@ class Scorer:
     def attributions(
         self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> tuple[np.ndarray, graph.EdgeMask]:
-        """First-order change of the loss when a node, or an edge, of a circuit is removed.
+        """Estimate to first order how the loss changes when a node, or an edge, of a mask is removed.
 
         For a node this is the sum of `(mean - value) * gradient`, the attribution baseline.
 
@@ -167,13 +210,13 @@ class Scorer:
           `(U,)`, and kernel path -> `(L, in, out)`; both 0 for what is not in the circuit.
         """
         ranks = self.ranks(nodes_U, edges)
-        found = _attributions(self.params, self.means, arrays(pairs), ranks, config=self.config)
-        return jax.tree.map(np.asarray, tuple(found))
+        estimates = _attributions(self.params, self.means, arrays(pairs), ranks, config=self.config)
+        return jax.tree.map(np.asarray, tuple(estimates))
 
     def margins(
         self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> np.ndarray:
-        """`(B,)` logit of the answer less that of the other candidate."""
+        """Returns `(B,)`: the logit of the answer less that of the other candidate."""
         ranks = self.ranks(nodes_U, edges)
         return np.asarray(
             _margins(self.params, self.means, arrays(pairs), ranks, config=self.config)
@@ -181,7 +224,7 @@ class Scorer:
 
 
 def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:
-    """The same model with a (zero) bias in every linear layer, so that edges can be cut."""
+    """Returns the same model with a (zero) bias in every linear layer, so that edges can be cut."""
     if config.bias:
         return config, params
     flat = dict(trees.flatten(params))
@@ -192,7 +235,7 @@ def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig,
 
 
 def _kept(ranks: Ranks, span_2: Any = (0, 0)) -> Ranks:
-    """1.0 for what the mask of a span keeps, 0.0 for the rest."""
+    """Returns 1.0 for what the mask of a span keeps, 0.0 elsewhere."""
 
     def kept(rank):
         return ((rank >= 0) & ((rank < span_2[0]) | (rank >= span_2[1]))).astype(jnp.float32)
@@ -208,7 +251,7 @@ def _logits(params, means, pairs: PairArrays, kept: Ranks, config) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, config) -> Score:
-    """Scores of the first `n` spans, up to one whose loss is at most `until`; NaN for the rest."""
+    """Returns scores of the first `n` spans, up to one whose loss is at most `until`; NaN after it."""
 
     def goes_on(carry):
         i, scores = carry
@@ -219,11 +262,11 @@ def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, conf
         i, scores = carry
         logits_BV = _logits(params, means, pairs, _kept(ranks, spans_M2[i]), config)
         chosen = (logits_BV, pairs.answer, pairs.other)
-        each = Score(task_loss(*chosen), task_accuracy(*chosen))
-        return i + 1, jax.tree.map(lambda all_M, one: all_M.at[i].set(one), scores, each)
+        new = Score(task_loss(*chosen), task_accuracy(*chosen))
+        return i + 1, jax.tree.map(lambda all_M, value: all_M.at[i].set(value), scores, new)
 
-    nothing = Score(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
-    return lax.while_loop(goes_on, score, (jnp.int32(0), nothing))[1]
+    unscored = Score(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
+    return lax.while_loop(goes_on, score, (jnp.int32(0), unscored))[1]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -233,7 +276,7 @@ def _attributions(params, means, pairs, ranks: Ranks, *, config) -> Ranks:
         return task_loss(logits_BV, pairs.answer, pairs.other)
 
     kept = _kept(ranks)
-    return jax.tree.map(lambda slope, each: -slope * each, jax.grad(loss)(kept), kept)
+    return jax.tree.map(lambda slope, gate: -slope * gate, jax.grad(loss)(kept), kept)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,6 +1,6 @@
-"""Work shared by independent processes through an Optuna storage: claimed, done once, retried when lost.
+"""Work items shared by independent processes through an Optuna storage: leased, done once, retried when lost.
 
-Any number of workers, on any machines that see the storage and the run's folder, do the pieces of a task
+Any number of workers, on any machines that see the storage and the run's folder, do the items of a task
 together. Nothing but the storage connects them, so they may come, go and die at any time.
 """
 
@@ -25,15 +25,15 @@ from wsparse.errors import UserError
 _SEEN = "seen"
 
 
-class ElsewhereError(Exception):
-    """What is left of a piece of work is in other processes' hands for now; come back later."""
+class WorkPending(Exception):
+    """Every unfinished work item is leased to another process for now; come back later."""
 
 
 def open_storage(where: str) -> BaseStorage:
-    """The storage at a database's URL, or in a journal file, which is made when missing.
+    """Open the storage at a database's URL, or in a journal file, which is made when missing.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: It cannot be opened.
     """
     try:
         if "://" in where:
@@ -48,12 +48,12 @@ def open_storage(where: str) -> BaseStorage:
         ) from error
 
 
-class Pieces:
-    """A number of pieces of work under one name, each to be done once by whoever claims it.
+class WorkItems:
+    """A number of work items under one name, each to be done once by a process that leases it.
 
-    A claim is a running Optuna trial. Its holder writes the time into it every quarter of a lease; once that
-    is a lease ago the holder counts as dead, and the piece is free again. Clocks must agree to a fraction of
-    a lease.
+    A leased item is a running Optuna trial. Its holder writes the time into it every quarter of a lease; once
+    that is a lease ago the holder counts as dead, and the item is free again. Clocks must agree to a fraction
+    of a lease.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Pieces:
         """Join the work of this name, or begin it.
 
         Args:
-          count: of pieces.
-          sampler: of their parameters.
-          storage: shared with other processes; None is this process's memory.
-          name: of the work in the storage.
-          lease: seconds.
-          first: parameters of the first pieces.
+          count: Number of items.
+          sampler: Sampler of their parameters.
+          storage: Storage shared with other processes; None is this process's memory.
+          name: Name of the work in the storage.
+          lease: Seconds of a lease.
+          first: Parameters of the first items.
         """
         self._count, self._lease, self._shared = count, lease, storage is not None
         options: dict[str, Any] = {"study_name": name, "storage": storage, "sampler": sampler}
@@ -87,44 +87,44 @@ class Pieces:
         self._held: dict[int, optuna.Trial] = {}
         self._lock = threading.Lock()
 
-    def done(self) -> list[FrozenTrial]:
-        """The finished pieces, in order."""
+    def finished(self) -> list[FrozenTrial]:
+        """Returns the finished items, in order."""
         return [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
 
-    def begin(self) -> bool:
-        """Whether there is anything that nobody does."""
+    def any_free(self) -> bool:
+        """Returns whether unfinished items remain that nobody holds."""
         self._free_the_lost()
-        return self._alive() < self._count
+        return self._n_alive() < self._count
 
     @contextlib.contextmanager
-    def claim(self, most: int = 1) -> Iterator[list[optuna.Trial]]:
-        """Up to `most` free pieces, held while the block runs; what it does not `tell` is free again."""
+    def lease(self, limit: int = 1) -> Iterator[list[optuna.Trial]]:
+        """Lease up to `limit` free items while the block runs; those it does not `finish` are free again."""
         self._free_the_lost()
-        asked = [self._study.ask() for _ in range(min(most, self._count - self._alive()))]
+        asked = [self._study.ask() for _ in range(min(limit, self._count - self._n_alive()))]
         for trial in asked:
             trial.set_user_attr(_SEEN, time.time())
             self._held[trial.number] = trial
-        # Where several processes ask at once there may be one too many: the youngest step back.
-        mine = [trial for trial in asked if self._alive(before=trial.number) < self._count]
+        # Where several processes ask at once there may be too many: the youngest are given back.
+        leased = [trial for trial in asked if self._n_alive(before=trial.number) < self._count]
         for trial in asked:
-            if trial not in mine:
-                self._let_go(trial)
-        with self._kept_alive():
+            if trial not in leased:
+                self._give_back(trial)
+        with self._renewed():
             try:
-                yield mine
+                yield leased
             finally:
                 for trial in list(self._held.values()):
-                    self._let_go(trial)
+                    self._give_back(trial)
 
-    def tell(self, trial: optuna.Trial, value: float) -> None:
-        """A claimed piece is done; ignored where the claim was lost meanwhile. NaN counts as the worst."""
+    def finish(self, trial: optuna.Trial, value: float) -> None:
+        """Mark a leased item as done; ignored where the lease was lost meanwhile. NaN counts as the worst."""
         with self._lock:
             self._held.pop(trial.number, None)
-            # Optuna would take NaN for a failure, and the piece would be tried for ever.
+            # Optuna takes NaN for a failure, and the item would be tried for ever.
             worth = math.inf if math.isnan(value) else value
             self._study.tell(trial, worth, skip_if_finished=True)
 
-    def _let_go(self, trial: optuna.Trial) -> None:
+    def _give_back(self, trial: optuna.Trial) -> None:
         with self._lock:
             self._held.pop(trial.number, None)
             self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
@@ -132,7 +132,7 @@ class Pieces:
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
-    def _alive(self, *, before: float = float("inf")) -> int:
+    def _n_alive(self, *, before: float = math.inf) -> int:
         return sum(
             trial.number < before and trial.state in (TrialState.RUNNING, TrialState.COMPLETE)
             for trial in self._trials()
@@ -147,25 +147,27 @@ class Pieces:
                 self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     @contextlib.contextmanager
-    def _kept_alive(self) -> Iterator[None]:
+    def _renewed(self) -> Iterator[None]:
+        """Renews the leases while the block runs."""
+        if not self._shared:
+            yield
+            return
         ended = threading.Event()
 
-        def beat() -> None:
+        def renew() -> None:
             while not ended.wait(self._lease / 4):
                 with self._lock:
                     for trial in list(self._held.values()):
                         try:
                             trial.set_user_attr(_SEEN, time.time())
                         except optuna.exceptions.UpdateFinishedTrialError:
-                            # Others took this process for dead; what it finds is not used.
+                            # Others took this process for dead; its result is not used.
                             del self._held[trial.number]
 
-        thread = threading.Thread(target=beat, daemon=True)
-        if self._shared:
-            thread.start()
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
         try:
             yield
         finally:
             ended.set()
-            if self._shared:
-                thread.join()
+            thread.join()

@@ -1,0 +1,233 @@
+"""What is measured of a circuit: sufficiency, necessity, calibration, baseline, controls and curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from wsparse.circuits import masks
+from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint, Score
+from wsparse.circuits.clean_up import clean_up
+from wsparse.circuits.discretize import Subgraph, discretize
+from wsparse.circuits.mask_learning import HParams
+from wsparse.circuits.pairs import PairArrays
+from wsparse.circuits.search import Pruner
+from wsparse.circuits.settings import Settings
+from wsparse.circuits.subject import Pairs, Subject
+
+# Weight of the squared log scale and the squared shift in the fit of `calibrate`.
+_PENALTY = 0.01
+
+Advance = Callable[[int], Any]
+
+
+def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any]:
+    """Measure sufficiency and necessity of a circuit on the report split, and the model beside it.
+
+    Sufficiency: everything but the circuit at its mean. Necessity: the circuit's own nodes at their means
+    and all else as it is; the task should be lost.
+
+    Returns:
+      Values of the fields "model", "sufficiency", "calibrated" and "necessity" of `Scores`.
+    """
+    scorer, remaining = subject.scorer, subgraph.remaining(subject.scorer)
+    fit = calibrate(scorer.margins(pairs.discretize, subgraph.nodes, remaining))
+    margins = scorer.margins(pairs.report, subgraph.nodes, remaining)
+    return {
+        "model": Score(*subject.score(pairs.report)),
+        "sufficiency": Score(*scorer.mask(pairs.report, subgraph.nodes, remaining)),
+        "calibrated": Calibration(**fit, loss=float(calibrated_loss(margins, **fit))),
+        "necessity": Score(*scorer.mask(pairs.report, ~subgraph.nodes)),
+    }
+
+
+def calibrated_loss(margins_B: Any, *, scale: Any, shift: Any) -> jax.Array:
+    """Returns the task loss after a scale and a shift of the logits; see `calibrate`."""
+    margins = jnp.asarray(margins_B, jnp.float32)
+    sides = jnp.where(jnp.arange(margins.size) % 2 == 0, 1.0, -1.0)
+    return jnp.mean(jax.nn.softplus(-(scale * margins + shift * sides)))
+
+
+def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
+    """Fit a scale and a shift of the logits by L-BFGS (Gao et al. 2025).
+
+    With two candidates only their difference matters: the margin of the first side's answer is scaled and
+    shifted, and the margin of the second side's is shifted the other way. A small penalty on the logarithm
+    of the scale and on the shift keeps them finite where all pairs are on their right side: without it the
+    loss falls for ever as the scale grows, and other pairs pay for it.
+
+    Args:
+      margins_B: Logit of the answer less the other's; rows `2 i` and `2 i + 1` are a pair.
+      steps: Steps of L-BFGS.
+
+    Returns:
+      "scale" and "shift".
+    """
+
+    def loss(fit):
+        penalty = _PENALTY * (fit["log_scale"] ** 2 + fit["shift"] ** 2)
+        scale = jnp.exp(fit["log_scale"])
+        return calibrated_loss(margins_B, scale=scale, shift=fit["shift"]) + penalty
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    @jax.jit
+    def fitted():
+        start = {"log_scale": jnp.zeros(()), "shift": jnp.zeros(())}
+
+        def step(carry, _):
+            fit, state = carry
+            value, gradient = value_and_grad(fit, state=state)
+            updates, state = solver.update(
+                gradient, state, fit, value=value, grad=gradient, value_fn=loss
+            )
+            return (optax.apply_updates(fit, updates), state), None
+
+        (fit, _), _ = jax.lax.scan(step, (start, solver.init(start)), None, length=steps)
+        return {"scale": jnp.exp(fit["log_scale"]), "shift": fit["shift"]}
+
+    return {name: float(value) for name, value in fitted().items()}
+
+
+def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> Baseline:
+    """Rank nodes by gradient attribution in the whole model instead of by a learned mask, and cut."""
+    scorer = subject.scorer
+    all_nodes = np.ones(masks.n_nodes(subject.config), bool)
+    effects = scorer.attributions(pairs.search, all_nodes)[0]
+    subgraph, least_loss = discretize(scorer, pairs.discretize, np.abs(effects), goal)
+    if subgraph is None:
+        return Baseline(reached=False, least_loss=least_loss)
+    loss = scorer.mask(pairs.report, subgraph.nodes).loss
+    return Baseline(reached=True, nodes=subgraph.n_nodes, edges=subgraph.n_edges, loss=loss)
+
+
+def importances(
+    subject: Subject, pairs: PairArrays, subgraph: Subgraph, tau_U: np.ndarray
+) -> list[CircuitNode]:
+    """Returns the circuit's nodes with the growth of the loss when each alone is removed."""
+    scorer, order = subject.scorer, np.flatnonzero(subgraph.nodes)
+    spans = [[0, 0], *([i, i + 1] for i in range(order.size))]
+    remaining = subgraph.remaining(scorer)
+    losses = scorer.without_nodes(pairs, subgraph.nodes, remaining, order, spans).loss
+    names = masks.names(subject.config)
+    return [
+        CircuitNode(names[i], float(tau_U[i]), float(loss - losses[0]))
+        for i, loss in zip(order, losses[1:], strict=True)
+    ]
+
+
+def curve(
+    subject: Subject,
+    pairs: Pairs,
+    tau_U: np.ndarray,
+    subgraph: Subgraph,
+    settings: Settings,
+    advance: Advance = lambda count: None,
+) -> list[CurvePoint]:
+    """Find edges at every target of the sweep that can be reached.
+
+    Looser targets go on from the circuit that was found, tighter ones from cuts of their own.
+
+    Args:
+      subject: The model.
+      pairs: Pairs of the task.
+      tau_U: What the circuit's trial learned.
+      subgraph: The circuit of the main target.
+      settings: Settings of the procedure.
+      advance: Called with 1 for every target of the sweep.
+
+    Returns:
+      Points, sorted by target.
+    """
+    scorer = subject.scorer
+    points = [(settings.target, subgraph)]
+    for target in sorted(t for t in settings.sweep if t > settings.target):
+        goal = target - settings.margin
+        subgraph = clean_up(scorer, pairs.discretize, subgraph, goal, single_removals=0)
+        points.append((target, subgraph))
+        advance(1)
+    for target in sorted(t for t in settings.sweep if t < settings.target):
+        goal = target - settings.margin * target / settings.target
+        cut, _ = discretize(scorer, pairs.discretize, tau_U, goal)
+        if cut is not None:
+            cut = clean_up(scorer, pairs.discretize, cut, goal, single_removals=0)
+            points.append((target, cut))
+        advance(1)
+    return [
+        CurvePoint(
+            target=target,
+            nodes=point.n_nodes,
+            edges=point.n_edges,
+            loss=scorer.mask(pairs.report, point.nodes, point.remaining(scorer)).loss,
+        )
+        for target, point in sorted(points, key=lambda point: point[0])
+    ]
+
+
+def controls(
+    subject: Subject,
+    pairs: Pairs,
+    pruner: Pruner,
+    hparams: HParams,
+    goal: float,
+    settings: Settings,
+    advance: Advance = lambda count: None,
+) -> dict[str, Control]:
+    """Run the procedure where there is nothing to find: shuffled labels, and a random model.
+
+    Both use the hyperparameters of the circuit's own trial. A control that reaches the target says that
+    the mask, not the model, solves the task.
+
+    Args:
+      subject: The model.
+      pairs: Pairs of the task.
+      pruner: Runs the trials.
+      hparams: Hyperparameters of the trials.
+      goal: Loss that the circuit was cut to.
+      settings: Settings of the procedure.
+      advance: Called with 1 for every control.
+
+    Returns:
+      The controls by name.
+    """
+    rng = np.random.default_rng(settings.seed)
+    shuffled = dataclasses.replace(
+        pairs, search=_shuffled(pairs.search, rng), discretize=_shuffled(pairs.discretize, rng)
+    )
+    random_model = subject.reinitialized(settings.seed + 1)
+    results = {}
+    for name, control, control_pairs in (
+        ("shuffled_labels", subject, shuffled),
+        ("random_model", random_model, pairs),
+    ):
+        seeds = range(settings.seed, settings.seed + pruner.parallel)
+        taus_MU = pruner(
+            control.params, control_pairs.search, control.node_means, [hparams] * len(seeds), seeds
+        )
+        cuts = [
+            discretize(control.scorer, control_pairs.discretize, tau_U, goal) for tau_U in taus_MU
+        ]
+        reached = [cut for cut, _ in cuts if cut is not None]
+        results[name] = Control(
+            reached=bool(reached),
+            least_loss=min(least_loss for _, least_loss in cuts),
+            edges=min((cut.n_edges for cut in reached), default=None),
+        )
+        advance(1)
+    return results
+
+
+def _shuffled(pairs: PairArrays, rng: np.random.Generator) -> PairArrays:
+    """Returns the pairs with the two answers exchanged in a random half of them."""
+    swap = jnp.asarray(np.repeat(rng.random(pairs.answer.shape[0] // 2) < 0.5, 2))
+    return pairs._replace(
+        answer=jnp.where(swap, pairs.other, pairs.answer),
+        other=jnp.where(swap, pairs.answer, pairs.other),
+    )

@@ -1,0 +1,141 @@
+"""A model in which circuits are looked for, and a task's pairs of prompts for it.
+
+Three disjoint sets of pairs are used: masks are learned on the first, circuits are chosen on the second and a
+part of the first, and every number that is reported comes from the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import model, sparsity, trees
+from wsparse.circuits import masks, scoring, tasks
+from wsparse.circuits.pairs import PairArrays, arrays
+from wsparse.circuits.settings import Settings
+from wsparse.config import ModelConfig
+from wsparse.data.tokenizer import Tokenizer
+from wsparse.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pairs:
+    """A task's pairs, padded to one length.
+
+    Attributes:
+      task: Name of the task.
+      form: The candidates.
+      search: Pairs that masks are learned on.
+      discretize: Pairs that circuits are chosen on: of the second split, and as many of the first. The
+        templates of one split are too alike: a circuit that only just does them fails on others.
+      report: Pairs that numbers are reported on.
+    """
+
+    task: str
+    form: str
+    search: PairArrays
+    discretize: PairArrays
+    report: PairArrays
+
+
+class Subject:
+    """A model in which circuits are looked for.
+
+    Attributes:
+      params: Parameters of the model.
+      config: Config of the model.
+      windows: `(W, T)` tokens of pretraining text.
+      means: Mean activations over them.
+      scorer: Scorer of its masks.
+      reinitialized: `seed -> Subject`, the control with every matrix's entries at random places.
+    """
+
+    def __init__(self, params: model.Params, config: ModelConfig, windows: np.ndarray):
+        # Committed to a device or not is part of what is compiled for: all subjects' are.
+        self.params = jax.device_put(params, jax.devices()[0])
+        self.config, self.windows = config, windows
+        self.means = scoring.mean_activations(self.params, config, windows)
+        self.scorer = scoring.Scorer(self.params, config, self.means)
+        # A control, the same for every task.
+        self.reinitialized = functools.cache(self._reinitialized)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digest of the parameters."""
+        return trees.digest(self.params)
+
+    @property
+    def node_means(self) -> dict[str, jax.Array]:
+        """The means that masks need."""
+        return {name: self.means[name] for name in masks.shapes(self.config)}
+
+    def score(self, pairs: PairArrays) -> scoring.Score:
+        """Returns the loss and accuracy of the model without any mask."""
+        return self.scorer.mask(pairs, np.ones(masks.n_nodes(self.config), bool))
+
+    def _reinitialized(self, seed: int) -> Subject:
+        """Returns the model with every sparse matrix shuffled; sparsity and scale stay as they are."""
+
+        def shuffled(path: str, leaf: jax.Array) -> jax.Array:
+            rule = trees.match(sparsity.DEFAULT_RULES, path)
+            if not isinstance(rule, sparsity.Sparse):
+                return leaf
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+            if not rule.stacked:
+                return jnp.reshape(jax.random.permutation(key, leaf.ravel()), leaf.shape)
+            rows = jnp.reshape(leaf, (leaf.shape[0], -1))
+            return jnp.reshape(
+                jax.random.permutation(key, rows, axis=1, independent=True), leaf.shape
+            )
+
+        params = trees.map_with_path(shuffled, self.params)
+        return Subject(params, self.config, self.windows)
+
+
+def build_pairs(
+    chosen: Sequence[tasks.Task],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    context: int,
+) -> tuple[list[Pairs], dict[str, str]]:
+    """Returns the pairs of every task, all of one length, and why other tasks are refused."""
+    sizes: dict[tasks.Split, int] = {
+        "search": settings.search_pairs,
+        "discretize": settings.discretize_pairs,
+        "report": settings.report_pairs,
+    }
+    max_tokens = min(settings.max_tokens, context)
+    built: list[dict[tasks.Split, tasks.TaskBatch]] = []
+    refused: dict[str, str] = {}
+    for task in chosen:
+        try:
+            built.append(
+                {
+                    split: tasks.build(
+                        task, tokenizer, size, settings.seed, split=split, max_tokens=max_tokens
+                    )
+                    for split, size in sizes.items()
+                }
+            )
+        except UserError as error:
+            refused[task.name] = str(error)
+    length = max((b.tokens.shape[1] for splits in built for b in splits.values()), default=0)
+    pairs = []
+    for splits in built:
+        search, discretize, report = (
+            arrays(tasks.padded(splits[split], length)) for split in tasks.SPLITS
+        )
+        first_split = jax.tree.map(lambda array: array[: 2 * settings.discretize_pairs], search)
+        both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, discretize)
+        batch = splits["search"]
+        pairs.append(
+            Pairs(task=batch.task, form=batch.form, search=search, discretize=both, report=report)
+        )
+    return pairs, refused
