@@ -17,7 +17,8 @@ import numpy as np
 
 from wsparse import prune, runs
 from wsparse.circuits import discretize, graph, procedure, tasks
-from wsparse.circuits.search import Pruner, Sampler, log_size, search
+from wsparse.circuits.search import Pruner, log_size, search
+from wsparse.circuits.settings import Sampler
 from wsparse.command import run_command
 
 
@@ -28,11 +29,9 @@ def best_so_far(
     options: Any = flags.FLAGS
 
     def objective(tau_U):
-        parts, least = discretize.discretize(
-            subject.scorer, pairs.discretize, tau_U, options.target
-        )
-        edges = parts.n_edges if parts else None
-        return log_size(edges, least), edges
+        cut = discretize.discretize(subject.scorer, pairs.discretize, tau_U, options.target)
+        edges = cut.subgraph.n_edges if cut.subgraph else None
+        return log_size(edges, cut.least_loss), edges
 
     trials = search(
         pruner,
@@ -61,7 +60,7 @@ def main(argv) -> None:
         [tasks.find(name) for name in options.task],
         trained.tokenizer,
         settings,
-        max_tokens=config.context,
+        context=config.context,
     )
     for name, reason in refused.items():
         print(f"{name}: refused: {reason}")
@@ -72,12 +71,12 @@ def main(argv) -> None:
         parallel=options.parallel,
     )
     edges: dict[str, list[np.ndarray]] = {sampler: [] for sampler in get_args(Sampler)}
-    for each in pairs:
+    for of_task in pairs:
         for seed in range(options.seeds):
-            for sampler, found in edges.items():
-                found.append(best_so_far(subject, each, pruner, sampler, seed))
-                print(f"{each.task}, seed {seed}, {sampler}: {found[-1].tolist()}", flush=True)
-    means = {sampler: np.exp(np.mean(np.log(found), axis=0)) for sampler, found in edges.items()}
+            for sampler, results in edges.items():
+                results.append(best_so_far(subject, of_task, pruner, sampler, seed))
+                print(f"{of_task.task}, seed {seed}, {sampler}: {results[-1].tolist()}", flush=True)
+    means = {sampler: np.exp(np.mean(np.log(runs), axis=0)) for sampler, runs in edges.items()}
     print(f"{'trials':>8}" + "".join(f"{sampler:>10}" for sampler in means))
     for budget in sorted({2**i for i in range(10) if 2**i < options.trials} | {options.trials}):
         print(f"{budget:>8}" + "".join(f"{mean[budget - 1]:>10.1f}" for mean in means.values()))

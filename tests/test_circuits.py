@@ -14,10 +14,12 @@ from wsparse.circuits import (
     Circuit,
     HParams,
     PairArrays,
+    clean_up,
     compare,
     discretize,
     graph,
     masks,
+    measurements,
     procedure,
     prune,
     report,
@@ -165,23 +167,23 @@ def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
 def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):
     scorer, everything = subject.scorer, masks.names(PLANTED)
     one_neuron = np.array([name == "1.mlp.post_act.7" for name in everything])
-    parts = discretize.circuit_of(scorer, one_neuron, 0.6)
+    subgraph = discretize.subgraph_of(scorer, one_neuron, 0.6)
     tau = np.zeros(one_neuron.size)
 
-    def completed(parts, **limits):
-        return discretize.complete(scorer, pairs.discretize, parts, tau, **limits)
+    def completed(start, **limits):
+        return clean_up.complete(scorer, pairs.discretize, start, tau, **limits)
 
     # The other neuron does the task alone; both share a path whose every node is a bottleneck.
     assert scorer.mask(pairs.discretize, ~one_neuron).loss < 0.3
-    whole = completed(parts, target=2.0, least=0.6)
+    whole = completed(subgraph, target=2.0, necessity=0.6)
     added = {everything[i] for i in np.flatnonzero(whole.nodes & ~one_neuron)}
     assert len(added) == 1 and added <= PLANTED_NODES
     assert scorer.mask(pairs.discretize, ~whole.nodes).loss >= 0.6
     assert whole.loss == scorer.mask(pairs.discretize, whole.nodes).loss
     # Nothing is added where nothing is missing, where it cannot help, or where the circuit would suffer.
-    assert completed(whole, target=2.0, least=0.6) is whole
-    assert completed(parts, target=2.0, least=50.0) is parts
-    assert completed(parts, target=0.01, least=0.6) is parts
+    assert completed(whole, target=2.0, necessity=0.6) is whole
+    assert completed(subgraph, target=2.0, necessity=50.0) is subgraph
+    assert completed(subgraph, target=0.01, necessity=0.6) is subgraph
 
 
 def test_every_planted_node_matters_when_removed_alone(circuit):
@@ -403,8 +405,8 @@ def test_spans_score_what_a_masked_forward_pass_gives(subject):
     rng = np.random.default_rng(0)
     size = masks.n_nodes(PLANTED)
     order = rng.permutation(size).astype(np.int32)
-    ranks = subject.scorer.ranks(np.ones(size, bool))._replace(nodes=order)
-    score = subject.scorer.spans(pairs, ranks, [[k, size] for k in (3, 50, size)])
+    all_nodes, spans = np.ones(size, bool), [[k, size] for k in (3, 50, size)]
+    score = subject.scorer.without_nodes(pairs, all_nodes, None, np.argsort(order), spans)
     for k, loss in zip((3, 50, size), score.loss, strict=True):
         gates = masks.unflatten(jnp.asarray(order < k, jnp.float32), PLANTED)
         tap = taps.mask(gates, subject.means)
@@ -419,13 +421,13 @@ def test_scoring_stops_after_the_first_span_that_reaches_the_loss_asked_for(subj
     pairs = planted_pairs(4, 3)
     size = masks.n_nodes(PLANTED)
     order = np.random.default_rng(0).permutation(size).astype(np.int32)
-    ranks = subject.scorer.ranks(np.ones(size, bool))._replace(nodes=order)
+    arguments = (pairs, np.ones(size, bool), None, np.argsort(order))
     # More than one call holds, and the span that ends it in the second.
     spans = [[k, size] for k in range(size - 40, size)]
-    everything = subject.scorer.spans(pairs, ranks, spans).loss
+    everything = subject.scorer.without_nodes(*arguments, spans).loss
     until = np.min(everything[:30])
     first = np.flatnonzero(everything <= until)[0]
-    found = subject.scorer.spans(pairs, ranks, spans, until=until)
+    found = subject.scorer.without_nodes(*arguments, spans, until=until)
     np.testing.assert_array_equal(found.loss[: first + 1], everything[: first + 1])
     assert np.isnan(found.loss[first + 1 :]).all()
     assert found.loss.shape == found.accuracy.shape == (40,)
@@ -518,10 +520,7 @@ class FakeScorer:
         self.config = PLANTED
         self.weights = {c.kernel: np.zeros((2, 1, 1), bool) for c in graph.CONNECTIONS}
 
-    def ranks(self, nodes_U, edges=None):
-        return scoring.Ranks(np.zeros(len(nodes_U), np.int32), self.weights)
-
-    def spans(self, pairs, ranks, spans, *, until=-np.inf):
+    def without_nodes(self, pairs, nodes_U, edges, order, spans, *, until=-np.inf):
         loss = np.array([self.losses(lo) for lo, _ in spans])
         after = np.cumsum(loss <= until) > (loss <= until)
         return scoring.Score(*[np.where(after, np.nan, loss)] * 2)
@@ -529,7 +528,7 @@ class FakeScorer:
 
 @pytest.mark.parametrize("smallest", [1, 2, 17, 90, 224])
 def test_discretize_finds_the_smallest_size_of_a_falling_loss(smallest, monkeypatch):
-    monkeypatch.setattr(discretize, "circuit_of", lambda scorer, kept, loss: (kept, loss))
+    monkeypatch.setattr(discretize, "subgraph_of", lambda scorer, kept, loss: (kept, loss))
     size = masks.n_nodes(PLANTED)
     scorer = FakeScorer(lambda k: 0.1 if k >= smallest else 0.6)
     tau = np.linspace(1, -1, size)
@@ -540,7 +539,7 @@ def test_discretize_finds_the_smallest_size_of_a_falling_loss(smallest, monkeypa
 
 
 def test_discretize_accepts_a_size_below_a_bump_and_never_one_that_misses(monkeypatch):
-    monkeypatch.setattr(discretize, "circuit_of", lambda scorer, kept, loss: (kept, loss))
+    monkeypatch.setattr(discretize, "subgraph_of", lambda scorer, kept, loss: (kept, loss))
     size = masks.n_nodes(PLANTED)
 
     def bumpy(k):
@@ -549,23 +548,38 @@ def test_discretize_accepts_a_size_below_a_bump_and_never_one_that_misses(monkey
     (kept, loss), _ = discretize.discretize(FakeScorer(bumpy), None, np.linspace(1, -1, size), 0.15)
     assert kept.sum() == 20
     assert loss <= 0.15
-    parts, least = discretize.discretize(FakeScorer(lambda k: 0.5), None, np.ones(size), 0.15)
-    assert parts is None
-    assert least == 0.5
+    cut = discretize.discretize(FakeScorer(lambda k: 0.5), None, np.ones(size), 0.15)
+    assert cut.subgraph is None
+    assert cut.least_loss == 0.5
 
 
 def test_calibration_finds_the_scale_and_shift_of_a_fine_grid_search():
     rng = np.random.default_rng(0)
     margins = rng.normal(0.4, 1.0, 400).astype(np.float32)
     margins[::2] += 0.7
-    fit = discretize.calibrate(margins, steps=16)
+    fit = measurements.calibrate(margins, steps=16)
     sides = np.where(np.arange(400) % 2 == 0, 1, -1)
-    scales, shifts = np.meshgrid(np.linspace(0, 3, 301), np.linspace(-2, 2, 401))
+    scales, shifts = np.meshgrid(np.linspace(0.01, 3, 300), np.linspace(-2, 2, 401))
     losses = np.logaddexp(0, -(scales[..., None] * margins + shifts[..., None] * sides)).mean(-1)
-    assert float(discretize.calibrated_loss(margins, **fit)) <= losses.min() + 1e-4
+    losses += 0.01 * (np.log(scales) ** 2 + shifts**2)
+    fitted = float(measurements.calibrated_loss(margins, **fit))
+    fitted += 0.01 * (np.log(fit["scale"]) ** 2 + fit["shift"] ** 2)
+    assert fitted <= losses.min() + 1e-4
     at = np.unravel_index(losses.argmin(), losses.shape)
     assert fit["scale"] == pytest.approx(scales[at], abs=0.02)
     assert fit["shift"] == pytest.approx(shifts[at], abs=0.02)
+
+
+def test_calibration_of_separable_pairs_stays_near_one_and_holds_on_other_pairs():
+    rng = np.random.default_rng(0)
+    fit = measurements.calibrate(rng.normal(3.0, 0.5, 96).astype(np.float32), steps=64)
+    # A scale of 18 and a shift of -5 came of this without the penalty.
+    assert 1 < fit["scale"] < 4
+    assert abs(fit["shift"]) < 0.5
+    others = rng.normal(1.5, 1.5, 400).astype(np.float32)
+    raw = float(measurements.calibrated_loss(others, scale=1.0, shift=0.0))
+    assert float(measurements.calibrated_loss(others, **fit)) < 1.5 * raw
+    assert float(measurements.calibrated_loss(others, scale=18.4, shift=-4.75)) > 3 * raw
 
 
 # ---- Search ----

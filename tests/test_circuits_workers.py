@@ -13,8 +13,8 @@ import pytest
 
 from wsparse.circuits import search as search_lib
 from wsparse.circuits import workers
-from wsparse.circuits.search import FAST, Shared, search
-from wsparse.circuits.workers import ElsewhereError, Pieces, open_storage
+from wsparse.circuits.search import FAST, SharedSearch, search
+from wsparse.circuits.workers import WorkItems, WorkPending, open_storage
 from wsparse.command import run_plain
 from wsparse.errors import UserError
 from wsparse.files import read_json
@@ -42,24 +42,26 @@ def clock(monkeypatch):
 def test_workers_that_come_at_once_do_every_piece_exactly_once(where):
     done, lock, start = [], threading.Lock(), threading.Barrier(4)
     storages = [open_storage(where) for _ in range(4)]
-    Pieces(20, storage=storages[0], name="work")
+    WorkItems(20, storage=storages[0], name="work")
 
     def work(index):
-        pieces = Pieces(20, storage=storages[index], name="work")
+        pieces = WorkItems(20, storage=storages[index], name="work")
         start.wait()
-        while pieces.begin():
-            with pieces.claim(3) as mine:
+        while pieces.any_free():
+            with pieces.lease(3) as mine:
                 for trial in mine:
                     with lock:
                         done.append((index, trial.number))
-                    pieces.tell(trial, float(trial.number))
+                    pieces.finish(trial, float(trial.number))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    finished = [trial.number for trial in Pieces(20, storage=storages[0], name="work").done()]
+    finished = [
+        trial.number for trial in WorkItems(20, storage=storages[0], name="work").finished()
+    ]
     assert len(finished) == 20
     assert sorted(number for _, number in done) == finished
     assert len({index for index, _ in done}) > 1
@@ -67,51 +69,51 @@ def test_workers_that_come_at_once_do_every_piece_exactly_once(where):
 
 def test_a_piece_is_free_again_once_its_holder_fails_or_is_silent_for_a_lease(where, clock):
     first, second = (
-        Pieces(2, storage=open_storage(where), name="work", lease=60) for _ in range(2)
+        WorkItems(2, storage=open_storage(where), name="work", lease=60) for _ in range(2)
     )
 
     def fail_at_the_second():
-        with first.claim(2) as mine:
+        with first.lease(2) as mine:
             assert len(mine) == 2
-            assert not second.begin()
-            first.tell(mine[0], 1.0)
+            assert not second.any_free()
+            first.finish(mine[0], 1.0)
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         fail_at_the_second()
-    assert second.begin()
-    with first.claim(2) as mine:
+    assert second.any_free()
+    with first.lease(2) as mine:
         (lost,) = mine
         clock[0] = 59.0
-        assert not second.begin()
+        assert not second.any_free()
         clock[0] = 61.0
-        assert second.begin()
-        with second.claim(2) as taken:
+        assert second.any_free()
+        with second.lease(2) as taken:
             assert len(taken) == 1
-            second.tell(taken[0], 2.0)
+            second.finish(taken[0], 2.0)
         # What the silent one finds after all does not count a second time.
-        first.tell(lost, 3.0)
-    assert [trial.value for trial in first.done()] == [1.0, 2.0]
-    assert not first.begin()
+        first.finish(lost, 3.0)
+    assert [trial.value for trial in first.finished()] == [1.0, 2.0]
+    assert not first.any_free()
 
 
 def test_a_holder_at_work_keeps_its_claim_for_longer_than_a_lease(where):
     first, second = (
-        Pieces(1, storage=open_storage(where), name="work", lease=1.0) for _ in range(2)
+        WorkItems(1, storage=open_storage(where), name="work", lease=1.0) for _ in range(2)
     )
-    with first.claim() as (trial,):
+    with first.lease() as (trial,):
         time.sleep(2.5)
-        assert not second.begin()
-        first.tell(trial, 1.0)
-    assert len(second.done()) == 1
+        assert not second.any_free()
+        first.finish(trial, 1.0)
+    assert len(second.finished()) == 1
 
 
 def test_pieces_without_a_value_are_done_as_the_worst():
-    pieces = Pieces(1)
-    with pieces.claim() as (trial,):
-        pieces.tell(trial, float("nan"))
-    assert not pieces.begin()
-    assert pieces.done()[0].value == float("inf")
+    pieces = WorkItems(1)
+    with pieces.lease() as (trial,):
+        pieces.finish(trial, float("nan"))
+    assert not pieces.any_free()
+    assert pieces.finished()[0].value == float("inf")
 
 
 @pytest.mark.parametrize("where", ["nodriver://host/name", "/dev/null/folder/journal"])
@@ -143,8 +145,8 @@ def objective(tau_U):
     return float(np.log(tau_U[0]) ** 2), float(tau_U[1])
 
 
-def share(where, folder) -> Shared:
-    return Shared(open_storage(where), "search", folder, lease=60.0)
+def share(where, folder) -> SharedSearch:
+    return SharedSearch(open_storage(where), "search", folder, lease=60.0)
 
 
 def run(pruner, joined, trials=9):
@@ -156,7 +158,7 @@ def test_two_workers_see_the_same_trials_and_run_each_once(where, tmp_path):
     found = []
 
     def other():
-        with pytest.raises(ElsewhereError):
+        with pytest.raises(WorkPending):
             # The first one is in the middle of its third call: what is left of its trials is missing.
             run(second, mine)
         found.append(second.trials)

@@ -24,6 +24,7 @@ import numpy as np
 
 from wsparse import hooks, model, runs, taps, trees
 from wsparse.circuits import circuit as circuit_file
+from wsparse.command import log_to_stdout
 from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest
 
@@ -118,24 +119,25 @@ class Run(runs.Run):
 
         Args:
           task: Name of a task, or a .jsonl or .py file that defines one.
-          **settings: Fields of `wsparse.circuits.procedure.Settings` that differ from their defaults.
+          **settings: Fields of `wsparse.circuits.settings.Settings` that differ from their defaults.
 
         Raises:
           UserError: A setting or the task is unknown, or there is no circuit: the model does not do the
             task, or none of the search's circuits reaches the target.
         """
         from wsparse import prune
-        from wsparse.circuits import evidence, procedure
+        from wsparse.circuits import evidence
+        from wsparse.circuits.settings import Settings
         from wsparse.circuits.tasks import find
 
         chosen = find(task)
-        prune.run(
-            self.folder,
-            [chosen],
-            from_dict(procedure.Settings, settings),
-            max_tokens=self.config.model.context,
-            shown=evidence.Options(),
-        )
+        with log_to_stdout():
+            prune.run(
+                self.folder,
+                [chosen],
+                from_dict(Settings, settings),
+                shown=evidence.Options(),
+            )
         status = circuit_file.Status.load(self.folder / "circuits" / chosen.name)
         if not status.has_circuit:
             raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {status.status}")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, runs, taps, trees
-from wsparse.circuits import excerpts, graph, held_out, masks, procedure, report, scoring, tasks
+from wsparse.circuits import excerpts, graph, held_out, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit, CircuitNode
 from wsparse.circuits.evidence_file import (
     HIGHEST,
@@ -36,7 +36,8 @@ from wsparse.circuits.evidence_file import (
     Prompt,
 )
 from wsparse.circuits.pairs import HasPairs, PairArrays, Task, TaskBatch, arrays, margins
-from wsparse.config import ModelConfig, from_dict, require
+from wsparse.circuits.settings import Settings
+from wsparse.config import ModelConfig, from_dict, require, setting
 from wsparse.errors import UserError, closest
 from wsparse.nodes import NODES, Node
 from wsparse.progress import progress
@@ -56,17 +57,16 @@ _patterns = jax.jit(model.attention_pattern)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured.
+    """What is measured; each field's help is in its metadata."""
 
-    Attributes:
-      source: Text that excerpts are taken from, a mix as for training; empty is the run's own held-out text.
-      pairs: Pairs of each task that are recorded token by token.
-      max_nodes: Nodes of a circuit to measure; the least important ones are left out.
-    """
-
-    source: str = ""
-    pairs: int = 6
-    max_nodes: int = 2000
+    source: str = setting(
+        "",
+        "Text that excerpts are taken from, a mix as for training; empty is the run's own held-out text.",
+    )
+    pairs: int = setting(6, "Pairs of each task that are recorded token by token.")
+    max_nodes: int = setting(
+        2000, "Nodes of a circuit to measure; the least important ones are left out."
+    )
 
     def __post_init__(self):
         require(self.pairs >= 1, "pairs must be at least 1", self.pairs)
@@ -191,14 +191,14 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
 
 def _pairs(run: runs.Run, circuit: Circuit, task: Task) -> TaskBatch:
     """Returns the pairs that a circuit's numbers were reported on."""
-    settings = from_dict(procedure.Settings, circuit.hyperparameters.get("settings", {}))
+    settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
     return tasks.build(
         task,
         run.tokenizer,
         settings.report_pairs,
         settings.seed,
         split="report",
-        max_tokens=run.config.model.context,
+        max_tokens=min(settings.max_tokens, run.config.model.context),
     )
 
 
@@ -223,32 +223,21 @@ def _ablations(
     index = {name: i for i, name in enumerate(masks.names(scorer.config))}
     kept_U = masks.from_names([node.name for node in ordered], scorer.config)
 
-    model_ranks = scorer.ranks(np.ones_like(kept_U))
-    model_ranks.nodes[[index[node.name] for node in shown]] = np.arange(len(shown))
-    singles = [[0, 0], *([i, i + 1] for i in range(len(shown)))]
-    losses = _losses(scorer, pairs, model_ranks, singles, advance)
+    def losses(nodes_U, edges, nodes, spans):
+        order = [index[node.name] for node in nodes]
+        parts = []
+        for start in range(0, len(spans), _CHUNK):
+            part = spans[start : start + _CHUNK]
+            parts.append(scorer.without_nodes(pairs, nodes_U, edges, order, part).loss)
+            advance(len(part))
+        return np.concatenate(parts)
 
-    circuit_ranks = scorer.ranks(kept_U, _stays(scorer, circuit))
-    circuit_ranks.nodes[[index[node.name] for node in ordered]] = np.arange(len(ordered))
+    singles = [[0, 0], *([i, i + 1] for i in range(len(shown)))]
+    without = losses(np.ones_like(kept_U), None, shown, singles)
     sizes = np.linspace(1, len(ordered), min(len(ordered), _PREFIXES)).round().astype(int).tolist()
     spans = [[size, len(ordered)] for size in sizes]
-    prefix = _losses(scorer, pairs, circuit_ranks, spans, advance)
-    return losses[1:] - losses[0], list(map(Prefix, sizes, prefix.tolist()))
-
-
-def _losses(
-    scorer: scoring.Scorer,
-    pairs: PairArrays,
-    ranks: scoring.Ranks,
-    spans: list[list[int]],
-    advance: Callable[[int], Any],
-) -> np.ndarray:
-    losses = []
-    for start in range(0, len(spans), _CHUNK):
-        part = spans[start : start + _CHUNK]
-        losses.append(scorer.spans(pairs, ranks, part).loss)
-        advance(len(part))
-    return np.concatenate(losses)
+    prefix = losses(kept_U, _stays(scorer, circuit), ordered, spans)
+    return without[1:] - without[0], list(map(Prefix, sizes, prefix.tolist()))
 
 
 def _on_prompts(

@@ -41,6 +41,7 @@ def find_circuit(
     settings: Settings,
     *,
     trials: Sequence[Trial] | None = None,
+    folder: pathlib.Path | None = None,
 ) -> Circuit | None:
     """Search for the task's circuit, and measure it.
 
@@ -50,6 +51,7 @@ def find_circuit(
       pruner: Runs the trials, and the controls.
       settings: Settings of the procedure.
       trials: Trials of `search_trials`, where they were run before.
+      folder: Folder of trials, see `search`.
 
     Returns:
       The circuit, or None where no trial reached the target.
@@ -57,7 +59,7 @@ def find_circuit(
     started = time.monotonic()
     goal = _goal(subject, pairs, settings)
     if trials is None:
-        trials = search_trials(subject, pairs, pruner, settings)
+        trials = search_trials(subject, pairs, pruner, settings, folder=folder)
     cuts = {trial.number: trial.result() for trial in trials}
     reached = [trial for trial in trials if cuts[trial.number].subgraph]
     if not reached:
@@ -65,9 +67,7 @@ def find_circuit(
     finalists = sorted(reached, key=lambda trial: trial.value)[: settings.finalists]
     sufficient, best = _smallest(subject, pairs, finalists, cuts, goal, settings)
     scorer, necessity = subject.scorer, settings.necessity
-    subgraph = complete(
-        scorer, pairs.discretize, sufficient, best.tau, goal, necessity=necessity
-    )
+    subgraph = complete(scorer, pairs.discretize, sufficient, best.tau, goal, necessity=necessity)
     if subgraph is not sufficient:
         log.info("  made necessary: %d nodes, %d edges", subgraph.n_nodes, subgraph.n_edges)
     found = _Found(sufficient, subgraph, best, cuts, goal, started, time.monotonic() - started)

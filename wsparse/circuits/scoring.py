@@ -28,7 +28,7 @@ from wsparse.circuits.pairs import (
 )
 from wsparse.config import ModelConfig
 
-# Rank of what is never removed, and of what always is; see `Ranks`.
+# Rank of what is never removed, and of what always is; see `_Ranks`.
 _STAYS, _GONE = np.int32(2**31 - 1), np.int32(-1)
 
 # Masks that one call scores. They are run one after the other: the rows of a batch fill a device, and its
@@ -38,7 +38,7 @@ _MASKS = 16
 Means = dict[str, jax.Array]
 
 
-class Ranks(NamedTuple):
+class _Ranks(NamedTuple):
     """An order in which nodes and edges are removed.
 
     A span `(lo, hi)` names a mask: without everything whose rank is negative or in `[lo, hi)`. Prefixes
@@ -113,7 +113,7 @@ class Scorer:
         self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> Score:
         """Returns the score of one mask, as floats."""
-        score = self.spans(pairs, self.ranks(nodes_U, edges), [[0, 0]])
+        score = self._spans(pairs, self._ranks(nodes_U, edges), [[0, 0]])
         return Score(float(score.loss[0]), float(score.accuracy[0]))
 
     def without_nodes(
@@ -139,9 +139,9 @@ class Scorer:
         Returns:
           NumPy arrays `(M,)`; NaN for masks that were not scored.
         """
-        ranks = self.ranks(nodes_U, edges)
+        ranks = self._ranks(nodes_U, edges)
         ranks.nodes[order] = np.arange(len(order))
-        return self.spans(pairs, ranks, spans_M2, until=until)
+        return self._spans(pairs, ranks, spans_M2, until=until)
 
     def without_edges(
         self,
@@ -154,14 +154,14 @@ class Scorer:
         until: float = -np.inf,
     ) -> Score:
         """Score a mask without spans of an order of its edges, indices into `graph.flatten_edges`."""
-        ranks = self.ranks(nodes_U, edges)
+        ranks = self._ranks(nodes_U, edges)
         of_edges = graph.flatten_edges(ranks.edges)
         of_edges[order] = np.arange(len(order))
         ranks = ranks._replace(edges=graph.unflatten_edges(of_edges, ranks.edges))
-        return self.spans(pairs, ranks, spans_M2, until=until)
+        return self._spans(pairs, ranks, spans_M2, until=until)
 
-    def spans(
-        self, pairs: HasPairs, ranks: Ranks, spans_M2: Any, *, until: float = -np.inf
+    def _spans(
+        self, pairs: HasPairs, ranks: _Ranks, spans_M2: Any, *, until: float = -np.inf
     ) -> Score:
         """Score the masks of spans, in turn, up to the first whose loss is at most `until`."""
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
@@ -188,10 +188,10 @@ class Scorer:
         missing = (0, len(spans_M2) - len(scored.loss))
         return Score(*(np.pad(values, missing, constant_values=np.nan) for values in scored))
 
-    def ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Ranks:
+    def _ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> _Ranks:
         """Returns ranks in which what stays stays and everything else is gone."""
         edges = self.weights if edges is None else edges
-        return Ranks(
+        return _Ranks(
             np.where(nodes_U, _STAYS, _GONE),
             {
                 path: np.where(edges[path] | ~self.weights[path], _STAYS, _GONE)
@@ -209,7 +209,7 @@ class Scorer:
         Returns:
           `(U,)`, and kernel path -> `(L, in, out)`; both 0 for what is not in the circuit.
         """
-        ranks = self.ranks(nodes_U, edges)
+        ranks = self._ranks(nodes_U, edges)
         estimates = _attributions(self.params, self.means, arrays(pairs), ranks, config=self.config)
         return jax.tree.map(np.asarray, tuple(estimates))
 
@@ -217,7 +217,7 @@ class Scorer:
         self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> np.ndarray:
         """Returns `(B,)`: the logit of the answer less that of the other candidate."""
-        ranks = self.ranks(nodes_U, edges)
+        ranks = self._ranks(nodes_U, edges)
         return np.asarray(
             _margins(self.params, self.means, arrays(pairs), ranks, config=self.config)
         )
@@ -234,7 +234,7 @@ def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig,
     return dataclasses.replace(config, bias=True), trees.unflatten(flat)
 
 
-def _kept(ranks: Ranks, span_2: Any = (0, 0)) -> Ranks:
+def _kept(ranks: _Ranks, span_2: Any = (0, 0)) -> _Ranks:
     """Returns 1.0 for what the mask of a span keeps, 0.0 elsewhere."""
 
     def kept(rank):
@@ -243,14 +243,14 @@ def _kept(ranks: Ranks, span_2: Any = (0, 0)) -> Ranks:
     return jax.tree.map(kept, ranks)
 
 
-def _logits(params, means, pairs: PairArrays, kept: Ranks, config) -> jax.Array:
+def _logits(params, means, pairs: PairArrays, kept: _Ranks, config) -> jax.Array:
     gates = masks.unflatten(kept.nodes, config)
     cut = graph.cut(params, kept.edges, means)
     return answer_logits(cut, config, pairs, taps.mask(gates, means))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, config) -> Score:
+def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, config) -> Score:
     """Returns scores of the first `n` spans, up to one whose loss is at most `until`; NaN after it."""
 
     def goes_on(carry):
@@ -270,7 +270,7 @@ def _score_spans(params, means, pairs, ranks: Ranks, spans_M2, n, until, *, conf
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _attributions(params, means, pairs, ranks: Ranks, *, config) -> Ranks:
+def _attributions(params, means, pairs, ranks: _Ranks, *, config) -> _Ranks:
     def loss(kept):
         logits_BV = _logits(params, means, pairs, kept, config)
         return task_loss(logits_BV, pairs.answer, pairs.other)
@@ -280,6 +280,6 @@ def _attributions(params, means, pairs, ranks: Ranks, *, config) -> Ranks:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _margins(params, means, pairs, ranks: Ranks, *, config) -> jax.Array:
+def _margins(params, means, pairs, ranks: _Ranks, *, config) -> jax.Array:
     logits_BV = _logits(params, means, pairs, _kept(ranks), config)
     return margins(logits_BV, pairs.answer, pairs.other)

@@ -8,54 +8,50 @@ from typing import Any, Literal
 
 import ml_collections
 
-from wsparse.config import require
+from wsparse.config import require, setting
 
 Sampler = Literal["tpe", "random"]
-
-
-def _setting(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of the procedure; part of every circuit file. Each field's help is in its metadata."""
 
-    target: float = _setting(0.15, "Task loss, in nats, that a circuit must reach.")
-    margin: float = _setting(
+    target: float = setting(0.15, "Task loss, in nats, that a circuit must reach.")
+    margin: float = setting(
         0.07,
         "Nats below the target that a circuit must have on the pairs it is chosen on, where the model itself "
         "allows it: other templates are a little harder. A task whose model is further above the target than "
         "this is not tried.",
     )
-    sweep: tuple[float, ...] = _setting(
+    sweep: tuple[float, ...] = setting(
         (0.05, 0.1, 0.3, 0.5), "Further targets, for the loss-against-edges curve."
     )
-    trials: int = _setting(8, "Pruning runs of the search.")
-    parallel: int = _setting(2, "Pruning runs in one vmapped call.")
-    sampler: Sampler = _setting("tpe", "Sampler of the hyperparameters.")
-    steps: int = _setting(100, "Steps of a pruning run.")
-    pairs_per_step: int = _setting(16, "Pairs of prompts drawn for a step.")
-    search_pairs: int = _setting(256, "Pairs that steps draw from.")
-    discretize_pairs: int = _setting(
+    trials: int = setting(8, "Pruning runs of the search.")
+    parallel: int = setting(2, "Pruning runs in one vmapped call.")
+    sampler: Sampler = setting("tpe", "Sampler of the hyperparameters.")  # noqa: RUF009
+    steps: int = setting(100, "Steps of a pruning run.")
+    pairs_per_step: int = setting(16, "Pairs of prompts drawn for a step.")
+    search_pairs: int = setting(256, "Pairs that steps draw from.")
+    discretize_pairs: int = setting(
         48, "Pairs of the second split that circuits are chosen on, with as many of the first."
     )
-    report_pairs: int = _setting(96, "Pairs that numbers are reported on.")
-    finalists: int = _setting(2, "Trials whose circuits are cleaned up.")
-    necessity: float = _setting(
+    report_pairs: int = setting(96, "Pairs that numbers are reported on.")
+    finalists: int = setting(2, "Trials whose circuits are cleaned up.")
+    necessity: float = setting(
         0.65,
         "Loss, in nats, that the model must have without the circuit: nodes are added to the smallest "
         "sufficient circuit until it has. 0 adds none.",
     )
-    single_removals: int = _setting(
+    single_removals: int = setting(
         256,
-        "Single removals, in each pass of the clean-up, that may be scored exactly once first-order estimates "
-        "lead no further. 0 relies on the estimates alone and takes a tenth of the time.",
+        "Single removals, in each pass of the clean-up, that may be scored exactly once first-order "
+        "estimates lead no further. 0 relies on the estimates alone and takes a tenth of the time.",
     )
-    tie_qk: bool = _setting(True, "Whether a channel's query and key share a gate.")
-    controls: bool = _setting(True, "Whether to run the controls.")
-    seed: int = _setting(0, "Seed of pairs, trials and the sampler.")
-    max_tokens: int = _setting(4096, "Longest prompt to use; at most the context.")
+    tie_qk: bool = setting(True, "Whether a channel's query and key share a gate.")
+    controls: bool = setting(True, "Whether to run the controls.")
+    seed: int = setting(0, "Seed of pairs, trials and the sampler.")
+    max_tokens: int = setting(4096, "Longest prompt to use; at most the context.")
 
     def __post_init__(self):
         for name in (
@@ -71,7 +67,9 @@ class Settings:
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(
-            0 <= self.necessity < math.inf, "necessity must be at least 0, and finite", self.necessity
+            0 <= self.necessity < math.inf,
+            "necessity must be at least 0, and finite",
+            self.necessity,
         )
         require(
             self.single_removals >= 0, "single_removals must be at least 0", self.single_removals
