@@ -1,4 +1,4 @@
-"""Two runs' circuits side by side: `python -m wsparse.circuits.compare --runs runs/small runs/small_dense`.
+"""Two runs' circuits side by side: `python -m wsparse.circuits.compare --runs=runs/small,runs/small_dense`.
 
 Compares the tasks for which both runs have a circuit, at the same target, found by the same procedure: edges
 of each, their ratio, geometric means over tasks, and loss-against-edges curves.
@@ -6,16 +6,20 @@ of each, their ratio, geometric means over tasks, and loss-against-edges curves.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+import logging
 import pathlib
 import sys
 from typing import Any, NamedTuple
 
+from absl import flags
+
 from wsparse import files
 from wsparse.circuits import report
-from wsparse.command import run_plain
+from wsparse.command import run_command
 from wsparse.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Pruned(NamedTuple):
@@ -29,10 +33,10 @@ class Pruned(NamedTuple):
 
 
 def read(folder: pathlib.Path) -> Pruned:
-    """The circuits of a run, and its training summary.
+    """Returns the circuits of a run, and its training summary.
 
     Raises:
-      UserError: the run has no circuits.
+      UserError: The run has no circuits.
     """
     rows = report.collect(folder / "circuits")
     if not rows:
@@ -43,18 +47,18 @@ def read(folder: pathlib.Path) -> Pruned:
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
-    """The comparison of two runs, as the command prints and writes it.
+    """Returns the comparison of two runs, as the command prints and writes it.
 
     Raises:
-      UserError: a run has no circuits, or the two have none at the same target.
+      UserError: A run has no circuits, or the two have none at the same target.
     """
     return compare_pruned(read(first), read(second))
 
 
 def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
-    """`compare` of what was read."""
+    """Returns the comparison of two runs' circuits, see `compare`."""
     a, b = first.rows, second.rows
-    shared = [
+    comparable = [
         task
         for task in a
         if task in b
@@ -62,10 +66,14 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
         and "edges" in b[task]
         and a[task]["target"] == b[task]["target"]
     ]
-    if not shared:
+    if not comparable:
         raise UserError(
             f"{first.folder} and {second.folder} have no task with a circuit at the same target in both"
         )
+    # Edges at different targets cannot be averaged: the target of most tasks.
+    targets = [a[task]["target"] for task in comparable]
+    target = max(sorted(set(targets)), key=targets.count)
+    shared = [task for task in comparable if a[task]["target"] == target]
     tasks = [
         {
             "task": task,
@@ -80,10 +88,11 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
         "runs": [str(run.folder) for run in (first, second)],
         "val_loss": [run.summary.get("val_loss") for run in (first, second)],
         "nonzeros": [run.summary.get("nonzeros") for run in (first, second)],
-        "target": a[shared[0]]["target"],
+        "target": target,
         "tasks": tasks,
-        "only_first": sorted(t for t in a if "edges" in a[t] and t not in shared),
-        "only_second": sorted(t for t in b if "edges" in b[t] and t not in shared),
+        "other_targets": sorted(set(comparable) - set(shared)),
+        "only_first": sorted(t for t in a if "edges" in a[t] and t not in comparable),
+        "only_second": sorted(t for t in b if "edges" in b[t] and t not in comparable),
     }
     counts = {key: [t[key] for t in tasks] for key in ("edges", "edges_between_nodes")}
     # Circuits are chosen on other pairs than their loss is reported on, and some do not generalize.
@@ -99,7 +108,7 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """The comparison as a table."""
+    """Returns the comparison as a table."""
     names = [pathlib.Path(run).name for run in result["runs"]]
     lines = [
         f"{'task':<28}{names[0]:>16}{names[1]:>16}{'ratio':>9}   edges at loss {result['target']}"
@@ -127,38 +136,66 @@ def text(result: dict[str, Any]) -> str:
         lines.append(
             "*: a circuit without edges, or one that misses the target on the report split"
         )
+    if result["other_targets"]:
+        lines.append(f"left out, at another target: {', '.join(result['other_targets'])}")
     for key, name in (("only_first", names[0]), ("only_second", names[1])):
         if result[key]:
             lines.append(f"a circuit only in {name}: {', '.join(result[key])}")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m wsparse.circuits.compare", description=__doc__)
-    parser.add_argument(
-        "--runs",
-        nargs=2,
-        required=True,
-        type=pathlib.Path,
-        metavar=("A", "B"),
-        help="two run folders, both pruned",
-    )
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=None, help="folder for compare.json and .png"
-    )
-    options = parser.parse_args(argv[1:])
-    first, second = map(read, options.runs)
+def run(folders: Sequence[str], out: str | None = None) -> None:
+    """Compare two runs: log the table, and write it and the curves into `out`.
+
+    Args:
+      folders: The two run folders.
+      out: Folder to write into; None is the first run's circuits.
+
+    Raises:
+      UserError: There are not two, they cannot be compared, or `out` cannot be written to.
+    """
+    if len(folders) != 2:
+        raise UserError(f"--runs must be two run folders, A,B, got {len(folders)}")
+    first, second = (read(pathlib.Path(folder)) for folder in folders)
     result = compare_pruned(first, second)
-    print(text(result))
-    out = options.out or options.runs[0] / "circuits"
-    files.make_folder(out)
-    files.write_json(out / "compare.json", result)
-    shared = [t["task"] for t in result["tasks"]]
+    log.info("%s", text(result))
+    path = pathlib.Path(out) if out else first.folder / "circuits"
+    files.make_folder(path)
+    files.write_json(path / "compare.json", result)
+    shared = [task["task"] for task in result["tasks"]]
     rows_of = {run.folder.name: [run.rows[task] for task in shared] for run in (first, second)}
-    report.plot_curves(rows_of, out / "compare.png")
-    print(f"written to {out / 'compare.json'} and {out / 'compare.png'}")
+    report.plot_curves(rows_of, path / "compare.png")
+    log.info("written to %s and %s", path / "compare.json", path / "compare.png")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command; see the module's docstring."""
+    del argv
+    options: Any = flags.FLAGS
+    run(options.runs, options.out)
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Returns arguments with the old form `--runs A B` as `--runs=A,B`."""
+    arguments = list(arguments)
+    if "--runs" in arguments:
+        at = arguments.index("--runs")
+        folders = arguments[at + 1 : at + 3]
+        if len(folders) == 2 and not any(folder.startswith("--") for folder in folders):
+            arguments[at : at + 3] = [f"--runs={','.join(folders)}"]
+            print("note: --runs A B is --runs=A,B now", file=sys.stderr)
+    return arguments
+
+
+def define_flags() -> None:
+    """Define the flags of the command."""
+    flags.DEFINE_list("runs", None, "Two run folders, both pruned: A,B.", required=True)
+    flags.DEFINE_string(
+        "out", None, "Folder for compare.json and .png; the first run's circuits by default."
+    )
 
 
 if __name__ == "__main__":
-    run_plain(lambda: main(sys.argv))
+    define_flags()
+    sys.argv[1:] = joined(sys.argv[1:])
+    run_command(main)

@@ -15,7 +15,7 @@ from wsparse.nodes import Node
 
 
 def row(status: Status, circuit: Circuit | None) -> dict[str, Any]:
-    """What the table says about one task."""
+    """Returns the table's row of one task."""
     values = {
         "task": status.task,
         "status": status.status if circuit is None else circuit.status,
@@ -57,7 +57,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def summary(circuit: Circuit) -> str:
-    """One line about a circuit."""
+    """Returns one line about a circuit."""
     scores = circuit.scores
     above = f"{ABOVE_TARGET} ({circuit.target:g}) " if circuit.status == ABOVE_TARGET else ""
     controls = ", ".join(
@@ -73,7 +73,7 @@ def summary(circuit: Circuit) -> str:
 
 
 def text(circuit: Circuit) -> str:
-    """The circuit to be read: each node in the model's order, and the weighted sum that it is.
+    """Returns the circuit as text: each node in the model's order, and the weighted sum that it is.
 
     Biases and what removed nodes bring are constants, and are left out.
     """
@@ -97,12 +97,12 @@ def text(circuit: Circuit) -> str:
 
 
 def geometric_mean(values: list[float]) -> float:
-    """Of positive numbers; a circuit without edges counts as one edge."""
+    """Returns the geometric mean of counts; a circuit without edges counts as one edge."""
     return math.exp(float(np.mean(np.log(np.maximum(values, 1)))))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, with the geometric mean of edges."""
+    """Returns the rows as text, with the geometric mean of edges over the tasks of each target."""
     lines = [
         f"{'task':<28}{'model':>8}{'nodes':>7}{'edges':>7}{'(all)':>7}{'(cut)':>7}{'loss':>8}{'calib.':>8}"
         f"{'without':>9}{'shuffled':>10}{'random':>8}{'attrib.':>9}{'seconds':>9}"
@@ -113,23 +113,24 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"{start}  {r['status']}")
             continue
         controls = [
-            r["controls"].get(name, math.nan) for name in ("shuffled_labels", "random_model")
+            f"{r['controls'][name]:.3f}" if name in r["controls"] else "-"
+            for name in ("shuffled_labels", "random_model")
         ]
         attribution = r["attribution_edges"]
         lines.append(
             f"{start}{r['nodes']:>7}{r['edges']:>7}{r['edges_between_nodes']:>7}"
             f"{r['edges_before_clean_up']:>7}{r['sufficiency']:>8.3f}{r['calibrated']:>8.3f}"
-            f"{r['necessity']:>9.3f}{controls[0]:>10.3f}{controls[1]:>8.3f}"
+            f"{r['necessity']:>9.3f}{controls[0]:>10}{controls[1]:>8}"
             f"{'missed' if attribution is None else attribution:>9}{r['seconds']:>9.0f}"
             f"{'  *' if r['status'] == ABOVE_TARGET else ''}"
         )
-    found = [r for r in rows if "edges" in r]
-    if found:
-        means = [
-            geometric_mean([r[key] for r in found]) for key in ("edges", "edges_between_nodes")
-        ]
+    targets = sorted({r["target"] for r in rows if "edges" in r})
+    for target in targets:
+        same = [r for r in rows if r.get("target") == target]
+        means = [geometric_mean([r[key] for r in same]) for key in ("edges", "edges_between_nodes")]
+        at = f" with target {target:g}" if len(targets) > 1 else ""
         lines.append(
-            f"geometric mean over {len(found)} tasks: {means[0]:.1f} edges "
+            f"geometric mean over {len(same)} tasks{at}: {means[0]:.1f} edges "
             f"({means[1]:.1f} with every weight between the kept nodes)"
         )
     return "\n".join(lines)
@@ -150,13 +151,13 @@ def write(folder: pathlib.Path, rows: list[dict[str, Any]], *, title: str) -> No
     with files.replacing(folder / "table.txt") as part:
         part.write_text(f"{table(rows)}\n{LEGEND}", encoding="utf-8")
     files.write_json(folder / "results.json", rows)
-    found = [r for r in rows if "edges" in r]
-    if found:
-        plot_curves({title: found}, folder / "curves.png")
+    with_circuit = [r for r in rows if "edges" in r]
+    if with_circuit:
+        plot_curves({title: with_circuit}, folder / "curves.png")
 
 
 def curve(rows: list[dict[str, Any]]) -> list[tuple[float, float, int]]:
-    """`(target, geometric mean of edges, tasks)` over the tasks that reach each target."""
+    """Returns `(target, geometric mean of edges, tasks)` over the tasks that reach each target."""
     targets = sorted({point["target"] for r in rows for point in r["curve"]})
     points = []
     for target in targets:
@@ -179,7 +180,9 @@ def plot_curves(rows_of: dict[str, list[dict[str, Any]]], path: pathlib.Path) ->
                 edges = [max(p["edges"], 1) for p in r["curve"]]
                 axes.plot(targets, edges, color=color, alpha=0.25, linewidth=0.8)
             full = [(t, mean) for t, mean, n in curve(rows) if n == len(rows)]
-            axes.plot(*zip(*full, strict=True), color=color, marker="o", linewidth=2, label=title)
+            targets, means = [t for t, _ in full], [mean for _, mean in full]
+            # The label too where no target is reached by all: the legend names every run.
+            axes.plot(targets, means, color=color, marker="o", linewidth=2, label=title)
         axes.set_yscale("log")
         axes.set_xlabel("target task loss (nats)")
         axes.set_ylabel("edges of the circuit")
