@@ -224,7 +224,7 @@ def _ablations(
     kept_U = masks.from_names([node.name for node in ordered], scorer.config)
 
     def losses(nodes_U, edges, nodes, spans):
-        order = [index[node.name] for node in nodes]
+        order = np.array([index[node.name] for node in nodes])
         parts = []
         for start in range(0, len(spans), _CHUNK):
             part = spans[start : start + _CHUNK]
@@ -388,7 +388,7 @@ def _nodes(
     return described, top_tokens_NK, top_weights_NK
 
 
-def _excerpts(summaries: list[excerpts.Summary]) -> dict[str, np.ndarray]:
+def _excerpts(summaries: list[excerpts.Summary]) -> dict[str, Any]:
     """Returns histograms and excerpts as `Evidence` has them."""
     spans, quantiles, values = [], [], []
     for i, summary in enumerate(summaries):

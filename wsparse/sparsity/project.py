@@ -14,7 +14,7 @@ from wsparse import trees
 from wsparse.errors import UserError
 from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
-from wsparse.ops.top_k import select
+from wsparse.ops.top_k import Selection, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +135,7 @@ def project_top_k(
         after = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)
         sparse = _matrices(after, rules)
         now: Any = density(state.count) if callable(density) else float(density)
-        selections = select(
-            [stack for stack, _ in sparse.values()],
-            [
-                jnp.broadcast_to(budget(now, stack[0].size), stack.shape[:1])
-                for stack, _ in sparse.values()
-            ],
-            neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
-            min_per_neuron=min_per_neuron,
-            whole=replicated,
-        )
-        selected = dict(zip(sparse, selections, strict=True))
+        selected = _select(sparse, now, min_per_neuron=min_per_neuron, replicated=replicated)
 
         def project(path, p, u):
             if path not in selected:
@@ -161,6 +151,25 @@ def project_top_k(
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _select(
+    sparse: dict[str, tuple[jax.Array, Sparse]],
+    density: Any,
+    *,
+    min_per_neuron: int,
+    replicated: bool,
+) -> dict[str, Selection]:
+    """Returns the entries that stay of every stack of matrices, by path."""
+    stacks = [stack for stack, _ in sparse.values()]
+    selections = select(
+        stacks,
+        [jnp.broadcast_to(budget(density, stack[0].size), stack.shape[:1]) for stack in stacks],
+        neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
+        min_per_neuron=min_per_neuron,
+        whole=replicated,
+    )
+    return dict(zip(sparse, selections, strict=True))
 
 
 def l0(
