@@ -1,31 +1,39 @@
-"""A run's folder as the other commands read it: config, parameters, tokenizer."""
+"""A run's folder as an object: config, parameters, tokenizer, text."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
+import numpy as np
 
 from wsparse import checkpoint, files, model, sparsity
 from wsparse.config import TrainConfig, from_dict, to_dict
+from wsparse.data import batches, dataset, tokens
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
 
+log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# Text that is read of a source which is not the run's own, in bytes.
+_OTHER_TEXT_BYTES = 150_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """What a run folder holds.
+    """A run folder that was read.
 
     Attributes:
-      folder: where it is.
-      config: what was trained.
-      step: optimizer steps behind `params`.
-      params: float32 parameters on the default device.
-      tokenizer: what the tokens mean.
+      folder: The folder.
+      config: Config of the training.
+      step: Optimizer steps behind `params`.
+      params: Float32 parameters on the default device.
+      tokenizer: Tokenizer of the run.
     """
 
     folder: pathlib.Path
@@ -34,12 +42,88 @@ class Run:
     params: model.Params
     tokenizer: tokenizer_lib.Tokenizer
 
+    def __repr__(self) -> str:
+        shape = self.config.model
+        return (
+            f"Run({str(self.folder)!r}, step {self.step}, {shape.n_layer} layers, d_model {shape.d_model}, "
+            f"{model.count_parameters(self.params):,} parameters, {shape.vocab_size} tokens)"
+        )
+
+    @functools.cached_property
+    def data(self) -> dataset.Dataset:
+        """The tokens that the run was trained on and held out, from its folder.
+
+        A run that has none there yet, such as an imported one, gets them from the sources of its config.
+
+        Raises:
+          UserError: The folder's data or a source cannot be read.
+        """
+        folder = self.folder / "data"
+        if not folder.exists():
+            log.info("%s keeps no text yet: reading %s", self.folder, self.config.data.source)
+        data = dataset.open_dataset(
+            folder,
+            self.config.data,
+            vocab_size=self.config.model.vocab_size,
+            context=self.config.model.context,
+            tokenizer_file=self.folder / "tokenizer.json",
+        )
+        metadata = checkpoint.read_metadata(self.folder / "checkpoints", self.step)
+        if metadata.get("data_digest", data.digest) != data.digest:
+            log.warning(
+                "the text in %s is not what this run was trained on (its digest differs): its sources are "
+                "others on this machine, or have changed",
+                folder,
+            )
+        return data
+
+    def windows(
+        self,
+        split: tokens.Split,
+        *,
+        n: int | None = None,
+        tokens: int | None = None,
+        seed: int | None = None,
+        source: str = "",
+    ) -> np.ndarray:
+        """Returns windows of the run's text, the same at each call.
+
+        Args:
+          split: "train", or "validation" for text that training held out.
+          n: Number of windows, at most.
+          tokens: The same in tokens: n is `tokens` divided by the context, at least 1.
+          seed: Seed of the order; by default that of the training, whose first windows these are then.
+          source: Source of other text to draw from instead, such as "files:GLOB"; it is not kept.
+
+        Returns:
+          Different windows, int32 `(W, T)`, T the run's context.
+
+        Raises:
+          UserError: A source cannot be read, or has less than a window of text.
+        """
+        assert (n is None) != (tokens is None), "give n or tokens"
+        context, data = self.config.model.context, self.config.data
+        if source:
+            components = dataset.other_text(
+                source, data, self.tokenizer, max_bytes=_OTHER_TEXT_BYTES
+            )
+        else:
+            components = self.data.side(split)
+        count = n if n is not None else max(1, (tokens or 0) // context)
+        seed = data.seed if seed is None else seed
+        windows_WT = batches.windows(components, n=count, context=context, seed=seed)
+        if not len(windows_WT):
+            raise UserError(
+                f"{source!r} has less than a window of {context} tokens: name a source with more text"
+            )
+        return windows_WT
+
 
 def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
-    """The config of a run folder.
+    """Returns the config of a run folder.
 
     Raises:
-      UserError: the folder is missing, or is no run.
+      UserError: The folder is missing, or is not a run.
     """
     path = pathlib.Path(folder) / "config.json"
     try:
@@ -55,30 +139,40 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:
-    """Read a run.
+    """Reads a run.
 
     Args:
-      folder: the `--workdir` of training.
-      step: which checkpoint; None is the newest that is undamaged.
+      folder: The `--workdir` of training.
+      step: Checkpoint to read; by default the newest that is undamaged.
 
     Raises:
-      UserError: the folder is no run, has no usable checkpoint, or lacks its tokenizer.
+      UserError: The folder is not a run, does not have a usable checkpoint, or its tokenizer is missing or
+        another run's.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(config.seed)))
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
-    found, state = checkpoint.read(folder / "checkpoints", {"params": like}, step=step)
-    tokenizer = tokenizer_lib.load(folder / "tokenizer.json")
-    return Run(folder, config, found, state["params"], tokenizer)
+    step, state = checkpoint.read(folder / "checkpoints", {"params": like}, step=step)
+    path = folder / "tokenizer.json"
+    tokenizer = tokenizer_lib.load(path)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens, but the run's model has "
+            f"{config.model.vocab_size}: it is another run's, restore this run's"
+        )
+    original = checkpoint.read_metadata(folder / "checkpoints", step).get("tokenizer")
+    if original is not None and tokenizer_lib.from_json(original).digest != tokenizer.digest:
+        raise UserError(f"{path} is not the tokenizer this run was trained with: restore it")
+    return Run(folder, config, step, state["params"], tokenizer)
 
 
 def sizes(params: model.Params) -> dict[str, Any]:
-    """What `summary.json` says about parameters alone.
+    """Returns what `summary.json` says about parameters alone.
 
-    "l0" is the share of nonzeros in the projected matrices, "nonzeros" their number, "parameters" that of all
-    parameters, and "alive_neurons", per layer, those with weights on both sides.
+    "l0" is the fraction of nonzeros in the projected matrices, "nonzeros" their number, "parameters" that of
+    all parameters, and "alive_neurons", per layer, the number of those with weights on both sides.
     """
     counts = sparsity.l0(params).values()
     nonzeros = sum(count for count, _ in counts)
@@ -98,27 +192,22 @@ def create(
     *,
     summary: dict[str, Any],
 ) -> None:
-    """Write a run that was not trained here, as `load` and the commands read it.
+    """Writes a run that was not trained here, as `load` and the commands read it.
 
     Args:
-      folder: where it will be, all of it or nothing; it does not exist, or is empty.
-      config: with the model's.
-      params: the model's parameters.
-      tokenizer: what the tokens mean.
-      summary: what `summary.json` has beside `sizes`.
+      folder: Folder to make, all of it or nothing; it does not exist, or is empty.
+      config: Config with the model's.
+      params: Parameters of the model.
+      tokenizer: Tokenizer of the model.
+      summary: Entries of `summary.json` beside `sizes`.
 
     Raises:
-      UserError: the folder cannot be made.
+      UserError: The folder cannot be made.
     """
-    folder = pathlib.Path(folder).absolute()
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    files.make_folder(part, shown=folder)
-    try:
+    with files.new_folder(folder) as part:
         tokenizer.save(part / "tokenizer.json")
         with checkpoint.Checkpointer(part / "checkpoints") as checkpoints:
-            checkpoints.save(0, {"params": params}, {"config": to_dict(config)})
+            metadata = {"config": to_dict(config), "tokenizer": tokenizer.to_json()}
+            checkpoints.save(0, {"params": params}, metadata)
         files.write_json(part / "summary.json", sizes(params) | summary)
         files.write_json(part / "config.json", to_dict(config))
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -7,152 +7,50 @@ so the step is the only state there is to save.
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-import hashlib
-import json
+import logging
 import math
-import os
 import sys
 from typing import Any
 
-from absl import logging
 import grain
 import numpy as np
 
-from wsparse.config import DataConfig
-from wsparse.data import corpus, prepared, sources, streams
-from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.data.streams import TokenStream
+from wsparse.data.tokens import Components, TokenStream
 from wsparse.errors import UserError
 
-# The streams of a mix, each with its share in sampling; the shares sum to 1.
-Components = Sequence[tuple[float, TokenStream]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the data was made from.
-
-    Attributes:
-      sources: what came out of each source, in the order of the mix.
-      train_tokens: tokens to train on.
-      validation_tokens: tokens held out.
-    """
-
-    sources: tuple[sources.SourceReport, ...]
-    train_tokens: int
-    validation_tokens: int
-
-    def __str__(self) -> str:
-        tokens = f"{self.train_tokens} training tokens, {self.validation_tokens} held out"
-        return "\n".join([*map(str, self.sources), tokens])
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A tokenizer and the token streams of each source of a mix.
+class Windows:
+    """A stream as a sequence of windows, each `(T+1,)` int32.
+
+    Window i covers the tokens [i*T, i*T + T], T inputs and T targets that overlap in all but one token, so
+    that in an epoch every token after the first is predicted exactly once (at most T-1 tokens at the end are
+    in no window).
 
     Attributes:
-      tokenizer: what the tokens mean.
-      train: (weight, stream) for each source; weights sum to 1.
-      validation: the same for held-out documents.
-      digest: hex sha256 over the tokenizer, the weights and all tokens.
-      report: counts.
+      stream: The tokens.
+      context: T.
     """
 
-    tokenizer: tokenizer_lib.Tokenizer
-    train: list[tuple[float, TokenStream]]
-    validation: list[tuple[float, TokenStream]]
-    digest: str
-    report: Report
+    stream: TokenStream
+    context: int
+
+    def __len__(self) -> int:
+        return window_count(len(self.stream), self.context)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self.context
+        return self.stream.read(start, start + self.context + 1)
 
 
-def open_dataset(
-    data: DataConfig,
-    *,
-    vocab_size: int,
-    context: int,
-    tokenizer_file: str | os.PathLike[str] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Dataset:
-    """Collect, split, tokenize: everything that comes before batches.
-
-    `data.megabytes` are shared between the sources by weight; a source that has less gives all it
-    has, and is repeated more often in training, since weights are about sampling. The tokenizer is,
-    in this order: `tokenizer_file`, `data.tokenizer`, that of the `arrayrecord:` parts, or one
-    trained on the training text. `arrayrecord:` parts stay on disk, and `data.megabytes`,
-    `data.validation_fraction` and `data.seed` do not touch their documents.
-
-    Args:
-      data: the `data` group of a config.
-      vocab_size: what the model expects V.
-      context: T, to check that there is a window to train on.
-      tokenizer_file: for example the `tokenizer.json` of the run that is resumed.
-      progress: is given a line at each stage.
-
-    Raises:
-      UserError: a bad source, a tokenizer of another size, or too little text on either side.
-    """
-    say = progress or (lambda line: None)
-    parts = sources.parse_mix(data.source)
-    folders = [sources.arrayrecord_folder(part.name) for part in parts]
-    opened = {i: prepared.open_folder(folder) for i, folder in enumerate(folders) if folder}
-    tokenizer = _given_tokenizer(data, tokenizer_file, {parts[i].name: opened[i] for i in opened})
-    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size={vocab_size}: "
-            "make them equal"
-        )
-
-    texts: dict[int, list[str]] = {}
-    reports: dict[int, list[sources.SourceReport]] = {}
-    for i, part in enumerate(parts):
-        if i in opened:
-            reports[i] = [component.report for component in opened[i].manifest.components]
-            continue
-        say(f"reading {part.name}")
-        counts: collections.Counter[str] = collections.Counter()
-        source = sources.open_source(part.name, seed=data.seed)
-        share = data.megabytes * 1e6 * part.weight
-        texts[i] = list(sources.documents(source, counts, max_bytes=share))
-        reports[i] = [sources.SourceReport(part.name, **counts)]
-
-    named = [(parts[i].name, documents) for i, documents in texts.items()]
-    found = corpus.scan(named, validation_fraction=data.validation_fraction)
-    if tokenizer is None:
-        say(f"training a tokenizer of {vocab_size} tokens")
-        tokenizer = tokenizer_lib.train(found.sample, vocab_size)
-
-    names: list[str] = []
-    train: list[tuple[float, TokenStream]] = []
-    validation: list[tuple[float, TokenStream]] = []
-    for i, part in enumerate(parts):
-        if i in opened:
-            names += [f"{part.name} ({report.source})" for report in reports[i]]
-            train += [(part.weight * weight, stream) for weight, stream in opened[i].train]
-            validation += [
-                (part.weight * weight, stream) for weight, stream in opened[i].validation
-            ]
-            continue
-        say(f"encoding {part.name}")
-        names.append(part.name)
-        for side, documents in zip(
-            (train, validation), corpus.split(texts[i], found.holdout), strict=True
-        ):
-            side.append((part.weight, corpus.encode_stream(documents, tokenizer)))
-    for name, (_, training), (_, held_out) in zip(names, train, validation, strict=True):
-        _require_window(training, name, context, "training")
-        _require_window(held_out, name, context, "held-out")
-
-    report = Report(
-        tuple(each for i in range(len(parts)) for each in reports[i]),
-        train_tokens=sum(len(stream) for _, stream in train),
-        validation_tokens=sum(len(stream) for _, stream in validation),
-    )
-    return Dataset(tokenizer, train, validation, _digest(tokenizer, train, validation), report)
+def window_count(length: int, context: int) -> int:
+    """Returns how many windows of `context + 1` tokens a stream of `length` has."""
+    return max(length - 1, 0) // context
 
 
 def train_batches(
@@ -228,13 +126,13 @@ def eval_batches(
       1 to `batches` arrays (R, T+1) int32.
     """
     wanted = _rows(batch_size, rows)
-    windows = [streams.Windows(stream, context) for _, stream in components]
+    windows = [Windows(stream, context) for _, stream in components]
     weights = _normalized([weight for weight, _ in components])
     count = min(batches, max(1, sum(map(len, windows)) // batch_size))
     shares = _shares(weights, count * batch_size)
     for (_, stream), each, share in zip(components, windows, shares, strict=True):
         if share > len(each):
-            logging.info(
+            log.info(
                 "evaluation repeats the %d windows of a stream of %d tokens to make %d",
                 len(each),
                 len(stream),
@@ -252,39 +150,27 @@ def eval_batches(
     ]
 
 
-def _given_tokenizer(
-    data: DataConfig,
-    tokenizer_file: str | os.PathLike[str] | None,
-    opened: dict[str, prepared.Prepared],
-) -> tokenizer_lib.Tokenizer | None:
-    """The tokenizer that the user or prepared tokens dictate; None when one is to be trained."""
-    found: list[tuple[str, tokenizer_lib.Tokenizer]] = []
-    if tokenizer_file or data.tokenizer:
-        path = os.path.expanduser(tokenizer_file or data.tokenizer)
-        found.append((str(path), tokenizer_lib.load(path)))
-    found += [(name, each.tokenizer) for name, each in opened.items()]
-    for name, other in found[1:]:
-        if other.digest != found[0][1].digest:
-            raise UserError(
-                f"{found[0][0]} and {name} have different tokenizers: prepare one again with "
-                "--tokenizer=<the tokenizer.json of the other>"
-            )
-    return found[0][1] if found else None
+def windows(components: Components, *, n: int, context: int, seed: int) -> np.ndarray:
+    """Returns different windows in mix proportion, the inputs of the first that training would draw.
 
+    Args:
+      components: (weight, stream) pairs; streams that are shorter than a window are left out.
+      n: Number of windows, at most; one that comes again is dropped.
+      context: T.
+      seed: Seed of the order, not negative.
 
-def _require_window(stream: TokenStream, name: str, context: int, side: str) -> None:
-    if streams.window_count(len(stream), context) < 1:
-        raise UserError(
-            f"{name} has {len(stream)} {side} tokens, one window of model.context={context} needs "
-            f"{context + 1}: raise data.megabytes"
-            + (" or data.validation_fraction" if side == "held-out" else "")
-            + ", or give more documents; an arrayrecord: folder must be prepared again"
-        )
-
-
-def _digest(tokenizer: tokenizer_lib.Tokenizer, *sides: Components) -> str:
-    content = [tokenizer.digest, *([[w, len(s), s.digest] for w, s in side] for side in sides)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    Returns:
+      int32 `(W, T)`, W at most `n`, 0 where there is no window.
+    """
+    components = [pair for pair in components if window_count(len(pair[1]), context)]
+    if not components:
+        return np.empty((0, context), np.int32)
+    shuffled: Any = _shuffled_windows(components, context, seed)
+    distinct = {}
+    for index in range(n):
+        window_T = shuffled[index][:-1]
+        distinct.setdefault(window_T.tobytes(), window_T)
+    return np.stack(list(distinct.values()))
 
 
 def _rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
@@ -304,7 +190,7 @@ class _EndlessShuffle:
     epochs are kept, 4 bytes a window.
     """
 
-    def __init__(self, windows: streams.Windows, seed: Sequence[int]):
+    def __init__(self, windows: Windows, seed: Sequence[int]):
         """Shuffle `windows` by `seed`, numbers that no other shuffle has."""
         self._windows = windows
 
@@ -327,7 +213,7 @@ class _EndlessShuffle:
 def _shuffled_windows(components: Components, context: int, seed: int) -> grain.MapDataset:
     """Element i is the i-th window of an endless run, (T+1,) int32: random access at any i."""
     endless = [
-        grain.MapDataset.source(_EndlessShuffle(streams.Windows(stream, context), (seed, index)))
+        grain.MapDataset.source(_EndlessShuffle(Windows(stream, context), (seed, index)))
         for index, (_, stream) in enumerate(components)
     ]
     return grain.MapDataset.mix(endless, weights=[weight for weight, _ in components])

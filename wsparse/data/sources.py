@@ -8,7 +8,7 @@
 | `jsonl:PATH?field=text` | one per line of the JSON-lines files PATH (a glob may be given) |
 | `parquet:PATH?field=text` | one per row of the Parquet files PATH (a glob may be given) |
 | `tfds:NAME?field=text&split=train&data_dir=DIR` | examples of a TFDS dataset in ArrayRecord |
-| `arrayrecord:DIR` | tokens written by `python -m wsparse.data.prepare` (`wsparse.data.prepared`) |
+| `arrayrecord:DIR` | tokens written by `python -m wsparse.data.prepare` (`wsparse.data.tokens`) |
 
 The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own. A mix is
 `0.7*idioms+0.3*stdlib`; weights are normalized and a missing one counts as 1. A `+` inside a path
@@ -26,6 +26,7 @@ import dataclasses
 import enum
 import glob
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -99,8 +100,8 @@ class SourceReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One term of a mix: `weight` (the weights of a mix sum to 1) and the source's name."""
+class Term:
+    """One term of a mix: its weight (the weights of a mix sum to 1) and the name of the source."""
 
     weight: float
     name: str
@@ -122,7 +123,7 @@ class Source:
     read: Callable[[], Iterator[str | bytes | Skip]]
 
 
-def parse_mix(text: str) -> tuple[Part, ...]:
+def parse_mix(text: str) -> tuple[Term, ...]:
     """The parts of a mix such as `0.7*idioms+0.3*stdlib`, weights normalized.
 
     Raises:
@@ -150,7 +151,7 @@ def parse_mix(text: str) -> tuple[Part, ...]:
                     f"the weight of {part!r}{where} must be a positive number, got {match[1]!r}"
                 )
         _kind_path_options(name)
-        parts.append(Part(weight, name))
+        parts.append(Term(weight, name))
     total = sum(part.weight for part in parts)
     return tuple(dataclasses.replace(part, weight=part.weight / total) for part in parts)
 
@@ -220,6 +221,23 @@ def documents(
     if not counts["documents"]:
         skipped = f" (what was skipped: {dict(counts)})" if counts else ""
         raise UserError(f"the source {source.name!r} has no documents{skipped}")
+
+
+def remembered(source: Source) -> Source:
+    """Returns the source with a memory: what was read once is not read again."""
+    items: list[str | bytes | Skip] = []
+    stream = source.read()
+
+    def read() -> Iterator[str | bytes | Skip]:
+        for index in itertools.count():
+            if index == len(items):
+                try:
+                    items.append(next(stream))
+                except StopIteration:
+                    return
+            yield items[index]
+
+    return dataclasses.replace(source, read=read)
 
 
 def arrayrecord_folder(name: str) -> pathlib.Path | None:

@@ -1,0 +1,343 @@
+"""The data of a run: the tokens it trains on and holds out, kept in its folder.
+
+`RUN/data` is a folder of tokens (`wsparse.data.tokens`) of the sources that are documents. `arrayrecord:`
+sources, which are such folders themselves, stay where they are. `provenance.json` says what the data was
+made from and with, and its digest: the data that a run sees is what it saw first, or an error.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import platform
+import shutil
+
+import numpy as np
+
+from wsparse import config as config_lib
+from wsparse import files
+from wsparse.config import DataConfig
+from wsparse.data import encode, sources, tokens
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.data.batches import window_count
+from wsparse.data.tokens import Components
+from wsparse.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PROVENANCE = "provenance.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Counts of a dataset.
+
+    Attributes:
+      sources: Counts of text of each source, in the order of the mix.
+      train_tokens: Tokens to train on.
+      validation_tokens: Tokens held out.
+    """
+
+    sources: tuple[sources.SourceReport, ...]
+    train_tokens: int
+    validation_tokens: int
+
+    def __str__(self) -> str:
+        counts = f"{self.train_tokens} training tokens, {self.validation_tokens} held out"
+        return "\n".join([*map(str, self.sources), counts])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Everything in `provenance.json`.
+
+    Attributes:
+      options: Fields of `DataConfig` that decide the tokens, and the size of the vocabulary.
+      folders: Absolute paths of the `arrayrecord:` sources by name.
+      digest: `Dataset.digest`.
+      tokenizer_sha256: `Tokenizer.digest`.
+      train_tokens, validation_tokens: Tokens on each side.
+      python: Version of the interpreter, whose library is the source `stdlib`.
+      platform: Machine that read the sources.
+    """
+
+    options: dict
+    folders: dict
+    digest: str
+    tokenizer_sha256: str
+    train_tokens: int
+    validation_tokens: int
+    python: str
+    platform: str
+
+    def __str__(self) -> str:
+        return f"data {self.digest[:16]}, made by Python {self.python} on {self.platform}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A tokenizer and the token streams of each source of a mix.
+
+    Attributes:
+      tokenizer: Tokenizer of the streams.
+      train: Weight and training tokens of each source; the weights sum to 1.
+      validation: Weight and held-out tokens of each source.
+      digest: Hex sha256 over the tokenizer, the weights and all tokens.
+      report: Counts.
+      provenance: Content of `provenance.json`; None while the folder is written.
+    """
+
+    tokenizer: tokenizer_lib.Tokenizer
+    train: Components
+    validation: Components
+    digest: str
+    report: Report
+    provenance: Provenance | None = None
+
+    def side(self, split: tokens.Split) -> Components:
+        """Returns the components of a split."""
+        return self.train if split == "train" else self.validation
+
+
+def open_dataset(
+    folder: pathlib.Path,
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    context: int,
+    tokenizer_file: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Opens the data of a run; where `folder` does not exist, it is made from the sources first.
+
+    `data.megabytes` are divided between the sources by weight; a source that has less gives all it has, and
+    is repeated more often in training, since weights are about sampling. The tokenizer is, in this order:
+    `tokenizer_file`, `data.tokenizer`, that of the `arrayrecord:` sources, or one trained on the training
+    text. `data.megabytes`, `data.validation_fraction` and `data.seed` do not touch `arrayrecord:` sources.
+
+    Args:
+      folder: `RUN/data`. It appears complete or not at all.
+      data: The `data` group of a config.
+      vocab_size: Vocabulary of the model V.
+      context: Context of the model T; each side of each source must fill a window.
+      tokenizer_file: `tokenizer.json` of the run, where there is one.
+
+    Raises:
+      UserError: A bad source, a tokenizer of another size, too little text on either side, or data that is
+        not what it was when the folder was made.
+    """
+    options = _options(data, vocab_size)
+    if folder.exists():
+        provenance = _read_provenance(folder)
+        changed = config_lib.differences(provenance.options, options)
+        if not changed:
+            return _reopen(folder, provenance, context, tokenizer_file)
+        log.info("%s is made again: %s", folder, "; ".join(changed))
+        shutil.rmtree(folder)
+    mix = sources.parse_mix(data.source)
+    paths = _arrayrecord_paths(mix)
+    tokenizer = _given_tokenizer(data, tokenizer_file, paths)
+    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size={vocab_size}: "
+            "make them equal"
+        )
+    documents = [term for term in mix if term.name not in paths]
+    with files.new_folder(folder) as part:
+        if documents:
+            encode.write(
+                encode.Options(
+                    source=data.source,
+                    vocab_size=vocab_size,
+                    megabytes=data.megabytes,
+                    validation_fraction=data.validation_fraction,
+                    seed=data.seed,
+                ),
+                part,
+                mix=documents,
+                tokenizer=tokenizer,
+                in_memory=True,
+            )
+        dataset = _read(part, mix, paths, context)
+        provenance = Provenance(
+            options=options,
+            folders={name: str(path.absolute()) for name, path in paths.items()},
+            digest=dataset.digest,
+            tokenizer_sha256=dataset.tokenizer.digest,
+            train_tokens=dataset.report.train_tokens,
+            validation_tokens=dataset.report.validation_tokens,
+            python=platform.python_version(),
+            platform=platform.platform(),
+        )
+        files.write_json(part / PROVENANCE, dataclasses.asdict(provenance), durable=True)
+    return dataclasses.replace(dataset, provenance=provenance)
+
+
+def other_text(
+    source: str, data: DataConfig, tokenizer: tokenizer_lib.Tokenizer, *, max_bytes: float
+) -> Components:
+    """Returns the tokens of a source that a run was not made with: all its documents, nothing is stored.
+
+    Args:
+      source: A source or mix, as `data.source`; of an `arrayrecord:` source, the held-out side.
+      data: Config of the run's data, for its seed.
+      tokenizer: Tokenizer of the run.
+      max_bytes: Text to read, divided by weight.
+
+    Raises:
+      UserError: A source cannot be read.
+    """
+    mix = sources.parse_mix(source)
+    paths = _arrayrecord_paths(mix)
+    components: list[tuple[float, tokens.TokenStream]] = []
+    for term in mix:
+        if term.name in paths:
+            opened = tokens.open_folder(paths[term.name])
+            components += [(term.weight * weight, stream) for weight, stream in opened.validation]
+            continue
+        texts = sources.documents(
+            sources.open_source(term.name, seed=data.seed),
+            collections.Counter(),
+            max_bytes=max_bytes * term.weight,
+        )
+        ids = [*encode.encode(texts, tokenizer)]
+        components.append((term.weight, tokens.MemoryStream(np.concatenate(ids))))
+    return components
+
+
+def _options(data: DataConfig, vocab_size: int) -> dict:
+    names = ("source", "megabytes", "tokenizer", "validation_fraction", "seed")
+    return {name: getattr(data, name) for name in names} | {"vocab_size": vocab_size}
+
+
+def _arrayrecord_paths(mix: Sequence[sources.Term]) -> dict[str, pathlib.Path]:
+    paths = {term.name: sources.arrayrecord_folder(term.name) for term in mix}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _read_provenance(folder: pathlib.Path) -> Provenance:
+    path = folder / PROVENANCE
+    if not path.exists():
+        raise UserError(f"{folder} is not the data of a run (no {PROVENANCE}): move it away")
+    try:
+        return config_lib.from_dict(Provenance, files.read_json(path))
+    except TypeError as error:
+        raise UserError(f"{path} is malformed: {error}") from error
+
+
+def _reopen(
+    folder: pathlib.Path,
+    provenance: Provenance,
+    context: int,
+    tokenizer_file: str | os.PathLike[str] | None,
+) -> Dataset:
+    mix = sources.parse_mix(provenance.options["source"])
+    paths = {
+        # A folder may have moved together with what names it.
+        name: path if path.is_dir() else pathlib.Path(provenance.folders.get(name, path))
+        for name, path in _arrayrecord_paths(mix).items()
+    }
+    if tokenizer_file is not None:
+        digest = tokenizer_lib.load(tokenizer_file).digest
+        if digest != provenance.tokenizer_sha256:
+            raise UserError(
+                f"{tokenizer_file} is not the tokenizer of this run's data in {folder}: restore it"
+            )
+    dataset = _read(folder, mix, paths, context)
+    if dataset.digest != provenance.digest:
+        raise UserError(
+            f"the data of {folder} is not what it was made from ({provenance.options['source']}, its digest "
+            "differs): restore the original files, or delete the folder to make it again"
+        )
+    return dataclasses.replace(dataset, provenance=provenance)
+
+
+def _read(
+    folder: pathlib.Path,
+    mix: Sequence[sources.Term],
+    paths: dict[str, pathlib.Path],
+    context: int,
+) -> Dataset:
+    """Reads the run's own tokens into memory, and opens the folders that it points at."""
+    own = tokens.open_folder(folder) if len(paths) < len({term.name for term in mix}) else None
+    opened = {name: tokens.open_folder(path) for name, path in paths.items()}
+    tokenizer = own.tokenizer if own else next(iter(opened.values())).tokenizer
+    reports: list[sources.SourceReport] = []
+    names: list[str] = []
+    sides: tuple[list, list] = ([], [])
+    index = 0
+    for term in mix:
+        if term.name in opened:
+            prepared = opened[term.name]
+            components = prepared.manifest.components
+            names += [f"{term.name} ({component.source})" for component in components]
+            reports += [component.report for component in components]
+            for side, streams in zip(sides, (prepared.train, prepared.validation), strict=True):
+                side += [(term.weight * weight, stream) for weight, stream in streams]
+        else:
+            assert own is not None
+            names.append(term.name)
+            reports.append(own.manifest.components[index].report)
+            for side, streams in zip(sides, (own.train, own.validation), strict=True):
+                side.append((term.weight, _in_memory(streams[index][1], tokenizer)))
+            index += 1
+    train, validation = sides
+    for name, (_, training), (_, held_out) in zip(names, train, validation, strict=True):
+        _require_window(training, name, context, "training")
+        _require_window(held_out, name, context, "held-out")
+    report = Report(
+        tuple(reports),
+        train_tokens=sum(len(stream) for _, stream in train),
+        validation_tokens=sum(len(stream) for _, stream in validation),
+    )
+    return Dataset(tokenizer, train, validation, _digest(tokenizer, train, validation), report)
+
+
+def _in_memory(
+    stream: tokens.TokenStream, tokenizer: tokenizer_lib.Tokenizer
+) -> tokens.MemoryStream:
+    ids = stream.read(0, len(stream))
+    return tokens.MemoryStream(ids.astype(tokens.token_dtype(tokenizer.vocab_size)))
+
+
+def _given_tokenizer(
+    data: DataConfig,
+    tokenizer_file: str | os.PathLike[str] | None,
+    paths: dict[str, pathlib.Path],
+) -> tokenizer_lib.Tokenizer | None:
+    """Returns the tokenizer that the user or prepared tokens dictate; None when one is to be trained."""
+    given: list[tuple[str, tokenizer_lib.Tokenizer]] = []
+    if tokenizer_file or data.tokenizer:
+        path = os.path.expanduser(tokenizer_file or data.tokenizer)
+        given.append((str(path), tokenizer_lib.load(path)))
+    given += [(name, tokens.open_folder(path).tokenizer) for name, path in paths.items()]
+    for name, other in given[1:]:
+        if other.digest != given[0][1].digest:
+            raise UserError(
+                f"{given[0][0]} and {name} have different tokenizers: prepare one again with "
+                "--tokenizer=<the tokenizer.json of the other>"
+            )
+    return given[0][1] if given else None
+
+
+def _require_window(stream: tokens.TokenStream, name: str, context: int, side: str) -> None:
+    if window_count(len(stream), context) < 1:
+        raise UserError(
+            f"{name} has {len(stream)} {side} tokens, one window of model.context={context} needs "
+            f"{context + 1}: raise data.megabytes"
+            + (" or data.validation_fraction" if side == "held-out" else "")
+            + ", or give more documents; an arrayrecord: folder must be prepared again"
+        )
+
+
+def _digest(tokenizer: tokenizer_lib.Tokenizer, *sides: Components) -> str:
+    content = [
+        tokenizer.digest,
+        *([[weight, len(stream), stream.digest] for weight, stream in side] for side in sides),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""Which documents are held out, and which of the others the tokenizer learns from.
+
+The side of a document depends on its content alone, so copies are always on the same side. Documents are
+seen one at a time and not kept, except for a bounded sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import dataclasses
+import hashlib
+import heapq
+
+from wsparse.errors import UserError
+
+# Merges hardly change with more text than this, and learning them takes seconds.
+TOKENIZER_SAMPLE_BYTES = 10_000_000
+
+
+def text_digest(text: str) -> bytes:
+    """Returns the sha256 of a document."""
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Holdout:
+    """The documents that are held out for validation.
+
+    Attributes:
+      fraction: Fraction of documents, chosen by the first 8 bytes of their digest.
+      extra: Digests that are held out as well.
+    """
+
+    fraction: float
+    extra: frozenset[bytes] = frozenset()
+
+    def __contains__(self, digest: bytes) -> bool:
+        return int.from_bytes(digest[:8], "big") < self.fraction * 2**64 or digest in self.extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """The result of one pass over all documents.
+
+    Attributes:
+      holdout: The split, which leaves no source without a held-out document.
+      sample: Documents of the training side to learn a tokenizer from.
+    """
+
+    holdout: Holdout
+    sample: tuple[str, ...]
+
+
+def scan(
+    components: Iterable[tuple[str, Iterable[str]]],
+    *,
+    validation_fraction: float,
+    sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
+) -> Scan:
+    """Decides the split and draws the tokenizer's sample, in one pass and bounded memory.
+
+    When the fraction leaves a source with no held-out document, the one with the smallest digest is held
+    out. The sample is the training documents with the smallest digests (read from another byte than the
+    split's), as many as fit in `sample_bytes` and at least one: they come evenly from the whole corpus, and
+    are the same whatever the order.
+
+    Args:
+      components: Name and documents of each source of the mix.
+      validation_fraction: Fraction of documents held out.
+      sample_bytes: Limit of the sample.
+
+    Raises:
+      UserError: A source does not have two different documents, one for each side.
+    """
+    by_fraction = Holdout(validation_fraction)
+    extra = set()
+    sample: list[tuple[int, str, bytes]] = []
+    size, dropped = 0, None
+    for name, documents in components:
+        smallest = largest = None
+        held_out = False
+        for text in documents:
+            digest = text_digest(text)
+            if digest in by_fraction:
+                held_out = True
+                continue
+            smallest = min(smallest or digest, digest)
+            largest = max(largest or digest, digest)
+            # Negative, because heapq drops its smallest first.
+            entry = (-int.from_bytes(digest[8:16], "big"), text, digest)
+            # What comes after a document that did not fit does not fit either, or the sample would depend
+            # on the order of the documents.
+            if dropped is not None and entry <= dropped:
+                continue
+            heapq.heappush(sample, entry)
+            size += len(text)
+            while size > sample_bytes and len(sample) > 1:
+                dropped = heapq.heappop(sample)
+                size -= len(dropped[1])
+        if smallest is None or (smallest == largest and not held_out):
+            raise UserError(
+                f"the source {name!r} must have a document to train on and another to hold out "
+                f"(validation_fraction={validation_fraction}): "
+                "raise megabytes or give more documents"
+            )
+        if not held_out:
+            extra.add(smallest)
+    holdout = Holdout(validation_fraction, frozenset(extra))
+    chosen = sorted((entry for entry in sample if entry[2] not in holdout), reverse=True)
+    return Scan(holdout, tuple(text for _, text, _ in chosen))
+
+
+def split(documents: Iterable[str], holdout: Holdout) -> tuple[list[str], list[str]]:
+    """Returns training and held-out documents, both in the given order."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for text in documents:
+        sides[text_digest(text) in holdout].append(text)
+    return sides

@@ -1,0 +1,346 @@
+"""Folders of tokens: `tokenizer.json`, ArrayRecord shards and `manifest.json`; see `encode.write`.
+
+The manifest is written last: a folder with one is complete. It holds the options it was made with, counts of
+documents, bytes and tokens for each source and split, and for each shard its size, number of records and
+sha256. The tokens of a source and split are a stream: its documents in order, each followed by end_of_text,
+in the order of its shards. Sources of a mix keep their own shards, so that their weights hold when the
+folder is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+from typing import Any, Literal, Protocol
+
+from array_record.python import array_record_data_source
+import numpy as np
+
+from wsparse import config as config_lib
+from wsparse import files
+from wsparse.data import sources
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# In schema 1 every record of a stream but the last was full; now every record of a shard but its last is.
+SCHEMA = 2
+READABLE_SCHEMAS = (1, 2)
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+# Streams ----------------------------------------------------------------------------------------------
+
+
+class TokenStream(Protocol):
+    """Random access to one long sequence of token ids."""
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 that changes with the tokens."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), int32; `0 <= start <= stop <= len`."""
+        ...
+
+
+# The streams of a mix, each with its weight in sampling; the weights sum to 1.
+Components = Sequence[tuple[float, TokenStream]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryStream:
+    """Tokens in memory.
+
+    Attributes:
+      tokens: `(len,)` of the dtype that `token_dtype` gives.
+    """
+
+    tokens: np.ndarray
+
+    @functools.cached_property
+    def digest(self) -> str:
+        content = np.ascontiguousarray(self.tokens, self.tokens.dtype.newbyteorder("<"))
+        return hashlib.sha256(content.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file; also the file instruction that lets `array_record` open it lazily."""
+
+    filename: str
+    examples_in_shard: int
+    tokens: int
+    skip: int = 0
+
+    @property
+    def take(self) -> int:
+        return self.examples_in_shard
+
+
+class ArrayRecordStream:
+    """Tokens in ArrayRecord files, read when asked for; threads may share it.
+
+    Every record of a file but its last holds `tokens_per_record` little-endian tokens, so a window that is no
+    longer than a record reads at most two records inside a file, and three where it crosses into the next.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], *, tokens_per_record: int, dtype: str, digest: str
+    ):
+        """Describes the files; none is opened.
+
+        Args:
+          shards: Files in the order of the stream.
+          tokens_per_record: Tokens in every record of a file but its last.
+          dtype: "uint16" or "uint32".
+          digest: Digest of the content, from the manifest.
+        """
+        files_of_shards: Any = list(shards)  # Each is a FileInstruction by its fields.
+        self._records = array_record_data_source.ArrayRecordDataSource(files_of_shards)
+        # The first token and the first record of each shard; the last entry is the number of all.
+        self._tokens = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self._first_records = np.cumsum([0, *(shard.examples_in_shard for shard in shards)])
+        self._tokens_per_record = tokens_per_record
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self.digest = digest
+
+    def __len__(self) -> int:
+        return int(self._tokens[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        pieces = [np.empty(0, self._dtype)]
+        while start < stop:
+            shard = np.searchsorted(self._tokens, start, side="right") - 1
+            record, skipped = divmod(start - self._tokens[shard], self._tokens_per_record)
+            content = self._records[int(self._first_records[shard] + record)]
+            pieces.append(np.frombuffer(content, self._dtype)[skipped : skipped + stop - start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces).astype(np.int32)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the smallest dtype that streams use for ids below `vocab_size`."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+# Folders ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard file as the manifest has it.
+
+    Attributes:
+      file: Name inside the folder.
+      component: Index into `Manifest.components`.
+      split: "train" or "validation".
+      records: Number of records, possibly 0.
+      tokens: Number of tokens.
+      bytes: Size of the file.
+      sha256: Hex digest of the file.
+    """
+
+    file: str
+    component: int
+    split: Split
+    records: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """One source of the mix.
+
+    Attributes:
+      source: Its name.
+      weight: Weight in sampling.
+      documents, bytes: Text that was taken, in all.
+      train_documents, validation_documents: Documents on each side of the split.
+      train_tokens, validation_tokens: Tokens on each side, one end_of_text per document included.
+      skipped_undecodable, skipped_unreadable, skipped_empty: As in `sources.SourceReport`.
+    """
+
+    source: str
+    weight: float
+    documents: int
+    bytes: int
+    train_documents: int
+    validation_documents: int
+    train_tokens: int
+    validation_tokens: int
+    skipped_undecodable: int
+    skipped_unreadable: int
+    skipped_empty: int
+
+    @property
+    def report(self) -> sources.SourceReport:
+        """The counts of text alone."""
+        names = [field.name for field in dataclasses.fields(sources.SourceReport)]
+        return sources.SourceReport(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything in `manifest.json`.
+
+    Attributes:
+      schema: Version of this layout.
+      options: Options of `encode.write` that decide the content.
+      vocab_size: Size of the tokenizer.
+      tokenizer_sha256: `Tokenizer.digest`.
+      dtype: Type of the tokens in the records, little-endian.
+      tokens_per_record: Tokens in every record of a shard but its last.
+      components: Sources of the mix.
+      shards: All files, sorted by component, then split, then order in the stream.
+    """
+
+    schema: int
+    options: dict[str, Any]
+    vocab_size: int
+    tokenizer_sha256: str
+    dtype: str
+    tokens_per_record: int
+    components: tuple[Component, ...]
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFolder:
+    """An opened folder; no token has been read.
+
+    Attributes:
+      manifest: Content of its `manifest.json`.
+      tokenizer: The folder's own.
+      train: Weight and training tokens of each component.
+      validation: Weight and held-out tokens of each component.
+    """
+
+    manifest: Manifest
+    tokenizer: tokenizer_lib.Tokenizer
+    train: Components
+    validation: Components
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Returns the manifest of a finished folder.
+
+    Raises:
+      UserError: There is no folder, no manifest in it, or one of another schema.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"no folder {folder.absolute()}: python -m wsparse.data.prepare --out={folder} makes it"
+        )
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"prepare has not finished in {folder}: run the same command again")
+    values = files.read_json(path)
+    schema = values.get("schema")
+    if schema not in READABLE_SCHEMAS:
+        raise UserError(
+            f"{path} has schema {schema!r}, this version reads {READABLE_SCHEMAS[0]} to {SCHEMA}: "
+            "prepare the data again"
+        )
+    return manifest_from_json(values)
+
+
+def open_folder(folder: str | os.PathLike[str]) -> TokenFolder:
+    """Opens a folder, checking that every shard is there with its size (see `verify`).
+
+    Raises:
+      UserError: The folder is unfinished, a shard is missing or has another size, or the tokenizer is not
+        the one that the tokens were made with.
+    """
+    folder = pathlib.Path(folder)
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        path = folder / shard.file
+        if not path.exists():
+            raise UserError(f"{path} is missing: copy it again, or prepare into an empty folder")
+        if path.stat().st_size != shard.bytes:
+            raise UserError(
+                f"{path} must have {shard.bytes} bytes, has {path.stat().st_size}: copy it again, "
+                "or prepare into an empty folder"
+            )
+    tokenizer = tokenizer_lib.load(folder / TOKENIZER)
+    if tokenizer.digest != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{folder / TOKENIZER} is not the tokenizer that the tokens beside it were made with"
+        )
+    train, validation = (
+        [
+            (component.weight, _stream(folder, manifest, index, split))
+            for index, component in enumerate(manifest.components)
+        ]
+        for split in SPLITS
+    )
+    return TokenFolder(manifest, tokenizer, train, validation)
+
+
+def verify(folder: str | os.PathLike[str]) -> Manifest:
+    """Opens a folder, reads every shard and compares its sha256.
+
+    Raises:
+      UserError: As `open_folder`, or the content of a shard is not what was written.
+    """
+    folder = pathlib.Path(folder)
+    manifest = open_folder(folder).manifest
+    for shard in manifest.shards:
+        log.info("checking %s", shard.file)
+        if files.sha256(folder / shard.file) != shard.sha256:
+            raise UserError(
+                f"{folder / shard.file} is damaged (sha256 differs from the manifest): copy it "
+                "again, or prepare into an empty folder"
+            )
+    return manifest
+
+
+def manifest_from_json(values: Mapping[str, Any]) -> Manifest:
+    """Returns a manifest from parsed JSON; `dataclasses.asdict` is the way back."""
+    plain = {key: value for key, value in values.items() if key not in ("components", "shards")}
+    try:
+        return Manifest(
+            **plain,
+            components=tuple(
+                config_lib.from_dict(Component, component) for component in values["components"]
+            ),
+            shards=tuple(config_lib.from_dict(ShardEntry, shard) for shard in values["shards"]),
+        )
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{MANIFEST} is malformed: {error}") from error
+
+
+def _stream(
+    folder: pathlib.Path, manifest: Manifest, component: int, split: Split
+) -> ArrayRecordStream:
+    entries = [s for s in manifest.shards if s.component == component and s.split == split]
+    digest = hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
+    return ArrayRecordStream(
+        [Shard(str(folder / entry.file), entry.records, entry.tokens) for entry in entries],
+        tokens_per_record=manifest.tokens_per_record,
+        dtype=manifest.dtype,
+        digest=digest,
+    )
