@@ -15,7 +15,7 @@ from typing import Any, get_args
 from absl import flags
 import numpy as np
 
-from wsparse import prune, runs
+from wsparse import runs
 from wsparse.circuits import discretize, graph, procedure, tasks
 from wsparse.circuits.search import Pruner, log_size, search
 from wsparse.circuits.settings import Sampler
@@ -54,7 +54,7 @@ def main(argv) -> None:
     options: Any = flags.FLAGS
     trained = runs.load(pathlib.Path(options.run))
     config, settings = trained.config.model, procedure.Settings(target=options.target)
-    windows = prune.pretraining_windows(trained, trained.folder / "circuits")
+    windows = trained.windows("train", n=512)
     subject = procedure.Subject(trained.params, config, windows)
     pairs, refused = procedure.build_pairs(
         [tasks.find(name) for name in options.task],

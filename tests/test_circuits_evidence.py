@@ -19,11 +19,9 @@ from wsparse.circuits import (
     evidence_file,
     excerpts,
     graph,
-    held_out,
     pairs,
     tasks,
 )
-from wsparse.data import batches
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 
@@ -312,12 +310,10 @@ def test_options_that_measure_nothing_are_refused(options):
 # ---- Held-out text ----
 
 
-def test_text_is_from_documents_that_training_held_out():
-    run = case.run()
-    windows_WT = held_out.windows(run, tokens=2000)
-    dataset = batches.open_dataset(
-        run.config.data, vocab_size=257, context=case.CONFIG.context, tokenizer_file=None
-    )
+def test_text_is_from_documents_that_training_held_out(tmp_path):
+    run = dataclasses.replace(case.run(), folder=tmp_path)
+    windows_WT = run.windows("validation", tokens=2000)
+    dataset = run.data
     sides = [
         b"".join(s.read(0, len(s)).astype(np.uint16).tobytes() for _, s in side)
         for side in (dataset.validation, dataset.train)
@@ -329,8 +325,8 @@ def test_text_is_from_documents_that_training_held_out():
 
 def test_another_text_can_be_given(tmp_path):
     (tmp_path / "a.py").write_text("answer = 42\n" * 30)
-    windows_WT = held_out.windows(case.run(), tokens=200, source=f"files:{tmp_path}/*.py")
+    windows_WT = case.run().windows("validation", tokens=200, source=f"files:{tmp_path}/*.py")
     assert "answer = 42" in case.run().tokenizer.decode(windows_WT[0])
     (tmp_path / "a.py").write_text("short")
     with pytest.raises(UserError, match="less than a window of 24 tokens"):
-        held_out.windows(case.run(), tokens=200, source=f"files:{tmp_path}/*.py")
+        case.run().windows("validation", tokens=200, source=f"files:{tmp_path}/*.py")

@@ -1,5 +1,6 @@
 """Prepared folders equal what is made in memory, survive every interruption, and notice damage."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -7,13 +8,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
 import pytest
 
 from wsparse.config import DataConfig
-from wsparse.data import batches, prepare, prepared, streams
+from wsparse.data import batches, dataset, encode, prepare, tokens
 from wsparse.errors import UserError
 from wsparse.pytext.documents import document
 
@@ -65,7 +67,10 @@ def check(match: str, call) -> None:
 
 def open_dataset(source: str, **changes):
     data = {"source": source, "validation_fraction": 0.15, "megabytes": 1e3} | changes
-    return batches.open_dataset(DataConfig(**data), vocab_size=300, context=48)
+    with tempfile.TemporaryDirectory() as run:
+        return dataset.open_dataset(
+            pathlib.Path(run, "data"), DataConfig(**data), vocab_size=300, context=48
+        )
 
 
 # The same data.
@@ -96,9 +101,9 @@ def test_a_prepared_folder_gives_the_batches_of_the_sources_themselves(source, f
     np.testing.assert_array_equal(*evaluation)
 
 
-def test_any_window_no_longer_than_a_record_reads_at_most_two_records(finished):
+def test_any_window_no_longer_than_a_record_reads_at_most_two_records_of_a_shard(finished):
     (_, stream) = open_dataset(f"arrayrecord:{finished}").train[0]
-    assert isinstance(stream, streams.ArrayRecordStream)
+    assert isinstance(stream, tokens.ArrayRecordStream)
     whole = stream.read(0, len(stream))
     records = stream._records
     read = []
@@ -109,19 +114,23 @@ def test_any_window_no_longer_than_a_record_reads_at_most_two_records(finished):
             return records[index]
 
     stream._records = Watched()
+    crossing = 0
     for length in (1, 2, 63, 64, 65):
         for start in range(0, len(stream) - length, 37):
             read.clear()
             np.testing.assert_array_equal(
                 stream.read(start, start + length), whole[start : start + length]
             )
-            assert len(read) <= 2
+            assert len(read) <= 3
+            crossing += len(read) == 3
+    # Only where a window holds the end of a shard.
+    assert crossing < 30
     assert stream.read(5, 5).shape == (0,)
     assert stream.read(5, 70).dtype == np.int32
 
 
 def test_the_manifest_counts_what_is_in_the_folder(source, finished):
-    manifest = prepared.verify(finished)
+    manifest = tokens.verify(finished)
     assert not (finished / "progress").exists()
     assert {shard.file for shard in manifest.shards} == {p.name for p in finished.glob("*record")}
     totals = {(s.component, s.split): 0 for s in manifest.shards}
@@ -134,7 +143,7 @@ def test_the_manifest_counts_what_is_in_the_folder(source, finished):
         assert component.validation_tokens == totals[index, "validation"]
         assert component.train_documents + component.validation_documents == component.documents
     assert manifest.options["source"] == source
-    assert (manifest.schema, manifest.vocab_size, manifest.dtype) == (1, 300, "uint16")
+    assert (manifest.schema, manifest.vocab_size, manifest.dtype) == (2, 300, "uint16")
 
 
 def test_mixes_of_folders_need_one_tokenizer_and_multiply_their_weights(source, finished, tmp_path):
@@ -152,10 +161,41 @@ def test_mixes_of_folders_need_one_tokenizer_and_multiply_their_weights(source, 
     assert len(mixed.report.sources) == 4
     check(
         "tokenizer has 300 tokens, but model.vocab_size=400",
-        lambda: batches.open_dataset(
-            DataConfig(source=f"arrayrecord:{finished}"), vocab_size=400, context=48
+        lambda: dataset.open_dataset(
+            tmp_path / "run",
+            DataConfig(source=f"arrayrecord:{finished}"),
+            vocab_size=400,
+            context=48,
         ),
     )
+
+
+def test_a_folder_of_the_first_schema_still_opens(finished, copy):
+    """There every record of a stream but the last was full, across its shards."""
+    expected = tokens.open_folder(finished)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for index, side in itertools.product(range(2), tokens.SPLITS):
+        stream = {"train": expected.train, "validation": expected.validation}[side][index][1]
+        ids = stream.read(0, len(stream)).astype("<u2")
+        entries = [e for e in manifest["shards"] if (e["component"], e["split"]) == (index, side)]
+        middle = len(ids) // 2 // 64 * 64
+        for number, entry in enumerate(entries):
+            # All but two shards stay empty.
+            part = {0: ids[:middle], 1: ids[middle:]}.get(number, ids[:0])
+            part = ids if len(entries) == 1 else part
+            writer = encode._RecordWriter(copy / entry["file"], 64, np.dtype("u2"))
+            writer.write(part)
+            writer.close()
+            content = (copy / entry["file"]).read_bytes()
+            entry |= {"records": writer.records, "tokens": len(part), "bytes": len(content)}
+            entry["sha256"] = hashlib.sha256(content).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
+    tokens.verify(copy)
+    for side in tokens.SPLITS:
+        for (_, old), (_, new) in zip(
+            getattr(tokens.open_folder(copy), side), getattr(expected, side), strict=True
+        ):
+            assert old.read(100, len(old)).tolist() == new.read(100, len(new)).tolist()
 
 
 # Interruptions.
@@ -170,7 +210,7 @@ def test_a_run_cut_at_any_write_and_resumed_gives_the_same_bytes(
 ):
     expected = content(finished)
     out = tmp_path / "out"
-    publish = prepared.publish
+    publish = os.replace
     cuts = 0
     for after in (False, True):
         for number in itertools.count():
@@ -183,7 +223,7 @@ def test_a_run_cut_at_any_write_and_resumed_gives_the_same_bytes(
                     publish(part, path)
                 raise Killed
 
-            monkeypatch.setattr(prepared, "publish", cut)
+            monkeypatch.setattr(os, "replace", cut)
             folder = out / f"{after}-{number}"
             try:
                 prepare.prepare(options(source), folder)
@@ -196,8 +236,8 @@ def test_a_run_cut_at_any_write_and_resumed_gives_the_same_bytes(
             finished_now = (folder / "manifest.json").exists()
             assert finished_now == (after and set(content_names(folder)) >= set(expected))
             if not finished_now:
-                check("prepare has not finished in", lambda f=folder: prepared.open_folder(f))
-            monkeypatch.setattr(prepared, "publish", publish)
+                check("prepare has not finished in", lambda f=folder: tokens.open_folder(f))
+            monkeypatch.setattr(os, "replace", publish)
             prepare.prepare(options(source), folder)
             assert content(folder) == expected
     assert cuts > 20
@@ -239,15 +279,15 @@ def test_a_killed_process_leaves_no_half_shard_and_the_same_command_finishes(
         if (out / "manifest.json").exists():  # The machine was faster than this loop.
             break
         if sent != signal.SIGKILL:
-            assert process.returncode == 130
-            assert errors.endswith("interrupted: run the same command again to continue\n")
+            assert process.returncode == 128 + sent
+            assert errors.endswith("stopped; run the same command again to go on\n")
         for path in out.glob("*record"):
             assert path.read_bytes() == expected[path.name]
     last = subprocess.run(command(source, out, "--verify"), check=True, **run)
     assert "arrayrecord:" in last.stdout
     assert content(out) == expected
     again = subprocess.run(command(source, out), check=True, **run)
-    assert again.stderr == f"{out} is already finished: nothing to do\n"
+    assert again.stdout.startswith(f"{out} is already finished: nothing to do\n")
     other = subprocess.run(command(source, out, "--seed=9"), check=False, **run)
     assert other.returncode == 2
     assert "seed: 0 -> 9" in other.stderr
@@ -263,8 +303,8 @@ def test_an_unfinished_folder_refuses_other_options(source, tmp_path, monkeypatc
             raise Killed
         publish(part, path)
 
-    publish = prepared.publish
-    monkeypatch.setattr(prepared, "publish", cut)
+    publish = os.replace
+    monkeypatch.setattr(os, "replace", cut)
     with pytest.raises(Killed):
         prepare.prepare(options(source), tmp_path / "out")
     check(
@@ -285,17 +325,17 @@ def test_documents_that_change_between_runs_are_noticed(tmp_path, monkeypatch):
     for i in range(60):
         (folder / f"{i:02}.py").write_text(document(1, i))
     given = options(f"files:{folder}/*.py", shard_megabytes=0.01)
-    publish = prepared.publish
+    publish = os.replace
 
     def cut(part, path):
         if path.name.startswith("train-00001"):
             raise Killed
         publish(part, path)
 
-    monkeypatch.setattr(prepared, "publish", cut)
+    monkeypatch.setattr(os, "replace", cut)
     with pytest.raises(Killed):
         prepare.prepare(given, tmp_path / "out")
-    monkeypatch.setattr(prepared, "publish", publish)
+    monkeypatch.setattr(os, "replace", publish)
     (folder / "01.py").write_text("changed = True\n")
     check("changed since prepare began", lambda: prepare.prepare(given, tmp_path / "out"))
 
@@ -305,10 +345,10 @@ def test_damage_is_noticed(copy):
     data = bytearray(shard.read_bytes())
     data[200] ^= 1
     shard.write_bytes(data)
-    prepared.open_folder(copy)  # Sizes only: opening stays fast.
-    check(f"{shard.name} is damaged", lambda: prepared.verify(copy))
+    tokens.open_folder(copy)  # Sizes only: opening stays fast.
+    check(f"{shard.name} is damaged", lambda: tokens.verify(copy))
     shard.write_bytes(data[:-1])
-    check(f"{shard.name} must have .* bytes, has", lambda: prepared.open_folder(copy))
+    check(f"{shard.name} must have .* bytes, has", lambda: tokens.open_folder(copy))
     shard.unlink()
     check(f"{shard.name} is missing", lambda: open_dataset(f"arrayrecord:{copy}"))
 
@@ -318,18 +358,18 @@ def test_a_wrong_manifest_or_tokenizer_is_one_line(copy, tmp_path):
     (copy / "tokenizer.json").write_text(
         (copy / "tokenizer.json").read_text().replace("endoftext", "endoftext")[:-2] + " }"
     )
-    prepared.open_folder(copy)  # Layout of the JSON is not content.
-    prepare.tokenizer_lib.train([document(0, i) for i in range(40)], 300).save(
+    tokens.open_folder(copy)  # Layout of the JSON is not content.
+    encode.tokenizer_lib.train([document(0, i) for i in range(40)], 300).save(
         copy / "tokenizer.json"
     )
-    check("is not the tokenizer that", lambda: prepared.open_folder(copy))
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 2}))
-    check("has schema 2, this version reads 1", lambda: prepared.open_folder(copy))
+    check("is not the tokenizer that", lambda: tokens.open_folder(copy))
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 3}))
+    check("has schema 3, this version reads 1 to 2", lambda: tokens.open_folder(copy))
     (copy / "manifest.json").write_text(json.dumps(manifest | {"surprise": 2}))
-    check("manifest.json is malformed", lambda: prepared.open_folder(copy))
+    check("manifest.json is malformed", lambda: tokens.open_folder(copy))
     (copy / "manifest.json").write_text("{")
-    check("manifest.json: not JSON", lambda: prepared.open_folder(copy))
-    check("no folder", lambda: prepared.open_folder(tmp_path / "none"))
+    check("manifest.json: not JSON", lambda: tokens.open_folder(copy))
+    check("no folder", lambda: tokens.open_folder(tmp_path / "none"))
 
 
 def test_bad_requests_are_one_line(source, finished, tmp_path):
@@ -338,7 +378,11 @@ def test_bad_requests_are_one_line(source, finished, tmp_path):
         "never ends: say how much with --megabytes", lambda: prepare.prepare(options("idioms"), out)
     )
     check("holds tokens", lambda: prepare.prepare(options(f"arrayrecord:{finished}"), out))
-    check("megabytes must be positive, got 0", lambda: options(source, megabytes=0))
+    check("megabytes must be positive and finite, got 0", lambda: options(source, megabytes=0))
+    for value in (float("nan"), float("inf")):
+        check("positive and finite", lambda v=value: options(source, megabytes=v))
+        check("positive and finite", lambda v=value: options(source, shard_megabytes=v))
+    check(r"must be in \(0, 1\)", lambda: options(source, validation_fraction=float("nan")))
     check(r"must be in \(0, 1\)", lambda: options(source, validation_fraction=1.0))
     tokenizer = str(finished / "tokenizer.json")
     check(
@@ -351,7 +395,7 @@ def test_bad_requests_are_one_line(source, finished, tmp_path):
     check("must be empty .* has 'thesis.tex'", lambda: prepare.prepare(options(source), out))
     (out / "thesis.tex").unlink()
     (out / "progress").mkdir()
-    with prepare._locked(out / "progress" / "lock", out):
+    with encode._locked(out / "progress" / "lock", out):
         check("another process is preparing", lambda: prepare.prepare(options(source), out))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from wsparse import model, prune, runs, trees
+from wsparse import model, runs, trees
 from wsparse.config import ABS_TOP_K_SITES, ModelConfig
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
@@ -477,7 +477,7 @@ def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, 
 def test_pruning_draws_its_text_from_the_source_that_the_import_named(
     imported, tokenizer, tmp_path
 ):
-    windows = prune.pretraining_windows(runs.load(imported), tmp_path)
+    windows = runs.load(imported).windows("train", n=8)
     assert windows.shape[1] == CONFIG.context
     text = tokenizer.decode(windows[0])
     assert any(text[5:-5].split("<|endoftext|>")[0] in each for each in TEXT)

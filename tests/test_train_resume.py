@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -131,7 +132,24 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished, one_
     assert "seed" not in str(error.value)
 
 
+def test_a_run_goes_on_with_its_own_tokens_when_the_source_changes(tmp_path, one_device):
+    source = case.write_corpus(tmp_path / "files")
+    config, workdir = case.make_config(source), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        case.stop_at(monkeypatch, 3, signal.SIGINT)
+        train.run(config, workdir)
+    stored = (workdir / "data" / "provenance.json").read_bytes()
+    for file in (tmp_path / "files").iterdir():
+        file.unlink()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        case.stop_at(monkeypatch, 5, signal.SIGINT)
+        assert train.run(config, workdir) == 128 + signal.SIGINT
+    assert case.steps_on_disk(workdir)[-1] == 5
+    assert (workdir / "data" / "provenance.json").read_bytes() == stored
+
+
 def test_changed_data_is_refused(tmp_path, one_device):
+    """A run that is older than its folder's tokens has them made again from its sources."""
     source = case.write_corpus(tmp_path / "files")
     config, workdir = case.make_config(source), tmp_path / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -140,11 +158,13 @@ def test_changed_data_is_refused(tmp_path, one_device):
     file = tmp_path / "files" / "abc.py"
     content = file.read_text()
     file.write_text(content.replace("return", "  return"))
+    shutil.rmtree(workdir / "data")
     with pytest.raises(UserError) as error:
         train.run(config, workdir)
     case.assert_one_line(error, "data", "digest")
     # Negative control: with the original file back it goes on.
     file.write_text(content)
+    shutil.rmtree(workdir / "data")
     with pytest.MonkeyPatch.context() as monkeypatch:
         case.stop_at(monkeypatch, 5, signal.SIGINT)
         assert train.run(config, workdir) == 128 + signal.SIGINT

@@ -221,6 +221,15 @@ def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) 
             return good, reader.restore(path, ocp.args.Composite(state=arguments))["state"]
 
 
+def read_metadata(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint; empty where there is none that can be read."""
+    for found in _NAMES.find_all(pathlib.Path(folder).absolute()):
+        if found.step == step:
+            with contextlib.suppress(UserError):
+                return files.read_json(pathlib.Path(found.path) / "metadata" / "metadata")
+    return {}
+
+
 def has_steps(workdir: pathlib.Path) -> bool:
     """Returns whether a run has a checkpoint, good or set aside."""
     return any(any(workdir.glob(f"{name}/*")) for name in ("checkpoints", SET_ASIDE))

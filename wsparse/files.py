@@ -16,18 +16,21 @@ from wsparse.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`, with its suffix, that takes its place when the block ends well.
+def replacing(
+    path: str | os.PathLike[str], *, durable: bool = False, part: pathlib.Path | None = None
+) -> Iterator[pathlib.Path]:
+    """Yields a temporary path, with the suffix of `path`, that takes its place when the block ends well.
 
     Args:
       path: File to write.
       durable: Whether the content reaches the disk first, so that it survives a power cut.
+      part: Temporary path; by default one beside `path` that no other process uses.
 
     Raises:
       UserError: The file cannot be written; the message says how much space is left.
     """
     path = pathlib.Path(path)
-    part = _temporary(path)
+    part = part or _temporary(path)
     try:
         yield part
         if durable:
@@ -108,9 +111,15 @@ def make_folder(
         raise UserError(f"cannot make the folder {shown or path}: {error.strerror}") from error
 
 
-def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = False) -> None:
+def write_json(
+    path: str | os.PathLike[str],
+    value: Any,
+    *,
+    durable: bool = False,
+    part: pathlib.Path | None = None,
+) -> None:
     """Writes a value as indented JSON; see `replacing`."""
-    with replacing(path, durable=durable) as part:
+    with replacing(path, durable=durable, part=part) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

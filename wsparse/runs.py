@@ -66,7 +66,7 @@ class Run:
             self.config.data,
             vocab_size=self.config.model.vocab_size,
             context=self.config.model.context,
-            tokenizer_file=self.folder / "tokenizer.json",
+            tokenizer=self.tokenizer,
         )
         metadata = checkpoint.read_metadata(self.folder / "checkpoints", self.step)
         if metadata.get("data_digest", data.digest) != data.digest:

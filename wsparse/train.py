@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import time
@@ -36,6 +37,8 @@ from wsparse import (
 from wsparse.command import run_command
 from wsparse.config import TrainConfig, describe, differences, from_dict, to_dict
 from wsparse.data import batches
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.data.dataset import PROVENANCE, Dataset, open_dataset
 from wsparse.errors import UserError
 from wsparse.ops import cpu
 from wsparse.progress import progress
@@ -161,22 +164,49 @@ def _remove_empty(folder: pathlib.Path) -> None:
         folder.rmdir()
 
 
-def _open_data(config: TrainConfig, workdir: pathlib.Path) -> batches.Dataset:
-    tokenizer_file = workdir / "tokenizer.json"
-    dataset = batches.open_dataset(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        context=config.model.context,
-        tokenizer_file=tokenizer_file if tokenizer_file.exists() else None,
-        progress=log.info,
-    )
-    for line in str(dataset.report).splitlines():
-        log.info(line)
-    processes.require_same(dataset.digest, "the data")
+def _open_data(config: TrainConfig, workdir: pathlib.Path) -> Dataset:
+    """Opens the run's data, which process 0 makes where it is not there yet."""
+
+    def opened() -> Dataset:
+        path = workdir / "tokenizer.json"
+        return open_dataset(
+            workdir / "data",
+            config.data,
+            vocab_size=config.model.vocab_size,
+            context=config.model.context,
+            tokenizer=tokenizer_lib.load(path) if path.exists() else None,
+        )
+
+    try:
+        if jax.process_count() > 1:
+            _in_all_processes(opened if jax.process_index() == 0 else lambda: None)
+            _require_shared(workdir, workdir / "data" / PROVENANCE)
+        dataset = _in_all_processes(opened)
+        processes.require_same(dataset.digest, "the data")
+    except UserError:
+        # A folder that is nobody's yet stays free for the corrected command.
+        if jax.process_index() == 0 and not (workdir / "config.json").exists():
+            shutil.rmtree(workdir / "data", ignore_errors=True)
+        raise
+    for line in (*str(dataset.report).splitlines(), dataset.provenance):
+        log.info("%s", line)
     return dataset
 
 
-def _claim(workdir: pathlib.Path, config: TrainConfig, dataset: batches.Dataset) -> None:
+def _in_all_processes(action: Callable[[], Any]) -> Any:
+    """Returns the result of `action`; an error of one process is raised in all of them."""
+    result, reason = None, ""
+    try:
+        result = action()
+    except UserError as error:
+        reason = str(error)
+    for message in processes.gather(reason):
+        if message:
+            raise UserError(message)
+    return result
+
+
+def _claim(workdir: pathlib.Path, config: TrainConfig, dataset: Dataset) -> None:
     """Make the folder this config's."""
     path = workdir / "config.json"
     if jax.process_index() == 0:
@@ -184,6 +214,11 @@ def _claim(workdir: pathlib.Path, config: TrainConfig, dataset: batches.Dataset)
             files.write_json(path, to_dict(config))
         if not (workdir / "tokenizer.json").exists():
             dataset.tokenizer.save(workdir / "tokenizer.json")
+    _require_shared(workdir, path)
+
+
+def _require_shared(workdir: pathlib.Path, path: pathlib.Path) -> None:
+    """Refuse a folder in which a process does not see the file that process 0 wrote."""
     blind = processes.blind_processes(path)
     if blind:
         raise UserError(
@@ -196,7 +231,7 @@ def _restore(
     config: TrainConfig,
     checkpoints: checkpoint.Checkpointer,
     program: Program,
-    dataset: batches.Dataset,
+    dataset: Dataset,
     origin: str | None,
 ) -> tuple[TrainState, int, float, list[float]]:
     """Returns `(state, step, seconds so far, losses since the last record)` to go on from."""
@@ -206,7 +241,7 @@ def _restore(
         if metadata["data_digest"] != dataset.digest:
             raise UserError(
                 "the data is not what this run was trained on so far (its digest differs): restore the "
-                "original files, or choose another --workdir"
+                "original files and delete the run's folder data, or choose another --workdir"
             )
         return state, step, metadata["seconds"], metadata["losses"]
     if origin is None:
@@ -234,7 +269,7 @@ def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
 
 
 def _metadata(
-    config: TrainConfig, dataset: batches.Dataset, seconds: float, losses: list[float]
+    config: TrainConfig, dataset: Dataset, seconds: float, losses: list[float]
 ) -> dict[str, Any]:
     """Returns what a checkpoint holds beside the state.
 
@@ -268,7 +303,7 @@ class _Loop:
         self,
         config: TrainConfig,
         program: Program,
-        dataset: batches.Dataset,
+        dataset: Dataset,
         checkpoints: checkpoint.Checkpointer,
         writer: metrics.MetricsWriter | None,
         step: int,

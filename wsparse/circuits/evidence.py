@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, runs, taps, trees
-from wsparse.circuits import excerpts, graph, held_out, masks, report, scoring, tasks
+from wsparse.circuits import excerpts, graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit, CircuitNode
 from wsparse.circuits.evidence_file import (
     HIGHEST,
@@ -83,7 +83,7 @@ class Text:
 
 def read_text(run: runs.Run, source: str = "") -> Text:
     """Returns a run's held-out text, or windows of another source."""
-    windows_WT = held_out.windows(run, tokens=_TEXT_TOKENS, source=source)
+    windows_WT = run.windows("validation", tokens=_TEXT_TOKENS, source=source)
     return Text(windows_WT, source or f"held-out part of {run.config.data.source}")
 
 

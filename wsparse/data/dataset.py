@@ -111,13 +111,13 @@ def open_dataset(
     *,
     vocab_size: int,
     context: int,
-    tokenizer_file: str | os.PathLike[str] | None = None,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> Dataset:
     """Opens the data of a run; where `folder` does not exist, it is made from the sources first.
 
     `data.megabytes` are divided between the sources by weight; a source that has less gives all it has, and
     is repeated more often in training, since weights are about sampling. The tokenizer is, in this order:
-    `tokenizer_file`, `data.tokenizer`, that of the `arrayrecord:` sources, or one trained on the training
+    `tokenizer`, `data.tokenizer`, that of the `arrayrecord:` sources, or one trained on the training
     text. `data.megabytes`, `data.validation_fraction` and `data.seed` do not touch `arrayrecord:` sources.
 
     Args:
@@ -125,7 +125,7 @@ def open_dataset(
       data: The `data` group of a config.
       vocab_size: Vocabulary of the model V.
       context: Context of the model T; each side of each source must fill a window.
-      tokenizer_file: `tokenizer.json` of the run, where there is one.
+      tokenizer: Tokenizer of the run, where it has one.
 
     Raises:
       UserError: A bad source, a tokenizer of another size, too little text on either side, or data that is
@@ -136,12 +136,12 @@ def open_dataset(
         provenance = _read_provenance(folder)
         changed = config_lib.differences(provenance.options, options)
         if not changed:
-            return _reopen(folder, provenance, context, tokenizer_file)
+            return _reopen(folder, provenance, context, tokenizer)
         log.info("%s is made again: %s", folder, "; ".join(changed))
         shutil.rmtree(folder)
     mix = sources.parse_mix(data.source)
     paths = _arrayrecord_paths(mix)
-    tokenizer = _given_tokenizer(data, tokenizer_file, paths)
+    tokenizer = _given_tokenizer(data, tokenizer, paths)
     if tokenizer is not None and tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size={vocab_size}: "
@@ -234,7 +234,7 @@ def _reopen(
     folder: pathlib.Path,
     provenance: Provenance,
     context: int,
-    tokenizer_file: str | os.PathLike[str] | None,
+    tokenizer: tokenizer_lib.Tokenizer | None,
 ) -> Dataset:
     mix = sources.parse_mix(provenance.options["source"])
     paths = {
@@ -242,12 +242,10 @@ def _reopen(
         name: path if path.is_dir() else pathlib.Path(provenance.folders.get(name, path))
         for name, path in _arrayrecord_paths(mix).items()
     }
-    if tokenizer_file is not None:
-        digest = tokenizer_lib.load(tokenizer_file).digest
-        if digest != provenance.tokenizer_sha256:
-            raise UserError(
-                f"{tokenizer_file} is not the tokenizer of this run's data in {folder}: restore it"
-            )
+    if tokenizer is not None and tokenizer.digest != provenance.tokenizer_sha256:
+        raise UserError(
+            f"tokenizer.json of the run is not the one that {folder} was made with: restore it"
+        )
     dataset = _read(folder, mix, paths, context)
     if dataset.digest != provenance.digest:
         raise UserError(
@@ -307,14 +305,15 @@ def _in_memory(
 
 def _given_tokenizer(
     data: DataConfig,
-    tokenizer_file: str | os.PathLike[str] | None,
+    tokenizer: tokenizer_lib.Tokenizer | None,
     paths: dict[str, pathlib.Path],
 ) -> tokenizer_lib.Tokenizer | None:
     """Returns the tokenizer that the user or prepared tokens dictate; None when one is to be trained."""
     given: list[tuple[str, tokenizer_lib.Tokenizer]] = []
-    if tokenizer_file or data.tokenizer:
-        path = os.path.expanduser(tokenizer_file or data.tokenizer)
-        given.append((str(path), tokenizer_lib.load(path)))
+    if tokenizer is not None:
+        given.append(("the run", tokenizer))
+    elif data.tokenizer:
+        given.append((data.tokenizer, tokenizer_lib.load(os.path.expanduser(data.tokenizer))))
     given += [(name, tokens.open_folder(path).tokenizer) for name, path in paths.items()]
     for name, other in given[1:]:
         if other.digest != given[0][1].digest:

@@ -43,7 +43,7 @@ _ENCODE_CHARACTERS = 1_000_000
 class Options:
     """Options that decide the content of the folder."""
 
-    source: str = setting("", "A source or mix, e.g. 'files:/data/**/*.py'.")
+    source: str = setting(dataclasses.MISSING, "A source or mix, e.g. 'files:/data/**/*.py'.")
     vocab_size: int | None = setting(
         None, "Tokens of the tokenizer that is trained; by default 2048."
     )
@@ -164,7 +164,8 @@ def write(
             files.write_json(state / "plan.json", values, durable=True)
         encoded = _encode_blocks(options, opened, limits, out, plan)
         manifest = _manifest(identity, vocab_size, mix, plan, encoded)
-        files.write_json(out / tokens.MANIFEST, dataclasses.asdict(manifest), durable=True)
+        values, part = dataclasses.asdict(manifest), state / "manifest.part"
+        files.write_json(out / tokens.MANIFEST, values, durable=True, part=part)
         shutil.rmtree(state)
     return manifest
 
@@ -271,7 +272,9 @@ def _plan(
     if tokenizer is None:
         log.info("training a tokenizer of %d tokens", vocab_size)
         tokenizer = tokenizer_lib.train(scan.sample, vocab_size)
-    tokenizer.save(out / tokens.TOKENIZER)
+    part = out / _PROGRESS / "tokenizer.part"
+    with files.replacing(out / tokens.TOKENIZER, durable=True, part=part):
+        part.write_text(tokenizer.to_json(), encoding="utf-8")
     return _Plan(
         schema=tokens.SCHEMA,
         tokenizer_sha256=tokenizer.digest,
@@ -318,9 +321,7 @@ def _encode_blocks(
     """Writes the shards of every block that does not have them yet."""
     tokenizer = tokenizer_lib.load(out / tokens.TOKENIZER)
     if tokenizer.digest != plan.tokenizer_sha256:
-        raise UserError(
-            f"{out / tokens.TOKENIZER} changed since prepare began: use an empty --out"
-        )
+        raise UserError(f"{out / tokens.TOKENIZER} changed since prepare began: use an empty --out")
     holdout = split.Holdout(
         options.validation_fraction, frozenset(bytes.fromhex(digest) for digest in plan.held_out)
     )
@@ -372,7 +373,9 @@ def _encode_block(
     paths = [out / f"{side}-{suffix}" for side in tokens.SPLITS]
     shards, counts = [], [0, 0]
     with contextlib.ExitStack() as stack:
-        parts = [stack.enter_context(files.replacing(path, durable=True)) for path in paths]
+        parts = [out / _PROGRESS / f"{side}.part" for side in tokens.SPLITS]
+        for path, part in zip(paths, parts, strict=True):
+            stack.enter_context(files.replacing(path, durable=True, part=part))
         dtype = tokens.token_dtype(tokenizer.vocab_size)
         writers = [_RecordWriter(part, options.tokens_per_record, dtype) for part in parts]
         try:

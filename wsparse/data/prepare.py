@@ -50,14 +50,20 @@ def _define_flags() -> None:
     """Called only by the command, so that importing this module defines no global flag."""
     flags.DEFINE_string("out", None, "The folder to write.", required=True)
     flags.DEFINE_boolean("verify", False, "At the end, read every shard and compare its sha256.")
-    defaults = Options()
-    defines = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    kinds = {"vocab_size": int, "megabytes": float}
-    for field in dataclasses.fields(defaults):
-        default = getattr(defaults, field.name)
-        define = defines[kinds.get(field.name, type(default))]
-        define(field.name, default, field.metadata["help"])
-    flags.mark_flag_as_required("source")
+    defines = {
+        "str": flags.DEFINE_string,
+        "int": flags.DEFINE_integer,
+        "float": flags.DEFINE_float,
+    }
+    for field in dataclasses.fields(Options):
+        required = field.default is dataclasses.MISSING
+        define = defines[str(field.type).removesuffix(" | None")]
+        define(
+            field.name,
+            None if required else field.default,
+            field.metadata["help"],
+            required=required,
+        )
 
 
 if __name__ == "__main__":

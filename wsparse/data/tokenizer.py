@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wsparse import files
-from wsparse.errors import UserError
+from wsparse.errors import UserError, quoted
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -100,16 +100,35 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.json")
     try:
-        core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # The library raises plain Exception for whatever it cannot parse.
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} is not a tokenizer.json of the tokenizers library: {reason}"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}") from error
     try:
-        return Tokenizer(core)
+        return from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def from_json(text: str) -> Tokenizer:
+    """Returns the tokenizer of `Tokenizer.to_json`.
+
+    Raises:
+      UserError: `text` is not a tokenizer, has no end-of-text token, or its ids are not 0 to V - 1.
+    """
+    try:
+        core = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises plain Exception for whatever it cannot parse.
+        reason = quoted(str(error).splitlines()[0])
+        raise UserError(f"not a tokenizer.json of the tokenizers library: {reason}") from error
+    tokenizer = Tokenizer(core)
+    ids = sorted(core.get_vocab(with_added_tokens=True).values())
+    if ids != list(range(len(ids))):
+        wrong = next(index for index, number in enumerate(ids) if index != number)
+        raise UserError(
+            f"the {len(ids)} tokens must have the ids 0 to {len(ids) - 1}, each once, got {ids[wrong]}"
+        )
+    return tokenizer
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -104,9 +104,7 @@ class ArrayRecordStream:
     longer than a record reads at most two records inside a file, and three where it crosses into the next.
     """
 
-    def __init__(
-        self, shards: Sequence[Shard], *, tokens_per_record: int, dtype: str, digest: str
-    ):
+    def __init__(self, shards: Sequence[Shard], *, tokens_per_record: int, dtype: str, digest: str):
         """Describes the files; none is opened.
 
         Args:
