@@ -151,7 +151,7 @@ def test_mix_proportions_converge_to_the_weights_and_repeat_the_smaller_source(w
     shares = [of[index] / drawn[:, :, 0].size for index in range(len(weights))]
     np.testing.assert_allclose(shares, weights, atol=0.005)
     # And already in every batch, to a row.
-    first = (batches[:, :, 0] // APART == 0).sum(axis=1)
+    first = (drawn[:, :, 0] // APART == 0).sum(axis=1)
     assert np.abs(first - 20 * weights[0]).max() <= 1.01
     # Each epoch of a component has each of its windows once, whatever the mix.
     starts = drawn[:, :, 0].ravel()
