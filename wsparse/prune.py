@@ -11,7 +11,7 @@ docs/multihost.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -21,19 +21,22 @@ import logging
 import pathlib
 import shutil
 import time
-from typing import Any
+from typing import Any, get_args
 
+from absl import flags
 from optuna.storages import BaseStorage
 
-from wsparse import files, locks, runs, trees
+from wsparse import files, locks, recipes, runs, trees
 from wsparse.circuits import evidence, procedure, report, tasks
 from wsparse.circuits.circuit import Circuit, Score, Status
 from wsparse.circuits.procedure import Settings
 from wsparse.circuits.search import Pruner, SharedSearch
-from wsparse.circuits.workers import WorkItems, WorkPending
+from wsparse.circuits.settings import Sampler
+from wsparse.circuits.workers import WorkItems, WorkPending, open_storage
 from wsparse.command import run_command
 from wsparse.config import from_dict, to_dict
 from wsparse.errors import UserError
+from wsparse.ops import cpu
 
 log = logging.getLogger(__name__)
 
@@ -309,6 +312,112 @@ def _set_aside(folder: pathlib.Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 path.replace(target / path.name)
     log.info("  the earlier circuit, of another model or other settings, is in %s now", target)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; see the module's docstring."""
+    del argv
+    options: Any = flags.FLAGS
+    names = list(tasks.TASKS) if options.task == ["all"] else options.task
+    if not names:
+        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
+    chosen = [tasks.find(name) for name in names]
+    settings = settings_from_flags()
+    shown = evidence.Options(
+        source=options.source, pairs=options.pairs, max_nodes=options.max_nodes
+    )
+    folder = pathlib.Path(options.run)
+    if options.report:
+        write_report(folder)
+        return 0
+    if options.evidence:
+        evidence.measure_run(folder, options.task, shown)
+        return 0
+    if options.lease < 1:
+        raise UserError(f"--lease must be at least 1 second, got {options.lease}")
+    storage = None if options.storage is None else open_storage(options.storage)
+    cpu.enable()
+    run(
+        folder,
+        chosen,
+        settings,
+        storage=storage,
+        lease=options.lease,
+        shown=shown if options.evidence is None else None,
+    )
+    return 0
+
+
+def settings_from_flags() -> Settings:
+    """Returns the settings of `--config`, with the flags that override them.
+
+    Raises:
+      UserError: A value is refused.
+    """
+    holders = flags.FLAGS
+    config = holders["config"].value
+    values: dict[str, Any] = {} if config is None else config.to_dict()
+    for field in dataclasses.fields(Settings):
+        if holders[field.name].present:
+            values[field.name] = holders[field.name].value
+    for old, new in _OLD_FLAGS.items():
+        if holders[old].present:
+            log.info("--%s is --%s now", old, new)
+            values[new] = holders[old].value
+    try:
+        values |= {"sweep": [float(target) for target in values.get("sweep", Settings().sweep)]}
+    except ValueError as error:
+        raise UserError(f"--sweep must be numbers separated by commas: {error}") from error
+    return from_dict(Settings, values)
+
+
+def _define_fields(cls: type, *, about: str = "", old: Mapping[str, str] | None = None) -> None:
+    """Define a flag for every field of a dataclass with defaults and help."""
+    old_names = {new: name for name, new in (old or {}).items()}
+    for field in dataclasses.fields(cls):
+        default = field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{about}{field.metadata['help']} Default: {shown!r}."
+        for name in filter(None, (field.name, old_names.get(field.name))):
+            text = text if name == field.name else f"Old name of --{field.name}."
+            if field.name == "sampler":
+                flags.DEFINE_enum(name, None, get_args(Sampler), text)
+            elif isinstance(default, bool):
+                flags.DEFINE_bool(name, None, text)
+            elif isinstance(default, int):
+                flags.DEFINE_integer(name, None, text)
+            elif isinstance(default, float):
+                flags.DEFINE_float(name, None, text)
+            elif isinstance(default, tuple):
+                flags.DEFINE_list(name, None, text)
+            else:
+                flags.DEFINE_string(name, None, text)
+
+
+def define_flags() -> None:
+    """Define the flags of the command."""
+    flags.DEFINE_string("run", None, "Folder of a training run.", required=True)
+    flags.DEFINE_list("task", ["all"], "Names, .jsonl or .py files, or all.")
+    flags.DEFINE_string(
+        "storage",
+        None,
+        "Share the work with all workers that are given the same file or database URL.",
+    )
+    flags.DEFINE_float(
+        "lease", 600.0, "Seconds of silence after which other workers count a worker as dead."
+    )
+    flags.DEFINE_bool(
+        "report", False, "Only write the table and curves of the tasks that are done."
+    )
+    flags.DEFINE_bool(
+        "evidence",
+        None,
+        "What the viewer shows of a circuit is measured when it is found. --noevidence leaves it out, "
+        "--evidence does nothing else, for circuits that were found before.",
+    )
+    recipes.define_flag(text="Recipe of the settings below", kind="prune")
+    _define_fields(Settings, old=_OLD_FLAGS)
+    _define_fields(evidence.Options, about="For the viewer: ")
 
 
 if __name__ == "__main__":
