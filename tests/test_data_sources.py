@@ -34,14 +34,14 @@ def check(match: str, call) -> None:
 
 
 def test_a_mix_is_normalized_and_keeps_its_order():
-    assert sources.parse_mix("idioms") == (sources.Part(1.0, "idioms"),)
+    assert sources.parse_mix("idioms") == (sources.Term(1.0, "idioms"),)
     assert sources.parse_mix(" 7 * idioms + 3*stdlib ") == (
-        sources.Part(0.7, "idioms"),
-        sources.Part(0.3, "stdlib"),
+        sources.Term(0.7, "idioms"),
+        sources.Term(0.3, "stdlib"),
     )
     assert sources.parse_mix("stdlib+1e+1*idioms") == (
-        sources.Part(1 / 11, "stdlib"),
-        sources.Part(10 / 11, "idioms"),
+        sources.Term(1 / 11, "stdlib"),
+        sources.Term(10 / 11, "idioms"),
     )
 
 

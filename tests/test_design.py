@@ -82,15 +82,11 @@ def test_the_rule_notices_an_import_from_below(tmp_path):
     assert layers()["prune"] > layers()["ops"]
 
 
-# Being split.
-PENDING = {"batches.py"}
 FILES = [*MODULES.values(), *sorted((REPO / "configs").rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
 def test_files_have_at_most_600_lines_and_functions_80(path):
-    if path.name in PENDING:
-        pytest.xfail("being split")
     text = path.read_text()
     assert len(text.splitlines()) <= 600
     lengths = {
