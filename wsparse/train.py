@@ -429,10 +429,10 @@ class _Loop:
         peak = settings.learning_rate
         if settings.sharkfin:
             peak *= self.config.sparsity.density**-0.5
-        # A decay of more than the whole weight overshoots.
+        # A decay of more than the whole weight overshoots; the larger factor is the likely mistake.
         change = (
             "lower optimizer.weight_decay"
-            if peak * settings.weight_decay > 1
+            if peak * settings.weight_decay > 1 and settings.weight_decay > peak
             else "lower optimizer.learning_rate or raise optimizer.warmup"
         )
         if saved is None:
