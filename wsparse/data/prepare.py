@@ -50,7 +50,7 @@ def _define_flags() -> None:
     """Called only by the command, so that importing this module defines no global flag."""
     flags.DEFINE_string("out", None, "The folder to write.", required=True)
     flags.DEFINE_boolean("verify", False, "At the end, read every shard and compare its sha256.")
-    defines = {
+    defines: dict[str, Any] = {
         "str": flags.DEFINE_string,
         "int": flags.DEFINE_integer,
         "float": flags.DEFINE_float,

@@ -8,6 +8,33 @@ namespace wsparse {
 // Rows of one item; the gates' gradient is summed over as many at a time, whoever computes it.
 constexpr int64_t kRowsOfGates = 64;
 
+// Which lanes of keys, the ones from `first` on, a cut keeps: comparisons give -1.
+inline Ints Kept(Ints keys, int64_t first, Cut cut) {
+  Ints index;
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = int32_t(first) + lane;
+  return keys - (index < cut.end) > cut.least;
+}
+
+inline void Blend(const float* x, const int32_t* keys, Cut cut, const float* gate, const float* closed,
+                  int64_t width, float* y) {
+  ForVectors(width, [&](int64_t i, int n) WSPARSE_INLINE {
+    const Floats value = Kept(Load<Ints>(keys + i, n), i, cut) ? Load<Floats>(x + i, n) : Floats{};
+    Store(Load<Floats>(closed + i, n) + Load<Floats>(gate + i, n) * value, y + i, n);
+  });
+}
+
+inline void BlendGradient(const float* x, const float* dy, Cut cut, const float* gate, int64_t width,
+                          float* by_value, float* plain, float* dx) {
+  ForVectors(width, [&](int64_t i, int n) WSPARSE_INLINE {
+    const Ints kept = Kept(Keys(Load<Ints>(x + i, n)), i, cut);
+    const Floats value = kept ? Load<Floats>(x + i, n) : Floats{};
+    const Floats tangent = Load<Floats>(dy + i, n);
+    Store(Load<Floats>(by_value + i, n) + tangent * value, by_value + i, n);
+    Store(Load<Floats>(plain + i, n) + tangent, plain + i, n);
+    Store(kept ? tangent * Load<Floats>(gate + i, n) : Floats{}, dx + i, n);
+  });
+}
+
 // `sets` sets of gates, each for `rows` rows; `cuts` gets two integers for every row.
 template <typename Pool>
 bool Ablate(Pool& pool, const float* x, const float* gates, const float* means, int64_t sets, int64_t rows,
@@ -16,19 +43,12 @@ bool Ablate(Pool& pool, const float* x, const float* gates, const float* means, 
   return ParallelFor(pool, sets * blocks, 2 * kRowsOfGates * width, [=] {
     return [=, keys = std::vector<int32_t>(width), closed = std::vector<float>(width)](int64_t item) mutable {
       const int64_t set = item / blocks, first = item % blocks * kRowsOfGates;
-      const float* __restrict gate = gates + set * width;
+      const float* gate = gates + set * width;
       for (int64_t i = 0; i < width; ++i) closed[i] = (1 - gate[i]) * means[set * width + i];
       for (int64_t row = set * rows + first; row < set * rows + std::min(first + kRowsOfGates, rows); ++row) {
-        const float* __restrict from = x + row * width;
-        float* __restrict to = y + row * width;
+        const float* from = x + row * width;
         cuts[row] = CutRow(reinterpret_cast<const int32_t*>(from), width, k, keys.data());
-        const int32_t* __restrict key = keys.data();
-        const float* __restrict rest = closed.data();
-        ForStretches(cuts[row], width, [&](int64_t begin, int64_t end, int32_t threshold) {
-          for (int64_t i = begin; i < end; ++i) {
-            to[i] = rest[i] + gate[i] * (key[i] >= threshold ? from[i] : 0.0f);
-          }
-        });
+        Blend(from, keys.data(), cuts[row], gate, closed.data(), width, y + row * width);
       }
     };
   });
@@ -42,22 +62,12 @@ bool AblateGradient(Pool& pool, const float* x, const float* gates, const Cut* c
   return ParallelFor(pool, sets * blocks, kRowsOfGates * width, [=] {
     return [=](int64_t item) {
       const int64_t set = item / blocks, first = item % blocks * kRowsOfGates;
-      const float* __restrict gate = gates + set * width;
-      float* __restrict by_value = sums + 2 * item * width;
-      float* __restrict plain = by_value + width;
-      std::fill(by_value, plain + width, 0.0f);
+      const float* gate = gates + set * width;
+      float* by_value = sums + 2 * item * width;
+      std::fill(by_value, by_value + 2 * width, 0.0f);
       for (int64_t row = set * rows + first; row < set * rows + std::min(first + kRowsOfGates, rows); ++row) {
-        const float* __restrict value = x + row * width;
-        const float* __restrict tangent = dy + row * width;
-        float* __restrict to = dx + row * width;
-        ForStretches(cuts[row], width, [&](int64_t begin, int64_t end, int32_t threshold) {
-          for (int64_t i = begin; i < end; ++i) {
-            const bool kept = Key(reinterpret_cast<const int32_t*>(value)[i]) >= threshold;
-            by_value[i] += tangent[i] * (kept ? value[i] : 0.0f);
-            plain[i] += tangent[i];
-            to[i] = kept ? tangent[i] * gate[i] : 0.0f;
-          }
-        });
+        BlendGradient(x + row * width, dy + row * width, cuts[row], gate, width, by_value, by_value + width,
+                      dx + row * width);
       }
     };
   });

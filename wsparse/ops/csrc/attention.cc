@@ -72,7 +72,7 @@ inline void Pack(const float* source, int64_t stride, int64_t n, int64_t width, 
 inline void Transpose(const float* source, int64_t rows, int64_t columns, float* target) {
   for (int64_t i = 0; i < rows; i += 4) {
     for (int64_t j = 0; j < columns; j += 4) {
-      Transpose4x4(source + i * columns + j, columns, target + j * rows + i, rows, PutQuad);
+      Transpose4x4(source + i * columns + j, columns, target + j * rows + i, rows);
     }
   }
 }

@@ -15,10 +15,6 @@
 #include <optional>
 #include <vector>
 
-#ifdef __SSE__
-#include <immintrin.h>
-#endif
-
 namespace wsparse {
 
 // As wide as a register of the processor that the kernels are compiled for.
@@ -32,16 +28,28 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
+// Loads `count` lanes, the others 0; stores `count` lanes.
 template <typename Vector, typename Scalar>
-inline Vector Load(const Scalar* source) {
-  Vector vector;
-  std::memcpy(&vector, source, sizeof vector);
+inline Vector Load(const Scalar* source, int count = sizeof(Vector) / 4) {
+  Vector vector{};
+  std::memcpy(&vector, source, 4 * count);
   return vector;
 }
 
 template <typename Vector, typename Scalar>
-inline void Store(Vector vector, Scalar* target) {
-  std::memcpy(target, &vector, sizeof vector);
+inline void Store(Vector vector, Scalar* target, int count = sizeof(Vector) / 4) {
+  std::memcpy(target, &vector, 4 * count);
+}
+
+#define WSPARSE_INLINE __attribute__((always_inline))
+
+// Calls `body(i, count)` for vectors at 0, kLanes, ... of n elements; the last may have fewer than kLanes. The
+// body is to be declared WSPARSE_INLINE, so that `count` is known in all calls but the last.
+template <typename Body>
+inline void ForVectors(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  if (i < n) body(i, int(n - i));
 }
 
 // exp(x) for x <= 0, within 2 units in the last place; at least 1.6e-38. NaN stays NaN.
@@ -63,10 +71,7 @@ inline Floats Exp(Floats x) {
   return y * (Floats)((power + 127) << 23);
 }
 
-// Transposes four rows of four floats; `Put(float*, Quad)` stores a row of the result.
 typedef float Quad __attribute__((vector_size(16)));
-
-inline void PutQuad(float* target, Quad quad) { Store(quad, target); }
 
 #ifdef __clang__
 #define WSPARSE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -75,17 +80,16 @@ typedef int32_t QuadOfInts __attribute__((vector_size(16)));
 #define WSPARSE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (QuadOfInts){__VA_ARGS__})
 #endif
 
-template <typename Put>
-inline void Transpose4x4(const float* source, int64_t stride, float* target, int64_t target_stride,
-                         Put put) {
+// target[j, i] = source[i, j] for i, j < 4.
+inline void Transpose4x4(const float* source, int64_t stride, float* target, int64_t target_stride) {
   const Quad a = Load<Quad>(source), b = Load<Quad>(source + stride);
   const Quad c = Load<Quad>(source + 2 * stride), d = Load<Quad>(source + 3 * stride);
   const Quad ab_low = WSPARSE_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = WSPARSE_SHUFFLE(a, b, 2, 6, 3, 7);
   const Quad cd_low = WSPARSE_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = WSPARSE_SHUFFLE(c, d, 2, 6, 3, 7);
-  put(target, WSPARSE_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5));
-  put(target + target_stride, WSPARSE_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7));
-  put(target + 2 * target_stride, WSPARSE_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
-  put(target + 3 * target_stride, WSPARSE_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
+  Store(WSPARSE_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5), target);
+  Store(WSPARSE_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7), target + target_stride);
+  Store(WSPARSE_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5), target + 2 * target_stride);
+  Store(WSPARSE_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7), target + 3 * target_stride);
 }
 
 // Floats on whole cache lines; not initialized.

@@ -8,21 +8,19 @@
 
 namespace wsparse {
 
-constexpr int64_t kPanel = 64;
+constexpr int64_t kPanel = 32;
 constexpr int kPanelVectors = kPanel / kLanes;
-// Rows that are read or written at once, a stretch of each: no more than a prefetcher can follow.
-constexpr int64_t kStreams = 16;
+// Floats of a cache line. As many rows are read or written together, a line of each: a prefetcher can follow them.
+constexpr int64_t kLine = 16;
 // Outputs of a panel that are summed before they are written.
 constexpr int64_t kOutputs = 512;
-// Bytes of a result of which the caches would hold little until it is read.
-constexpr int64_t kLarge = 1 << 25;
 
 // A matrix by its outputs: the nonzeros of output o are `starts[o]` to `starts[o + 1]`, in order of inputs.
 struct Nonzeros {
   std::vector<int64_t> starts;
   std::vector<int32_t> inputs;
   std::vector<float> values;
-  std::vector<uint8_t> used;  // for every four inputs, whether any has a nonzero
+  std::vector<uint8_t> used;  // for every line of inputs, whether any has a nonzero
 };
 
 struct Entry {
@@ -58,7 +56,7 @@ bool FindNonzeros(Pool& pool, const float* w, int64_t rows, int64_t columns,
 // Sorts nonzeros by output: the matrix's columns, or its rows where it is transposed.
 inline Nonzeros Compress(const float* w, int64_t columns, int64_t n_in, int64_t n_out, bool transposed,
                          const std::vector<std::vector<Entry>>& found) {
-  Nonzeros sparse{std::vector<int64_t>(n_out + 1), {}, {}, std::vector<uint8_t>(CeilDiv(n_in, 4))};
+  Nonzeros sparse{std::vector<int64_t>(n_out + 1), {}, {}, std::vector<uint8_t>(CeilDiv(n_in, kLine))};
   for (const auto& entries : found) {
     for (const Entry& entry : entries) ++sparse.starts[transposed ? entry.row : entry.column];
   }
@@ -73,7 +71,7 @@ inline Nonzeros Compress(const float* w, int64_t columns, int64_t n_in, int64_t 
       const int64_t at = next[transposed ? entry.row : entry.column]++;
       sparse.inputs[at] = input;
       sparse.values[at] = w[entry.row * columns + entry.column];
-      sparse.used[input / 4] = 1;
+      sparse.used[input / kLine] = 1;
     }
   }
   return sparse;
@@ -81,17 +79,21 @@ inline Nonzeros Compress(const float* w, int64_t columns, int64_t n_in, int64_t 
 
 // panel[i, :64] = rows of x, n of them, the others 0; only inputs that are used.
 inline void ReadPanel(const float* x, int64_t n, int64_t n_in, const std::vector<uint8_t>& used, float* panel) {
-  for (int64_t first = 0; first < kPanel; first += kStreams) {
-    for (int64_t i = 0; i < n_in; i += 4) {
-      if (!used[i / 4]) continue;
-      if (first + kStreams <= n && i + 4 <= n_in) {
-        for (int64_t row = first; row < first + kStreams; row += 4) {
-          Transpose4x4(x + row * n_in + i, n_in, panel + i * kPanel + row, kPanel, PutQuad);
+  for (int64_t first = 0; first < kPanel; first += kLine) {
+    for (int64_t i = 0; i < n_in; i += kLine) {
+      if (!used[i / kLine]) continue;
+      if (first + kLine <= n && i + kLine <= n_in) {
+        for (int64_t row = first; row < first + kLine; row += 4) {
+          for (int64_t j = i; j < i + kLine; j += 4) {
+            Transpose4x4(x + row * n_in + j, n_in, panel + j * kPanel + row, kPanel);
+          }
         }
         continue;
       }
-      for (int64_t row = first; row < first + kStreams; ++row) {
-        for (int64_t j = i; j < std::min(i + 4, n_in); ++j) panel[j * kPanel + row] = row < n ? x[row * n_in + j] : 0;
+      for (int64_t j = i; j < std::min(i + kLine, n_in); ++j) {
+        for (int64_t row = first; row < first + kLine; ++row) {
+          panel[j * kPanel + row] = row < n ? x[row * n_in + j] : 0;
+        }
       }
     }
   }
@@ -110,29 +112,20 @@ inline void SumPanel(const Nonzeros& sparse, int64_t begin, int64_t end, const f
   for (int j = 0; j < kPanelVectors; ++j) Store(sums[j], out + j * kLanes);
 }
 
-// Writes past the caches, which would have to read what is overwritten first.
-inline void StreamQuad(float* target, Quad quad) {
-#ifdef __SSE__
-  _mm_stream_ps(target, quad);
-#else
-  PutQuad(target, quad);
-#endif
-}
-
-// y[row, begin + o] = panel[o, row] for o < count and n rows.
-template <typename Put>
-inline void WritePanel(const float* panel, int64_t n, int64_t begin, int64_t count, int64_t n_out, float* y,
-                       Put put) {
-  for (int64_t first = 0; first < n; first += kStreams) {
-    for (int64_t o = 0; o < count; o += 4) {
-      if (first + kStreams <= n && o + 4 <= count) {
-        for (int64_t row = first; row < first + kStreams; row += 4) {
-          Transpose4x4(panel + o * kPanel + row, kPanel, y + row * n_out + begin + o, n_out, put);
+// y[row, o] = panel[o, row] for o < count and n rows; rows of y are n_out apart.
+inline void WritePanel(const float* panel, int64_t n, int64_t count, int64_t n_out, float* y) {
+  for (int64_t first = 0; first < n; first += kLine) {
+    for (int64_t o = 0; o < count; o += kLine) {
+      if (first + kLine <= n && o + kLine <= count) {
+        for (int64_t row = first; row < first + kLine; row += 4) {
+          for (int64_t j = o; j < o + kLine; j += 4) {
+            Transpose4x4(panel + j * kPanel + row, kPanel, y + row * n_out + j, n_out);
+          }
         }
         continue;
       }
-      for (int64_t row = first; row < std::min(first + kStreams, n); ++row) {
-        for (int64_t j = o; j < std::min(o + 4, count); ++j) y[row * n_out + begin + j] = panel[j * kPanel + row];
+      for (int64_t row = first; row < std::min(first + kLine, n); ++row) {
+        for (int64_t j = o; j < std::min(o + kLine, count); ++j) y[row * n_out + j] = panel[j * kPanel + row];
       }
     }
   }
@@ -146,10 +139,9 @@ bool Product(Pool& pool, const float* x, const float* w, int64_t rows, int64_t w
   std::vector<std::vector<Entry>> found;
   if (!FindNonzeros(pool, w, w_rows, w_columns, &found)) return false;
   const Nonzeros sparse = Compress(w, w_columns, n_in, n_out, transposed, found);
-  const bool streams = 4 * rows * n_out > kLarge && n_out % 4 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
   const int64_t cost = 8 * sparse.values.size() + 16 * (n_in + n_out);
-  return ParallelFor(pool, CeilDiv(rows, kPanel), cost, [&, n_in, n_out, streams] {
-    return [&, n_in, n_out, streams, of_x = Scratch(n_in * kPanel),
+  return ParallelFor(pool, CeilDiv(rows, kPanel), cost, [&, n_in, n_out] {
+    return [&, n_in, n_out, of_x = Scratch(n_in * kPanel),
             of_y = Scratch(std::min(n_out, kOutputs) * kPanel)](int64_t item) {
       const int64_t n = std::min(kPanel, rows - item * kPanel);
       ReadPanel(x + item * kPanel * n_in, n, n_in, sparse.used, of_x);
@@ -159,15 +151,8 @@ bool Product(Pool& pool, const float* x, const float* w, int64_t rows, int64_t w
         for (int64_t o = 0; o < count; ++o) {
           SumPanel(sparse, sparse.starts[begin + o], sparse.starts[begin + o + 1], of_x, of_y + o * kPanel);
         }
-        if (streams) {
-          WritePanel(of_y, n, begin, count, n_out, target, StreamQuad);
-        } else {
-          WritePanel(of_y, n, begin, count, n_out, target, PutQuad);
-        }
+        WritePanel(of_y, n, count, n_out, target + begin);
       }
-#ifdef __SSE__
-      if (streams) _mm_sfence();
-#endif
     };
   });
 }

@@ -10,6 +10,11 @@ namespace wsparse {
 // Positive integers that order like magnitudes, from the bits of float32; NaN is one above infinity.
 inline int32_t Key(int32_t bits) { return std::min(bits & 0x7fffffff, 0x7f800001) + 1; }
 
+inline Ints Keys(Ints bits) {
+  const Ints magnitude = bits & 0x7fffffff, top = Ints{} + 0x7f800001;
+  return (magnitude < top ? magnitude : top) + 1;
+}
+
 // How many of n keys reach a threshold.
 inline int64_t Count(const int32_t* keys, int64_t n, int32_t threshold) {
   // Comparisons give -1. Four sums hide the latency of adding, and none overflows in 2^20 turns.
