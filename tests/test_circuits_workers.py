@@ -220,6 +220,30 @@ def test_a_search_alone_is_the_same_every_time(tmp_path):
     assert {t.hparams for t in a} & {t.hparams for t in b} == {FAST, search_lib.HParams()}
 
 
+def test_an_interrupted_search_goes_on_with_the_trials_it_finished(tmp_path):
+    def go(pruner):
+        return search(pruner, None, None, None, objective, trials=9, folder=tmp_path)
+
+    calls = []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(Pruner(interrupted))
+    # A file cut short counts as missing, and the call it belongs to is run again.
+    (tmp_path / "3.npy").write_bytes(b"")
+    pruner = Pruner()
+    resumed = go(pruner)
+    assert pruner.trials == 9 - 2
+    alone = run(Pruner(), None)
+    for a, b in zip(resumed, alone, strict=True):
+        assert (a.number, a.hparams, a.value) == (b.number, b.hparams, b.value)
+        np.testing.assert_array_equal(a.tau, b.tau)
+
+
 # Processes --------------------------------------------------------------------------------------------
 
 QUICK = (

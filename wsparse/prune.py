@@ -323,9 +323,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     chosen = [tasks.find(name) for name in names]
     settings = settings_from_flags()
-    shown = evidence.Options(
-        source=options.source, pairs=options.pairs, max_nodes=options.max_nodes
-    )
+    shown = evidence.Options(**_present(evidence.Options))
     folder = pathlib.Path(options.run)
     if options.report:
         write_report(folder)
@@ -357,9 +355,7 @@ def settings_from_flags() -> Settings:
     holders = flags.FLAGS
     config = holders["config"].value
     values: dict[str, Any] = {} if config is None else config.to_dict()
-    for field in dataclasses.fields(Settings):
-        if holders[field.name].present:
-            values[field.name] = holders[field.name].value
+    values |= _present(Settings)
     for old, new in _OLD_FLAGS.items():
         if holders[old].present:
             log.info("--%s is --%s now", old, new)
@@ -369,6 +365,13 @@ def settings_from_flags() -> Settings:
     except ValueError as error:
         raise UserError(f"--sweep must be numbers separated by commas: {error}") from error
     return from_dict(Settings, values)
+
+
+def _present(cls: type) -> dict[str, Any]:
+    """Returns the values of the flags that were given for the fields of a dataclass."""
+    holders = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: holders[name].value for name in names if holders[name].present}
 
 
 def _define_fields(cls: type, *, about: str = "", old: Mapping[str, str] | None = None) -> None:
