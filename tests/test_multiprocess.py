@@ -19,6 +19,7 @@ import pytest
 
 from wsparse import checkpoint, metrics, processes, sharding, train, trees
 from wsparse.config import MeshConfig, TrainConfig, from_dict, to_dict
+from wsparse.data import encode
 from wsparse.errors import UserError
 from wsparse.step import Program, make_program
 
@@ -235,24 +236,22 @@ def test_four_processes_go_where_one_goes_and_two_go_on(source, tmp_path, monkey
 @pytest.mark.slow
 def test_processes_that_read_different_data_are_refused(source, tmp_path):
     config = make_config(source)
-    files = sorted(pathlib.Path(source.removeprefix("files:")).parent.iterdir())
-    link = tmp_path / "data"
-    link.mkdir()
-    # Each process finds its corpus through its own current folder.
+    folders = [tmp_path / "0", tmp_path / "1"]
+    # Each process finds tokens through its own current folder: of one tokenizer, and different.
+    options = encode.Options(source="idioms", vocab_size=config.model.vocab_size, megabytes=0.05)
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        encode.write(dataclasses.replace(options, seed=seed), folder / "tokens")
+        options = dataclasses.replace(options, tokenizer=str(folder / "tokens" / "tokenizer.json"))
     relative = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source="files:corpus/*.py")
+        config, data=dataclasses.replace(config.data, source="arrayrecord:tokens")
     )
-    for index in range(2):
-        (link / str(index) / "corpus").mkdir(parents=True)
-        for file in files[index:]:
-            (link / str(index) / "corpus" / file.name).symlink_to(file)
-    folders = [link / "0", link / "1"]
     with started(relative, tmp_path / "run", processes=2, folders=folders) as jobs:
         outputs = results(jobs)
     for status, output in outputs:
         assert status != 0
-        assert "the data must be the same in all 2 processes, but that of process 1" in output
-    assert not (tmp_path / "run").exists()
+        assert "is not what it was made from (arrayrecord:tokens, its digest differs)" in output
+    assert not (tmp_path / "run" / "data").exists()
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_a_number_that_is_not_finite_is_refused_in_one_line():
         assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", recipes.names("prune"))
+@pytest.mark.parametrize("name", list(recipes.names("prune")))
 def test_every_recipe_of_pruning_gives_settings(name):
     settings = from_dict(Settings, recipes.load(name, "prune"))
     assert (settings == Settings()) == (name == "paper")
