@@ -7,6 +7,7 @@ python -m wsparse.tasks --run=runs/tiny --task=for_while --examples=2
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+import functools
 
 from absl import flags
 import jax
@@ -89,7 +90,7 @@ def _score(
     return float(np.mean(jax.nn.softplus(-margin_B))), float(np.mean(margin_B > 0))
 
 
-@jax.jit(static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def _margins(params, tokens_BT, position_B, answer_B, other_B, *, config: ModelConfig) -> jax.Array:
     logits_BPV, _ = model.forward(params, tokens_BT, config, positions_BP=position_B[:, None])
     return pairs.margins(logits_BPV[:, 0], answer_B, other_B)
