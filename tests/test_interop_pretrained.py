@@ -64,7 +64,7 @@ def saved(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_every_bit_comes_back(dtype, tokenizer, tmp_path):
-    want = random_params(dtype)
+    want = random_params(dtype=dtype)
     # A transposed array lies in memory in another order than it is written.
     want["head"]["unembed"] = np.ascontiguousarray(want["head"]["unembed"].T).T
     save_pretrained(tmp_path, CONFIG, want, tokenizer)
