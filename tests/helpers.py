@@ -1,5 +1,6 @@
-"""Models for tests: shapes and random parameters of any config."""
+"""For several tests: shapes and random parameters of any config, and whether a program is one."""
 
+import ast
 import functools
 
 import jax
@@ -23,3 +24,12 @@ def random_params(config: ModelConfig, *, seed: int = 0, dtype=np.float32, scale
         return (scale * random.normal(size=leaf.shape)).astype(dtype)
 
     return jax.tree.map(draw, shapes(config))
+
+
+def parses(text: str) -> bool:
+    """Returns whether a text is a Python program."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True

@@ -5,12 +5,12 @@ The texts are judged here with Python's own parser and with the tokenizer, not w
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Sequence
 import difflib
 import itertools
 import math
 
+from helpers import parses
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -64,14 +64,6 @@ def distance(a: Sequence[int], b: Sequence[int]) -> int:
     """Tokens in which two rows differ, insertions and deletions included."""
     blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
     return max(len(a), len(b)) - sum(block.size for block in blocks)
-
-
-def parses(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
 
 
 def row_ids(batch: tasks.TaskBatch) -> Iterator[list[int]]:

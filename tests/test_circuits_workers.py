@@ -15,7 +15,6 @@ from wsparse.circuits import search as search_lib
 from wsparse.circuits import workers
 from wsparse.circuits.search import FAST, SharedSearch, search
 from wsparse.circuits.workers import WorkItems, WorkPending, open_storage
-from wsparse.command import run_plain
 from wsparse.errors import UserError
 from wsparse.files import read_json
 
@@ -118,10 +117,12 @@ def test_pieces_without_a_value_are_done_as_the_worst():
 
 @pytest.mark.parametrize("where", ["nodriver://host/name", "/dev/null/folder/journal"])
 def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(where, capsys):
-    with pytest.raises(SystemExit):
-        run_plain(lambda: open_storage(where))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --storage={where} cannot be opened")
+    with pytest.raises(UserError) as error:
+        open_storage(where)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"--storage={where} cannot be opened")
+    # Drivers print nothing of their own beside it.
+    assert capsys.readouterr().err == ""
 
 
 # Searches ---------------------------------------------------------------------------------------------

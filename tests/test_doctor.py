@@ -2,13 +2,13 @@
 
 import collections
 import importlib.metadata
-import logging
 import os
 import pathlib
 import subprocess
 import sys
 import tomllib
 
+from conftest import log_lines
 from etils import epath
 import jax
 import numpy as np
@@ -27,14 +27,6 @@ SETTINGS = {
 CONFIG = from_dict(TrainConfig, SETTINGS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimizer most of compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """What wsparse needs is known, also where it is not installed."""
@@ -43,16 +35,8 @@ def installed(monkeypatch):
 
 
 def examine(*checks: doctor.Check) -> tuple[bool, list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    doctor.log.addHandler(handler)
-    doctor.log.setLevel(logging.INFO)
-    try:
+    with log_lines() as lines:
         return doctor.examine(checks), lines
-    finally:
-        doctor.log.removeHandler(handler)
-        doctor.log.setLevel(logging.NOTSET)
 
 
 def examine_one(find) -> str:

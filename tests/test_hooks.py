@@ -37,14 +37,6 @@ SAME = {
 HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimizer most of compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     return helpers.random_params(CONFIG, seed=1, scale=1 / 3)

@@ -36,14 +36,6 @@ TEXT = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests, and the optimizer most of compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def golden_config(name: str) -> dict:
     return json.loads((GOLDEN / name / "beeg_config.json").read_text())
 

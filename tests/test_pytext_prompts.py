@@ -5,7 +5,6 @@ The texts are judged here with Python's own parser.
 
 from __future__ import annotations
 
-import ast
 import builtins
 from collections import Counter
 import hashlib
@@ -13,6 +12,7 @@ import itertools
 import keyword
 import re
 
+from helpers import parses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,14 +25,6 @@ GOLDEN = "bb0dfefb0c636ce02cfec7a7b791e63d4aec0ee2659b5d2584d99ca2fe2836f3"
 
 def pairs_of(name: str, split: words.Split, count: int, seed: int = 0) -> list[prompts.Pair]:
     return list(itertools.islice(prompts.pairs(name, seed, split), count))
-
-
-def parses(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
 
 
 def test_splits_share_neither_templates_nor_fillers():

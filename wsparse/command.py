@@ -51,15 +51,6 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         signals.handle(signals.leave)
 
 
-def run_plain(main: Callable[[], None]) -> None:
-    """Run a command that parses its own arguments; a `UserError` becomes one line and exit status 2."""
-    with log_to_stdout():
-        try:
-            main()
-        except UserError as error:
-            _fail(str(error))
-
-
 class _TqdmHandler(logging.Handler):
     """Prints messages to stdout, above a progress bar where there is one."""
 

@@ -11,12 +11,8 @@ from typing import Any
 
 from wsparse import files, plots
 from wsparse.errors import UserError
-from wsparse.progress import progress
 
 log = logging.getLogger(__name__)
-
-# `progress` is also known by this module's name.
-__all__ = ["MetricsWriter", "plot_curves", "progress", "read", "set_aside", "strict"]
 
 _FILE = "metrics.jsonl"
 

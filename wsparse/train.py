@@ -178,10 +178,11 @@ def _open_data(config: TrainConfig, workdir: pathlib.Path) -> Dataset:
         )
 
     try:
+        # The others open the folder only when process 0 has made it.
+        dataset = _in_all_processes(opened if jax.process_index() == 0 else lambda: None)
         if jax.process_count() > 1:
-            _in_all_processes(opened if jax.process_index() == 0 else lambda: None)
             _require_shared(workdir, workdir / "data" / PROVENANCE)
-        dataset = _in_all_processes(opened)
+            dataset = _in_all_processes(lambda: dataset or opened())
         processes.require_same(dataset.digest, "the data")
     except UserError:
         # A folder that is nobody's yet stays free for the corrected command.
