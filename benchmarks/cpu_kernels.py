@@ -36,9 +36,7 @@ def cases() -> dict[str, Callable[[], Call]]:
             name = f"product {shape[0]} x {shape[1]}, 1/{one_of}"
             found[name] = lambda shape=shape, n=one_of: product(shape, 1 / n)
     for kernel in ("AbsTopK", "AbsTopK and ablation", "attention", "GELU", "projection"):
-        found[f"{kernel}, both ways" if kernel != "projection" else kernel] = lambda k=kernel: part(
-            k
-        )
+        found[f"{kernel}, both ways" if kernel != "projection" else kernel] = lambda k=kernel: part(k)
     return found
 
 
@@ -54,9 +52,7 @@ def training_step(d_model: int) -> Call:
         from wsparse.train import make_program
     config = TrainConfig(
         batch_size=8,
-        model=ModelConfig(
-            vocab_size=2048, context=256, n_layer=2, d_model=d_model, n_head=d_model // 16
-        ),
+        model=ModelConfig(vocab_size=2048, context=256, n_layer=2, d_model=d_model, n_head=d_model // 16),
         sparsity=SparsityConfig(density=1 / 64, anneal_start=0.0, anneal_end=1e-9),
     )
     program = make_program(config, sharding.make_mesh(config.mesh))
@@ -84,9 +80,7 @@ def mask_step(d_model: int) -> Call:
     from wsparse.circuits import HParams, PairArrays, masks, prune
     from wsparse.config import ModelConfig
 
-    config = ModelConfig(
-        vocab_size=2048, context=64, n_layer=2, d_model=d_model, n_head=d_model // 16
-    )
+    config = ModelConfig(vocab_size=2048, context=64, n_layer=2, d_model=d_model, n_head=d_model // 16)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
     project = sparsity.project_top_k(1 / 64)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -113,9 +107,7 @@ def product(shape: tuple[int, int], density: float) -> Call:
     del cpu
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (4096, shape[0]))
-    w = jnp.where(
-        jax.random.uniform(keys[1], shape) < density, jax.random.normal(keys[2], shape), 0.0
-    )
+    w = jnp.where(jax.random.uniform(keys[1], shape) < density, jax.random.normal(keys[2], shape), 0.0)
     both = jax.jit(lambda x, w: jax.value_and_grad(lambda x: jnp.sum(matmul(x, w) ** 2))(x))
     return lambda: both(x, w)
 
@@ -142,14 +134,10 @@ def part(name: str) -> Call:
     heads = [jax.random.normal(jax.random.key(i), (8, 256, 16, 16)) for i in range(3)]
     w = {"blocks": jax.random.normal(jax.random.key(0), (2, 512, 2048))}
     project = project_top_k(1 / 64)
-    update = jax.jit(
-        lambda w: project.update(jax.tree.map(jnp.zeros_like, w), project.init(w), w)[0]
-    )
+    update = jax.jit(lambda w: project.update(jax.tree.map(jnp.zeros_like, w), project.init(w), w)[0])
     return {
         "AbsTopK": lambda: both_ways(lambda x: abs_top_k(x, 256), x),
-        "AbsTopK and ablation": lambda: both_ways(
-            lambda *xs: ablate_largest(*xs, 256), x, vector, vector
-        ),
+        "AbsTopK and ablation": lambda: both_ways(lambda *xs: ablate_largest(*xs, 256), x, vector, vector),
         "attention": lambda: both_ways(attend, *heads, jnp.zeros(16)),
         "GELU": lambda: both_ways(gelu, x),
         "projection": lambda: lambda: update(w),
@@ -272,9 +260,7 @@ if __name__ == "__main__":
 
         flags.DEFINE_string("base", "", "Another checkout of the repository, to be timed beside.")
         flags.DEFINE_bool("plain", True, "Time plain JAX beside the kernels.")
-        flags.DEFINE_string(
-            "only", "", "Words, separated by commas; cases that have one are timed."
-        )
+        flags.DEFINE_string("only", "", "Words, separated by commas; cases that have one are timed.")
         flags.DEFINE_integer("rounds", 30, "Calls of each variant, at most.")
         flags.DEFINE_float("seconds", 60.0, "Seconds for a case after the first call, about.")
         run_command(main)

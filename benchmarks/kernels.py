@@ -15,10 +15,7 @@ from typing import Any
 
 from absl import flags
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,9 +42,7 @@ def splash(q_BTHK, k_BTHK, v_BTHK, sink_H, *, seq_minor: bool):
         ),
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * H)
-    kernel = splash_attention_kernel.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1
-    )
+    kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     q_BHTK, k_BHTK, v_BHTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     scaled = (q_BHTK / K**0.5).astype(q_BTHK.dtype)
     run = jax.vmap(lambda q, k, v: kernel(q, k, v, sinks=sink_H))
@@ -126,9 +121,7 @@ def main(argv: Sequence[str]) -> None:
     options: Any = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")
     target = aot.find_target(options.topology)
-    print(
-        "| what | kernels | floor, MiB | HBM traffic, MiB | temporaries, MiB |\n|---|---|---|---|---|"
-    )
+    print("| what | kernels | floor, MiB | HBM traffic, MiB | temporaries, MiB |\n|---|---|---|---|---|")
     for name, (function, shapes) in cases().items():
         for kernels in ("0", "1") if "splash" not in name else ("0",):
             os.environ["WSPARSE_TPU_KERNELS"] = kernels

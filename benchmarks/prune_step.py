@@ -66,11 +66,7 @@ def stepper(config: ModelConfig, params: model.Params) -> Callable[[], object]:
     batch = pairs(config)
     return lambda: (
         run(
-            params,
-            task_batch=batch,
-            means=subject.node_means,
-            hparams=HParams(),
-            key=jax.random.key(0),
+            params, task_batch=batch, means=subject.node_means, hparams=HParams(), key=jax.random.key(0)
         ).losses
     )
 
@@ -110,9 +106,7 @@ def sites(config: ModelConfig) -> list[tuple[int, int]]:
 
 def products(config: ModelConfig, params: model.Params) -> list[tuple[int, jax.Array]]:
     """Rows of activations and the matrix of every product; see `sites`."""
-    kernels = {
-        path: each for path, each in trees.flatten(params["blocks"]).items() if "kernel" in path
-    }
+    kernels = {path: each for path, each in trees.flatten(params["blocks"]).items() if "kernel" in path}
     everywhere = ("attn/k/kernel", "attn/v/kernel")
     found = [
         (TOKENS if layer < config.n_layer - 1 or path in everywhere else ANSWERS, each[layer])
@@ -177,9 +171,7 @@ def parts(config: ModelConfig, params: model.Params) -> dict[str, Part]:
             # Two products forward, and five backward, of which one makes the scores again.
             attention_flops(config) * 7 / 2,
         ),
-        "GELU": Part(
-            timing.forward_and_backward(gelu, normal(*neurons)), 4 * 5 * math.prod(neurons), 0
-        ),
+        "GELU": Part(timing.forward_and_backward(gelu, normal(*neurons)), 4 * 5 * math.prod(neurons), 0),
     }
 
 
@@ -217,9 +209,7 @@ def main(argv) -> None:
         "products, were they dense": 2 * dense / rate,
         "AbsTopK (one selection of every site)": selections(config),
     }
-    of_parts = {
-        name: max(part.n_bytes / bandwidth, part.flops / rate) for name, part in of_step.items()
-    }
+    of_parts = {name: max(part.n_bytes / bandwidth, part.flops / rate) for name, part in of_step.items()}
     for name in calls:
         print(f"{name:52}{medians[name]:8.3f} s")
     for name, floor in of_parts.items():

@@ -29,10 +29,7 @@ from wsparse.ops.linear import gelu, matmul
 from wsparse.step import Program, make_optimizer, make_program
 
 # Name: d_model, layers, context, batch, and the replication's tokens/s.
-SIZES = {
-    "256 wide": (256, 2, 128, 32, 5150),
-    "512 wide": (512, 4, 256, 16, 640),
-}
+SIZES = {"256 wide": (256, 2, 128, 32, 5150), "512 wide": (512, 4, 256, 16, 640)}
 
 
 def recipe(name: str, density: float) -> TrainConfig:
@@ -40,11 +37,7 @@ def recipe(name: str, density: float) -> TrainConfig:
     d_model, layers, context, batch, _ = SIZES[name]
     return TrainConfig(
         model=ModelConfig(
-            vocab_size=2048,
-            context=context,
-            n_layer=layers,
-            d_model=d_model,
-            n_head=d_model // 16,
+            vocab_size=2048, context=context, n_layer=layers, d_model=d_model, n_head=d_model // 16
         ),
         sparsity=SparsityConfig(density=density, anneal_start=0.0, anneal_end=1e-9),
         batch_size=batch,
@@ -52,9 +45,7 @@ def recipe(name: str, density: float) -> TrainConfig:
     )
 
 
-def parts(
-    config: TrainConfig, program: Program, params: model.Params
-) -> dict[str, Callable[[], object]]:
+def parts(config: TrainConfig, program: Program, params: model.Params) -> dict[str, Callable[[], object]]:
     """Calls that do what a step does of each part: all layers, forward and backward."""
     shape, tokens = config.model, config.batch_size * config.model.context
     heads = (config.batch_size, shape.context, shape.n_head, shape.d_head)
@@ -90,9 +81,7 @@ def parts(
         return jax.grad(value, argnums=(0, 1))(head_params, x_BTD)
 
     return {
-        "attention": both_ways(
-            attend, normal(*heads), normal(*heads), normal(*heads), normal(shape.n_head)
-        ),
+        "attention": both_ways(attend, normal(*heads), normal(*heads), normal(*heads), normal(shape.n_head)),
         "AbsTopK": timing.every(
             both_ways(lambda x: sparsity.abs_top_k(x, x.shape[-1] // 4), normal(tokens, width))
             for width in widths
@@ -130,9 +119,7 @@ def main(argv) -> None:
             f"  {'floor, every product dense':30}{floor:8.3f} s at {rate / 1e9:.0f} GFLOP/s; "
             f"the step takes {medians['step'] / floor:.2f} times as long"
         )
-        print(
-            json.dumps({"config": name, "tokens_per_s": ours, "seconds": medians, "floor": floor})
-        )
+        print(json.dumps({"config": name, "tokens_per_s": ours, "seconds": medians, "floor": floor}))
 
 
 if __name__ == "__main__":

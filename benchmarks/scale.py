@@ -46,11 +46,7 @@ HEADER = (
 def row(name: str, topology: str, overrides: Sequence[str]) -> str:
     """One line of the table, compiled now or read."""
     label = "_".join(
-        [
-            name.replace(":", "_"),
-            topology.replace(" ", ""),
-            *(each.replace("=", "") for each in overrides),
-        ]
+        [name.replace(":", "_"), topology.replace(" ", ""), *(each.replace("=", "") for each in overrides)]
     )
     path = pathlib.Path("runs/aot") / f"{label}.json"
     if not path.exists():

@@ -57,18 +57,12 @@ def main(argv) -> None:
     windows = trained.windows("train", n=512)
     subject = procedure.Subject(trained.params, config, windows)
     pairs, refused = procedure.build_pairs(
-        [tasks.find(name) for name in options.task],
-        trained.tokenizer,
-        settings,
-        context=config.context,
+        [tasks.find(name) for name in options.task], trained.tokenizer, settings, context=config.context
     )
     for name, reason in refused.items():
         print(f"{name}: refused: {reason}")
     pruner = Pruner(
-        config,
-        steps=settings.steps,
-        pairs_per_step=settings.pairs_per_step,
-        parallel=options.parallel,
+        config, steps=settings.steps, pairs_per_step=settings.pairs_per_step, parallel=options.parallel
     )
     edges: dict[str, list[np.ndarray]] = {sampler: [] for sampler in get_args(Sampler)}
     for of_task in pairs:

@@ -45,9 +45,7 @@ def main(argv) -> None:
     tokens = config.batch_size * config.model.context
     floor = 3 * model.forward_flops(config.model, tokens) / rate
     for name, value in medians.items():
-        print(
-            f"{name:14} {value:8.3f} s  {tokens / value:8.0f} tokens/s  {value / floor:5.2f}x the floor"
-        )
+        print(f"{name:14} {value:8.3f} s  {tokens / value:8.0f} tokens/s  {value / floor:5.2f}x the floor")
     print(f"{'floor':14} {floor:8.3f} s  at {rate / 1e9:.0f} GFLOP/s")
     ratios = {
         "projection": medians["all"] / medians["no projection"],
@@ -61,8 +59,7 @@ def main(argv) -> None:
 
 def _at_the_end(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
-        config,
-        sparsity=dataclasses.replace(config.sparsity, anneal_start=0.0, anneal_end=1e-9),
+        config, sparsity=dataclasses.replace(config.sparsity, anneal_start=0.0, anneal_end=1e-9)
     )
 
 

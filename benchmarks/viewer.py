@@ -30,9 +30,7 @@ from wsparse.errors import UserError
 from wsparse.viewer import contents, page
 
 # Milliseconds since the start of navigation, when what was drawn by then is on the screen.
-PAINTED = (
-    "new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()))))"
-)
+PAINTED = "new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()))))"
 
 
 def grown(circuit: Circuit, run: runs.Run, n_nodes: int) -> Circuit:
@@ -56,9 +54,7 @@ def grown(circuit: Circuit, run: runs.Run, n_nodes: int) -> Circuit:
 def measure(run: runs.Run, circuit: Circuit, text: evidence.Text) -> evidence.Evidence:
     """Returns the evidence of a circuit, on fresh pairs of its task."""
     task = tasks.TASKS[circuit.task]
-    pairs = tasks.build(
-        task, run.tokenizer, 96, 0, split="report", max_tokens=run.config.model.context
-    )
+    pairs = tasks.build(task, run.tokenizer, 96, 0, split="report", max_tokens=run.config.model.context)
     return evidence.measure(run, circuit, pairs, text, summary=task.summary)
 
 
@@ -117,28 +113,19 @@ def main(argv) -> None:
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder, sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for name, shown in pages.items():
             measured = [contents.Shown(circuit, measure(run, circuit, text)) for circuit in shown]
             names = {circuit.task for circuit in shown}
             data = contents.contents(
-                name,
-                [row for row in rows if row["task"] in names],
-                measured,
-                {},
-                contents.Options(),
+                name, [row for row in rows if row["task"] in names], measured, {}, contents.Options()
             )
             path = pathlib.Path(folder) / "report.html"
             path.write_text(page.render(data, title=name), encoding="utf-8")
             found = times(browser, path, shown[0], options.rounds)
             results[name] = {"megabytes": path.stat().st_size / 1e6} | found
             columns = [f"{t['best']:.0f} ms, {t['median']:.0f} ms" for t in found.values()]
-            print(
-                f"| {name} | {results[name]['megabytes']:.2f} MB | {' | '.join(columns)} |",
-                flush=True,
-            )
+            print(f"| {name} | {results[name]['megabytes']:.2f} MB | {' | '.join(columns)} |", flush=True)
         browser.close()
     print(json.dumps(results))
 

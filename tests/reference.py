@@ -99,9 +99,7 @@ class Model:
 
         record("attn.resid_in", None, x)
         read = record(
-            "attn.act_in",
-            "attn_in",
-            self.read(x, p["attn_norm"], p.get("attn_pos_norm"), positions),
+            "attn.act_in", "attn_in", self.read(x, p["attn_norm"], p.get("attn_pos_norm"), positions)
         )
         q, k, v = (record(f"attn.{n}", f"attn_{n}", self.linear(read, p["attn"][n])) for n in "qkv")
         y = record("attn.y", None, self.attention(q, k, v, p["attn"].get("sink")))
@@ -109,9 +107,7 @@ class Model:
         x = self.sparse("resid_post_attn", self.residual(x + delta))
 
         record("mlp.resid_mid", None, x)
-        read = record(
-            "mlp.act_in", "mlp_in", self.read(x, p["mlp_norm"], p.get("mlp_pos_norm"), positions)
-        )
+        read = record("mlp.act_in", "mlp_in", self.read(x, p["mlp_norm"], p.get("mlp_pos_norm"), positions))
         hidden = self.linear(read, p["mlp"]["fc"])
         if self.config.activation == "relu":
             hidden = np.where(hidden > 0, hidden, 0.0)

@@ -67,8 +67,7 @@ def test_a_counter_that_takes_larger_steps_makes_fewer_iterations(step, iteratio
 @pytest.mark.parametrize(("start", "iterations"), [(0, 4), (1, 3), (3, 1)])
 def test_a_counter_that_begins_later_makes_fewer_iterations(start, iterations):
     text = LOOP.replace("tuple(%s, %x.1, %w.1)", "tuple(%copied, %x.1, %w.1)").replace(
-        "  %start =",
-        f"  %first = s32[] constant({start})\n  %copied = s32[] copy(%first)\n  %start =",
+        "  %start =", f"  %first = s32[] constant({start})\n  %copied = s32[] copy(%first)\n  %start ="
     )
     assert hlo.parse(text).matmul_flops() == iterations * 2 * 8 * 128 * 128
 
@@ -166,8 +165,7 @@ def test_no_search_takes_more_passes_than_its_name_says(span, ways):
 def test_products_are_counted_without_padding(line, flops):
     shapes = {"a": "4,6,8,16", "b": "4,6,16,8", "d": "4,7,16", "e": "4,7,8", "f": "9,5", "g": "9,3"}
     parameters = [
-        f"  %{name} = f32[{shape}]{{0}} parameter({i})"
-        for i, (name, shape) in enumerate(shapes.items())
+        f"  %{name} = f32[{shape}]{{0}} parameter({i})" for i, (name, shape) in enumerate(shapes.items())
     ]
     text = "\n".join(["ENTRY %main (a: f32[1]) -> f32[1] {", *parameters, f"  ROOT {line}", "}"])
     assert hlo.parse(text).matmul_flops() == flops
@@ -208,17 +206,13 @@ def libtpu():
     pytest.importorskip("libtpu")
 
 
-@pytest.mark.parametrize(
-    "name", ["v4-8", "v5e-16", "v5litepod-16", "v5p-128", "v6e-256", "v5e:2x4"]
-)
+@pytest.mark.parametrize("name", ["v4-8", "v5e-16", "v5litepod-16", "v5p-128", "v6e-256", "v5e:2x4"])
 def test_libtpu_knows_the_topologies_with_one_device_a_chip(libtpu, name):
     target = aot.find_target(name)
     assert len(target.devices) == math.prod(int(n) for n in target.name.split(":")[1].split("x"))
 
 
-@pytest.mark.parametrize(
-    ("name", "fsdp"), [("v5e-32", 16), ("v6e-32", 16), ("v5p-64", 16), ("v6e-64", 32)]
-)
+@pytest.mark.parametrize(("name", "fsdp"), [("v5e-32", 16), ("v6e-32", 16), ("v5p-64", 16), ("v6e-64", 32)])
 def test_a_mesh_may_divide_an_axis_of_the_slice(libtpu, name, fsdp):
     devices = aot.find_target(name).devices
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp), devices)
@@ -381,9 +375,7 @@ def test_the_program_of_a_step_is_the_same_for_every_density(libtpu, monkeypatch
     pairs = zip(lowered(0.1), lowered(0.001), strict=True)
     different = [line for pair in pairs if pair[0] != pair[1] for line in pair]
     assert different
-    assert all(
-        re.search(r"stablehlo.constant dense<[^>]*> : tensor<f32>", each) for each in different
-    )
+    assert all(re.search(r"stablehlo.constant dense<[^>]*> : tensor<f32>", each) for each in different)
 
 
 def load(name: str) -> tuple[TrainConfig, str]:

@@ -30,12 +30,7 @@ CONFIG = from_dict(
     },
 )  # fmt: skip
 SHAPES = jax.eval_shape(lambda: init_state(CONFIG))
-METADATA = {
-    "config": {"steps": 3, "rate": 0.1},
-    "data_digest": "ab12",
-    "seconds": 1.5,
-    "none": None,
-}
+METADATA = {"config": {"steps": 3, "rate": 0.1}, "data_digest": "ab12", "seconds": 1.5, "none": None}
 
 
 def mesh_of(data=1, fsdp=1, tensor=1):
@@ -150,11 +145,7 @@ def test_an_empty_folder_restores_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        ({"data": 8}, {"fsdp": 8}),
-        ({"fsdp": 2, "tensor": 4}, {}),
-        ({}, {"data": 2, "fsdp": 2, "tensor": 2}),
-    ],
+    [({"data": 8}, {"fsdp": 8}), ({"fsdp": 2, "tensor": 4}, {}), ({}, {"data": 2, "fsdp": 2, "tensor": 2})],
 )
 def test_a_checkpoint_restores_bitwise_onto_another_mesh(tmp_path, before, after):
     state, target = make_state(0, mesh_of(**before)), mesh_of(**after)

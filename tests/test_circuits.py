@@ -281,16 +281,10 @@ def change_edge(**values):
     ("damage", "message"),
     [
         (change_node(name="9.attn.q.1"), "node '9.attn.q.1' is not in this model"),
-        (
-            change_node(importance="large"),
-            r"'nodes\[0\].importance' must be of type float, got 'large'",
-        ),
+        (change_node(importance="large"), r"'nodes\[0\].importance' must be of type float, got 'large'"),
         (change_edge(weight=None), r"'edges\[0\].weight' must be of type float, got None"),
         (change_edge(source="0.attn.q.0"), "an edge ends at '0.attn.q.0'"),
-        (
-            lambda circuit: circuit["model"]["config"].update(d_mlp=99),
-            r"means of mlp\.post_act must",
-        ),
+        (lambda circuit: circuit["model"]["config"].update(d_mlp=99), r"means of mlp\.post_act must"),
     ],
 )
 def test_a_circuit_that_contradicts_itself_is_refused(damage, message, circuit, tmp_path):
@@ -315,9 +309,7 @@ def test_flatten_and_unflatten_are_inverse_and_agree_with_the_names():
     assert len(names) == size == 2 * (16 + 8 * 3 + 16 + 16 + 24 + 16)
     layer, location, channel = 1, "mlp.post_act", 8
     assert names[mask[location][layer, channel]] == f"{layer}.{location}.{channel}"
-    np.testing.assert_array_equal(
-        np.flatnonzero(masks.from_names([names[3], names[40]], PLANTED)), [3, 40]
-    )
+    np.testing.assert_array_equal(np.flatnonzero(masks.from_names([names[3], names[40]], PLANTED)), [3, 40])
 
 
 def test_the_gate_is_a_step_with_the_derivative_of_a_sigmoid():
@@ -461,9 +453,7 @@ def test_attributions_are_the_slope_of_the_loss_in_each_gate(subject):
         tap = taps.mask(masks.unflatten(gates_U, PLANTED), subject.means)
         logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=tap)
         last = np.asarray(logits, np.float64)[np.arange(16), pairs.position]
-        return np.mean(
-            np.logaddexp(0, last[np.arange(16), pairs.other] - last[np.arange(16), pairs.answer])
-        )
+        return np.mean(np.logaddexp(0, last[np.arange(16), pairs.other] - last[np.arange(16), pairs.answer]))
 
     slope = (loss(1.01) - loss(0.99)) / 0.02
     assert of_nodes[index] == pytest.approx(-slope, rel=0.02)
@@ -634,11 +624,7 @@ def write_run(folder, circuit, edges_by_task, val_loss):
         (folder / "circuits" / task / "status.json").write_text(json.dumps(status))
     hopeless = folder / "circuits" / "hopeless"
     hopeless.mkdir()
-    status = {
-        "task": "hopeless",
-        "status": "the model cannot do it",
-        "model": {"loss": 0.7, "accuracy": 0.5},
-    }
+    status = {"task": "hopeless", "status": "the model cannot do it", "model": {"loss": 0.7, "accuracy": 0.5}}
     (hopeless / "status.json").write_text(json.dumps(status))
     (folder / "summary.json").write_text(json.dumps({"val_loss": val_loss, "nonzeros": 1234}))
 
@@ -692,9 +678,7 @@ def test_a_table_and_a_plot_without_controls_and_common_targets(circuit, tmp_pat
     bare.save(folder / "one")
     # A legend without entries is a warning, and warnings are errors.
     report.write(folder, report.collect(folder), title="a")
-    (line,) = [
-        line for line in (folder / "table.txt").read_text().splitlines() if line.startswith("one")
-    ]
+    (line,) = [line for line in (folder / "table.txt").read_text().splitlines() if line.startswith("one")]
     assert "nan" not in line and line.split().count("-") == 2
 
 

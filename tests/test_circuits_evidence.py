@@ -13,15 +13,7 @@ import pytest
 import viewer_case as case
 
 from wsparse import model, runs
-from wsparse.circuits import (
-    Circuit,
-    evidence,
-    evidence_file,
-    excerpts,
-    graph,
-    pairs,
-    tasks,
-)
+from wsparse.circuits import Circuit, evidence, evidence_file, excerpts, graph, pairs, tasks
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 
@@ -75,10 +67,7 @@ def task_losses(batch, without: list[str | None], means) -> list[float]:
         def tap(name, value):
             if name not in gone:
                 return value
-            gone_11N, mean_11N = (
-                gone[name][name.layer][None, None],
-                means[name][name.layer][None, None],
-            )
+            gone_11N, mean_11N = (gone[name][name.layer][None, None], means[name][name.layer][None, None])
             return jnp.where(gone_11N, mean_11N, value)
 
         return model.forward(case.run().params, batch.tokens, case.CONFIG, tap=tap)[0]
@@ -123,9 +112,7 @@ def test_values_in_the_circuit_alone_are_those_with_everything_else_at_its_mean(
     for name in partners:
         layer, location, channel = Node.parse(name)
         found = unpacked(values[name]["circuit"])
-        np.testing.assert_allclose(
-            found, circuit.means[location][layer, channel], rtol=1e-3, atol=1e-6
-        )
+        np.testing.assert_allclose(found, circuit.means[location][layer, channel], rtol=1e-3, atol=1e-6)
     assert any(values[name]["model"] != values[name]["circuit"] for name in kept)
 
 

@@ -93,9 +93,7 @@ def test_batches(tokenizers, name, vocab):
         assert len(set(batch.answer[::2])) == len(set(batch.answer[1::2])) == 1
 
     for row, ids in enumerate(rows):
-        prompt, answer, rest = (
-            texts[row] for texts in (batch.prompts, batch.answers, batch.continuations)
-        )
+        prompt, answer, rest = (texts[row] for texts in (batch.prompts, batch.answers, batch.continuations))
         assert 8 <= len(ids) <= 72
         assert tokenizer.encode(prompt) == ids
         assert np.all(batch.tokens[row, len(ids) :] == tokenizer.end_of_text)
@@ -155,9 +153,7 @@ def test_a_refusal_names_every_form_and_why(tokenizers):
 
 
 def test_the_first_form_that_fits_is_taken(tokenizers):
-    forms = {
-        vocab: tasks.build("bracket_counting", tokenizers[vocab], 1, 0).form for vocab in VOCABS
-    }
+    forms = {vocab: tasks.build("bracket_counting", tokenizers[vocab], 1, 0).form for vocab in VOCABS}
     assert forms == {512: r"']\n' or ']'", 1024: r"']\n' or ']]\n'", 2048: r"']\n' or ']]\n'"}
     with_as = {tasks.build("with_as", tokenizers[1024], 1, 0, split=s).form for s in tasks.SPLITS}
     assert with_as == {r"""'")' or '")\n'"""}, "a line's end merges with the parenthesis"
@@ -195,10 +191,7 @@ def test_a_task_that_repeats_itself_is_refused(tokenizers):
     task = tasks.TASKS["for_while"]
     few = pairs_of("for_while", "search", 3)
     repeating = tasks.Task(
-        name="few",
-        summary="",
-        stream=lambda seed, split: itertools.cycle(few),
-        forms=task.forms,
+        name="few", summary="", stream=lambda seed, split: itertools.cycle(few), forms=task.forms
     )
     assert tasks.build(repeating, tokenizers[1024], 3, seed=0).n_pairs == 3
     with pytest.raises(UserError, match=r"'few' makes only 3 distinct pairs .* 4 were asked for"):

@@ -116,18 +116,14 @@ def test_a_pair_that_repeats_a_prompt_is_dropped_and_counted(tmp_path, logged):
         f"{path}: dropped 4 pairs that repeat an earlier prompt (first at {path}:3, as at {path}:2)"
     ]
     for split in tasks.SPLITS:
-        texts = [
-            [(pair.first, pair.second) for pair in task.stream(3, split)] for task in (once, twice)
-        ]
+        texts = [[(pair.first, pair.second) for pair in task.stream(3, split)] for task in (once, twice)]
         assert texts[0] == texts[1]
 
 
 def test_a_small_task_says_how_many_pairs_would_do(tmp_path, tokenizers):
     lines = "\n".join(json.dumps(pair) for pair in own_pairs(12))
     task = tasks.load(written(tmp_path / "few.jsonl", lines))
-    with pytest.raises(
-        UserError, match=r"only (\d+) distinct pairs .*; --pairs=\1 would do$"
-    ) as error:
+    with pytest.raises(UserError, match=r"only (\d+) distinct pairs .*; --pairs=\1 would do$") as error:
         tasks.build(task, tokenizers[1024], 64, seed=0)
     count = int(str(error.value).partition("--pairs=")[2].split()[0])
     assert tasks.build(task, tokenizers[1024], count, seed=0).n_pairs == count > 1
@@ -175,10 +171,7 @@ def test_python_tasks(tmp_path, tokenizers):
         ("x = 1\ny = 1 / 0\n", ":2: ZeroDivisionError: "),
         ("x = 1\ny = = 3\n", ":2: SyntaxError: "),
         ("def pairs():\n    yield 1 / 0\n", ":2: ZeroDivisionError: "),
-        (
-            "def pairs():\n    yield 'a', 'b'\n",
-            r": pair 1: must be four strings .* got \('a', 'b'\)",
-        ),
+        ("def pairs():\n    yield 'a', 'b'\n", r": pair 1: must be four strings .* got \('a', 'b'\)"),
         ("def pairs():\n    yield 'a', 'a', 'b', 'c'\n", ": pair 1: prompt_a and prompt_b are"),
     ],
 )

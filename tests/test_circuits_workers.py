@@ -58,18 +58,14 @@ def test_workers_that_come_at_once_do_every_piece_exactly_once(where):
         thread.start()
     for thread in threads:
         thread.join()
-    finished = [
-        trial.number for trial in WorkItems(20, storage=storages[0], name="work").finished()
-    ]
+    finished = [trial.number for trial in WorkItems(20, storage=storages[0], name="work").finished()]
     assert len(finished) == 20
     assert sorted(number for _, number in done) == finished
     assert len({index for index, _ in done}) > 1
 
 
 def test_a_piece_is_free_again_once_its_holder_fails_or_is_silent_for_a_lease(where, clock):
-    first, second = (
-        WorkItems(2, storage=open_storage(where), name="work", lease=60) for _ in range(2)
-    )
+    first, second = (WorkItems(2, storage=open_storage(where), name="work", lease=60) for _ in range(2))
 
     def fail_at_the_second():
         with first.lease(2) as mine:
@@ -97,9 +93,7 @@ def test_a_piece_is_free_again_once_its_holder_fails_or_is_silent_for_a_lease(wh
 
 
 def test_a_holder_at_work_keeps_its_claim_for_longer_than_a_lease(where):
-    first, second = (
-        WorkItems(1, storage=open_storage(where), name="work", lease=1.0) for _ in range(2)
-    )
+    first, second = (WorkItems(1, storage=open_storage(where), name="work", lease=1.0) for _ in range(2))
     with first.lease() as (trial,):
         time.sleep(2.5)
         assert not second.any_free()

@@ -36,27 +36,15 @@ def refused(match: str, call) -> None:
     ("values", "message"),
     [
         ({"stepz": 3}, "unknown config key 'stepz' (did you mean 'steps'?)"),
-        (
-            {"model": {"n_layers": 3}},
-            "unknown config key 'model.n_layers' (did you mean 'n_layer'?)",
-        ),
-        (
-            {"sparsity": {"densty": 0.5}},
-            "unknown config key 'sparsity.densty' (did you mean 'density'?)",
-        ),
+        ({"model": {"n_layers": 3}}, "unknown config key 'model.n_layers' (did you mean 'n_layer'?)"),
+        ({"sparsity": {"densty": 0.5}}, "unknown config key 'sparsity.densty' (did you mean 'density'?)"),
         ({"qqqq": 3}, "unknown config key 'qqqq'"),
         ({"steps": "many"}, "config key 'steps' must be of type int, got 'many'"),
         ({"steps": 3.0}, "config key 'steps' must be of type int, got 3.0"),
         ({"steps": True}, "config key 'steps' must be of type int, got True"),
         ({"steps": None}, "config key 'steps' must be of type int, got None"),
-        (
-            {"optimizer": {"sharkfin": 1}},
-            "config key 'optimizer.sharkfin' must be of type bool, got 1",
-        ),
-        (
-            {"optimizer": {"eps": "0.1"}},
-            "config key 'optimizer.eps' must be of type float, got '0.1'",
-        ),
+        ({"optimizer": {"sharkfin": 1}}, "config key 'optimizer.sharkfin' must be of type bool, got 1"),
+        ({"optimizer": {"eps": "0.1"}}, "config key 'optimizer.eps' must be of type float, got '0.1'"),
         ({"model": {"d_mlp": 1.5}}, "config key 'model.d_mlp' must be of type int, got 1.5"),
         ({"model": 3}, "config key 'model' must be a group of keys, got 3"),
         (
@@ -121,43 +109,25 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion():
         ),
         (lambda: SparsityConfig(density=0.0), "sparsity.density must be in (0, 1], got 0.0"),
         (lambda: SparsityConfig(density=1.5), "sparsity.density must be in (0, 1], got 1.5"),
-        (
-            lambda: SparsityConfig(density=float("nan")),
-            "sparsity.density must be in (0, 1], got nan",
-        ),
-        (
-            lambda: SparsityConfig(min_per_neuron=-1),
-            "sparsity.min_per_neuron must be at least 0, got -1",
-        ),
+        (lambda: SparsityConfig(density=float("nan")), "sparsity.density must be in (0, 1], got nan"),
+        (lambda: SparsityConfig(min_per_neuron=-1), "sparsity.min_per_neuron must be at least 0, got -1"),
         (
             lambda: SparsityConfig(anneal_start=0.5),
             "anneal_start < anneal_end <= 1 must hold, got (0.5, 0.5)",
         ),
-        (
-            lambda: SparsityConfig(anneal_end=1.5),
-            "anneal_start < anneal_end <= 1 must hold, got (0.0, 1.5)",
-        ),
+        (lambda: SparsityConfig(anneal_end=1.5), "anneal_start < anneal_end <= 1 must hold, got (0.0, 1.5)"),
         (
             lambda: SparsityConfig(anneal_start=-0.1),
             "anneal_start < anneal_end <= 1 must hold, got (-0.1, 0.5)",
         ),
-        (
-            lambda: OptimizerConfig(learning_rate=0.0),
-            "optimizer.learning_rate must be positive, got 0.0",
-        ),
+        (lambda: OptimizerConfig(learning_rate=0.0), "optimizer.learning_rate must be positive, got 0.0"),
         (lambda: OptimizerConfig(warmup=1.0), "optimizer.warmup must be in [0, 1), got 1.0"),
         (lambda: OptimizerConfig(b2=1.0), "optimizer.b1 and b2 must be in [0, 1), got (0.9, 1.0)"),
         (lambda: OptimizerConfig(eps=0.0), "optimizer.eps must be positive, got 0.0"),
-        (
-            lambda: OptimizerConfig(weight_decay=-0.1),
-            "optimizer.weight_decay must not be negative, got -0.1",
-        ),
+        (lambda: OptimizerConfig(weight_decay=-0.1), "optimizer.weight_decay must not be negative, got -0.1"),
         (lambda: DataConfig(source=" "), "data.source must name a source, got ' '"),
         (lambda: DataConfig(megabytes=0.0), "data.megabytes must be positive, got 0.0"),
-        (
-            lambda: DataConfig(validation_fraction=1.0),
-            "data.validation_fraction must be in (0, 1), got 1.0",
-        ),
+        (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction must be in (0, 1), got 1.0"),
         (lambda: DataConfig(threads=0), "data.threads must be at least 1, got 0"),
         (lambda: DataConfig(prefetch=0), "data.prefetch must be at least 1, got 0"),
         (lambda: MeshConfig(fsdp=0), "mesh: each axis must be at least 1, or -1, got (-1, 0, 1)"),
@@ -241,10 +211,7 @@ trains = st.builds(
     sparsity=st.builds(SparsityConfig, density=share, min_per_neuron=st.integers(0, 9)),
     optimizer=st.builds(OptimizerConfig, learning_rate=share, warmup=share, sharkfin=st.booleans()),
     data=st.builds(
-        DataConfig,
-        source=st.text(min_size=1).filter(str.strip),
-        megabytes=share,
-        seed=st.integers(),
+        DataConfig, source=st.text(min_size=1).filter(str.strip), megabytes=share, seed=st.integers()
     ),
     mesh=st.builds(MeshConfig, fsdp=positive, tensor=positive),
     steps=positive,
@@ -288,8 +255,7 @@ def test_every_field_has_a_help_text_and_describe_lists_it():
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"norm_eps": value} for value in (float("nan"), -1e-6, 0.0, float("inf"))],
+    "values", [{"norm_eps": value} for value in (float("nan"), -1e-6, 0.0, float("inf"))]
 )
 def test_an_epsilon_that_is_no_small_positive_number_is_refused(values):
     refused("model.norm_eps must be between 0 and 1", lambda: ModelConfig(**values))

@@ -95,9 +95,7 @@ def test_a_dense_twin_differs_only_as_said(sparse, dense, also):
 @pytest.mark.parametrize("size", GAO_SIZES)
 def test_a_paper_size_is_there_within_fifteen_percent(size):
     found = {name: millions(name) for name in NAMES if name.startswith("gao:")}
-    near = [
-        name for name, counts in found.items() if any(abs(n / size - 1) <= 0.15 for n in counts)
-    ]
+    near = [name for name, counts in found.items() if any(abs(n / size - 1) <= 0.15 for n in counts)]
     assert len(near) == 1, f"{size}M: {found}"
 
 

@@ -93,9 +93,7 @@ def test_neighboring_seeds_share_no_epoch():
     prefetch=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_resumed_and_divided_runs_see_the_batches_of_one_process(
-    start, processes, threads, prefetch, seed
-):
+def test_resumed_and_divided_runs_see_the_batches_of_one_process(start, processes, threads, prefetch, seed):
     components = mix([0.7, 0.3], [150, 60])
     options = {"batch_size": 6, "context": 5}
     whole = take(start + 3, components, seed=seed, **options)[start:]
@@ -178,9 +176,7 @@ def test_evaluation_is_spread_over_the_held_out_text_in_mix_proportion():
         positions = np.sort(starts[starts // APART == index] - index * APART)
         expected = [4 * int(j * 1000 / rows) for j in range(rows)]
         assert positions.tolist() == expected
-    shares = [
-        batches.eval_batches(components, rows=[2 * p, 2 * p + 1], **options) for p in range(4)
-    ]
+    shares = [batches.eval_batches(components, rows=[2 * p, 2 * p + 1], **options) for p in range(4)]
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.stack(given))
 
 

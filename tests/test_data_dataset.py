@@ -58,10 +58,7 @@ def documents_of(opened, side) -> list[str]:
 
 def test_every_document_is_on_one_side_in_order_and_copies_stay_together(corpus_folder):
     opened = open_files(corpus_folder)
-    train, held_out = (
-        documents_of(opened, opened.train),
-        documents_of(opened, opened.validation),
-    )
+    train, held_out = (documents_of(opened, opened.train), documents_of(opened, opened.validation))
     files = sorted(corpus_folder.glob("*.py"))
     texts = [file.read_text() for file in files if file.name != "binary.py"]
     assert [text for text in texts if text in set(train)] == train
@@ -90,10 +87,7 @@ def test_a_source_without_a_held_out_document_holds_out_the_one_with_the_smalles
     found = split.scan([("a", texts), ("b", texts[:5])], validation_fraction=1e-9)
     held_out = {text for text in texts if split.text_digest(text) in found.holdout}
     assert held_out == {min(texts, key=split.text_digest), min(texts[:5], key=split.text_digest)}
-    check(
-        "'one' must have a document",
-        lambda: split.scan([("one", ["x", "x"])], validation_fraction=0.1),
-    )
+    check("'one' must have a document", lambda: split.scan([("one", ["x", "x"])], validation_fraction=0.1))
     check(
         "'all'.*raise megabytes or give more documents",
         lambda: split.scan([("all", texts)], validation_fraction=0.99999),
@@ -111,9 +105,7 @@ def test_the_tokenizer_sample_is_training_text_in_no_order_and_bounded(order, li
     assert sum(map(len, found.sample)) <= limit
     assert not any(split.text_digest(text) in found.holdout for text in found.sample)
     if limit >= 800:
-        assert len(found.sample) == len(
-            [t for t in texts if split.text_digest(t) not in found.holdout]
-        )
+        assert len(found.sample) == len([t for t in texts if split.text_digest(t) not in found.holdout])
 
 
 def test_the_digest_follows_tokens_tokenizer_and_weights(corpus_folder, tmp_path):
@@ -136,17 +128,13 @@ def test_the_digest_follows_tokens_tokenizer_and_weights(corpus_folder, tmp_path
 
 
 def test_megabytes_are_shared_by_weight(corpus_folder):
-    opened = open_files(
-        corpus_folder, source=f"0.75*idioms+0.25*files:{corpus_folder}/*.py", megabytes=0.1
-    )
+    opened = open_files(corpus_folder, source=f"0.75*idioms+0.25*files:{corpus_folder}/*.py", megabytes=0.1)
     first, second = opened.report.sources
     assert 75_000 <= first.bytes < 78_000
     assert 25_000 <= second.bytes < 28_000
     assert [weight for weight, _ in opened.train] == [0.75, 0.25]
     # A source that has less gives all it has, and keeps its weight.
-    more = open_files(
-        corpus_folder, source=f"0.5*idioms+0.5*files:{corpus_folder}/00*.py", megabytes=0.1
-    )
+    more = open_files(corpus_folder, source=f"0.5*idioms+0.5*files:{corpus_folder}/00*.py", megabytes=0.1)
     assert more.report.sources[1].documents == 10
     assert [weight for weight, _ in more.train] == [0.5, 0.5]
 
@@ -156,11 +144,7 @@ def test_every_token_of_the_dataset_reaches_a_batch(corpus_folder):
     (_, stream) = opened.train[0]
     windows = batches.window_count(len(stream), 16)
     drawn = np.concatenate(
-        list(
-            itertools.islice(
-                batches.train_batches(opened.train, batch_size=1, context=16, seed=0), windows
-            )
-        )
+        list(itertools.islice(batches.train_batches(opened.train, batch_size=1, context=16, seed=0), windows))
     )
     expected = [stream.read(i * 16, i * 16 + 17).tolist() for i in range(windows)]
     assert sorted(drawn.tolist()) == sorted(expected)
@@ -223,9 +207,7 @@ def test_the_digest_and_the_tokens_are_those_of_documents_encoded_one_after_anot
     opened = open_files(corpus_folder)
     texts = [path.read_text() for path in sorted(corpus_folder.glob("*.py")) if path.name[0] != "b"]
     holdout = split.scan([("a", texts)], validation_fraction=0.1).holdout
-    for side, documents in zip(
-        (opened.train, opened.validation), split.split(texts, holdout), strict=True
-    ):
+    for side, documents in zip((opened.train, opened.validation), split.split(texts, holdout), strict=True):
         ids = [i for text in documents for i in [*opened.tokenizer.encode(text), 299]]
         assert side[0][1].read(0, len(side[0][1])).tolist() == ids
         assert side[0][1].digest == hashlib.sha256(np.array(ids, "<u2").tobytes()).hexdigest()
@@ -245,9 +227,7 @@ def test_the_folder_says_what_made_it(corpus_folder, tmp_path):
 
 def test_prepared_tokens_stay_where_they_are_and_are_recognized(corpus_folder, tmp_path):
     prepared = tmp_path / "prepared"
-    options = encode.Options(
-        source=f"files:{corpus_folder}/*.py", vocab_size=300, validation_fraction=0.1
-    )
+    options = encode.Options(source=f"files:{corpus_folder}/*.py", vocab_size=300, validation_fraction=0.1)
     encode.write(options, prepared)
     run = tmp_path / "run" / "data"
     first = open_run(run, f"arrayrecord:{prepared}")
@@ -296,9 +276,7 @@ def test_a_tokenizer_of_another_run_is_refused(corpus_folder, tmp_path):
     data = DataConfig(source=f"files:{corpus_folder}/*.py", validation_fraction=0.1)
     check(
         "is not the one that",
-        lambda: dataset.open_dataset(
-            tmp_path / "data", data, vocab_size=300, context=16, tokenizer=other
-        ),
+        lambda: dataset.open_dataset(tmp_path / "data", data, vocab_size=300, context=16, tokenizer=other),
     )
 
 

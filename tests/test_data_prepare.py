@@ -68,9 +68,7 @@ def check(match: str, call) -> None:
 def open_dataset(source: str, **changes):
     data = {"source": source, "validation_fraction": 0.15, "megabytes": 1e3} | changes
     with tempfile.TemporaryDirectory() as run:
-        return dataset.open_dataset(
-            pathlib.Path(run, "data"), DataConfig(**data), vocab_size=300, context=48
-        )
+        return dataset.open_dataset(pathlib.Path(run, "data"), DataConfig(**data), vocab_size=300, context=48)
 
 
 # The same data.
@@ -86,18 +84,14 @@ def test_a_prepared_folder_gives_the_batches_of_the_sources_themselves(source, f
         for (weight, memory), (stored_weight, files) in pairs:
             assert weight == stored_weight
             assert len(memory) == len(files)
-            np.testing.assert_array_equal(
-                memory.read(0, len(memory)), files.read(0, len(files)), strict=True
-            )
+            np.testing.assert_array_equal(memory.read(0, len(memory)), files.read(0, len(files)), strict=True)
     sizes = {"batch_size": 8, "context": 48}
     drawn = [
         list(itertools.islice(batches.train_batches(each.train, seed=3, **sizes), 20))
         for each in (direct, stored)
     ]
     np.testing.assert_array_equal(*drawn)
-    evaluation = [
-        batches.eval_batches(each.validation, batches=4, **sizes) for each in (direct, stored)
-    ]
+    evaluation = [batches.eval_batches(each.validation, batches=4, **sizes) for each in (direct, stored)]
     np.testing.assert_array_equal(*evaluation)
 
 
@@ -118,9 +112,7 @@ def test_any_window_no_longer_than_a_record_reads_at_most_two_records_of_a_shard
     for length in (1, 2, 63, 64, 65):
         for start in range(0, len(stream) - length, 37):
             read.clear()
-            np.testing.assert_array_equal(
-                stream.read(start, start + length), whole[start : start + length]
-            )
+            np.testing.assert_array_equal(stream.read(start, start + length), whole[start : start + length])
             assert len(read) <= 3
             crossing += len(read) == 3
     # Only where a window holds the end of a shard.
@@ -149,10 +141,7 @@ def test_the_manifest_counts_what_is_in_the_folder(source, finished):
 def test_mixes_of_folders_need_one_tokenizer_and_multiply_their_weights(source, finished, tmp_path):
     one = tmp_path / "one"
     prepare.prepare(options("idioms", megabytes=0.03, vocab_size=300), one)
-    check(
-        "have different tokenizers",
-        lambda: open_dataset(f"arrayrecord:{finished}+arrayrecord:{one}"),
-    )
+    check("have different tokenizers", lambda: open_dataset(f"arrayrecord:{finished}+arrayrecord:{one}"))
     same = tmp_path / "same"
     tokenizer = str(finished / "tokenizer.json")
     prepare.prepare(options("idioms", megabytes=0.03, vocab_size=None, tokenizer=tokenizer), same)
@@ -162,10 +151,7 @@ def test_mixes_of_folders_need_one_tokenizer_and_multiply_their_weights(source, 
     check(
         "tokenizer has 300 tokens, but model.vocab_size=400",
         lambda: dataset.open_dataset(
-            tmp_path / "run",
-            DataConfig(source=f"arrayrecord:{finished}"),
-            vocab_size=400,
-            context=48,
+            tmp_path / "run", DataConfig(source=f"arrayrecord:{finished}"), vocab_size=400, context=48
         ),
     )
 
@@ -205,9 +191,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_cut_at_any_write_and_resumed_gives_the_same_bytes(
-    source, finished, tmp_path, monkeypatch
-):
+def test_a_run_cut_at_any_write_and_resumed_gives_the_same_bytes(source, finished, tmp_path, monkeypatch):
     expected = content(finished)
     out = tmp_path / "out"
     publish = os.replace
@@ -263,9 +247,7 @@ def command(source: str, out: pathlib.Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_killed_process_leaves_no_half_shard_and_the_same_command_finishes(
-    source, finished, tmp_path
-):
+def test_a_killed_process_leaves_no_half_shard_and_the_same_command_finishes(source, finished, tmp_path):
     out = tmp_path / "out"
     expected = content(finished)
     run = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -359,9 +341,7 @@ def test_a_wrong_manifest_or_tokenizer_is_one_line(copy, tmp_path):
         (copy / "tokenizer.json").read_text().replace("endoftext", "endoftext")[:-2] + " }"
     )
     tokens.open_folder(copy)  # Layout of the JSON is not content.
-    encode.tokenizer_lib.train([document(0, i) for i in range(40)], 300).save(
-        copy / "tokenizer.json"
-    )
+    encode.tokenizer_lib.train([document(0, i) for i in range(40)], 300).save(copy / "tokenizer.json")
     check("is not the tokenizer that", lambda: tokens.open_folder(copy))
     (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 3}))
     check("has schema 3, this version reads 1 to 2", lambda: tokens.open_folder(copy))
@@ -374,9 +354,7 @@ def test_a_wrong_manifest_or_tokenizer_is_one_line(copy, tmp_path):
 
 def test_bad_requests_are_one_line(source, finished, tmp_path):
     out = tmp_path / "out"
-    check(
-        "never ends: say how much with --megabytes", lambda: prepare.prepare(options("idioms"), out)
-    )
+    check("never ends: say how much with --megabytes", lambda: prepare.prepare(options("idioms"), out))
     check("holds tokens", lambda: prepare.prepare(options(f"arrayrecord:{finished}"), out))
     check("megabytes must be positive and finite, got 0", lambda: options(source, megabytes=0))
     for value in (float("nan"), float("inf")):

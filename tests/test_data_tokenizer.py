@@ -15,9 +15,7 @@ from wsparse.errors import UserError
 
 VOCAB = 700
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-codelike = st.text(
-    st.sampled_from("abz_ \t\n\r'\"()[]{}:+=.,0129é漢🙂/\\\u2028\u00a0\u0301"), max_size=60
-)
+codelike = st.text(st.sampled_from("abz_ \t\n\r'\"()[]{}:+=.,0129é漢🙂/\\\u2028\u00a0\u0301"), max_size=60)
 
 
 def texts(megabytes: float) -> list[str]:
@@ -39,9 +37,7 @@ def test_every_text_round_trips_exactly(trained, text):
 
 def test_every_byte_of_utf8_is_reachable(trained):
     # Every lead and continuation byte that UTF-8 uses, in text the merges never saw.
-    text = "".join(
-        map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)])
-    )
+    text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)]))
     assert trained.decode(trained.encode(text)) == text
 
 
@@ -109,9 +105,7 @@ def reference(trained):
         bytes(byte[character] for character in token): token_id
         for token, token_id in trained.core.get_vocab(with_added_tokens=False).items()
     }
-    return tiktoken.Encoding(
-        "reference", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
+    return tiktoken.Encoding("reference", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def test_tiktoken_encodes_real_code_the_same(trained, reference):

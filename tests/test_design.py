@@ -22,9 +22,7 @@ MODULES = {module_name(path): path for path in sorted((REPO / "wsparse").rglob("
 def layers() -> dict[str, int]:
     """Room -> row of the table, counted from the top."""
     table = DESIGN[DESIGN.index("| modules |") :].split("\n\n")[0].splitlines()[2:]
-    return {
-        room: i for i, row in enumerate(table) for room in re.findall(r"`(\w+)`", row.split("|")[1])
-    }
+    return {room: i for i, row in enumerate(table) for room in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
 def room(module: str) -> str:

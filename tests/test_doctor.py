@@ -138,9 +138,7 @@ def test_an_accelerator_that_jax_does_not_use_is_noticed(monkeypatch, kind, plat
 
 def test_a_wrong_sum_is_noticed(monkeypatch):
     put = sharding.put_batch
-    monkeypatch.setattr(
-        sharding, "put_batch", lambda rows, *args, **options: put(rows * 2, *args, **options)
-    )
+    monkeypatch.setattr(sharding, "put_batch", lambda rows, *args, **options: put(rows * 2, *args, **options))
     assert "sum to 56: do not train here" in fails(doctor.collectives)
 
 

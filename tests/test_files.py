@@ -54,9 +54,7 @@ def test_a_file_is_replaced_only_when_its_block_ends_well(tmp_path):
 def test_a_full_disk_is_told_in_one_line_with_the_space_left(tmp_path):
     path = tmp_path / "a.txt"
     with (
-        pytest.raises(
-            UserError, match=r"cannot write .*a\.txt: No space left on device \(.* MB free"
-        ),
+        pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device \(.* MB free"),
         files.replacing(path),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -177,14 +177,11 @@ def test_a_name_without_a_place_is_refused_with_the_nearest(name, near, params):
 
 
 def test_the_attention_pattern_is_answered_with_what_computes_it(params, cached):
-    with pytest.raises(
-        UserError, match=r"is not recorded; it is model\.attention_pattern"
-    ) as error:
+    with pytest.raises(UserError, match=r"is not recorded; it is model\.attention_pattern") as error:
         cached[1]["blocks.1.attn.hook_pattern"]
     expression = re.search(r"it is (model\.attention_pattern\(.*\)), with sink", str(error.value))
     pattern = eval(
-        expression[1],
-        {"model": model, "cache": cached[1], "sink": params["blocks"]["attn"]["sink"][1]},
+        expression[1], {"model": model, "cache": cached[1], "sink": params["blocks"]["attn"]["sink"][1]}
     )
     assert pattern.shape == (2, 2, 7, 7)
     assert (np.sum(np.asarray(pattern), -1) < 1).all()
@@ -243,16 +240,12 @@ def test_a_cache_prints_what_it_holds(params, cached):
 
 
 def test_a_tap_that_changes_the_shape_is_refused(params):
-    with pytest.raises(
-        UserError, match=r"of '1\.attn\.q' must return shape \(2, 7, 8\).*got \(2, 7\)"
-    ):
+    with pytest.raises(UserError, match=r"of '1\.attn\.q' must return shape \(2, 7, 8\).*got \(2, 7\)"):
         hooks.run_with_taps(params, TOKENS, CONFIG, taps={"1.attn.q": lambda x: x[..., 0]})
 
 
 def test_tokens_without_a_batch_are_refused(params):
-    with pytest.raises(
-        UserError, match=r"integers of shape \(batch, time\), got int32 of shape \(7,\)"
-    ):
+    with pytest.raises(UserError, match=r"integers of shape \(batch, time\), got int32 of shape \(7,\)"):
         hooks.run_with_cache(params, TOKENS[0], CONFIG)
 
 

@@ -112,13 +112,8 @@ def test_every_number_of_a_published_state_is_used_once():
     fields, state = golden("sink_bigram")
     params = params_from_state(model_config(fields), state)
     assert model.count_parameters(params) == sum(array.size for array in state.values())
-    for array in (
-        state["transformer.h.2.attn.c_attn.weight"],
-        state["transformer.h.1.mlp.c_fc.bias"],
-    ):
-        assert np.isin(
-            array, np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
-        ).all()
+    for array in (state["transformer.h.2.attn.c_attn.weight"], state["transformer.h.1.mlp.c_fc.bias"]):
+        assert np.isin(array, np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])).all()
 
 
 @pytest.mark.parametrize(
@@ -138,9 +133,7 @@ def test_every_number_of_a_published_state_is_used_once():
         ),
         (lambda s: {k: v for k, v in s.items() if k != "bigram_table"}, "lacks 'bigram_table'"),
         (
-            lambda s: (
-                s | {"transformer.h.0.mlp.c_fc.weight": s["transformer.h.0.mlp.c_fc.weight"].T}
-            ),
+            lambda s: s | {"transformer.h.0.mlp.c_fc.weight": s["transformer.h.0.mlp.c_fc.weight"].T},
             r"c_fc\.weight' must have shape \(128, 32\) for this config, got \(32, 128\)",
         ),
     ],
@@ -155,9 +148,7 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
 def test_tied_embeddings_that_differ_are_refused():
     fields, state = golden("dense_layernorm_tied")
     with pytest.raises(UserError, match="ties the embeddings"):
-        params_from_state(
-            model_config(fields), state | {"lm_head.weight": state["lm_head.weight"] + 1}
-        )
+        params_from_state(model_config(fields), state | {"lm_head.weight": state["lm_head.weight"] + 1})
 
 
 def test_an_unknown_published_field_is_refused():
@@ -237,21 +228,14 @@ def test_a_field_with_a_bad_value_is_refused(change, message):
 def test_fields_have_the_defaults_of_the_published_code():
     fields = {"block_size": 8, "vocab_size": 96, "n_layer": 1, "n_head": 2, "d_model": 32}
     config = model_config(fields)
-    assert (config.d_head, config.mlp_width, config.norm, config.tied_embeddings) == (
-        16,
-        128,
-        "layer",
-        True,
-    )
+    assert (config.d_head, config.mlp_width, config.norm, config.tied_embeddings) == (16, 128, "layer", True)
     assert model_config(fields | {"afrac": 0.5}).abs_top_k_sites == (
         "attn_in", "attn_out", "mlp_in", "mlp_out",
     )  # fmt: skip
 
 
 def test_load_refuses_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(
-        UserError, match=r"is not a published checkpoint: it has no beeg_config\.json"
-    ):
+    with pytest.raises(UserError, match=r"is not a published checkpoint: it has no beeg_config\.json"):
         openai.load(tmp_path)
     (tmp_path / "beeg_config.json").write_text("[]")
     with pytest.raises(UserError, match="must be a JSON object"):
@@ -418,9 +402,7 @@ def test_end_of_text_that_is_not_listed_is_the_next_id(tokenizer, tmp_path):
     ],
     ids=["not a number", "a hole", "unmerged", "no byte", "three parts", "unknown part"],
 )  # fmt: skip
-def test_tokenizer_files_that_contradict_each_other_are_refused(
-    ids, merges, message, tokenizer, tmp_path
-):
+def test_tokenizer_files_that_contradict_each_other_are_refused(ids, merges, message, tokenizer, tmp_path):
     bpe_files.save(tmp_path, tokenizer)
     if ids:
         values = json.loads((tmp_path / "encoder.json").read_text())
@@ -466,9 +448,7 @@ def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, 
     assert (imported / "checkpoints" / "0" / "digests.json").exists()
 
 
-def test_pruning_draws_its_text_from_the_source_that_the_import_named(
-    imported, tokenizer, tmp_path
-):
+def test_pruning_draws_its_text_from_the_source_that_the_import_named(imported, tokenizer, tmp_path):
     windows = runs.load(imported).windows("train", n=8)
     assert windows.shape[1] == CONFIG.context
     text = tokenizer.decode(windows[0])
@@ -510,15 +490,11 @@ def test_an_import_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_import_to_where_no_folder_can_be_names_the_folder_that_was_asked_for(
-    published, tmp_path
-):
+def test_an_import_to_where_no_folder_can_be_names_the_folder_that_was_asked_for(published, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
         openai.import_run(published[0], tmp_path / "file" / "run")
-    assert (
-        str(error.value) == f"cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory"
-    )
+    assert str(error.value) == f"cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory"
 
 
 def test_the_command_imports_and_exports(published, tmp_path, capsys, monkeypatch):

@@ -29,14 +29,7 @@ from wsparse.errors import UserError
 from wsparse.interop.pretrained import from_pretrained, save_pretrained
 
 CONFIG = ModelConfig(
-    vocab_size=257,
-    context=16,
-    n_layer=2,
-    d_model=16,
-    n_head=2,
-    d_head=8,
-    d_mlp=24,
-    position="added",
+    vocab_size=257, context=16, n_layer=2, d_model=16, n_head=2, d_head=8, d_mlp=24, position="added"
 )
 
 
@@ -80,9 +73,7 @@ def test_the_folder_has_the_usual_files_and_the_card_says_what_is_in_them(tokeni
     nonzeros = sum(int(count) for count, _ in sparsity.l0(params).values())
     size = sum(int(count) for _, count in sparsity.l0(params).values())
     assert nonzeros == size - kernel[:, 1:].size
-    assert (
-        f"| nonzero weights | {nonzeros:,}, {nonzeros / size:.2%} of the sparse matrices |" in card
-    )
+    assert f"| nonzero weights | {nonzeros:,}, {nonzeros / size:.2%} of the sparse matrices |" in card
     assert f"| parameters | {model.count_parameters(params):,} |" in card
     assert "| held-out loss | 2.3457 nats per token |" in card
     assert card.startswith("---\nlibrary_name: wsparse\n") and "\n# Tiny\n" in card
@@ -108,15 +99,11 @@ def test_the_code_on_the_card_runs(saved):
 def test_parameters_or_a_tokenizer_of_another_model_are_not_written(tokenizer, tmp_path):
     params = random_params()
     del params["head"]["bigram"]
-    with pytest.raises(
-        UserError, match=r"head/bigram. has shape none, the config says \(257, 257\)"
-    ):
+    with pytest.raises(UserError, match=r"head/bigram. has shape none, the config says \(257, 257\)"):
         save_pretrained(tmp_path / "a", CONFIG, params, tokenizer)
     other = dataclasses.replace(CONFIG, vocab_size=300)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), helpers.shapes(other))
-    with pytest.raises(
-        UserError, match=r"tokenizer of 257 tokens, its config says model\.vocab_size=300"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer of 257 tokens, its config says model\.vocab_size=300"):
         save_pretrained(tmp_path / "b", other, zeros, tokenizer)
     assert not list(tmp_path.iterdir())
 
@@ -167,9 +154,7 @@ def test_a_repository_is_loaded_from_the_hub(saved, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     config, params, _ = from_pretrained("someone/tiny", revision="v1")
     assert config == CONFIG
-    np.testing.assert_array_equal(
-        params["embed"]["tokens"], jnp.asarray(random_params()["embed"]["tokens"])
-    )
+    np.testing.assert_array_equal(params["embed"]["tokens"], jnp.asarray(random_params()["embed"]["tokens"]))
     files = ["config.json", "model.safetensors", "tokenizer.json"]
     assert asked == [("someone/tiny", "v1", files)]
 
@@ -192,12 +177,7 @@ def hub(folder):
                 body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings})
             elif path == f"/api/models/someone/tiny/tree/{COMMIT}":
                 entries = [
-                    {
-                        "type": "file",
-                        "path": each.name,
-                        "oid": each.name,
-                        "size": each.stat().st_size,
-                    }
+                    {"type": "file", "path": each.name, "oid": each.name, "size": each.stat().st_size}
                     for each in folder.iterdir()
                 ]
                 body = json.dumps(entries)

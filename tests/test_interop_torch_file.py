@@ -173,9 +173,7 @@ def test_the_pickle_of_these_tests_is_a_good_one(tmp_path):
     ids=["system", "eval", "exec", "method", "counter", "array"],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_that_asks_for_more_than_tensors_is_refused_unexecuted(
-    value, name, protocol, tmp_path
-):
+def test_a_pickle_that_asks_for_more_than_tensors_is_refused_unexecuted(value, name, protocol, tmp_path):
     proof = tmp_path / "executed"
     if isinstance(value, Call):
         function, arguments = value.call
@@ -242,9 +240,7 @@ def test_a_small_pickle_of_a_huge_value_is_refused_at_once(tmp_path):
 
 
 def test_a_memo_of_a_huge_index_takes_no_memory(tmp_path):
-    (tmp_path / "model.pt").write_bytes(
-        with_pickle(tensor().replace(b"}", b"}r\xfe\xff\xff\x7f", 1))
-    )
+    (tmp_path / "model.pt").write_bytes(with_pickle(tensor().replace(b"}", b"}r\xfe\xff\xff\x7f", 1)))
     assert torch_file.read(tmp_path / "model.pt")["x"].shape == (4, 4)
 
 
@@ -294,9 +290,7 @@ def test_a_compressed_bomb_is_refused_without_unpacking(tmp_path):
 
 def test_an_entry_that_occurs_twice_is_refused(tmp_path):
     content = with_pickle(tensor())
-    assert "occurs twice" in refused(
-        tmp_path, content.replace(b"m/byteorder", b"m/data.pkl\0"[:11])
-    )
+    assert "occurs twice" in refused(tmp_path, content.replace(b"m/byteorder", b"m/data.pkl\0"[:11]))
 
 
 def directory_field(content: bytes, name: bytes, offset: int, value: bytes) -> bytes:
@@ -329,9 +323,7 @@ def test_an_archive_needs_one_list_of_tensors_in_little_endian(tmp_path):
     assert "it has 2" in refused(tmp_path, archive(good | {"n/data.pkl": b""}))
     assert "big-endian" in refused(tmp_path, archive(good | {"m/byteorder": b"big"}))
     large = tensor()[:-1] + b"0" * (torch_file._MAX_PICKLE_BYTES + 1)
-    assert "list of tensors has more than" in refused(
-        tmp_path, archive(good | {"m/data.pkl": large})
-    )
+    assert "list of tensors has more than" in refused(tmp_path, archive(good | {"m/data.pkl": large}))
 
 
 # Fuzzing -------------------------------------------------------------------------------------------

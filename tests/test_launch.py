@@ -162,9 +162,7 @@ def test_a_dry_run_prints_commands_and_runs_none(machine, script, arguments, var
         ("gke.sh", "sweep", GKE, "BUCKET"),
     ],
 )
-def test_a_missing_variable_is_named_before_anything_is_run(
-    machine, script, verb, variables, missing
-):
+def test_a_missing_variable_is_named_before_anything_is_run(machine, script, verb, variables, missing):
     kept = {name: value for name, value in variables.items() if name != missing}
     done = machine.run(script, verb, "wsparse.train", **kept)
     assert done.returncode == 2
@@ -254,9 +252,7 @@ def test_babysit_begins_again_after_a_preemption_until_training_is_done(machine)
     done = machine.run("tpu_vm.sh", "babysit", "wsparse.train", **TPU, BUCKET="b")
     assert done.returncode == 0, done.stderr
     verbs = [
-        next(
-            (v for v in ("create", "delete", "describe", "scp") if v in call), call[-1].split()[-2:]
-        )
+        next((v for v in ("create", "delete", "describe", "scp") if v in call), call[-1].split()[-2:])
         for call in machine.calls()
     ]
     assert verbs.count("create") == 2
@@ -400,10 +396,7 @@ def test_local_processes_know_each_other_and_a_failure_is_passed_on(machine, wor
 
 def test_a_signal_to_the_local_script_reaches_all_and_is_waited_for(worker, tmp_path):
     job = subprocess.Popen(
-        [LAUNCH / "local.sh", "wait"],
-        env=os.environ | {"PYTHON": worker},
-        stdout=subprocess.PIPE,
-        text=True,
+        [LAUNCH / "local.sh", "wait"], env=os.environ | {"PYTHON": worker}, stdout=subprocess.PIPE, text=True
     )
     try:
         assert job.stdout is not None

@@ -50,8 +50,7 @@ def test_numbers_that_are_not_finite_reach_the_file_but_not_the_events(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("start", "kept"),
-    [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15]), (99, [5, 10, 15])],
+    ("start", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15]), (99, [5, 10, 15])]
 )
 def test_resuming_removes_exactly_the_records_after_the_checkpoint(tmp_path, start, kept):
     write_records(tmp_path, 5, 10, 15)
@@ -91,9 +90,7 @@ def test_a_corrupted_line_in_the_middle_is_an_error_that_names_the_line(tmp_path
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "line", ["null", "[1]", "12", '{"loss": 1.0}', '{"step": "5"}', "[" * 200_000]
-)
+@pytest.mark.parametrize("line", ["null", "[1]", "12", '{"loss": 1.0}', '{"step": "5"}', "[" * 200_000])
 def test_a_line_that_is_not_a_record_is_an_error_that_names_it(tmp_path, line):
     write_records(tmp_path, 5, tail=f"{line}\n" + json.dumps({"step": 10}) + "\n")
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record"):
@@ -116,9 +113,7 @@ def test_what_is_not_finite_is_null_in_strict_json():
 
 
 def test_curves_are_drawn_from_records(tmp_path):
-    records = [
-        {"step": s, "tokens": 64 * s, "loss": 5.0 / s, "nonzeros": 1000 // s} for s in range(1, 20)
-    ]
+    records = [{"step": s, "tokens": 64 * s, "loss": 5.0 / s, "nonzeros": 1000 // s} for s in range(1, 20)]
     records.insert(10, {"step": 10, "tokens": 640, "val_loss": 0.6})
     path = tmp_path / "curves.png"
     metrics.plot_curves(records, path)

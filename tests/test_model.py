@@ -136,9 +136,7 @@ def relative_error(got, want) -> float:
 def test_logits_at_positions_are_those_rows_of_all_logits():
     params, logits, acts = small_run()
     positions = np.array([[6, 0, 0], [2, 5, 1]], np.int32)
-    some, some_acts = jax.jit(lambda p, t: model.forward(p, t, SMALL, positions_BP=positions))(
-        params, TOKENS
-    )
+    some, some_acts = jax.jit(lambda p, t: model.forward(p, t, SMALL, positions_BP=positions))(params, TOKENS)
     want = np.take_along_axis(np.asarray(logits), positions[..., None], axis=1)
     np.testing.assert_allclose(some, want, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(some_acts["final_resid"], acts["final_resid"])
@@ -190,9 +188,7 @@ def test_remat_changes_no_gradient_and_fixed_tables_have_none():
 
 
 def test_bfloat16_runs_near_float32_and_returns_float32_logits():
-    config = dataclasses.replace(
-        SMALL, abs_top_k_fraction=None
-    )  # no selection that rounding could flip
+    config = dataclasses.replace(SMALL, abs_top_k_fraction=None)  # no selection that rounding could flip
     low_config = dataclasses.replace(config, compute_dtype="bfloat16")
     low, acts = forward(random_params(config, np.float32), TOKENS, low_config)
     assert low.dtype == jnp.float32
@@ -200,9 +196,7 @@ def test_bfloat16_runs_near_float32_and_returns_float32_logits():
     assert 1e-4 < relative_error(low, reference_runs(config)[0]) < 0.05
 
 
-@pytest.mark.parametrize(
-    "sink", [None, np.array([300.0, -300.0], np.float32)], ids=["no sink", "sink"]
-)
+@pytest.mark.parametrize("sink", [None, np.array([300.0, -300.0], np.float32)], ids=["no sink", "sink"])
 def test_attention_stays_finite_at_large_scores(sink):
     q = np.full((1, 4, 2, 8), 30.0, np.float32)
     pattern = np.asarray(attention.attention_pattern(q, q, sink))

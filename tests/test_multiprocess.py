@@ -199,8 +199,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_goes_on_bit_for_bit
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [{"data": 4}, {"data": 1, "fsdp": 4}, {"data": 2, "tensor": 2}, {"data": 1, "tensor": 4}],
+    "mesh", [{"data": 4}, {"data": 1, "fsdp": 4}, {"data": 2, "tensor": 2}, {"data": 1, "tensor": 4}]
 )
 def test_four_processes_go_where_one_goes_and_two_go_on(source, tmp_path, monkeypatch, mesh):
     config = make_config(source, mesh=mesh)
@@ -235,9 +234,7 @@ def test_processes_that_read_different_data_are_refused(source, tmp_path):
         folder.mkdir()
         encode.write(dataclasses.replace(options, seed=seed), folder / "tokens")
         options = dataclasses.replace(options, tokenizer=str(folder / "tokens" / "tokenizer.json"))
-    relative = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source="arrayrecord:tokens")
-    )
+    relative = dataclasses.replace(config, data=dataclasses.replace(config.data, source="arrayrecord:tokens"))
     with started(relative, tmp_path / "run", processes=2, folders=folders) as jobs:
         outputs = results(jobs)
     for status, output in outputs:
@@ -252,9 +249,7 @@ def test_processes_whose_workdirs_are_different_folders_are_refused(source, tmp_
     for index in range(2):
         (tmp_path / str(index)).mkdir()
     folders = [tmp_path / "0", tmp_path / "1"]
-    with started(
-        config, pathlib.Path("run"), processes=2, folders=folders, file=tmp_path / "c"
-    ) as jobs:
+    with started(config, pathlib.Path("run"), processes=2, folders=folders, file=tmp_path / "c") as jobs:
         outputs = results(jobs)
     for status, output in outputs:
         assert status != 0
@@ -300,10 +295,7 @@ def test_variables_that_contradict_each_other_are_refused(monkeypatch, variables
         ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True),
         ({"TPU": "1", "JAX_PLATFORMS": ""}, True),
         ({"TPU": "1", "JAX_PLATFORMS": "cpu"}, False),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
-            True,
-        ),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
     ],
 )
 def test_other_processes_are_joined_where_the_environment_has_them(monkeypatch, variables, joins):

@@ -23,9 +23,7 @@ def test_the_table_of_nodes_has_the_widths_and_neighbors_of_the_parameters():
         assert all(flat[path].shape[2] == kind.width(SMALL) for path in kind.incoming)
         assert all(flat[path].shape[1] == kind.width(SMALL) for path in kind.outgoing)
     linked = [path for kind in NODES.values() for path in kind.outgoing]
-    assert sorted(linked) == sorted(
-        p for p in flat if p.startswith("blocks/") and p.endswith("kernel")
-    )
+    assert sorted(linked) == sorted(p for p in flat if p.startswith("blocks/") and p.endswith("kernel"))
     assert {kind.site for kind in NODES.values()} == set(NODE_SITES)
 
 
@@ -98,8 +96,7 @@ def test_nodes_sort_by_layer_then_as_the_forward_pass_goes():
 
 def test_reading_names_needs_no_jax():
     program = (
-        "import sys; from wsparse.nodes import Node; Node.parse('0.attn.q.1'); "
-        "print('jax' in sys.modules)"
+        "import sys; from wsparse.nodes import Node; Node.parse('0.attn.q.1'); print('jax' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
 

@@ -35,9 +35,7 @@ def run(tmp_path_factory):
 def test_logits_and_activations_are_those_of_the_forward_pass(run):
     text = "f('abc"
     tokens = np.array([run.tokenizer.encode(text)])
-    logits_BTV, acts = jax.jit(model.forward, static_argnames="config")(
-        run.params, tokens, run.config.model
-    )
+    logits_BTV, acts = jax.jit(model.forward, static_argnames="config")(run.params, tokens, run.config.model)
     np.testing.assert_allclose(run.logits(text), logits_BTV[0], atol=1e-5)
     logits, cache = run.run_with_cache(text, names_filter="1.mlp.post_act")
     np.testing.assert_allclose(logits, logits_BTV, atol=1e-5)

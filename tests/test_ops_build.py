@@ -74,14 +74,10 @@ def test_a_cache_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("content", ["not a library", None])
-def test_a_library_that_does_not_load_or_lacks_a_kernel_is_one_line(
-    tmp_path, monkeypatch, caplog, content
-):
+def test_a_library_that_does_not_load_or_lacks_a_kernel_is_one_line(tmp_path, monkeypatch, caplog, content):
     path = tmp_path / "kernels.so"
     if content is None:
-        subprocess.run(
-            ["g++", "-shared", "-x", "c++", "-", "-o", path], input=b"int x;", check=True
-        )
+        subprocess.run(["g++", "-shared", "-x", "c++", "-", "-o", path], input=b"int x;", check=True)
     else:
         path.write_text(content)
     monkeypatch.setattr(build, "library", lambda: path)

@@ -42,9 +42,7 @@ VALUES = st.one_of(
 
 
 @given(
-    x=hnp.arrays(
-        np.float32, st.tuples(st.just(5), st.sampled_from([1, 3, 16, 37])), elements=VALUES
-    ),
+    x=hnp.arrays(np.float32, st.tuples(st.just(5), st.sampled_from([1, 3, 16, 37])), elements=VALUES),
     share=st.floats(0.01, 1),
 )
 def test_the_kernel_selects_what_a_stable_sort_selects(x, share):
@@ -70,9 +68,7 @@ def test_the_kernel_equals_the_plain_jax_on_activations(dtype, width, k):
 def test_the_kernel_works_under_vmap_jit_and_scan():
     x = jax.random.normal(jax.random.key(0), (3, 5, 7, 40))
     expected = brute_force(np.asarray(x), 10)
-    np.testing.assert_array_equal(
-        jax.vmap(jax.vmap(lambda y: cpu.largest_per_row(y, 10)))(x), expected
-    )
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(lambda y: cpu.largest_per_row(y, 10)))(x), expected)
     _, scanned = jax.lax.scan(lambda c, y: (c, cpu.largest_per_row(y, 10)), 0, x)
     np.testing.assert_array_equal(scanned, expected)
 
@@ -130,9 +126,7 @@ def test_mean_ablation_under_vmap_gives_each_trial_what_it_gets_alone():
         alone = jax.jit(gradients)(x[i], gates[i])
         for all_trials in (together, scanned):
             jax.tree.map(
-                lambda many, one, i=i: np.testing.assert_allclose(
-                    many[i], one, rtol=1e-6, atol=1e-6
-                ),
+                lambda many, one, i=i: np.testing.assert_allclose(many[i], one, rtol=1e-6, atol=1e-6),
                 all_trials,
                 alone,
             )
@@ -143,16 +137,12 @@ def test_mean_ablation_under_vmap_gives_each_trial_what_it_gets_alone():
         )
 
 
-@pytest.mark.parametrize(
-    ("time", "keys", "width"), [(19, 19, 16), (3, 21, 5), (1, 9, 8), (37, 38, 40)]
-)
+@pytest.mark.parametrize(("time", "keys", "width"), [(19, 19, 16), (3, 21, 5), (1, 9, 8), (37, 38, 40)])
 def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width):
     q, dy = draw(0, 2, time, 3, width), draw(1, 2, time, 3, width)
     k, v, sink = draw(2, 2, keys, 3, width), draw(3, 2, keys, 3, width), draw(4, 3)
     positions = np.arange(time)[None] + np.array([[0], [keys - time]])
-    y, pull = jax.vjp(
-        lambda *each: attention.attend_on_cpu(*each, jnp.asarray(positions)), q, k, v, sink
-    )
+    y, pull = jax.vjp(lambda *each: attention.attend_on_cpu(*each, jnp.asarray(positions)), q, k, v, sink)
     expected, gradients = reference.attention(q, k, v, sink, positions, dy)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
     for got, wanted in zip(pull(dy), gradients, strict=True):
@@ -165,10 +155,7 @@ def test_attention_and_its_gradients_equal_a_float64_reference(time, keys, width
 def test_attention_without_a_sink_and_with_large_scores_stays_exact():
     q, k, v = 30 * draw(0, 2, 11, 2, 16), draw(1, 2, 11, 2, 16), draw(2, 2, 11, 2, 16)
     np.testing.assert_allclose(
-        attention.attend_on_cpu(q, k, v, None),
-        attention.attend_plainly(q, k, v, None),
-        rtol=1e-4,
-        atol=1e-5,
+        attention.attend_on_cpu(q, k, v, None), attention.attend_plainly(q, k, v, None), rtol=1e-4, atol=1e-5
     )
     q[1, 4, 0, 3] = np.nan
     spoilt = np.isnan(attention.attend_on_cpu(q, k, v, None))
@@ -176,21 +163,13 @@ def test_attention_without_a_sink_and_with_large_scores_stays_exact():
 
 
 def test_attention_works_under_vmap_scan_and_checkpoint():
-    q, k, v, sink = (
-        draw(0, 3, 2, 7, 2, 4),
-        draw(1, 2, 7, 2, 4),
-        draw(2, 3, 2, 7, 2, 4),
-        draw(3, 3, 2),
-    )
+    q, k, v, sink = (draw(0, 3, 2, 7, 2, 4), draw(1, 2, 7, 2, 4), draw(2, 3, 2, 7, 2, 4), draw(3, 3, 2))
 
     def value(attend):
         each = jax.checkpoint(lambda q, v, sink: jnp.sum(jnp.sin(attend(q, k, v, sink))))
         return jax.value_and_grad(lambda *xs: jnp.sum(jax.vmap(each)(*xs)), argnums=(0, 1, 2))
 
-    got, expected = (
-        value(attention.attend_on_cpu)(q, v, sink),
-        value(attention.attend_plainly)(q, v, sink),
-    )
+    got, expected = (value(attention.attend_on_cpu)(q, v, sink), value(attention.attend_plainly)(q, v, sink))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
     _, scanned = jax.lax.scan(
         lambda c, xs: (c, attention.attend_on_cpu(xs[0], k, xs[1], xs[2])), 0, (q, v, sink)
@@ -273,12 +252,8 @@ def test_a_zero_of_either_sign_is_passed_over_and_nothing_else_is(product, colum
 
 def test_products_work_under_vmap_of_either_side():
     x, w = draw(0, 3, 5, 40), np.stack([sparse_matrix(i, 40, 35, 0.03) for i in range(3)])
-    np.testing.assert_allclose(
-        jax.vmap(linear.product, (0, None))(x, w[0]), x @ w[0], rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        jax.vmap(linear.product, (None, 0))(x[0], w), x[0] @ w, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(jax.vmap(linear.product, (0, None))(x, w[0]), x @ w[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(linear.product, (None, 0))(x[0], w), x[0] @ w, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.vmap(linear.product)(x, w), x @ w, rtol=1e-5, atol=1e-5)
     gradient = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(linear.product(x, w[0])))))(x)
     np.testing.assert_allclose(gradient, np.cos(x @ w[0]) @ w[0].T, rtol=1e-4, atol=1e-5)
@@ -336,9 +311,7 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
         "f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(abs_top_k(x, 16)))))\n"
         "print(cpu.enabled(), 'wsparse_top_k' in f.lower(x).as_text())\n"
         "value, gradient = f(x)\n"
-        "print(float(value), np.asarray(gradient).tobytes().hex())\n"
-        + MODEL_GRADIENT
-        + MASK_GRADIENT
+        "print(float(value), np.asarray(gradient).tobytes().hex())\n" + MODEL_GRADIENT + MASK_GRADIENT
     )
     outputs = []
     for switch in ("1", "0"):
@@ -349,11 +322,7 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
             "PYTHONPATH": str(REPO),
         }
         done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
         )
         outputs.append(done.stdout.splitlines())
     assert outputs[0][0] == "True True"

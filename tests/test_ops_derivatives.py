@@ -24,11 +24,7 @@ def sparse(seed, *shape):
 
 # Kernel, the same in plain JAX, operands.
 CASES = {
-    "gelu": (
-        linear.gelu_on_cpu,
-        functools.partial(jax.nn.gelu, approximate=False),
-        (3 * draw(0, 4, 5),),
-    ),
+    "gelu": (linear.gelu_on_cpu, functools.partial(jax.nn.gelu, approximate=False), (3 * draw(0, 4, 5),)),
     "sparse product": (linear.product, plain_product, (draw(0, 6, 40), sparse(1, 40, 30))),
     "dense product": (linear.product, plain_product, (draw(0, 6, 7), draw(1, 7, 5))),
     "ablation": (
@@ -58,10 +54,7 @@ def case(request):
 
 def test_forward_mode_equals_plain_jax(case):
     kernel, plain, operands, tangents = case
-    close(
-        jax.jit(lambda *xs: jax.jvp(kernel, xs, tangents))(*operands),
-        jax.jvp(plain, operands, tangents),
-    )
+    close(jax.jit(lambda *xs: jax.jvp(kernel, xs, tangents))(*operands), jax.jvp(plain, operands, tangents))
     # A direction in one operand alone is another derivative.
     value, linear_part = jax.linearize(lambda x: kernel(x, *operands[1:]), operands[0])
     expected = jax.jvp(lambda x: plain(x, *operands[1:]), operands[:1], tangents[:1])

@@ -34,9 +34,7 @@ def test_the_kernels_pass_under(sanitizers, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_a_buffer_that_is_too_small_is_noticed(tmp_path):
-    text = SOURCE.read_text().replace(
-        "std::vector<Cut> cuts(rows)", "std::vector<Cut> cuts(rows - 1)"
-    )
+    text = SOURCE.read_text().replace("std::vector<Cut> cuts(rows)", "std::vector<Cut> cuts(rows - 1)")
     broken = tmp_path / "broken.cc"
     broken.write_text(text)
     program = tmp_path / "program"

@@ -121,9 +121,7 @@ def test_subnormals_are_selected_by_their_bits():
 
 
 def test_dropped_and_negative_zeros_become_positive_zero():
-    assert_same_bits(
-        run_keep(np.array([-0.0, -1.0, -2.0], np.float32), 1), np.array([0, 0, -2], np.float32)
-    )
+    assert_same_bits(run_keep(np.array([-0.0, -1.0, -2.0], np.float32), 1), np.array([0, 0, -2], np.float32))
 
 
 def test_k_may_be_static():
@@ -138,9 +136,7 @@ def test_one_compilation_serves_every_k(compilations):
     with compilations() as names:
         results = [keep(w, k) for k in budgets]
     assert len(names) == 1, names
-    assert [int(np.count_nonzero(r)) for r in results] == [
-        min(int(k), np.count_nonzero(w)) for k in budgets
-    ]
+    assert [int(np.count_nonzero(r)) for r in results] == [min(int(k), np.count_nonzero(w)) for k in budgets]
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -86,9 +86,7 @@ def whole_matrices(axis: int | None):
     def run(stack, k):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tpu, "by_matrix", functools.partial(tpu.by_matrix, interpret=True))
-            patch.setattr(
-                top_k.lax, "platform_dependent", lambda *arrays, tpu, default: tpu(*arrays)
-            )
+            patch.setattr(top_k.lax, "platform_dependent", lambda *arrays, tpu, default: tpu(*arrays))
             return top_k._select_by_kernel(stack, k, axis, 2)
 
     return jax.jit(run)
@@ -96,9 +94,7 @@ def whole_matrices(axis: int | None):
 
 @given(
     stack=hnp.arrays(
-        np.float32,
-        (2, 6, 5),
-        elements=st.floats(-4, 4, width=32).map(lambda v: round(v * 4) / 4),
+        np.float32, (2, 6, 5), elements=st.floats(-4, 4, width=32).map(lambda v: round(v * 4) / 4)
     ),
     density=st.floats(0, 1),
     axis=st.sampled_from([None, 0, 1]),
@@ -113,9 +109,7 @@ def test_whole_matrices_keep_what_numpy_keeps(stack, density, axis):
         assert int(count) == np.count_nonzero(expected)
 
 
-@pytest.mark.parametrize(
-    "spec", [P("a", None, None), P(None, None, "b"), P("a", None, "b"), P()], ids=str
-)
+@pytest.mark.parametrize("spec", [P("a", None, None), P(None, None, "b"), P("a", None, "b"), P()], ids=str)
 def test_rows_over_a_mesh_stay_where_they_are_and_divided_rows_come_together(spec):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     x = jax.random.normal(jax.random.key(0), (2, 4, 24))
@@ -168,9 +162,7 @@ def heads_of(*shape: int, dtype=np.float32) -> list[np.ndarray]:
     [(128, 8, 16, 1 << 18), (256, 16, 16, 1 << 15), (256, 2, 128, 1 << 18), (128, 32, 4, 1 << 18)],
     ids=["one block", "two blocks of queries, two tiles", "wide heads", "narrow heads"],
 )
-def test_attention_and_its_gradients_equal_a_float64_reference(
-    monkeypatch, time, heads, width, scores
-):
+def test_attention_and_its_gradients_equal_a_float64_reference(monkeypatch, time, heads, width, scores):
     monkeypatch.setattr(tpu_attention, "_SCORES", scores)
     q, k, v, dy = heads_of(2, time, heads, width)
     sink = np.linspace(-3, 3, heads, dtype=np.float32)
@@ -211,10 +203,7 @@ def test_attention_of_bfloat16_is_as_exact_as_the_plain_jax():
 def test_attention_without_a_sink_and_with_large_scores_stays_exact():
     q, k, v, _ = heads_of(1, 128, 8, 16)
     np.testing.assert_allclose(
-        attend(30 * q, k, v, None),
-        attention.attend_plainly(30 * q, k, v, None),
-        rtol=1e-4,
-        atol=1e-5,
+        attend(30 * q, k, v, None), attention.attend_plainly(30 * q, k, v, None), rtol=1e-4, atol=1e-5
     )
 
 

@@ -41,9 +41,7 @@ def test_the_package_and_its_list_of_commands_load_no_jax():
         "import sys, wsparse.cli; print(wsparse.cli.usage()); "
         "assert not {'jax', 'numpy', 'flax', 'absl'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in cli.COMMANDS:
         assert f"\n  {name} " in done.stdout
@@ -80,10 +78,7 @@ def test_every_folder_of_the_package_is_installed():
 def test_a_wheel_installs_the_command_and_everything_it_reads(tmp_path):
     """Built from the files of the repository, installed where no checkout is near."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
-        cwd=REPO,
-        capture_output=True,
-        check=True,
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, check=True
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (REPO / name).is_file():
@@ -91,9 +86,7 @@ def test_a_wheel_installs_the_command_and_everything_it_reads(tmp_path):
             (tmp_path / "source" / name).write_bytes((REPO / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     target = tmp_path / "site"
-    subprocess.run(
-        [*pip, "install", "--no-deps", f"--target={target}", str(tmp_path / "source")], check=True
-    )
+    subprocess.run([*pip, "install", "--no-deps", f"--target={target}", str(tmp_path / "source")], check=True)
     program = (
         "import pathlib, wsparse.recipes, wsparse.viewer.page as page;"
         "print(wsparse.__file__, wsparse.recipes.find('tiny'), len(list(wsparse.recipes.names())));"

@@ -62,10 +62,7 @@ PATTERNS = {
     ),
     "for_while": (r"for \w+ in ", r"while (?!True)\w+:\n"),
     "else_elif": (r"\n *else:\n", r"\n *elif \w"),
-    "fstring_brace": (
-        r"print\(f(['\"])[^'\"\n]*[{]\w+[}][^'\"\n]*\1\)",
-        r"print\((['\"])[^'\"{}]*\1\)",
-    ),
+    "fstring_brace": (r"print\(f(['\"])[^'\"\n]*[{]\w+[}][^'\"\n]*\1\)", r"print\((['\"])[^'\"{}]*\1\)"),
     "if_ternary": (r"\n *if [^\n]+:\n", r"= \w+ if [^\n:]+ else \w+\n"),
     "lambda_func": (r"lambda \w+:", r"def (\w|[a-z]+)\("),
     "if_equals": (r"if \w+ == ", r"\n *\w+ = "),
@@ -230,10 +227,7 @@ def test_every_side_parses_alone(task):
 
 
 def test_the_mode_follows_from_the_file_name(texts):
-    stems = {
-        "r": "input|source|data|config|raw|corpus",
-        "w": "output|result|log|report|target|export",
-    }
+    stems = {"r": "input|source|data|config|raw|corpus", "w": "output|result|log|report|target|export"}
     seen = Counter()
     for path, mode in re.findall(r"open\((\S+), ['\"]([rw])['\"]\)", "".join(texts)):
         assert re.search(stems[mode], path), (path, mode)

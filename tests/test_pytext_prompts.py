@@ -33,9 +33,7 @@ def test_splits_share_neither_templates_nor_fillers():
     shared |= {"add", "pop", "split", "f", "r", "w", *itertools.chain(*words.STEMS.values())}
 
     def fillers(name: str, split: words.Split) -> set[str]:
-        texts = [
-            side.prompt for pair in pairs_of(name, split, 150) for side in (pair.first, pair.second)
-        ]
+        texts = [side.prompt for pair in pairs_of(name, split, 150) for side in (pair.first, pair.second)]
         # The decided word of a user's path, `input_path`, is not a filler either.
         text = re.sub(r"[a-z]+_(path|file|name)\b|\[0\]", "", "\n".join(texts)).lower()
         tokens = set(re.findall(r"[a-z]+|\d+", text.replace("_", " ")))
@@ -63,9 +61,7 @@ def test_pairs_differ_only_in_what_decides():
     """Both sides have the same context, and the same words but for those that decide."""
     for name in CONTRASTS:
         for pair in pairs_of(name, "discretize", 30):
-            counts = [
-                Counter(re.findall(r"\w+", side.prompt)) for side in (pair.first, pair.second)
-            ]
+            counts = [Counter(re.findall(r"\w+", side.prompt)) for side in (pair.first, pair.second)]
             differing = (counts[0] - counts[1]) | (counts[1] - counts[0])
             assert differing.total() <= 8, (pair.first.prompt, pair.second.prompt)
             context = [side.prompt.splitlines()[:2] for side in (pair.first, pair.second)]
@@ -81,11 +77,7 @@ def test_pairs_never_change():
     assert digest.hexdigest() == GOLDEN
 
 
-@given(
-    st.sampled_from(sorted(CONTRASTS)),
-    st.integers(-(2**40), 2**70),
-    st.sampled_from(words.SPLITS),
-)
+@given(st.sampled_from(sorted(CONTRASTS)), st.integers(-(2**40), 2**70), st.sampled_from(words.SPLITS))
 @settings(max_examples=60)
 def test_any_seed_makes_programs(name, seed, split):
     made = pairs_of(name, split, 3, seed)

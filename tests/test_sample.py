@@ -52,13 +52,7 @@ def draw(prompts: np.ndarray, steps: int, *, seed=0, pad=0, **options) -> np.nda
     padded[:, : prompts.shape[1]] = prompts
     length = jnp.int32(prompts.shape[1])
     drawn = sample.generate(
-        params(),
-        jnp.asarray(padded),
-        length,
-        jax.random.key(seed),
-        config=CONFIG,
-        steps=steps,
-        **options,
+        params(), jnp.asarray(padded), length, jax.random.key(seed), config=CONFIG, steps=steps, **options
     )
     return np.asarray(drawn)
 
@@ -165,11 +159,7 @@ def command(monkeypatch, tmp_path):
     sample._define_flags()
     tokenizer = tokenizer_lib.train(["a"], 257)
     run = runs.Run(
-        tmp_path,
-        TrainConfig(model=CONFIG),
-        1,
-        chain_params(tokenizer, chain="abcdefghij"),
-        tokenizer,
+        tmp_path, TrainConfig(model=CONFIG), 1, chain_params(tokenizer, chain="abcdefghij"), tokenizer
     )
     monkeypatch.setattr(runs, "load", lambda folder: run)
 

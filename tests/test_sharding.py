@@ -283,16 +283,12 @@ def start():
 def two_steps(mesh):
     """`(state, losses)` after two training steps on a mesh."""
     program = make_program(CONFIG, mesh)
-    state = jax.tree.map(
-        lambda x, s: jax.device_put(x, s.sharding), start(), program.abstract_state
-    )
+    state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), start(), program.abstract_state)
     losses = []
     for rows in BATCHES:
         state, report = program.step(state, sharding.put_batch(rows, mesh))
         losses.append(float(report["loss"]))
-    for leaf, want in zip(
-        jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True
-    ):
+    for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
         assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
     return jax.device_get(state), losses
 
@@ -305,10 +301,7 @@ def alone():
 @pytest.mark.parametrize(
     "name",
     # Each mesh is compiled for, which takes long; one has all three axes.
-    [
-        "data=2 fsdp=2 tensor=2",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[:3]),
-    ],
+    ["data=2 fsdp=2 tensor=2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[:3])],
 )
 def test_two_steps_on_a_mesh_agree_with_one_device(name, alone):
     want_state, want_losses = alone

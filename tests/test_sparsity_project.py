@@ -159,10 +159,7 @@ def test_every_matrix_keeps_exactly_its_budget_or_its_floor(density):
 def test_both_budget_and_floor_decide_in_the_test_above():
     """Negative control: at 1/2 no floor binds, at 1/16 some do and some do not."""
     full = matrices(tree(0))
-    over = {
-        d: [expected_count(n, m, d) - round(d * m.size) for n, m in full.items()]
-        for d in (0.5, 1 / 16)
-    }
+    over = {d: [expected_count(n, m, d) - round(d * m.size) for n, m in full.items()] for d in (0.5, 1 / 16)}
     assert set(over[0.5]) == {0}
     assert 0 in over[1 / 16]
     assert max(over[1 / 16]) > 0
@@ -268,9 +265,7 @@ def test_l0_names_and_counts_every_matrix():
     assert "blocks/2/mlp/fc/kernel" in want
     assert "embed/tokens" in want
     reported = {path: np.asarray(counts).tolist() for path, counts in state.nonzeros.items()}
-    assert reported["blocks/mlp/fc/kernel"] == [
-        want[f"blocks/{i}/mlp/fc/kernel"][0] for i in range(3)
-    ]
+    assert reported["blocks/mlp/fc/kernel"] == [want[f"blocks/{i}/mlp/fc/kernel"][0] for i in range(3)]
     assert reported["embed/tokens"] == [want["embed/tokens"][0]]
     assert sum(map(sum, reported.values())) == sum(nonzeros for nonzeros, _ in want.values())
 
@@ -279,10 +274,7 @@ def test_the_state_starts_with_the_counts_of_the_first_parameters():
     params = {"w": np.array([[1.0, 0.0], [0.0, 2.0]], np.float32), "b": np.zeros(3, np.float32)}
     state = project_top_k(0.5).init(params)
     assert int(state.count) == 0
-    assert {path: np.asarray(n).tolist() for path, n in state.nonzeros.items()} == {
-        "w": [2],
-        "b": [0],
-    }
+    assert {path: np.asarray(n).tolist() for path, n in state.nonzeros.items()} == {"w": [2], "b": [0]}
 
 
 def test_l0_counts_subnormals():
@@ -382,8 +374,7 @@ SUM = {name: SMALL[name] + SMALL_UPDATES[name] for name in SMALL}
         (optax.masked(project_top_k(0.5), {"a": True, "b": False}), {"a"}),
         (
             optax.multi_transform(
-                {"sparse": project_top_k(0.5), "dense": optax.identity()},
-                {"a": "dense", "b": "sparse"},
+                {"sparse": project_top_k(0.5), "dense": optax.identity()}, {"a": "dense", "b": "sparse"}
             ),
             {"b"},
         ),
@@ -495,9 +486,7 @@ _BYTES |= {"u32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
     """`(operation, bytes of the result)` of every collective in compiled HLO, part by part of a tuple."""
-    operations = (
-        "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    )
+    operations = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
     found = []
     for result, operation in re.findall(rf"= (.+?) ({operations})(?:-start)?\(", hlo):
         arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
@@ -539,9 +528,7 @@ def test_no_weight_crosses_devices_in_the_projection_and_its_bits_are_numpys(axe
     state = jax.jit(optimizer.init)(params)
     state_layout = sharding.tree_shardings(state, mesh)
     update = jax.jit(
-        optimizer.update,
-        in_shardings=(layout, state_layout, layout),
-        out_shardings=(layout, state_layout),
+        optimizer.update, in_shardings=(layout, state_layout, layout), out_shardings=(layout, state_layout)
     )
     compiled = update.lower(updates, state, params).compile()
 

@@ -56,10 +56,7 @@ def test_the_learning_rate_warms_up_decays_to_zero_and_follows_the_density(warmu
     first = max(round(warmup * steps), 1)
     np.testing.assert_allclose(plain[:first], 3e-3 * (np.arange(first) + 1) / first, rtol=1e-6)
     np.testing.assert_allclose(
-        plain[first:],
-        3e-3 * (steps - np.arange(first, steps + 1)) / (steps - first),
-        rtol=1e-5,
-        atol=1e-12,
+        plain[first:], 3e-3 * (steps - np.arange(first, steps + 1)) / (steps - first), rtol=1e-5, atol=1e-12
     )
     assert plain[0] > 0
     assert plain[steps] == 0
@@ -90,9 +87,7 @@ def test_gradient_scaling_follows_numpy(form, scale):
     transform = scale_by_gradient_rms(form)
     got, _ = transform.update(as_float32(gradients), transform.init(gradients))
     factor = 1 / rms if form == "normalize" else min(1.0, 1 / rms)
-    jax.tree.map(
-        lambda g, want: np.testing.assert_allclose(g, want * factor, rtol=1e-5), got, gradients
-    )
+    jax.tree.map(lambda g, want: np.testing.assert_allclose(g, want * factor, rtol=1e-5), got, gradients)
     np.testing.assert_allclose(gradient_rms(as_float32(gradients)), rms, rtol=1e-6)
     if form == "clip" and rms < 1:
         jax.tree.map(np.testing.assert_array_equal, got, as_float32(gradients))
@@ -134,9 +129,7 @@ def test_kurtosis_follows_numpy():
 def test_kurtosis_of_known_rows():
     one_hot = np.eye(1, 100, dtype=np.float32)
     np.testing.assert_allclose(kurtosis(jnp.array([[1.0, -1.0, 1.0, -1.0]])), 1, rtol=1e-5)
-    np.testing.assert_allclose(
-        kurtosis(jnp.array(one_hot)), (1 - 3 * 0.01 * 0.99) / (0.01 * 0.99), rtol=1e-4
-    )
+    np.testing.assert_allclose(kurtosis(jnp.array(one_hot)), (1 - 3 * 0.01 * 0.99) / (0.01 * 0.99), rtol=1e-4)
     assert float(kurtosis(jnp.full((2, 5), 3.0))) == 0  # constant rows stay finite
     gaussian = np.random.default_rng(0).normal(size=(1, 100_000)).astype(np.float32)
     np.testing.assert_allclose(kurtosis(jnp.array(gaussian)), 3, atol=0.1)

@@ -95,11 +95,7 @@ def test_open_gates_change_nothing_and_closed_gates_show_the_means():
         want = np.broadcast_to(mean_LN[:, None, None], closed[name].shape)
         np.testing.assert_array_equal(closed[name], want)
     # Downstream of closed gates: every token's stream is its embedding plus the means.
-    resid = (
-        params["embed"]["tokens"][TOKENS]
-        + sum(means["attn.resid_delta"])
-        + sum(means["mlp.resid_delta"])
-    )
+    resid = params["embed"]["tokens"][TOKENS] + sum(means["attn.resid_delta"]) + sum(means["mlp.resid_delta"])
     np.testing.assert_allclose(closed["final_resid"], resid, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         closed["attn.y"][1], _mean_seen_through_sinks(params, means), rtol=1e-5, atol=1e-5
@@ -136,12 +132,8 @@ def test_a_patch_replaces_the_chosen_nodes_by_those_of_another_prompt():
     )
     new_logits, new = patched(other, where)
     chosen = where["mlp.post_act"][0]
-    np.testing.assert_array_equal(
-        new["mlp.post_act"][0][..., chosen], other["mlp.post_act"][0][..., chosen]
-    )
-    np.testing.assert_array_equal(
-        new["mlp.post_act"][0][..., ~chosen], acts["mlp.post_act"][0][..., ~chosen]
-    )
+    np.testing.assert_array_equal(new["mlp.post_act"][0][..., chosen], other["mlp.post_act"][0][..., chosen])
+    np.testing.assert_array_equal(new["mlp.post_act"][0][..., ~chosen], acts["mlp.post_act"][0][..., ~chosen])
     np.testing.assert_array_equal(new["mlp.resid_mid"][0], acts["mlp.resid_mid"][0])
     np.testing.assert_array_equal(patched(other, nowhere)[0], logits)
     assert np.abs(new_logits - logits).max() > 1e-3
@@ -152,9 +144,7 @@ def test_a_patch_replaces_the_chosen_nodes_by_those_of_another_prompt():
     assert np.abs(all_logits - logits).max() > 1e-3
     # The bigram still reads the true token.
     bigram = params["head"]["bigram"]
-    np.testing.assert_allclose(
-        all_logits - bigram[TOKENS], other_logits - bigram[TOKENS[::-1]], atol=1e-5
-    )
+    np.testing.assert_allclose(all_logits - bigram[TOKENS], other_logits - bigram[TOKENS[::-1]], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +192,7 @@ def test_gradient_through_gates_is_the_finite_difference():
         _, gradient = both(gates, means)
         for name in NODES:
             direction, step = random.normal(size=gates[name].shape), 1e-6
-            ends = [
-                float(both(gates | {name: gates[name] + s * direction}, means)[0])
-                for s in (step, -step)
-            ]
+            ends = [float(both(gates | {name: gates[name] + s * direction}, means)[0]) for s in (step, -step)]
             slope = float(np.sum(np.asarray(gradient[name]) * direction))
             np.testing.assert_allclose(
                 (ends[0] - ends[1]) / (2 * step), slope, rtol=1e-5, atol=1e-9, err_msg=name
@@ -238,15 +225,11 @@ def test_logits_and_their_gradients_are_the_same_without_recording(position, n_l
     @functools.partial(jax.grad, has_aux=True)
     def slope_and_logits(gates, *, record):
         tap = taps.mask(gates, jax.tree.map(lambda g: 0.1 * jnp.ones_like(g), gates))
-        out, acts = model.forward(
-            params, tokens, config, tap=tap, positions_BP=positions, record=record
-        )
+        out, acts = model.forward(params, tokens, config, tap=tap, positions_BP=positions, record=record)
         assert bool(acts) == record
         return jnp.sum(jnp.sin(out)), out
 
-    slopes, logits = zip(
-        *(slope_and_logits(gates, record=each) for each in (False, True)), strict=True
-    )
+    slopes, logits = zip(*(slope_and_logits(gates, record=each) for each in (False, True)), strict=True)
     np.testing.assert_allclose(*logits, rtol=2e-5)
     for name in gates:
         np.testing.assert_allclose(slopes[0][name], slopes[1][name], rtol=2e-4, atol=1e-6)

@@ -70,9 +70,7 @@ def test_scores_do_not_depend_on_how_rows_are_grouped(monkeypatch):
     config = ModelConfig(vocab_size=260, context=256, n_layer=1, d_model=16, n_head=1)
     params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
     batch = tasks.build("lambda_func", tokenizer, 7, 0)
-    logits_BPV, _ = model.forward(
-        params, batch.tokens, config, positions_BP=batch.position[:, None]
-    )
+    logits_BPV, _ = model.forward(params, batch.tokens, config, positions_BP=batch.position[:, None])
     chosen = (logits_BPV[:, 0], batch.answer, batch.other)
     expected = (tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
     for rows in (4, 14, 32):

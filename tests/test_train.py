@@ -68,9 +68,7 @@ def test_records_follow_the_schedules(finished):
     assert density == pytest.approx([0.8125, 0.625, 0.4375] + [0.25] * 5)
     for record in records:
         # No floor and no rounding up: what is there is what the schedule says.
-        assert record["nonzeros_per_matrix"]["embed/tokens"] == [
-            round(record["density"] * 300 * 32)
-        ]
+        assert record["nonzeros_per_matrix"]["embed/tokens"] == [round(record["density"] * 300 * 32)]
     rates = [record["learning_rate"] for record in records]
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[3] == pytest.approx(0.02 * 2 * 21 / 39)  # the factor 1/sqrt(1/4)

@@ -77,10 +77,7 @@ def test_mistakes_on_the_command_line_are_errors_of_one_line(recipe, tmp_path):
         "group": ([recipe, workdir, "--config.modle.x=1"], ["modle", "model"]),
         "key": ([recipe, workdir, "--config.model.n_layr=1"], ["n_layr", "n_layer"]),
         "type": ([recipe, workdir, "--config.steps=abc"], ["steps", "abc"]),
-        "value": (
-            [recipe, workdir, "--config.model.n_layer=0"],
-            ["model.n_layer", "at least 1", "0"],
-        ),
+        "value": ([recipe, workdir, "--config.model.n_layer=0"], ["model.n_layer", "at least 1", "0"]),
         "top": ([recipe, workdir, "--config.zzzz=1"], ["unknown config key 'zzzz'"]),
         "nothing": ([workdir], ["--config"]),
         "file": ([f"--config={tmp_path}/none.py", workdir], ["none.py"]),
@@ -153,9 +150,7 @@ def test_a_killed_process_loses_only_what_came_after_its_last_checkpoint(source,
     out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
     assert "resuming at step" in out
-    case.assert_bitwise(
-        case.final_state(tmp_path / "killed")[1], case.final_state(tmp_path / "whole")[1]
-    )
+    case.assert_bitwise(case.final_state(tmp_path / "killed")[1], case.final_state(tmp_path / "whole")[1])
     steps = [record["step"] for record in case.train_records(tmp_path / "killed")]
     assert steps == list(range(5, 301, 5))
 

@@ -49,23 +49,13 @@ def test_a_run_that_is_interrupted_again_and_again_ends_bitwise_as_one_that_was_
 
     key = lambda record: (record["step"], "val_loss" in record)
     found, wanted = metrics.read(workdir), metrics.read(finished.workdir)
-    assert [key(record) for record in found] == [key(record) for record in wanted], (
-        f"stopped at {at}"
-    )
+    assert [key(record) for record in found] == [key(record) for record in wanted], f"stopped at {at}"
     for one, other in zip(found, wanted, strict=True):
-        for name in (
-            "val_loss",
-            "nonzeros_per_matrix",
-            "gradient_rms",
-            "learning_rate",
-            "kurtosis",
-        ):
+        for name in ("val_loss", "nonzeros_per_matrix", "gradient_rms", "learning_rate", "kurtosis"):
             assert one.get(name) == other.get(name), (name, f"stopped at {at}")
 
 
-def test_the_logged_loss_does_not_depend_on_where_a_run_was_interrupted(
-    finished, tmp_path, one_device
-):
+def test_the_logged_loss_does_not_depend_on_where_a_run_was_interrupted(finished, tmp_path, one_device):
     """A record is the mean over the steps since the record before, those before a stop included."""
     workdir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -75,9 +65,7 @@ def test_the_logged_loss_does_not_depend_on_where_a_run_was_interrupted(
         case.stop_at(monkeypatch, 12, signal.SIGINT)
         train.run(finished.config, workdir)
     want = [record["loss"] for record in case.train_records(finished.workdir)]
-    assert [record["loss"] for record in case.train_records(workdir)] == pytest.approx(
-        want[:2], rel=1e-6
-    )
+    assert [record["loss"] for record in case.train_records(workdir)] == pytest.approx(want[:2], rel=1e-6)
 
 
 def test_after_a_crash_training_goes_on_from_the_last_checkpoint(finished, tmp_path, one_device):
@@ -126,9 +114,7 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished, one_
     )
     with pytest.raises(UserError) as error:
         train.run(changed, finished.workdir)
-    case.assert_one_line(
-        error, str(finished.workdir), "steps: 40 -> 41", "optimizer.b1: 0.9 -> 0.8"
-    )
+    case.assert_one_line(error, str(finished.workdir), "steps: 40 -> 41", "optimizer.b1: 0.9 -> 0.8")
     assert "seed" not in str(error.value)
 
 
@@ -173,10 +159,7 @@ def test_changed_data_is_refused(tmp_path, one_device):
 
 def test_a_config_that_cannot_start_does_not_claim_the_folder(source, tmp_path, one_device):
     """Whoever corrects the mistake runs the same command again."""
-    for wrong in (
-        {"data": {"source": f"files:{tmp_path}/none/*.py"}},
-        {"data": {"megabytes": 1e-6}},
-    ):
+    for wrong in ({"data": {"source": f"files:{tmp_path}/none/*.py"}}, {"data": {"megabytes": 1e-6}}):
         workdir = tmp_path / "run"
         with pytest.raises(UserError):
             train.run(case.make_config(source, **wrong), workdir)
@@ -241,9 +224,7 @@ def test_a_nan_never_reaches_a_checkpoint(finished, source, tmp_path, one_device
     assert "not used" not in " ".join(logged)
     # Once the cause is gone, the same command goes on from there.
     assert train.run(config, workdir) == 0
-    case.assert_bitwise(
-        case.final_state(workdir)[1].params, case.final_state(finished.workdir)[1].params
-    )
+    case.assert_bitwise(case.final_state(workdir)[1].params, case.final_state(finished.workdir)[1].params)
 
 
 def test_after_a_nan_another_run_goes_on_from_the_last_checkpoint_with_another_config(
@@ -252,17 +233,13 @@ def test_after_a_nan_another_run_goes_on_from_the_last_checkpoint_with_another_c
     config = case.make_config(source, log_every=5, checkpoint_every=4)
     error = run_with_nan_at(7, config, tmp_path / "run")
     case.assert_one_line(error, "lower optimizer.learning_rate", f"--from={tmp_path / 'run'}@4")
-    lower = case.make_config(
-        source, log_every=5, checkpoint_every=20, optimizer={"learning_rate": 0.01}
-    )
+    lower = case.make_config(source, log_every=5, checkpoint_every=20, optimizer={"learning_rate": 0.01})
     other = tmp_path / "other"
     with pytest.MonkeyPatch.context() as monkeypatch:
         case.stop_at(monkeypatch, 6, signal.SIGTERM)
         assert train.run(lower, other, origin=f"{tmp_path / 'run'}@4") == 128 + signal.SIGTERM
     assert case.steps_on_disk(other) == [4, 6]
-    case.assert_bitwise(
-        case.final_state(other, step=4)[1], case.final_state(tmp_path / "run", step=4)[1]
-    )
+    case.assert_bitwise(case.final_state(other, step=4)[1], case.final_state(tmp_path / "run", step=4)[1])
     # The folder stands on its own: it goes on without the first run.
     assert train.run(lower, other) == 0
     assert "resuming at step 6 of 40" in logged
@@ -273,9 +250,7 @@ def test_after_a_nan_another_run_goes_on_from_the_last_checkpoint_with_another_c
     ("origin", "words"),
     [("x@y", ["RUN@STEP"]), ("missing", ["missing", "does not exist"]), ("full@40", ["step 40"])],
 )
-def test_an_origin_that_cannot_be_used_is_an_error_of_one_line(
-    finished, tmp_path, one_device, origin, words
-):
+def test_an_origin_that_cannot_be_used_is_an_error_of_one_line(finished, tmp_path, one_device, origin, words):
     origin = origin.replace("full", str(finished.workdir))
     with pytest.raises(UserError) as error:
         train.run(finished.config, tmp_path / "run", origin=origin)

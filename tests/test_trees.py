@@ -66,8 +66,7 @@ def test_a_part_of_a_path_is_no_match():
 
 def test_a_path_without_a_rule_is_refused_by_name():
     with pytest.raises(
-        UserError,
-        match=r"no rule matches parameter 'c': add one to the table \(2 rules were tried\)",
+        UserError, match=r"no rule matches parameter 'c': add one to the table \(2 rules were tried\)"
     ):
         trees.match(((r"a", 1), (r"b", 2)), "c")
 

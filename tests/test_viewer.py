@@ -81,8 +81,7 @@ def test_numbers_keep_every_digit_of_a_float32_and_what_is_not_finite_becomes_nu
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["</script><script>alert(1)</script>", "<!--<script>", "&lt;", "\u2028", "\ud800", "'\"\\"],
+    "text", ["</script><script>alert(1)</script>", "<!--<script>", "&lt;", "\u2028", "\ud800", "'\"\\"]
 )
 def test_embedded_text_cannot_end_its_element_and_comes_back(text):
     embedded = page.embedded({text: [text]})
@@ -152,9 +151,7 @@ def test_circuits_of_one_text_share_it_and_others_bring_theirs(copied):
         changed.save(where)
         (where / "status.json").write_text(json.dumps({**status, "task": name}))
         windows_WT = (evidence.windows_WT + shift) % 257
-        dataclasses.replace(
-            evidence, task=name, circuit=changed.digest, windows_WT=windows_WT
-        ).save(where)
+        dataclasses.replace(evidence, task=name, circuit=changed.digest, windows_WT=windows_WT).save(where)
     found = contents.read_run(copied, contents.Options())
     texts = {task: shown["text"] for task, shown in found["circuits"].items()}
     assert len(found["texts"]) == 2
@@ -273,9 +270,7 @@ def test_the_command_writes_one_page(folder, data, tmp_path, monkeypatch, caplog
     assert json.loads(text) == data
     assert "1 circuits of 2 tasks" in caplog.text
 
-    monkeypatch.setattr(
-        page, "render", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(page, "render", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     before = out.read_bytes()
     with pytest.raises(KeyboardInterrupt):
         view.main([])
@@ -334,9 +329,7 @@ def test_options_that_show_nothing_are_refused(options):
         contents.Options(**options)
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
-    folder, tmp_path, monkeypatch
-):
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(folder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(contents, "read_run", lambda *args: pytest.fail("read"))
     for out in (tmp_path, tmp_path / "missing" / "x.html", tmp_path / "file" / "x.html"):

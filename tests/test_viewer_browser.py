@@ -37,9 +37,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def browser():
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         assert "WSPARSE_NEEDS_BROWSER" not in os.environ, "there is no Chromium on the path"
         pytest.skip("there is no Chromium on the path: apt-get install chromium")
@@ -85,10 +83,7 @@ def open_page(browser, path):
         page = context.new_page()
         page.on("console", lambda message: trouble.append(message.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on(
-            "request",
-            lambda r: trouble.append(r.url) if r.resource_type != "document" else None,
-        )
+        page.on("request", lambda r: trouble.append(r.url) if r.resource_type != "document" else None)
         page.goto(f"{file.as_uri()}{fragment}")
         page.wait_for_selector("main:not([hidden])")
         return page
@@ -154,9 +149,7 @@ def test_a_clicked_node_shows_its_numbers(open_page, data):
     page = open_page(f"#task={case.TASK}")
     shown = data["circuits"][case.TASK]
     index, node = next(
-        (i, n)
-        for i, n in enumerate(shown["nodes"])
-        if any(i in edge[:2] for edge in shown["edges"])
+        (i, n) for i, n in enumerate(shown["nodes"]) if any(i in edge[:2] for edge in shown["edges"])
     )
     page.locator(f'.node[data-name="{node["name"]}"]').click()
     panel = page.locator("#panel")
@@ -202,10 +195,7 @@ def test_queries_keys_and_values_show_attention(open_page, data, kind):
     assert all(squares.nth(i).evaluate(drawn) > 8 for i in range(2))
     squares.first.hover(position={"x": 76, "y": 76})
     assert page.locator("#tip").inner_text().startswith("from ")
-    assert (
-        open_page(f"#task={case.TASK}&node={node_of(data, 'act_in')}").locator("canvas").count()
-        == 0
-    )
+    assert open_page(f"#task={case.TASK}&node={node_of(data, 'act_in')}").locator("canvas").count() == 0
 
 
 def test_a_link_shows_the_same_thing(open_page, data):
@@ -231,8 +221,7 @@ def test_a_link_shows_the_same_thing(open_page, data):
 
 
 @pytest.mark.parametrize(
-    "fragment",
-    ["#task=nothing", "#task=__proto__", f"#task={case.TASK}&node=9.x.y.z&keep=-1&pair=99&view=a"],
+    "fragment", ["#task=nothing", "#task=__proto__", f"#task={case.TASK}&node=9.x.y.z&keep=-1&pair=99&view=a"]
 )
 def test_a_link_to_what_is_not_there_opens_what_is(open_page, fragment):
     page = open_page(fragment)
@@ -294,11 +283,7 @@ def large(data: dict, n_nodes: int) -> dict:
     rng = np.random.default_rng(0)
     grown = copy.deepcopy(data)
     shown = grown["circuits"][case.TASK]
-    kinds = [
-        n
-        for n in shown["nodes"]
-        if n["name"].split(".")[2] in ("act_in", "post_act", "resid_delta")
-    ]
+    kinds = [n for n in shown["nodes"] if n["name"].split(".")[2] in ("act_in", "post_act", "resid_delta")]
     nodes = []
     for i in range(n_nodes):
         like = kinds[i % len(kinds)]
@@ -403,10 +388,7 @@ def test_numbers_name_their_split_and_count_the_same_nodes(open_page, data):
         page.locator("#keep").fill(str(keep))
         assert page.locator("#kept").inner_text() == f"{keep} of {case.N_NODES}"
         text = page.locator("#prefix").inner_text()
-        assert (
-            f"the top {keep} alone: loss {dict(data['circuits'][case.TASK]['prefix'])[keep]:.3f}"
-            in text
-        )
+        assert f"the top {keep} alone: loss {dict(data['circuits'][case.TASK]['prefix'])[keep]:.3f}" in text
         assert f"{pairs} pairs of the report split" in text
     assert "report split" in page.locator("#panel").inner_text()
     page.locator(".node").first.click()
@@ -487,9 +469,7 @@ def test_labels_can_be_read_on_a_phone(open_page, data):
     assert label.evaluate(tall) < 9
 
 
-def test_a_page_that_opens_with_a_circuit_shows_it_and_leads_to_the_table(
-    open_page, data, tmp_path
-):
+def test_a_page_that_opens_with_a_circuit_shows_it_and_leads_to_the_table(open_page, data, tmp_path):
     file = tmp_path / "one.html"
     file.write_text(page_lib.render(data | {"opens": case.TASK}, title="x"), encoding="utf-8")
     page = open_page(file=file)

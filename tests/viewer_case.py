@@ -65,10 +65,7 @@ def run() -> runs.Run:
 def write_task(folder: pathlib.Path) -> pathlib.Path:
     """Close a string with the quote that opened it, as a user's own task file."""
     words = [f"{a}{b}" for a in "abcdefghijklmnop" for b in "xyzuvw"]
-    pairs = [
-        {"prompt_a": f"f('{w}", "prompt_b": f'f("{w}', "answer_a": "'", "answer_b": '"'}
-        for w in words
-    ]
+    pairs = [{"prompt_a": f"f('{w}", "prompt_b": f'f("{w}', "answer_a": "'", "answer_b": '"'} for w in words]
     path = folder / f"{TASK}.jsonl"
     path.write_text("\n".join(map(json.dumps, pairs)))
     return path
@@ -82,9 +79,7 @@ def circuit(task: pairs.Task) -> Circuit:
     """Random nodes and the edges between them but one, with what `find` says of each node."""
     given = run()
     rng = np.random.default_rng(1)
-    scorer = scoring.Scorer(
-        given.params, CONFIG, scoring.mean_activations(given.params, CONFIG, windows())
-    )
+    scorer = scoring.Scorer(given.params, CONFIG, scoring.mean_activations(given.params, CONFIG, windows()))
     mask = {name: np.zeros(shape, bool) for name, shape in masks.shapes(CONFIG).items()}
     for kept_LN in mask.values():
         for kept_N in kept_LN:
@@ -106,10 +101,7 @@ def circuit(task: pairs.Task) -> Circuit:
         model_digest=trees.digest(given.params),
         config=CONFIG,
         target=0.15,
-        nodes=[
-            CircuitNode(str(n), 0.5, float(i))
-            for n, i in zip(names, rng.random(N_NODES), strict=True)
-        ],
+        nodes=[CircuitNode(str(n), 0.5, float(i)) for n, i in zip(names, rng.random(N_NODES), strict=True)],
         edges=graph.edge_list(edges, given.params),
         loss=scores.loss,
         scores=Scores(

@@ -131,17 +131,14 @@ def find_target(name: str, slices: int = 1) -> Target:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
     except Exception as error:  # libtpu's errors have no common type of their own
-        raise UserError(
-            f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}") from error
     return Target(full, CHIPS[kind], list(topology.devices), slices)
 
 
 def train_step(config: TrainConfig, program: Program) -> tuple[Any, float]:
     """Returns the lowered training step, and the model's own FLOPs of it on all chips."""
     batch = jax.ShapeDtypeStruct(
-        (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1),
-        jnp.int32,
+        (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1), jnp.int32
     )
     step: Any = program.step  # a jitted function
     lowered = step.lower(program.abstract_state, batch)
@@ -288,9 +285,7 @@ def describe(what: str, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(
-    config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per_step: int
-) -> dict[str, Any]:
+def run(config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per_step: int) -> dict[str, Any]:
     """Compiles the functions and logs their needs; returns the report that the command saves."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
     log.info(

@@ -42,10 +42,7 @@ class Checkpointer:
         self.folder, self._keep = pathlib.Path(folder).absolute(), keep
         # Orbax would delete old steps before the new one has its digests.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True)
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        }
+        handlers = {"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
         with _explained(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder, item_names=tuple(handlers), item_handlers=handlers, options=options
@@ -70,9 +67,7 @@ class Checkpointer:
           UserError: This step, or the one before, cannot be written.
         """
         self.finish()
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         with _explained(self._path(step)):
             self._manager.save(step, args=items)
         self._unhashed.append(step)
@@ -131,9 +126,7 @@ class Checkpointer:
             return None
         path = self._path(step)
         _check_fit(path, self._manager.item_metadata(step)["state"], like, partial=False)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), metadata=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), metadata=ocp.args.JsonRestore())
         with _misfit(path):
             restored = self._manager.restore(step, args=items)
         return step, restored["state"], restored["metadata"]
@@ -213,9 +206,7 @@ def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) 
     with ocp.Checkpointer(handler) as reader:
         _check_fit(path, reader.metadata(path).item_metadata["state"], like, partial=True)
         arguments = ocp.args.PyTreeRestore(
-            like,
-            partial_restore=True,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            like, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
         )
         with _misfit(path):
             return good, reader.restore(path, ocp.args.Composite(state=arguments))["state"]

@@ -36,10 +36,7 @@ def main() -> None:
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     else:
         near = closest(name, COMMANDS)
-        print(
-            f"error: there is no command {name[:80]!a}{near}; see wsparse --help",
-            file=sys.stderr,
-        )
+        print(f"error: there is no command {name[:80]!a}{near}; see wsparse --help", file=sys.stderr)
         sys.exit(2)
 
 

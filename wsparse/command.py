@@ -110,11 +110,7 @@ def _flag_error(error: Exception) -> str:
         nearest = f" (did you mean {unknown[3]!r}?)" if unknown[3] else ""
         return f"unknown config key {unknown[1]!r}{nearest}"
     # absl wraps what a flag's parser raises.
-    return (
-        str(error.__context__)
-        if isinstance(error.__context__, UserError)
-        else f"{text}; see --help"
-    )
+    return str(error.__context__) if isinstance(error.__context__, UserError) else f"{text}; see --help"
 
 
 def _check_flags(argv: Sequence[str]) -> None:

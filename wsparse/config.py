@@ -54,17 +54,13 @@ class ModelConfig:
     n_head: int = setting(16, "Attention heads H; `n_head * d_head` may differ from `d_model`.")
     d_head: int = setting(16, "Width K of one head.")
     d_mlp: int | None = setting(None, "MLP neurons F; None means `4 * d_model`.")
-    norm: Literal["rms", "layer"] = setting(
-        "rms", '"rms" (gain only, no mean subtraction) or "layer".'
-    )
+    norm: Literal["rms", "layer"] = setting("rms", '"rms" (gain only, no mean subtraction) or "layer".')
     norm_bias: bool = setting(True, 'A bias in layer norms (ignored by "rms").')
     norm_eps: float | None = setting(
         None, 'None means float32 machine epsilon for "rms" and 1e-5 for "layer".'
     )
     bias: bool = setting(True, "Biases in the linear layers (never on the unembedding).")
-    activation: Literal["gelu", "relu"] = setting(
-        "gelu", 'MLP nonlinearity, exact (erf) "gelu" or "relu".'
-    )
+    activation: Literal["gelu", "relu"] = setting("gelu", 'MLP nonlinearity, exact (erf) "gelu" or "relu".')
     residual_activation: Literal["identity", "relu"] = setting(
         "identity", "Applied to the residual stream after each add."
     )
@@ -79,21 +75,14 @@ class ModelConfig:
         0, 'Width of the concatenated position table; 0 unless `position` is a "concat" one.'
     )
     bigram: Literal["learned", "frozen", "none"] = setting(
-        "learned",
-        '"learned" or "frozen" V x V table whose row of the current token is added to the logits.',
+        "learned", '"learned" or "frozen" V x V table whose row of the current token is added to the logits.'
     )
-    sink: bool = setting(
-        True, "One learned logit per head that joins the softmax denominator only."
-    )
-    logits_bias: bool = setting(
-        False, "A bias added to the logits, as some published checkpoints have."
-    )
+    sink: bool = setting(True, "One learned logit per head that joins the softmax denominator only.")
+    logits_bias: bool = setting(False, "A bias added to the logits, as some published checkpoints have.")
     abs_top_k_fraction: float | None = setting(
         0.25, "Fraction of each AbsTopK site's channels kept per token; None is off."
     )
-    abs_top_k_sites: tuple[str, ...] = setting(
-        NODE_SITES, "Where AbsTopK acts, names of `ABS_TOP_K_SITES`."
-    )
+    abs_top_k_sites: tuple[str, ...] = setting(NODE_SITES, "Where AbsTopK acts, names of `ABS_TOP_K_SITES`.")
     compute_dtype: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "Dtype of activations; parameters stay float32 and logits are at least float32."
     )
@@ -103,9 +92,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "n_layer", "d_model", "n_head", "d_head"):
-            require(
-                getattr(self, name) >= 1, f"model.{name} must be at least 1", getattr(self, name)
-            )
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1", getattr(self, name))
         require(self.d_mlp is None or self.d_mlp >= 1, "model.d_mlp must be at least 1", self.d_mlp)
         require(
             self.norm_eps is None or 0 < self.norm_eps < 1,
@@ -114,16 +101,10 @@ class ModelConfig:
         )
         if self.concatenates_positions:
             require(
-                self.d_pos >= 1,
-                f"model.d_pos must be at least 1 with position={self.position!r}",
-                self.d_pos,
+                self.d_pos >= 1, f"model.d_pos must be at least 1 with position={self.position!r}", self.d_pos
             )
         else:
-            require(
-                self.d_pos == 0,
-                f"model.d_pos must be 0 with position={self.position!r}",
-                self.d_pos,
-            )
+            require(self.d_pos == 0, f"model.d_pos must be 0 with position={self.position!r}", self.d_pos)
         fraction = self.abs_top_k_fraction
         require(
             fraction is None or 0 < fraction <= 1,
@@ -187,9 +168,7 @@ class SparsityConfig:
     min_per_neuron: int = setting(
         4, "Nonzeros that every MLP neuron and attention channel keeps in each of its matrices."
     )
-    anneal_start: float = setting(
-        0.0, "Fraction of training at which the density starts to fall from 1."
-    )
+    anneal_start: float = setting(0.0, "Fraction of training at which the density starts to fall from 1.")
     anneal_end: float = setting(0.5, "Fraction of training at which it reaches `density`.")
     anneal: Literal["linear", "exponential"] = setting(
         "linear", '"linear" in the density or "exponential" (linear in its logarithm).'
@@ -197,11 +176,7 @@ class SparsityConfig:
 
     def __post_init__(self):
         require(0 < self.density <= 1, "sparsity.density must be in (0, 1]", self.density)
-        require(
-            self.min_per_neuron >= 0,
-            "sparsity.min_per_neuron must be at least 0",
-            self.min_per_neuron,
-        )
+        require(self.min_per_neuron >= 0, "sparsity.min_per_neuron must be at least 0", self.min_per_neuron)
         require(
             0 <= self.anneal_start < self.anneal_end <= 1,
             "sparsity: 0 <= anneal_start < anneal_end <= 1 must hold",
@@ -227,19 +202,13 @@ class OptimizerConfig:
     )
 
     def __post_init__(self):
-        require(
-            self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate
-        )
+        require(self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate)
         require(0 <= self.warmup < 1, "optimizer.warmup must be in [0, 1)", self.warmup)
         require(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-            "optimizer.b1 and b2 must be in [0, 1)",
-            (self.b1, self.b2),
+            0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1 and b2 must be in [0, 1)", (self.b1, self.b2)
         )
         require(self.eps > 0, "optimizer.eps must be positive", self.eps)
-        require(
-            self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay
-        )
+        require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,9 +224,7 @@ class DataConfig:
         "Text taken from all sources together, in units of 10^6 bytes, before the split; a source that holds "
         "less than its part of the mix gives all it has.",
     )
-    tokenizer: str = setting(
-        "", 'Path of a `tokenizer.json` to use; "" trains one on the training text.'
-    )
+    tokenizer: str = setting("", 'Path of a `tokenizer.json` to use; "" trains one on the training text.')
     validation_fraction: float = setting(
         0.02, "Fraction of documents held out, chosen by the hash of their content."
     )
@@ -288,9 +255,7 @@ class MeshConfig:
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
         require(
-            all(size == -1 or size >= 1 for size in sizes),
-            "mesh: each axis must be at least 1, or -1",
-            sizes,
+            all(size == -1 or size >= 1 for size in sizes), "mesh: each axis must be at least 1, or -1", sizes
         )
         require(sizes.count(-1) <= 1, "mesh: at most one axis may be -1", sizes)
 
@@ -305,9 +270,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     steps: int = setting(1000, "Optimizer steps.")
-    batch_size: int = setting(
-        64, "Sequences per optimizer step, over all devices and accumulation steps."
-    )
+    batch_size: int = setting(64, "Sequences per optimizer step, over all devices and accumulation steps.")
     accumulate: int = setting(1, "Micro-batches per optimizer step.")
     seed: int = setting(0, "Seed of the initial parameters.")
     log_every: int = setting(10, "Steps between records in `metrics.jsonl`.")
@@ -321,14 +284,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(3, "How many of the newest checkpoints stay on disk.")
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "eval_batches",
-            "keep_checkpoints",
-        ):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("eval_every", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
@@ -366,9 +322,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
     if not isinstance(values, Mapping):
-        raise UserError(
-            f"config key '{where.rstrip('.')}' must be a group of keys, got {_shown(values)}"
-        )
+        raise UserError(f"config key '{where.rstrip('.')}' must be a group of keys, got {_shown(values)}")
     hints = _hints(cls)
     arguments = {}
     for key, value in values.items():
@@ -439,9 +393,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not hint:
-        raise UserError(
-            f"config key '{where}' must be of type {hint.__name__}, got {_shown(value)}"
-        )
+        raise UserError(f"config key '{where}' must be of type {hint.__name__}, got {_shown(value)}")
     if hint is float and not math.isfinite(value):
         raise UserError(f"config key '{where}' must be a finite number, got {value}")
     return value

@@ -114,9 +114,7 @@ def versions() -> str:
     # Before an error is raised here, since all processes must take part.
     processes.require_same(str(sorted(installed)), "python and its packages")
     if wrong:
-        raise ProblemError(
-            f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)"
-        )
+        raise ProblemError(f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)")
     shown = ("python", "jax", "orbax-checkpoint")
     return ", ".join(package for package in installed if package.split()[0] in shown)
 
@@ -157,9 +155,7 @@ def collectives() -> str:
     start = time.monotonic()
     total = int(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(sharded))
     if total != count * (count - 1) // 2:
-        raise ProblemError(
-            f"the devices' numbers 0 to {count - 1} sum to {total}: do not train here"
-        )
+        raise ProblemError(f"the devices' numbers 0 to {count - 1} sum to {total}: do not train here")
     return f"a sum over {count} devices is right ({time.monotonic() - start:.1f} s with compiling)"
 
 

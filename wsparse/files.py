@@ -93,9 +93,7 @@ def _space_left(path: pathlib.Path) -> str:
     return ""
 
 
-def make_folder(
-    path: str | os.PathLike[str], *, shown: str | os.PathLike[str] | None = None
-) -> None:
+def make_folder(path: str | os.PathLike[str], *, shown: str | os.PathLike[str] | None = None) -> None:
     """Makes a folder, and those above it, where there is none.
 
     Args:
@@ -112,11 +110,7 @@ def make_folder(
 
 
 def write_json(
-    path: str | os.PathLike[str],
-    value: Any,
-    *,
-    durable: bool = False,
-    part: pathlib.Path | None = None,
+    path: str | os.PathLike[str], value: Any, *, durable: bool = False, part: pathlib.Path | None = None
 ) -> None:
     """Writes a value as indented JSON; see `replacing`."""
     with replacing(path, durable=durable, part=part) as part:

@@ -108,16 +108,12 @@ class Program:
                 if instruction.op == "while":
                     (condition,) = _called(instruction, "condition")
                     (body,) = _called(instruction, "body")
-                    trips, is_search = self._trips(
-                        self.computations[name], instruction, condition, body
-                    )
+                    trips, is_search = self._trips(self.computations[name], instruction, condition, body)
                     visit(body, times * trips, in_search or is_search)
                     visit(condition, times * trips, in_search or is_search)
-                elif instruction.op in (
-                    "fusion",
-                    "call",
-                    "conditional",
-                ) or instruction.op.startswith("async"):
+                elif instruction.op in ("fusion", "call", "conditional") or instruction.op.startswith(
+                    "async"
+                ):
                     keys = ("calls", "to_apply", "true_computation", "false_computation",
                             "branch_computations", "called_computations")  # fmt: skip
                     for callee in _called(instruction, *keys):
@@ -126,9 +122,7 @@ class Program:
         visit(self.entry, 1, False)
         return runs, searching
 
-    def _trips(
-        self, around: Computation, loop: Instruction, condition: str, body: str
-    ) -> tuple[int, bool]:
+    def _trips(self, around: Computation, loop: Instruction, condition: str, body: str) -> tuple[int, bool]:
         """Returns `(iterations, is_bound)` of a loop in the computation `around`."""
         instructions = self.computations[condition]
         root = _root(instructions)
@@ -161,9 +155,7 @@ class Program:
                 new = _root(instructions)
             added = [instructions[operand] for operand in new.operands if operand in instructions]
             constants = [
-                int(instruction.operands[0])
-                for instruction in added
-                if instruction.op == "constant"
+                int(instruction.operands[0]) for instruction in added if instruction.op == "constant"
             ]
             if new.op == "add" and constants:
                 return constants[0]
@@ -184,9 +176,7 @@ class Program:
         total = 0
         for name, times, _, instruction in self.walk():
             if instruction.op in ("dot", "convolution"):
-                left, right = (
-                    self.computations[name][o].result[0] for o in instruction.operands[:2]
-                )
+                left, right = (self.computations[name][o].result[0] for o in instruction.operands[:2])
                 count = _dot_flops if instruction.op == "dot" else _convolution_flops
                 total += times * count(instruction, left, right)
             elif instruction.op == "custom-call" and (
@@ -261,14 +251,8 @@ class Program:
         if instruction.op in ("send", "recv"):
             return _hbm(instruction.result[:1])
         if instruction.op.endswith("-start"):
-            return _hbm(
-                instruction.result[:1] and [max(instruction.result, key=lambda array: array.bytes)]
-            )
-        operands = [
-            computation[operand].result
-            for operand in instruction.operands
-            if operand in computation
-        ]
+            return _hbm(instruction.result[:1] and [max(instruction.result, key=lambda array: array.bytes)])
+        operands = [computation[operand].result for operand in instruction.operands if operand in computation]
         if instruction.op == "dynamic-slice" or instruction.op == "slice":
             return 2 * _hbm(instruction.result)
         if instruction.op == "dynamic-update-slice":
@@ -278,9 +262,7 @@ class Program:
             return self._fusion_bytes(self.computations[callee], operands, instruction.result)
         return _hbm(instruction.result) + sum(_hbm(operand) for operand in operands)
 
-    def _fusion_bytes(
-        self, fused: Computation, operands: list[list[Array]], result: list[Array]
-    ) -> int:
+    def _fusion_bytes(self, fused: Computation, operands: list[list[Array]], result: list[Array]) -> int:
         users: dict[str, list[Instruction]] = defaultdict(list)
         for instruction in fused.values():
             for operand in instruction.operands:
@@ -421,21 +403,14 @@ def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> i
     assert labels is not None, instruction.attributes
     lhs, rhs, out = labels.groups()
     result = instruction.result[0]
-    total = (
-        2 * left.shape[lhs.index("b")] * right.shape[rhs.index("i")] * right.shape[rhs.index("o")]
-    )
+    total = 2 * left.shape[lhs.index("b")] * right.shape[rhs.index("i")] * right.shape[rhs.index("o")]
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     settings = dict(part.split("=") for part in window[1].split()) if window else {}
     for number in range(len(lhs) - 2):
         axis = str(number)
         values = {
             key: settings[key].split("x")[number] if key in settings else default
-            for key, default in {
-                "stride": "1",
-                "pad": "0_0",
-                "lhs_dilate": "1",
-                "rhs_dilate": "1",
-            }.items()
+            for key, default in {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}.items()
         }
         low = int(values["pad"].split("_")[0])
         stride, spread, dilation = (int(values[k]) for k in ("stride", "lhs_dilate", "rhs_dilate"))

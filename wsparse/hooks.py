@@ -130,11 +130,7 @@ def _forward(params, tokens_BT, config, locations):
 
 
 def run_with_taps(
-    params: model.Params,
-    tokens_BT: jax.Array,
-    config: ModelConfig,
-    *,
-    taps: Mapping[str, ValueTap],
+    params: model.Params, tokens_BT: jax.Array, config: ModelConfig, *, taps: Mapping[str, ValueTap]
 ) -> tuple[jax.Array, Activations]:
     """Run the model with activations changed.
 

@@ -35,9 +35,7 @@ class MetricsWriter:
         with files.replacing(self._path) as part:
             part.write_text("".join(_line(record) for record in kept))
         self._file = self._path.open("a", buffering=1)
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir), purge_step=start_step + 1, write_to_disk=True
-        )
+        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start_step + 1, write_to_disk=True)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -93,9 +91,7 @@ def set_aside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     target = next(name for name in names if not name.exists())
     files.make_folder(folder)
     path.replace(target)
-    log.warning(
-        "no checkpoint is usable: training begins anew; its records so far are in %s", target
-    )
+    log.warning("no checkpoint is usable: training begins anew; its records so far are in %s", target)
 
 
 def strict(value: Any) -> Any:

@@ -119,9 +119,7 @@ def forward(
         n_scanned -= 1
         blocks = jax.tree.map(lambda p: p[:-1], blocks)
     # Two layers are unrolled: stacking their activations for the backward pass costs more than a loop saves.
-    x_BTD, acts = lax.scan(
-        layer, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2
-    )
+    x_BTD, acts = lax.scan(layer, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2)
     if shortened:
         last_block = jax.tree.map(lambda p: p[-1], params["blocks"])
         node = functools.partial(_node, config, tap, jnp.int32(n_scanned))
@@ -157,9 +155,7 @@ def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def _node(
-    config: ModelConfig, tap: taps.Tap | None, layer: Any, name: str, value: jax.Array
-) -> jax.Array:
+def _node(config: ModelConfig, tap: taps.Tap | None, layer: Any, name: str, value: jax.Array) -> jax.Array:
     """Returns what later computation sees of a location's value: AbsTopK, then the tap."""
     k = _n_kept(config, LOCATIONS[name].site, value)
     return taps.after_top_k(tap, taps.Location(name, layer), value, k)
@@ -316,19 +312,12 @@ class Block(nn.Module):
             return abs_top_k(x_BTD, _n_kept(config, site, x_BTD))
 
         x_BTD = resid_in_BTD = node("attn.resid_in", x_BTD)
-        delta_BTD, attention_acts = Attention(config, name="attn")(
-            read("attn", x_BTD), node, positions_BP
-        )
+        delta_BTD, attention_acts = Attention(config, name="attn")(read("attn", x_BTD), node, positions_BP)
         if positions_BP is not None:
             x_BTD = _take_positions(x_BTD, positions_BP)
         x_BTD = resid_mid_BTD = node("mlp.resid_mid", add(x_BTD, delta_BTD, "resid_post_attn"))
         delta_BTD, mlp_acts = MLP(config, name="mlp")(read("mlp", x_BTD, positions_BP), node)
-        acts = {
-            "attn.resid_in": resid_in_BTD,
-            **attention_acts,
-            "mlp.resid_mid": resid_mid_BTD,
-            **mlp_acts,
-        }
+        acts = {"attn.resid_in": resid_in_BTD, **attention_acts, "mlp.resid_mid": resid_mid_BTD, **mlp_acts}
         return add(x_BTD, delta_BTD, "resid_post_mlp"), acts
 
 

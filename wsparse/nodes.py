@@ -55,9 +55,7 @@ _OUT, _FC, _PROJ = "blocks/attn/out/kernel", "blocks/mlp/fc/kernel", "blocks/mlp
 # Every location of a layer, in the order of the forward pass, and the end of the residual stream.
 LOCATIONS: dict[str, NodeKind] = {
     "attn.resid_in": NodeKind("residual", hook="hook_resid_pre"),
-    "attn.act_in": NodeKind(
-        "read", "attn_in", (), (_Q, _K, _V), "ln1.hook_normalized", "read by attention"
-    ),
+    "attn.act_in": NodeKind("read", "attn_in", (), (_Q, _K, _V), "ln1.hook_normalized", "read by attention"),
     "attn.q": NodeKind("heads", "attn_q", (_Q,), (), "attn.hook_q", "query"),
     "attn.k": NodeKind("heads", "attn_k", (_K,), (), "attn.hook_k", "key"),
     "attn.v": NodeKind("heads", "attn_v", (_V,), (_OUT,), "attn.hook_v", "value"),
@@ -68,9 +66,7 @@ LOCATIONS: dict[str, NodeKind] = {
     "mlp.resid_mid": NodeKind("residual", hook="hook_resid_mid"),
     "mlp.act_in": NodeKind("read", "mlp_in", (), (_FC,), "ln2.hook_normalized", "read by the MLP"),
     "mlp.post_act": NodeKind("neurons", "mlp_neuron", (_FC,), (_PROJ,), "mlp.hook_post", "neuron"),
-    "mlp.resid_delta": NodeKind(
-        "residual", "mlp_out", (_PROJ,), (), "hook_mlp_out", "written by the MLP"
-    ),
+    "mlp.resid_delta": NodeKind("residual", "mlp_out", (_PROJ,), (), "hook_mlp_out", "written by the MLP"),
     "final_resid": NodeKind("residual"),
 }
 

@@ -132,12 +132,7 @@ class Run(runs.Run):
 
         chosen = find(task)
         with log_to_stdout():
-            prune.run(
-                self.folder,
-                [chosen],
-                from_dict(Settings, settings),
-                shown=evidence.Options(),
-            )
+            prune.run(self.folder, [chosen], from_dict(Settings, settings), shown=evidence.Options())
         status = circuit_file.Status.load(self.folder / "circuits" / chosen.name)
         if not status.has_circuit:
             raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {status.status}")
@@ -232,8 +227,7 @@ class Page:
 
     def _repr_html_(self) -> str:
         return (
-            f'<iframe srcdoc="{html.escape(self.text)}" width="100%" height="700" '
-            'style="border: 0"></iframe>'
+            f'<iframe srcdoc="{html.escape(self.text)}" width="100%" height="700" style="border: 0"></iframe>'
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

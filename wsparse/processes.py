@@ -132,6 +132,4 @@ def _in_a_cluster() -> bool:
 
 
 def _may_use_tpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None and "cpu" not in os.environ.get(
-        "JAX_PLATFORMS", ""
-    )
+    return importlib.util.find_spec("libtpu") is not None and "cpu" not in os.environ.get("JAX_PLATFORMS", "")

@@ -39,12 +39,7 @@ class Progress(Generic[T]):
     """See `progress`; an iterator over the work, and a context manager."""
 
     def __init__(
-        self,
-        work: Iterable[T] | int,
-        label: str,
-        *,
-        start: int = 0,
-        seconds_per_line: float | None = 30.0,
+        self, work: Iterable[T] | int, label: str, *, start: int = 0, seconds_per_line: float | None = 30.0
     ):
         self._items = () if isinstance(work, int) else work
         self._total = work if isinstance(work, int) else _length(work)

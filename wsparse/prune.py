@@ -96,9 +96,7 @@ def _jobs(
     """Returns the work of every task that can be built."""
     config, out = trained.config.model, trained.folder / "circuits"
     subject = procedure.Subject(trained.params, config, trained.windows("train", n=_WINDOWS))
-    pairs, refused = procedure.build_pairs(
-        chosen, trained.tokenizer, settings, context=config.context
-    )
+    pairs, refused = procedure.build_pairs(chosen, trained.tokenizer, settings, context=config.context)
     for name, reason in refused.items():
         log.info("%s: refused: %s", name, reason)
     if not pairs:
@@ -132,9 +130,7 @@ def _run_jobs(jobs: Sequence[_Job], lease: float) -> None:
                 pending.append((number, job))
         if pending:
             if not waiting:
-                log.info(
-                    "with other workers: %d tasks; waiting for them, in case one dies", len(pending)
-                )
+                log.info("with other workers: %d tasks; waiting for them, in case one dies", len(pending))
             waiting = True
             time.sleep(min(_POLL, lease / 4))
         todo = pending
@@ -222,9 +218,7 @@ class _Job:
                     self._find(trials=trials)
 
     def _find(self, **options: Any) -> None:
-        circuit = procedure.find_circuit(
-            self.subject, self.pairs, self.pruner, self.settings, **options
-        )
+        circuit = procedure.find_circuit(self.subject, self.pairs, self.pruner, self.settings, **options)
         self._finish(circuit, circuit.status if circuit else "not found")
 
     @functools.cached_property
@@ -402,16 +396,10 @@ def define_flags() -> None:
     flags.DEFINE_string("run", None, "Folder of a training run.", required=True)
     flags.DEFINE_list("task", ["all"], "Names, .jsonl or .py files, or all.")
     flags.DEFINE_string(
-        "storage",
-        None,
-        "Share the work with all workers that are given the same file or database URL.",
+        "storage", None, "Share the work with all workers that are given the same file or database URL."
     )
-    flags.DEFINE_float(
-        "lease", 600.0, "Seconds of silence after which other workers count a worker as dead."
-    )
-    flags.DEFINE_bool(
-        "report", False, "Only write the table and curves of the tasks that are done."
-    )
+    flags.DEFINE_float("lease", 600.0, "Seconds of silence after which other workers count a worker as dead.")
+    flags.DEFINE_bool("report", False, "Only write the table and curves of the tasks that are done.")
     flags.DEFINE_bool(
         "evidence",
         None,

@@ -37,9 +37,7 @@ def folder() -> pathlib.Path:
 def names(kind: str = "") -> Iterator[str]:
     """Yields the names of all recipes of a kind (a folder of `configs/`), "gao:475m" for a variant."""
     for path in sorted((folder() / kind).glob("*.py")):
-        yield from (
-            f"{path.stem}:{variant}" if variant else path.stem for variant in variants(path)
-        )
+        yield from (f"{path.stem}:{variant}" if variant else path.stem for variant in variants(path))
 
 
 def variants(path: pathlib.Path) -> tuple[str, ...]:

@@ -104,9 +104,7 @@ class Run:
         assert (n is None) != (tokens is None), "give n or tokens"
         context, data = self.config.model.context, self.config.data
         if source:
-            components = dataset.other_text(
-                source, data, self.tokenizer, max_bytes=_OTHER_TEXT_BYTES
-            )
+            components = dataset.other_text(source, data, self.tokenizer, max_bytes=_OTHER_TEXT_BYTES)
         else:
             components = self.data.side(split)
         count = n if n is not None else max(1, (tokens or 0) // context)

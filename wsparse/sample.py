@@ -76,9 +76,7 @@ def generate(
         full = length == tokens_BT.shape[1]
         shifted = jnp.where(full, jnp.roll(tokens_BT, -1, axis=1), tokens_BT)
         position = jnp.where(full, length - 1, length)
-        tokens_BT = lax.dynamic_update_slice(
-            shifted, token_B[:, None].astype(tokens_BT.dtype), (0, position)
-        )
+        tokens_BT = lax.dynamic_update_slice(shifted, token_B[:, None].astype(tokens_BT.dtype), (0, position))
         return (tokens_BT, position + 1), token_B.astype(jnp.int32)
 
     _, drawn = lax.scan(step, (prompt_BT, length), jax.random.split(key, steps))
@@ -122,9 +120,7 @@ def main(argv: Sequence[str]) -> None:
 def _define_flags() -> None:
     flags.DEFINE_string("run", None, "The run's folder.")
     flags.DEFINE_string("prompt", None, "Text to continue.")
-    flags.DEFINE_integer(
-        "tokens", 64, "Tokens to draw; a sample ends early at the end of its document."
-    )
+    flags.DEFINE_integer("tokens", 64, "Tokens to draw; a sample ends early at the end of its document.")
     flags.DEFINE_integer("samples", 1, "Continuations to print.")
     flags.DEFINE_float("temperature", 0.8, "0 always takes the most likely token.")
     flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens only; 0 is all of them.")

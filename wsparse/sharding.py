@@ -185,9 +185,7 @@ def local_rows(mesh: Mesh, batch_size: int, accumulate: int = 1) -> list[int]:
     return np.flatnonzero(np.tile(held, accumulate)).tolist()
 
 
-def put_batch(
-    local: np.ndarray, mesh: Mesh, spec: P = BATCH, *, size: int | None = None
-) -> jax.Array:
+def put_batch(local: np.ndarray, mesh: Mesh, spec: P = BATCH, *, size: int | None = None) -> jax.Array:
     """Returns the global batch, given the rows that this process holds.
 
     Args:

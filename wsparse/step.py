@@ -53,19 +53,13 @@ def make_optimizer(
     settings = config.optimizer
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
-    scale = (
-        []
-        if settings.gradient_rms == "none"
-        else [sparsity.scale_by_gradient_rms(settings.gradient_rms)]
-    )
+    scale = [] if settings.gradient_rms == "none" else [sparsity.scale_by_gradient_rms(settings.gradient_rms)]
     return optax.chain(
         *scale,
         optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
         optax.add_decayed_weights(
             settings.weight_decay,
-            mask=lambda params: trees.map_with_path(
-                lambda path, _: trees.match(DECAY_RULES, path), params
-            ),
+            mask=lambda params: trees.map_with_path(lambda path, _: trees.match(DECAY_RULES, path), params),
         ),
         optax.scale_by_learning_rate(rate),
         _projection(config, density, mesh),
@@ -92,11 +86,7 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss(
-    params: model.Params,
-    window_BT: jax.Array,
-    config: ModelConfig,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
+    params: model.Params, window_BT: jax.Array, config: ModelConfig, *, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
     tap = None if mesh is None else sharding.activation_tap(mesh)
@@ -106,11 +96,7 @@ def loss(
 
 
 def train_step(
-    state: TrainState,
-    batch_ABT: jax.Array,
-    *,
-    config: TrainConfig,
-    mesh: jax.sharding.Mesh | None = None,
+    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """Make one optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
 
@@ -133,13 +119,9 @@ def train_step(
             jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params), batch_ABT[0]
         )
     else:
-        total, (value, kurtosis) = lax.scan(
-            microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT
-        )
+        total, (value, kurtosis) = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT)
         gradients = jax.tree.map(lambda g: g / config.accumulate, total)
-    updates, optimizer = make_optimizer(config, mesh=mesh).update(
-        gradients, state.optimizer, state.params
-    )
+    updates, optimizer = make_optimizer(config, mesh=mesh).update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     finite = sparsity.find_state(optimizer).finite
     report = {
@@ -162,11 +144,7 @@ def project(
 
 
 def eval_step(
-    params: model.Params,
-    window_BT: jax.Array,
-    *,
-    config: ModelConfig,
-    mesh: jax.sharding.Mesh | None = None,
+    params: model.Params, window_BT: jax.Array, *, config: ModelConfig, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
     value, acts = loss(params, window_BT, config, mesh=mesh)
@@ -221,9 +199,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     return Program(
         mesh=mesh,
         abstract_state=jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            shapes,
-            shardings,
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
         ),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
@@ -238,9 +214,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
             out_shardings=replicated,
         ),
         project=jax.jit(
-            on_mesh(project, config),
-            in_shardings=(shardings.params,),
-            out_shardings=shardings.params,
+            on_mesh(project, config), in_shardings=(shardings.params,), out_shardings=shardings.params
         ),
         alive=jax.jit(sparsity.alive_neurons, out_shardings=replicated),
     )

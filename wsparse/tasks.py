@@ -50,9 +50,7 @@ def report(
     refused: list[str] = []
     for task in chosen:
         try:
-            batch = pairs.build(
-                task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context
-            )
+            batch = pairs.build(task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context)
         except UserError as error:
             refused.append(f"refused: {error}")
         else:
@@ -76,9 +74,7 @@ def report(
     return "\n".join(lines)
 
 
-def _score(
-    params: model.Params, config: ModelConfig, batch: pairs.TaskBatch
-) -> tuple[float, float]:
+def _score(params: model.Params, config: ModelConfig, batch: pairs.TaskBatch) -> tuple[float, float]:
     """Returns the model's loss and accuracy on a batch."""
     columns = (batch.tokens, batch.position, batch.answer, batch.other)
     margins = []
@@ -118,9 +114,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("pairs", 64, "Pairs of each task.", lower_bound=1, upper_bound=_MOST_PAIRS)
     flags.DEFINE_integer("seed", 0, "Seed of the pairs.")
     flags.DEFINE_enum("split", "search", pairs.SPLITS, "Which templates and fillers to use.")
-    flags.DEFINE_integer(
-        "examples", 0, "Pairs of each task to print after the table.", lower_bound=0
-    )
+    flags.DEFINE_integer("examples", 0, "Pairs of each task to print after the table.", lower_bound=0)
 
 
 if __name__ == "__main__":

@@ -22,18 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from wsparse import (
-    checkpoint,
-    files,
-    locks,
-    metrics,
-    model,
-    processes,
-    recipes,
-    sharding,
-    sparsity,
-    trees,
-)
+from wsparse import checkpoint, files, locks, metrics, model, processes, recipes, sharding, sparsity, trees
 from wsparse.command import run_command
 from wsparse.config import TrainConfig, describe, differences, from_dict, to_dict
 from wsparse.data import batches
@@ -88,9 +77,7 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
         dataset = _open_data(config, workdir)
         # Only now: a start that failed above leaves the folder free for the corrected command.
         _claim(workdir, config, dataset)
-        with checkpoint.Checkpointer(
-            workdir / "checkpoints", keep=config.keep_checkpoints
-        ) as checkpoints:
+        with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
             state, step, seconds, losses = _restore(config, checkpoints, program, dataset, origin)
             if step:
                 log.info("resuming at step %d of %d", step, config.steps)
@@ -126,18 +113,14 @@ def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
 def _refuse_url(workdir: pathlib.Path) -> None:
     """Refuse what would become a local folder of the name `gs:`."""
     if workdir.parts[:1] and workdir.parts[0].endswith(":") and not workdir.drive:
-        raise UserError(
-            f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it"
-        )
+        raise UserError(f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it")
 
 
 def _refuse_unwritable(workdir: pathlib.Path) -> None:
     """Refuse a folder that could not be made, before any work is done for it."""
     parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"cannot write to --workdir={workdir}: {parent} is not a writable directory"
-        )
+        raise UserError(f"cannot write to --workdir={workdir}: {parent} is not a writable directory")
 
 
 @contextlib.contextmanager
@@ -263,15 +246,11 @@ def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
     elif not number.isdecimal():
         raise UserError(f"--from={origin} must be RUN or RUN@STEP, with a number for STEP")
     return checkpoint.read(
-        pathlib.Path(folder) / "checkpoints",
-        program.abstract_state,
-        step=int(number) if number else None,
+        pathlib.Path(folder) / "checkpoints", program.abstract_state, step=int(number) if number else None
     )
 
 
-def _metadata(
-    config: TrainConfig, dataset: Dataset, seconds: float, losses: list[float]
-) -> dict[str, Any]:
+def _metadata(config: TrainConfig, dataset: Dataset, seconds: float, losses: list[float]) -> dict[str, Any]:
     """Returns what a checkpoint holds beside the state.
 
     Losses are those of the steps since the last record, so that the next one is what it would have been.
@@ -319,9 +298,7 @@ class _Loop:
         self.started = self.clock_time = time.monotonic()
         self.clock_step = step
         self.density = sparsity.density_schedule(config.sparsity, config.steps)
-        self.rate = sparsity.learning_rate_schedule(
-            config.optimizer, config.steps, density=self.density
-        )
+        self.rate = sparsity.learning_rate_schedule(config.optimizer, config.steps, density=self.density)
         self.progress = progress(config.steps, "step", start=step, seconds_per_line=None)
 
     def run(self, state: TrainState) -> int:
@@ -471,7 +448,7 @@ class _Loop:
                 "nonzeros": str(values["nonzeros"]),
                 "tokens/s": f"{values['tokens_per_s']:.0f}",
                 "left": self.progress.time_left(),
-            },
+            }
         )
         self.losses.clear()
         self._restart_clock()

@@ -31,9 +31,7 @@ def write(folder: pathlib.Path, out: pathlib.Path, options: contents.Options) ->
     if not folder.is_dir():
         raise UserError(f"{folder} is not a run folder: name one that train has written")
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(
-            f"cannot write {out}: --out must be a file in a folder that can be written to"
-        )
+        raise UserError(f"cannot write {out}: --out must be a file in a folder that can be written to")
     data = contents.read_run(folder, options)
     text = page.render(data, title=f"{data['run']['name']}: circuits")
     with files.replacing(out) as part:
@@ -55,9 +53,7 @@ def main(argv: Sequence[str]) -> None:
     write(
         folder,
         pathlib.Path(options.out or folder / "report.html"),
-        contents.Options(
-            task=tuple(options.task), pairs=options.pairs, max_nodes=options.max_nodes
-        ),
+        contents.Options(task=tuple(options.task), pairs=options.pairs, max_nodes=options.max_nodes),
     )
 
 
@@ -65,9 +61,7 @@ def _define_flags() -> None:
     defaults = contents.Options()
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
     flags.DEFINE_string("out", None, "The HTML file; report.html in the run's folder by default.")
-    flags.DEFINE_list(
-        "task", list(defaults.task), "Names of tasks, or all: every task that has a circuit."
-    )
+    flags.DEFINE_list("task", list(defaults.task), "Names of tasks, or all: every task that has a circuit.")
     flags.DEFINE_string(
         "source", None, "An option of the evidence: python -m wsparse.prune --evidence --source=..."
     )

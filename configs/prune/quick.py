@@ -13,11 +13,4 @@ from wsparse.circuits.settings import recipe
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the recipe; every key can be overridden with `--config.key=value`."""
-    return recipe(
-        trials=3,
-        parallel=1,
-        finalists=1,
-        single_removals=64,
-        sweep=(0.3,),
-        controls=False,
-    )
+    return recipe(trials=3, parallel=1, finalists=1, single_removals=64, sweep=(0.3,), controls=False)

@@ -207,9 +207,7 @@ class Status:
         try:
             return from_dict(cls, files.read_json(path))
         except UserError as error:
-            raise UserError(
-                f"{path} is damaged: {error}; remove it and prune the task again"
-            ) from error
+            raise UserError(f"{path} is damaged: {error}; remove it and prune the task again") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -341,9 +339,7 @@ class Circuit:
             circuit = from_dict(cls, values | _arrays(folder / _ARRAYS))
             _check(circuit)
         except UserError as error:
-            raise UserError(
-                f"the circuit in {folder} is damaged: {error}; prune the task again"
-            ) from error
+            raise UserError(f"the circuit in {folder} is damaged: {error}; prune the task again") from error
         return circuit
 
 
@@ -382,6 +378,4 @@ def _check(circuit: Circuit) -> None:
         shape = (circuit.config.n_layer, widths[connection.source], widths[connection.target])
         removed = circuit.removed.get(connection.kernel)
         if removed is None or removed.shape != shape or removed.dtype != bool:
-            raise UserError(
-                f"the removed weights of {connection.kernel} must be bool of shape {shape}"
-            )
+            raise UserError(f"the removed weights of {connection.kernel} must be bool of shape {shape}")

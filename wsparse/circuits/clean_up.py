@@ -168,16 +168,12 @@ class _EdgeRemoval:
     def losses(self, kept: np.ndarray, order: np.ndarray, spans: Any, until: float) -> np.ndarray:
         """Returns the losses of the kept items without spans of an order of them."""
         nodes, remaining = self._subgraph.nodes, self._remaining(kept)
-        return self._scorer.without_edges(
-            self._pairs, nodes, remaining, order, spans, until=until
-        ).loss
+        return self._scorer.without_edges(self._pairs, nodes, remaining, order, spans, until=until).loss
 
     def estimates(self, kept: np.ndarray) -> np.ndarray:
         """Returns the growth of the loss to first order, for each of the kept items."""
         nodes, remaining = self._subgraph.nodes, self._remaining(kept)
-        return graph.flatten_edges(self._scorer.attributions(self._pairs, nodes, remaining)[1])[
-            kept
-        ]
+        return graph.flatten_edges(self._scorer.attributions(self._pairs, nodes, remaining)[1])[kept]
 
     def savings(self, kept: np.ndarray) -> np.ndarray:
         """Returns 1 for each of the kept items."""

@@ -61,10 +61,7 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
     comparable = [
         task
         for task in a
-        if task in b
-        and "edges" in a[task]
-        and "edges" in b[task]
-        and a[task]["target"] == b[task]["target"]
+        if task in b and "edges" in a[task] and "edges" in b[task] and a[task]["target"] == b[task]["target"]
     ]
     if not comparable:
         raise UserError(
@@ -110,9 +107,7 @@ def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
 def text(result: dict[str, Any]) -> str:
     """Returns the comparison as a table."""
     names = [pathlib.Path(run).name for run in result["runs"]]
-    lines = [
-        f"{'task':<28}{names[0]:>16}{names[1]:>16}{'ratio':>9}   edges at loss {result['target']}"
-    ]
+    lines = [f"{'task':<28}{names[0]:>16}{names[1]:>16}{'ratio':>9}   edges at loss {result['target']}"]
     lines += [
         f"{t['task']:<28}{t['edges'][0]:>16}{t['edges'][1]:>16}{t['ratio']:>9.1f}"
         f"{'' if t['task'] in result['held'] else '  *'}"
@@ -128,14 +123,10 @@ def text(result: dict[str, Any]) -> str:
         means = result[f"geometric_mean_{key}"]
         lines.append(f"{name:<28}{means[0]:>16.1f}{means[1]:>16.1f}{result[f'ratio_{key}']:>9.1f}")
     for key, name in (("val_loss", "held-out loss"), ("nonzeros", "nonzero weights")):
-        values = [
-            "-" if v is None else f"{v:.4g}" if key == "val_loss" else f"{v}" for v in result[key]
-        ]
+        values = ["-" if v is None else f"{v:.4g}" if key == "val_loss" else f"{v}" for v in result[key]]
         lines.append(f"{name:<28}{values[0]:>16}{values[1]:>16}")
     if len(result["held"]) < len(result["tasks"]):
-        lines.append(
-            "*: a circuit without edges, or one that misses the target on the report split"
-        )
+        lines.append("*: a circuit without edges, or one that misses the target on the report split")
     if result["other_targets"]:
         lines.append(f"left out, at another target: {', '.join(result['other_targets'])}")
     for key, name in (("only_first", names[0]), ("only_second", names[1])):
@@ -190,9 +181,7 @@ def joined(arguments: Sequence[str]) -> list[str]:
 def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_list("runs", None, "Two run folders, both pruned: A,B.", required=True)
-    flags.DEFINE_string(
-        "out", None, "Folder for compare.json and .png; the first run's circuits by default."
-    )
+    flags.DEFINE_string("out", None, "Folder for compare.json and .png; the first run's circuits by default.")
 
 
 if __name__ == "__main__":

@@ -85,10 +85,7 @@ def discretize(scorer: Scorer, pairs: HasPairs, tau_U: np.ndarray, target: float
     # Most circuits are somewhat smaller than the number of open gates: the grid is dense there.
     n_open = max(int(np.count_nonzero(np.asarray(tau_U) > 0)), 1)
     sizes = np.concatenate(
-        [
-            np.geomspace(max(n_open / 16, 1), n_open, GRID - 4),
-            np.geomspace(n_open, order.size, 5)[1:],
-        ]
+        [np.geomspace(max(n_open / 16, 1), n_open, GRID - 4), np.geomspace(n_open, order.size, 5)[1:]]
     )
     sizes = np.unique(sizes.round().astype(int))
     at, losses = first_reached(sizes)

@@ -60,13 +60,10 @@ class Options:
     """What is measured; each field's help is in its metadata."""
 
     source: str = setting(
-        "",
-        "Text that excerpts are taken from, a mix as for training; empty is the run's own held-out text.",
+        "", "Text that excerpts are taken from, a mix as for training; empty is the run's own held-out text."
     )
     pairs: int = setting(6, "Pairs of each task that are recorded token by token.")
-    max_nodes: int = setting(
-        2000, "Nodes of a circuit to measure; the least important ones are left out."
-    )
+    max_nodes: int = setting(2000, "Nodes of a circuit to measure; the least important ones are left out.")
 
     def __post_init__(self):
         require(self.pairs >= 1, "pairs must be at least 1", self.pairs)
@@ -118,9 +115,7 @@ def measure(
         summaries = excerpts.summaries(run.params, config, text.windows_WT, places, bar.advance)
     answers = np.asarray(pairs.answer).reshape(-1, 2)
     shared = tuple(answers[0].tolist()) if np.all(answers == answers[:1]) else None
-    nodes, top_tokens_NK, top_weights_NK = _nodes(
-        run, circuit, places, from_model, summaries, shared
-    )
+    nodes, top_tokens_NK, top_weights_NK = _nodes(run, circuit, places, from_model, summaries, shared)
     in_text = _excerpts(summaries)
     return Evidence(
         task=circuit.task,
@@ -162,14 +157,10 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
         near = closest(missing[0], with_circuit)
         raise UserError(f"{folder} has no circuit of {missing[0]!r}{near}")
     circuits = [
-        Circuit.load(folder / "circuits" / name)
-        for name in with_circuit
-        if "all" in stems or name in stems
+        Circuit.load(folder / "circuits" / name) for name in with_circuit if "all" in stems or name in stems
     ]
     if not circuits:
-        raise UserError(
-            f"{folder} has no circuits: python -m wsparse.prune --run={folder} --task=all"
-        )
+        raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder} --task=all")
     for circuit in circuits:
         if circuit.task not in known:
             raise UserError(
@@ -257,11 +248,7 @@ def _on_prompts(
     places += [p._replace(location=partner[p.location]) for p in places if p.location in partner]
     places = list(dict.fromkeys(places))
     heads = sorted(
-        {
-            (p.layer, p.channel // config.d_head)
-            for p in places
-            if NODES[p.location].channels == "heads"
-        }
+        {(p.layer, p.channel // config.d_head) for p in places if NODES[p.location].channels == "heads"}
     )
     lengths = (np.asarray(pairs.position) + 1).tolist()
     recorded: dict[str, Any] = {
@@ -322,9 +309,7 @@ def _triangles(
     return np.asarray(joined_HY, np.float32).reshape(len(heads), entries)
 
 
-def _pattern(
-    params: model.Params, acts: dict[str, Any], layer: int, config: ModelConfig
-) -> np.ndarray:
+def _pattern(params: model.Params, acts: dict[str, Any], layer: int, config: ModelConfig) -> np.ndarray:
     """Returns the `(R, H, T, S)` attention of one layer."""
     q_RTHK, k_RSHK = (
         jnp.reshape(acts[name][layer], (*acts[name].shape[1:3], config.n_head, config.d_head))
@@ -358,9 +343,7 @@ def _nodes(
         if location.endswith("act_in"):
             part, in_stream = location.split(".")[0], channel < config.d_model
             norm = f"{part}_norm" if in_stream else f"{part}_pos_norm"
-            gain = flat[f"blocks/{norm}/gain"][
-                layer, channel - (0 if in_stream else config.d_model)
-            ]
+            gain = flat[f"blocks/{norm}/gain"][layer, channel - (0 if in_stream else config.d_model)]
             weights_V = embedding_VD[:, channel] if in_stream else weights_V
         elif written:
             weights_V = unembed_DV[channel]
@@ -376,9 +359,7 @@ def _nodes(
                 bias=None if bias is None else float(bias[layer, channel]),
                 gain=None if gain is None else float(gain),
                 n_tokens=int(np.count_nonzero(weights_V)),
-                answer_weights=(
-                    tuple(weights_V[list(answers)].tolist()) if answers and written else None
-                ),
+                answer_weights=(tuple(weights_V[list(answers)].tolist()) if answers and written else None),
                 largest=summary.largest,
                 zero=summary.zero,
                 low=summary.low,

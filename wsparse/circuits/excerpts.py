@@ -87,9 +87,7 @@ def recorded(
     Returns:
       `(W, V)`, and location -> float32 `(L, W, T, nodes of the location)`.
     """
-    logits_W1V, acts = model.forward(
-        params, tokens_WT, config, tap=tap, positions_BP=position_W[:, None]
-    )
+    logits_W1V, acts = model.forward(params, tokens_WT, config, tap=tap, positions_BP=position_W[:, None])
     return logits_W1V[:, 0], {name: acts[name].astype(jnp.float32) for name in NODES}
 
 

@@ -72,9 +72,7 @@ def edge_list(edges: EdgeMask, params: model.Params) -> list[Edge]:
     """Returns the edges of a mask with their weights."""
     flat = trees.flatten(params)
     return [
-        Edge(
-            str(Node(layer, c.source, i)), str(Node(layer, c.target, o)), float(kernel[layer, i, o])
-        )
+        Edge(str(Node(layer, c.source, i)), str(Node(layer, c.target, o)), float(kernel[layer, i, o]))
         for c in CONNECTIONS
         for kernel in [np.asarray(flat[c.kernel])]
         for layer, i, o in np.argwhere(edges[c.kernel])
@@ -90,9 +88,7 @@ def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
     return np.asarray(masks.flatten(mask))
 
 
-def count_all(
-    nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config: ModelConfig
-) -> Counts:
+def count_all(nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config: ModelConfig) -> Counts:
     """Returns the sizes of the circuit of these nodes and edges."""
     mask = masks.unflatten(np.asarray(nodes_U), config)
     flat = trees.flatten(params)
@@ -114,9 +110,7 @@ def count_all(
     )
 
 
-def cut(
-    params: model.Params, kept: Mapping[str, jax.Array], means: Mapping[str, jax.Array]
-) -> model.Params:
+def cut(params: model.Params, kept: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> model.Params:
     """Remove the edges that are not kept: what such a weight brings becomes a constant.
 
     `w_ij x_i` turns into `w_ij mean(x_i)`, the mean over the pretraining distribution, as for nodes. Needs a

@@ -86,8 +86,7 @@ def prune(
     noise_key, draw_key = jax.random.split(key)
     shapes = masks.shapes(config)
     tau = {
-        name: hparams.bias
-        + hparams.noise * jax.random.normal(jax.random.fold_in(noise_key, i), shape)
+        name: hparams.bias + hparams.noise * jax.random.normal(jax.random.fold_in(noise_key, i), shape)
         for i, (name, shape) in enumerate(shapes.items())
     }
     tau = _clamped(masks.tie(tau) if tie_qk else tau)
@@ -107,9 +106,7 @@ def prune(
 
     def step(carry, index):
         tau, state = carry
-        chosen = jax.random.randint(
-            jax.random.fold_in(draw_key, index), (pairs_per_step, 1), 0, n_pairs
-        )
+        chosen = jax.random.randint(jax.random.fold_in(draw_key, index), (pairs_per_step, 1), 0, n_pairs)
         rows = jnp.reshape(2 * chosen + jnp.arange(2)[None], -1)
         batch = jax.tree.map(lambda a: jnp.take(a, rows, axis=0), pairs)
         gradient, (loss, n_open) = jax.grad(objective, has_aux=True)(tau, batch)
@@ -121,17 +118,10 @@ def prune(
     return Masks(masks.untie(tau), losses, n_open)
 
 
-def answer_logits(
-    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap
-) -> jax.Array:
+def answer_logits(params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap) -> jax.Array:
     """`(B, V)` logits after each prompt, with a tap in the model; nothing is computed elsewhere."""
     logits_BPV, _ = model.forward(
-        params,
-        pairs.tokens,
-        config,
-        tap=tap,
-        positions_BP=pairs.position[:, None],
-        record=False,
+        params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
     )
     return logits_BPV[:, 0]
 

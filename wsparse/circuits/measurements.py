@@ -85,9 +85,7 @@ def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
         def step(carry, _):
             fit, state = carry
             value, gradient = value_and_grad(fit, state=state)
-            updates, state = solver.update(
-                gradient, state, fit, value=value, grad=gradient, value_fn=loss
-            )
+            updates, state = solver.update(gradient, state, fit, value=value, grad=gradient, value_fn=loss)
             return (optax.apply_updates(fit, updates), state), None
 
         (fit, _), _ = jax.lax.scan(step, (start, solver.init(start)), None, length=steps)
@@ -211,9 +209,7 @@ def controls(
         taus_MU = pruner(
             control.params, control_pairs.search, control.node_means, [hparams] * len(seeds), seeds
         )
-        cuts = [
-            discretize(control.scorer, control_pairs.discretize, tau_U, goal) for tau_U in taus_MU
-        ]
+        cuts = [discretize(control.scorer, control_pairs.discretize, tau_U, goal) for tau_U in taus_MU]
         reached = [cut for cut, _ in cuts if cut is not None]
         results[name] = Control(
             reached=bool(reached),
@@ -228,6 +224,5 @@ def _shuffled(pairs: PairArrays, rng: np.random.Generator) -> PairArrays:
     """Returns the pairs with the two answers exchanged in a random half of them."""
     swap = jnp.asarray(np.repeat(rng.random(pairs.answer.shape[0] // 2) < 0.5, 2))
     return pairs._replace(
-        answer=jnp.where(swap, pairs.other, pairs.answer),
-        other=jnp.where(swap, pairs.answer, pairs.other),
+        answer=jnp.where(swap, pairs.other, pairs.answer), other=jnp.where(swap, pairs.answer, pairs.other)
     )

@@ -153,9 +153,7 @@ def build(
         make that many distinct pairs.
     """
     if split not in SPLITS:
-        raise UserError(
-            f"split must be one of {', '.join(SPLITS)}, got {split!r}{closest(split, SPLITS)}"
-        )
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}{closest(split, SPLITS)}")
     if n_pairs < 1:
         raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
     form, equal = _choose_form(task, tokenizer)
@@ -248,12 +246,7 @@ def _distinct(
 
 
 def _encode(
-    tokenizer: Tokenizer,
-    pair: Pair,
-    form: Form,
-    *,
-    equal: bool = False,
-    max_tokens: int | None = None,
+    tokenizer: Tokenizer, pair: Pair, form: Form, *, equal: bool = False, max_tokens: int | None = None
 ) -> tuple[_Encoded, _Encoded] | str:
     """Encodes both sides of a pair, or returns in words why they do not fit the form and the tokenizer.
 
@@ -306,8 +299,7 @@ def _choose_form(task: Task, tokenizer: Tokenizer) -> tuple[Form, bool]:
         fitting = [[sides for sides in split if not isinstance(sides, str)] for split in attempts]
         if all(fits or not pairs for fits, pairs in zip(fitting, probes, strict=True)):
             enough = all(
-                sum(len(a.ids) == len(b.ids) for a, b in split) >= _EQUAL * len(split)
-                for split in fitting
+                sum(len(a.ids) == len(b.ids) for a, b in split) >= _EQUAL * len(split) for split in fitting
             )
             return form, task.equal_lengths and enough
         total = sum(map(len, probes))

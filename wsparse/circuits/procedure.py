@@ -132,12 +132,7 @@ def _smallest(
             cut = cuts[trial.number].subgraph
             assert cut is not None
             subgraph = clean_up(
-                subject.scorer,
-                pairs.discretize,
-                cut,
-                goal,
-                single_removals=singles,
-                advance=bar.advance,
+                subject.scorer, pairs.discretize, cut, goal, single_removals=singles, advance=bar.advance
             )
             cleaned.append((subgraph, trial))
     smallest, trial = min(cleaned, key=lambda candidate: candidate[0].n_edges)
@@ -158,9 +153,7 @@ class _Found:
     seconds: float
 
 
-def _examine(
-    subject: Subject, pairs: Pairs, pruner: Pruner, settings: Settings, found: _Found
-) -> Circuit:
+def _examine(subject: Subject, pairs: Pairs, pruner: Pruner, settings: Settings, found: _Found) -> Circuit:
     """Measure a circuit on the report split, and return it."""
     subgraph, trial = found.subgraph, found.trial
     scores, controls, curve = _measure(subject, pairs, pruner, settings, found)
@@ -196,9 +189,7 @@ def _measure(
     # The targets of the curve, the controls, and the baseline.
     n_stages = sum(t != settings.target for t in settings.sweep) + 2 * settings.controls + 1
     with progress(n_stages, "  measuring") as bar:
-        curve = measurements.curve(
-            subject, pairs, trial.tau, found.sufficient, settings, bar.advance
-        )
+        curve = measurements.curve(subject, pairs, trial.tau, found.sufficient, settings, bar.advance)
         baseline = measurements.attribution_baseline(subject, pairs, found.goal)
         bar.advance()
         if settings.controls:

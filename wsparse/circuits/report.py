@@ -61,8 +61,7 @@ def summary(circuit: Circuit) -> str:
     scores = circuit.scores
     above = f"{ABOVE_TARGET} ({circuit.target:g}) " if circuit.status == ABOVE_TARGET else ""
     controls = ", ".join(
-        f"{name.replace('_', ' ')} {control.least_loss:.3f}"
-        for name, control in circuit.controls.items()
+        f"{name.replace('_', ' ')} {control.least_loss:.3f}" for name, control in circuit.controls.items()
     )
     return (
         f"{circuit.counts.nodes} nodes, {circuit.counts.edges} edges; loss {circuit.loss:.3f} "

@@ -18,14 +18,7 @@ import numpy as np
 from wsparse import model, nodes, taps, trees
 from wsparse.circuits import graph, masks
 from wsparse.circuits.mask_learning import answer_logits
-from wsparse.circuits.pairs import (
-    HasPairs,
-    PairArrays,
-    arrays,
-    margins,
-    task_accuracy,
-    task_loss,
-)
+from wsparse.circuits.pairs import HasPairs, PairArrays, arrays, margins, task_accuracy, task_loss
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `_Ranks`.
@@ -85,10 +78,7 @@ def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.n
 @functools.partial(jax.jit, static_argnames="config")
 def _summed_activations(params, windows_WT, *, config):
     _, acts = model.forward(params, windows_WT, config)
-    return {
-        name: jnp.sum(acts[name].astype(jnp.float32), axis=(1, 2))
-        for name in [*nodes.NODES, "attn.y"]
-    }
+    return {name: jnp.sum(acts[name].astype(jnp.float32), axis=(1, 2)) for name in [*nodes.NODES, "attn.y"]}
 
 
 class Scorer:
@@ -109,9 +99,7 @@ class Scorer:
         self.means = means
         self.weights = graph.nonzero(params)
 
-    def mask(
-        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
-    ) -> Score:
+    def mask(self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Score:
         """Returns the score of one mask, as floats."""
         score = self._spans(pairs, self._ranks(nodes_U, edges), [[0, 0]])
         return Score(float(score.loss[0]), float(score.accuracy[0]))
@@ -160,9 +148,7 @@ class Scorer:
         ranks = ranks._replace(edges=graph.unflatten_edges(of_edges, ranks.edges))
         return self._spans(pairs, ranks, spans_M2, until=until)
 
-    def _spans(
-        self, pairs: HasPairs, ranks: _Ranks, spans_M2: Any, *, until: float = -np.inf
-    ) -> Score:
+    def _spans(self, pairs: HasPairs, ranks: _Ranks, spans_M2: Any, *, until: float = -np.inf) -> Score:
         """Score the masks of spans, in turn, up to the first whose loss is at most `until`."""
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
         pairs, scores = arrays(pairs), []
@@ -172,14 +158,7 @@ class Scorer:
             # One shape, so that one program is compiled; what fills it up is not computed.
             filled, n = np.resize(part, (_MASKS, 2)), np.int32(len(part))
             score = _score_spans(
-                self.params,
-                self.means,
-                pairs,
-                ranks,
-                filled,
-                n,
-                np.float32(until),
-                config=self.config,
+                self.params, self.means, pairs, ranks, filled, n, np.float32(until), config=self.config
             )
             scores.append(Score(*(np.asarray(values)[:n] for values in score)))
             if np.any(scores[-1].loss <= until):
@@ -193,10 +172,7 @@ class Scorer:
         edges = self.weights if edges is None else edges
         return _Ranks(
             np.where(nodes_U, _STAYS, _GONE),
-            {
-                path: np.where(edges[path] | ~self.weights[path], _STAYS, _GONE)
-                for path in self.weights
-            },
+            {path: np.where(edges[path] | ~self.weights[path], _STAYS, _GONE) for path in self.weights},
         )
 
     def attributions(
@@ -218,9 +194,7 @@ class Scorer:
     ) -> np.ndarray:
         """Returns `(B,)`: the logit of the answer less that of the other candidate."""
         ranks = self._ranks(nodes_U, edges)
-        return np.asarray(
-            _margins(self.params, self.means, arrays(pairs), ranks, config=self.config)
-        )
+        return np.asarray(_margins(self.params, self.means, arrays(pairs), ranks, config=self.config))
 
 
 def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:

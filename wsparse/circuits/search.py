@@ -149,9 +149,7 @@ class Pruner:
             common = jax.device_put(common, replicated)
         return np.asarray(self._run(*common, columns, keys))[:n_trials]
 
-    def lower(
-        self, params: model.Params, pairs: Any, means: Mapping[str, Any]
-    ) -> jax.stages.Lowered:
+    def lower(self, params: model.Params, pairs: Any, means: Mapping[str, Any]) -> jax.stages.Lowered:
         """Returns the lowered call for trees of shapes and dtypes, for compiling ahead of time."""
         sharded, replicated = self._sharding or (None, None)
 
@@ -270,9 +268,7 @@ def search(
     return [scored[trial.number] for trial in finished]
 
 
-def _items(
-    parallel: int, trials: int, sampler: Sampler, seed: int, shared: SharedSearch | None
-) -> WorkItems:
+def _items(parallel: int, trials: int, sampler: Sampler, seed: int, shared: SharedSearch | None) -> WorkItems:
     """Returns the trials as work items."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Processes with the same seed would all try the same.
@@ -280,9 +276,7 @@ def _items(
     chosen: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=chosen_seed)
     if sampler == "tpe":
         chosen = optuna.samplers.TPESampler(
-            seed=chosen_seed,
-            n_startup_trials=max(parallel, min(8, trials // 3)),
-            constant_liar=True,
+            seed=chosen_seed, n_startup_trials=max(parallel, min(8, trials // 3)), constant_liar=True
         )
     starts = (FAST, HParams()) if trials >= _FEW else (FAST,)
     options: dict[str, Any] = {}

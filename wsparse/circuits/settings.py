@@ -66,14 +66,8 @@ class Settings:
             "max_tokens",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        require(
-            0 <= self.necessity < math.inf,
-            "necessity must be at least 0, and finite",
-            self.necessity,
-        )
-        require(
-            self.single_removals >= 0, "single_removals must be at least 0", self.single_removals
-        )
+        require(0 <= self.necessity < math.inf, "necessity must be at least 0, and finite", self.necessity)
+        require(self.single_removals >= 0, "single_removals must be at least 0", self.single_removals)
         require(0 <= self.seed < 2**31, "seed must be at least 0 and below 2**31", self.seed)
         for target in (self.target, *self.sweep):
             require(0 < target < math.log(2), "a target must be between 0 and ln 2", target)

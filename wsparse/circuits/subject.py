@@ -90,20 +90,14 @@ class Subject:
             if not rule.stacked:
                 return jnp.reshape(jax.random.permutation(key, leaf.ravel()), leaf.shape)
             rows = jnp.reshape(leaf, (leaf.shape[0], -1))
-            return jnp.reshape(
-                jax.random.permutation(key, rows, axis=1, independent=True), leaf.shape
-            )
+            return jnp.reshape(jax.random.permutation(key, rows, axis=1, independent=True), leaf.shape)
 
         params = trees.map_with_path(shuffled, self.params)
         return Subject(params, self.config, self.windows)
 
 
 def build_pairs(
-    chosen: Sequence[tasks.Task],
-    tokenizer: Tokenizer,
-    settings: Settings,
-    *,
-    context: int,
+    chosen: Sequence[tasks.Task], tokenizer: Tokenizer, settings: Settings, *, context: int
 ) -> tuple[list[Pairs], dict[str, str]]:
     """Returns the pairs of every task, all of one length, and why other tasks are refused."""
     sizes: dict[tasks.Split, int] = {
@@ -129,13 +123,9 @@ def build_pairs(
     length = max((b.tokens.shape[1] for splits in built for b in splits.values()), default=0)
     pairs = []
     for splits in built:
-        search, discretize, report = (
-            arrays(tasks.padded(splits[split], length)) for split in tasks.SPLITS
-        )
+        search, discretize, report = (arrays(tasks.padded(splits[split], length)) for split in tasks.SPLITS)
         first_split = jax.tree.map(lambda array: array[: 2 * settings.discretize_pairs], search)
         both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, discretize)
         batch = splits["search"]
-        pairs.append(
-            Pairs(task=batch.task, form=batch.form, search=search, discretize=both, report=report)
-        )
+        pairs.append(Pairs(task=batch.task, form=batch.form, search=search, discretize=both, report=report))
     return pairs, refused

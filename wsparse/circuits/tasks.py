@@ -29,14 +29,7 @@ from typing import Any
 
 from wsparse import files
 from wsparse.circuits import pairs
-from wsparse.circuits.pairs import (
-    Task,
-    TaskBatch,
-    margins,
-    padded,
-    task_accuracy,
-    task_loss,
-)
+from wsparse.circuits.pairs import Task, TaskBatch, margins, padded, task_accuracy, task_loss
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError, closest, quoted
 from wsparse.pytext import prompts
@@ -65,12 +58,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TASKS: dict[str, Task] = {
-    name: Task(
-        name=name,
-        summary=contrast.summary,
-        stream=partial(prompts.pairs, name),
-        forms=contrast.forms,
-    )
+    name: Task(name=name, summary=contrast.summary, stream=partial(prompts.pairs, name), forms=contrast.forms)
     for name, contrast in CONTRASTS.items()
 }
 
@@ -100,9 +88,7 @@ def find(name: str) -> Task:
 
 def _named(name: str) -> Task:
     if name not in TASKS:
-        raise UserError(
-            f"no task {quoted(name)}{closest(name, TASKS)}; tasks are {', '.join(TASKS)}"
-        )
+        raise UserError(f"no task {quoted(name)}{closest(name, TASKS)}; tasks are {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -168,10 +154,7 @@ def _listed(path: pathlib.Path, listed: Iterable[tuple[str, tuple[str, ...]]]) -
             repeated[0],
         )
     return Task(
-        name=path.stem,
-        summary="a task from a file",
-        stream=partial(_shuffled, by_split),
-        equal_lengths=False,
+        name=path.stem, summary="a task from a file", stream=partial(_shuffled, by_split), equal_lengths=False
     )
 
 
@@ -205,9 +188,7 @@ def _jsonl_pairs(path: pathlib.Path, content: bytes) -> Iterator[tuple[str, tupl
         values = files.parse_json(line, place)
         for unknown in sorted(values.keys() - set(_FIELDS)):
             near = closest(unknown, _FIELDS)
-            raise UserError(
-                f"{place}: unknown field {quoted(unknown)}{near}; it has {', '.join(_FIELDS)}"
-            )
+            raise UserError(f"{place}: unknown field {quoted(unknown)}{near}; it has {', '.join(_FIELDS)}")
         for field in _FIELDS:
             if not isinstance(values.get(field), str):
                 got = type(values[field]).__name__ if field in values else "nothing"
@@ -223,9 +204,7 @@ def _from_python(path: pathlib.Path) -> Task:
     if "TASK" in names:
         task = names["TASK"]
         if not isinstance(task, Task):
-            raise UserError(
-                f"{path}: TASK must be a wsparse.circuits.tasks.Task, got {ascii(task)[:80]}"
-            )
+            raise UserError(f"{path}: TASK must be a wsparse.circuits.tasks.Task, got {ascii(task)[:80]}")
         return dataclasses.replace(task, stream=partial(_checked, path, task.stream))
     if not callable(names.get("pairs")):
         raise UserError(f"{path}: must define TASK = Task(...) or a function pairs()")
@@ -260,16 +239,12 @@ def _located(path: pathlib.Path, error: BaseException) -> UserError:
     return UserError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _python_pairs(
-    path: pathlib.Path, listed: Sequence[Any]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _python_pairs(path: pathlib.Path, listed: Sequence[Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
     for number, pair in enumerate(listed, start=1):
         place = f"{path}: pair {number}"
         strings = tuple(pair) if isinstance(pair, (tuple, list)) else ()
         if len(strings) != len(_FIELDS) or not all(isinstance(text, str) for text in strings):
-            raise UserError(
-                f"{place}: must be four strings ({', '.join(_FIELDS)}), got {ascii(pair)[:80]}"
-            )
+            raise UserError(f"{place}: must be four strings ({', '.join(_FIELDS)}), got {ascii(pair)[:80]}")
         yield place, strings
 
 

@@ -102,12 +102,7 @@ def train_batches(
 
 
 def eval_batches(
-    components: Components,
-    *,
-    batch_size: int,
-    context: int,
-    batches: int,
-    rows: Sequence[int] | None = None,
+    components: Components, *, batch_size: int, context: int, batches: int, rows: Sequence[int] | None = None
 ) -> list[np.ndarray]:
     """The same held-out batches at each call, evenly spread over each stream, in mix proportion.
 

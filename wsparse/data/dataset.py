@@ -231,10 +231,7 @@ def _read_provenance(folder: pathlib.Path) -> Provenance:
 
 
 def _reopen(
-    folder: pathlib.Path,
-    provenance: Provenance,
-    context: int,
-    tokenizer: tokenizer_lib.Tokenizer | None,
+    folder: pathlib.Path, provenance: Provenance, context: int, tokenizer: tokenizer_lib.Tokenizer | None
 ) -> Dataset:
     mix = sources.parse_mix(provenance.options["source"])
     paths = {
@@ -243,9 +240,7 @@ def _reopen(
         for name, path in _arrayrecord_paths(mix).items()
     }
     if tokenizer is not None and tokenizer.digest != provenance.tokenizer_sha256:
-        raise UserError(
-            f"tokenizer.json of the run is not the one that {folder} was made with: restore it"
-        )
+        raise UserError(f"tokenizer.json of the run is not the one that {folder} was made with: restore it")
     dataset = _read(folder, mix, paths, context)
     if dataset.digest != provenance.digest:
         raise UserError(
@@ -256,10 +251,7 @@ def _reopen(
 
 
 def _read(
-    folder: pathlib.Path,
-    mix: Sequence[sources.Term],
-    paths: dict[str, pathlib.Path],
-    context: int,
+    folder: pathlib.Path, mix: Sequence[sources.Term], paths: dict[str, pathlib.Path], context: int
 ) -> Dataset:
     """Reads the run's own tokens into memory, and opens the folders that it points at."""
     own = tokens.open_folder(folder) if len(paths) < len({term.name for term in mix}) else None
@@ -296,17 +288,13 @@ def _read(
     return Dataset(tokenizer, train, validation, _digest(tokenizer, train, validation), report)
 
 
-def _in_memory(
-    stream: tokens.TokenStream, tokenizer: tokenizer_lib.Tokenizer
-) -> tokens.MemoryStream:
+def _in_memory(stream: tokens.TokenStream, tokenizer: tokenizer_lib.Tokenizer) -> tokens.MemoryStream:
     ids = stream.read(0, len(stream))
     return tokens.MemoryStream(ids.astype(tokens.token_dtype(tokenizer.vocab_size)))
 
 
 def _given_tokenizer(
-    data: DataConfig,
-    tokenizer: tokenizer_lib.Tokenizer | None,
-    paths: dict[str, pathlib.Path],
+    data: DataConfig, tokenizer: tokenizer_lib.Tokenizer | None, paths: dict[str, pathlib.Path]
 ) -> tokenizer_lib.Tokenizer | None:
     """Returns the tokenizer that the user or prepared tokens dictate; None when one is to be trained."""
     given: list[tuple[str, tokenizer_lib.Tokenizer]] = []

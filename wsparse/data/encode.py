@@ -44,9 +44,7 @@ class Options:
     """Options that decide the content of the folder."""
 
     source: str = setting(dataclasses.MISSING, "A source or mix, e.g. 'files:/data/**/*.py'.")
-    vocab_size: int | None = setting(
-        None, "Tokens of the tokenizer that is trained; by default 2048."
-    )
+    vocab_size: int | None = setting(None, "Tokens of the tokenizer that is trained; by default 2048.")
     tokenizer: str = setting("", "A tokenizer.json to use instead of training one.")
     megabytes: float | None = setting(
         None, "Text to take, in units of 10^6 bytes, divided by weight; by default all."
@@ -68,9 +66,7 @@ class Options:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be positive and finite, got {value}")
         if not 0 < self.validation_fraction < 1:
-            raise UserError(
-                f"validation_fraction must be in (0, 1), got {self.validation_fraction}"
-            )
+            raise UserError(f"validation_fraction must be in (0, 1), got {self.validation_fraction}")
         if self.seed < 0:
             raise UserError(f"seed must not be negative, got {self.seed}")
 
@@ -152,8 +148,7 @@ def write(
     if in_memory:
         opened = [sources.remembered(source) for source in opened]
     limits = [
-        math.inf if options.megabytes is None else options.megabytes * 1e6 * part.weight
-        for part in mix
+        math.inf if options.megabytes is None else options.megabytes * 1e6 * part.weight for part in mix
     ]
     _make_folder(out)
     with _locked(state / "lock", out):
@@ -279,17 +274,14 @@ def _plan(
         schema=tokens.SCHEMA,
         tokenizer_sha256=tokenizer.digest,
         reports=tuple(
-            sources.SourceReport(source.name, **count)
-            for source, count in zip(opened, counts, strict=True)
+            sources.SourceReport(source.name, **count) for source, count in zip(opened, counts, strict=True)
         ),
         held_out=tuple(sorted(digest.hex() for digest in scan.holdout.extra)),
         blocks=tuple(blocks),
     )
 
 
-def _cut(
-    documents: Iterable[str], component: int, block_bytes: float, blocks: list[_Block]
-) -> Iterator[str]:
+def _cut(documents: Iterable[str], component: int, block_bytes: float, blocks: list[_Block]) -> Iterator[str]:
     """Passes documents on and appends to `blocks` where they are to be cut."""
     number, size, digest = 0, 0, hashlib.sha256()
 
@@ -346,18 +338,14 @@ def _encode_blocks(
     return encoded
 
 
-def _checked(
-    documents: Iterable[str], block: _Block, name: str, out: pathlib.Path
-) -> Iterator[str]:
+def _checked(documents: Iterable[str], block: _Block, name: str, out: pathlib.Path) -> Iterator[str]:
     """Passes documents on; at the end they must have been those that were planned."""
     digest = hashlib.sha256()
     for text in documents:
         digest.update(split.text_digest(text))
         yield text
     if digest.hexdigest() != block.sha256:
-        raise UserError(
-            f"the documents of {name!r} changed since prepare began in {out}: use an empty --out"
-        )
+        raise UserError(f"the documents of {name!r} changed since prepare began in {out}: use an empty --out")
 
 
 def _encode_block(
@@ -445,11 +433,7 @@ class _RecordWriter:
 
 
 def _manifest(
-    options: dict,
-    vocab_size: int,
-    mix: Sequence[sources.Term],
-    plan: _Plan,
-    encoded: Sequence[_Encoded],
+    options: dict, vocab_size: int, mix: Sequence[sources.Term], plan: _Plan, encoded: Sequence[_Encoded]
 ) -> tokens.Manifest:
     shards = [shard for block in encoded for shard in block.shards]
     shards.sort(key=lambda shard: (shard.component, shard.split, shard.file))
@@ -457,8 +441,7 @@ def _manifest(
     for i, (part, report) in enumerate(zip(mix, plan.reports, strict=True)):
         documents = [block.documents for block in encoded if block.shards[0].component == i]
         train, validation = (
-            sum(s.tokens for s in shards if s.component == i and s.split == side)
-            for side in tokens.SPLITS
+            sum(s.tokens for s in shards if s.component == i and s.split == side) for side in tokens.SPLITS
         )
         components.append(
             tokens.Component(

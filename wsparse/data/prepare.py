@@ -31,18 +31,14 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     del argv
     values: Any = flags.FLAGS
-    options = Options(
-        **{field.name: getattr(values, field.name) for field in dataclasses.fields(Options)}
-    )
+    options = Options(**{field.name: getattr(values, field.name) for field in dataclasses.fields(Options)})
     out = pathlib.Path(values.out).expanduser()
     manifest = encode.write(options, out)
     if values.verify:
         tokens.verify(out)
     for component in manifest.components:
         log.info("%s", component.report)
-        log.info(
-            "  %d training tokens, %d held out", component.train_tokens, component.validation_tokens
-        )
+        log.info("  %d training tokens, %d held out", component.train_tokens, component.validation_tokens)
     log.info("read it with --config.data.source=arrayrecord:%s", out)
 
 
@@ -58,12 +54,7 @@ def _define_flags() -> None:
     for field in dataclasses.fields(Options):
         required = field.default is dataclasses.MISSING
         define = defines[str(field.type).removesuffix(" | None")]
-        define(
-            field.name,
-            None if required else field.default,
-            field.metadata["help"],
-            required=required,
-        )
+        define(field.name, None if required else field.default, field.metadata["help"], required=required)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,7 @@ class SourceReport:
     def __str__(self) -> str:
         line = f"{self.source}: {self.documents} documents, {self.bytes / 1e6:.2f} MB"
         skipped = [
-            f"{getattr(self, skip.value)} {skip.name.lower()}"
-            for skip in Skip
-            if getattr(self, skip.value)
+            f"{getattr(self, skip.value)} {skip.name.lower()}" for skip in Skip if getattr(self, skip.value)
         ]
         return f"{line}, skipped {', '.join(skipped)}" if skipped else line
 
@@ -135,9 +133,7 @@ def parse_mix(text: str) -> tuple[Term, ...]:
         part = piece.strip()
         where = f" in the source {text!r}" if part != text.strip() else ""
         if not part:
-            raise UserError(
-                f"the source {text!r} has an empty part: write e.g. 0.7*idioms+0.3*stdlib"
-            )
+            raise UserError(f"the source {text!r} has an empty part: write e.g. 0.7*idioms+0.3*stdlib")
         weight, name = 1.0, part
         # A `*` before the first `:` or `/` is the one after a weight; later it is a glob's.
         if match := re.match(r"([^:/*]*)\*(.*)", part, flags=re.DOTALL):
@@ -147,9 +143,7 @@ def parse_mix(text: str) -> tuple[Term, ...]:
             except ValueError:
                 weight = math.nan
             if not (math.isfinite(weight) and weight > 0):
-                raise UserError(
-                    f"the weight of {part!r}{where} must be a positive number, got {match[1]!r}"
-                )
+                raise UserError(f"the weight of {part!r}{where} must be a positive number, got {match[1]!r}")
         _kind_path_options(name)
         parts.append(Term(weight, name))
     total = sum(part.weight for part in parts)
@@ -284,9 +278,7 @@ def _kind_path_options(name: str) -> tuple[str, str, dict[str, str]]:
                 )
         options |= given
     if not path:
-        raise UserError(
-            f"the source {name!r} must be {kind}:{'NAME' if kind == 'tfds' else 'PATH'}"
-        )
+        raise UserError(f"the source {name!r} must be {kind}:{'NAME' if kind == 'tfds' else 'PATH'}")
     return kind, path, options
 
 
@@ -364,9 +356,7 @@ def _jsonl_document(line: bytes, field: str, where: str) -> str | Skip:
     if value is None:
         return Skip.EMPTY
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: the field {field!r} must be a string, got {type(value).__name__}"
-        )
+        raise UserError(f"{where}: the field {field!r} must be a string, got {type(value).__name__}")
     return value
 
 
@@ -381,21 +371,14 @@ def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes
             yield Skip.UNREADABLE
             continue
         except pyarrow.ArrowInvalid as error:
-            raise UserError(
-                f"{file} is not a Parquet file: {str(error).splitlines()[0]}"
-            ) from error
+            raise UserError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from error
         with table:
             schema = table.schema_arrow
             if field not in schema.names:
                 raise _wrong_field(field, schema.names, str(file))
             types = pyarrow.types
             column = schema.field(field).type
-            checks = (
-                types.is_string,
-                types.is_large_string,
-                types.is_binary,
-                types.is_large_binary,
-            )
+            checks = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
             if not any(check(column) for check in checks):
                 raise UserError(f"{file}: the field {field!r} must hold strings, got {column}")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
@@ -420,8 +403,7 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"the source {name!r}: TFDS cannot open {dataset!r}, split {split!r}, as ArrayRecord: "
-            f"{reason}"
+            f"the source {name!r}: TFDS cannot open {dataset!r}, split {split!r}, as ArrayRecord: {reason}"
         ) from error
 
 
@@ -440,6 +422,4 @@ def _read_tfds(name: str, examples: Any, field: str) -> Iterator[str | bytes]:
 
 def _wrong_field(field: str, fields: Any, where: str) -> UserError:
     names = [str(name) for name in fields]
-    return UserError(
-        f"{where}: no field {field!r}{closest(field, names)}; fields are {', '.join(names)}"
-    )
+    return UserError(f"{where}: no field {field!r}{closest(field, names)}; fields are {', '.join(names)}")

@@ -144,8 +144,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
-            f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes and {END_OF_TEXT}), "
-            f"got {vocab_size}"
+            f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes and {END_OF_TEXT}), got {vocab_size}"
         )
     core = tokenizers.Tokenizer(models.BPE())
     _set_byte_level(core)

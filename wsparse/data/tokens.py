@@ -285,9 +285,7 @@ def open_folder(folder: str | os.PathLike[str]) -> TokenFolder:
             )
     tokenizer = tokenizer_lib.load(folder / TOKENIZER)
     if tokenizer.digest != manifest.tokenizer_sha256:
-        raise UserError(
-            f"{folder / TOKENIZER} is not the tokenizer that the tokens beside it were made with"
-        )
+        raise UserError(f"{folder / TOKENIZER} is not the tokenizer that the tokens beside it were made with")
     train, validation = (
         [
             (component.weight, _stream(folder, manifest, index, split))
@@ -331,9 +329,7 @@ def manifest_from_json(values: Mapping[str, Any]) -> Manifest:
         raise UserError(f"{MANIFEST} is malformed: {error}") from error
 
 
-def _stream(
-    folder: pathlib.Path, manifest: Manifest, component: int, split: Split
-) -> ArrayRecordStream:
+def _stream(folder: pathlib.Path, manifest: Manifest, component: int, split: Split) -> ArrayRecordStream:
     entries = [s for s in manifest.shards if s.component == component and s.split == split]
     digest = hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
     return ArrayRecordStream(

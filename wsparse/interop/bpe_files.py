@@ -70,9 +70,7 @@ def _merges(path: pathlib.Path) -> list[tuple[str, str]]:
             continue
         pair = line.split()
         if len(pair) != 2:
-            raise UserError(
-                f"{path}:{number}: must be two tokens separated by a space, got {quoted(line)}"
-            )
+            raise UserError(f"{path}:{number}: must be two tokens separated by a space, got {quoted(line)}")
         merges.append((pair[0], pair[1]))
     return merges
 
@@ -82,9 +80,7 @@ def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> No
     encoder = folder / ENCODER_FILE
     wrong = next((token for token, i in ids.items() if type(i) is not int), None)
     if wrong is not None:
-        raise UserError(
-            f"{encoder}: the id of {quoted(wrong)} must be an integer, got {quoted(ids[wrong])}"
-        )
+        raise UserError(f"{encoder}: the id of {quoted(wrong)} must be an integer, got {quoted(ids[wrong])}")
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f"{encoder}: the ids must be 0 to {len(ids) - 1}, each of them once")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(ids)
@@ -100,6 +96,4 @@ def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> No
     extra = set(ids) - {left + right for left, right in merges} - {END_OF_TEXT}
     extra -= set(pre_tokenizers.ByteLevel.alphabet())
     if extra:
-        raise UserError(
-            f"{encoder}: no merge in {MERGES_FILE} makes the token {quoted(min(extra))}"
-        )
+        raise UserError(f"{encoder}: no merge in {MERGES_FILE} makes the token {quoted(min(extra))}")

@@ -27,13 +27,7 @@ import numpy as np
 
 from wsparse import files, model, runs, trees
 from wsparse.command import run_command
-from wsparse.config import (
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    from_dict,
-    require,
-)
+from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
 from wsparse.data import sources
 from wsparse.errors import UserError, closest, quoted
 from wsparse.interop import bpe_files, torch_file
@@ -298,9 +292,7 @@ def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> d
     if config.tied_embeddings:
         unembed = take(_UNEMBED, (config.vocab_size, config.d_model))
         if not np.array_equal(unembed, leaves["embed/tokens"]):
-            raise UserError(
-                "the config ties the embeddings, but lm_head.weight and wte.weight differ"
-            )
+            raise UserError("the config ties the embeddings, but lm_head.weight and wte.weight differ")
     if remaining:
         first = min(remaining)
         raise UserError(
@@ -321,9 +313,7 @@ def state_from_params(config: ModelConfig, params: model.Params) -> dict[str, np
     state = {}
     for entry in _entries(config):
         parts = [leaves[path] for path in entry.paths]
-        array = np.concatenate(
-            [p if entry.layer is None else p[entry.layer] for p in parts], axis=-1
-        )
+        array = np.concatenate([p if entry.layer is None else p[entry.layer] for p in parts], axis=-1)
         state[entry.key] = np.ascontiguousarray(array.T if entry.transposed else array)
     if config.tied_embeddings:
         state[_UNEMBED] = state["transformer.wte.weight"]
@@ -468,9 +458,7 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "tokenizer", None, "The folder of encoder.json and vocab.bpe, where it is not --from."
     )
-    flags.DEFINE_string(
-        "source", "stdlib", "Source of text for prune, as config.data.source in training."
-    )
+    flags.DEFINE_string("source", "stdlib", "Source of text for prune, as config.data.source in training.")
     flags.mark_flags_as_required(["from", "out"])
 
 

@@ -61,9 +61,7 @@ def measure(folder: pathlib.Path) -> dict[str, Error]:
         want = np.stack([expected.pop(key) for key in keys])
         errors[location] = relative_error(values.reshape(want.shape), want)
     if expected:
-        raise UserError(
-            f"{folder / 'expected.npz'} has numbers of an unknown location: {min(expected)}"
-        )
+        raise UserError(f"{folder / 'expected.npz'} has numbers of an unknown location: {min(expected)}")
     return errors
 
 

@@ -132,9 +132,7 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise missing_extra(
-            "huggingface_hub", "hub", f"loading {repository} from the Hub"
-        ) from error
+        raise missing_extra("huggingface_hub", "hub", f"loading {repository} from the Hub") from error
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(

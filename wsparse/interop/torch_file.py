@@ -145,9 +145,7 @@ def _read(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
         if storage not in storages:
             entry = f"{root}data/{storage.key}"
             if entry not in entries:
-                raise TorchFileError(
-                    f"{quoted(name)} is stored in {quoted(entry)}, which is missing"
-                )
+                raise TorchFileError(f"{quoted(name)} is stored in {quoted(entry)}, which is missing")
             expected = storage.size * storage.dtype.itemsize
             if entries[entry][1] != expected:
                 raise TorchFileError(
@@ -174,9 +172,7 @@ def _entries(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[int, int,
         if name in entries:
             raise TorchFileError(f"its entry {quoted(name)} occurs twice")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise TorchFileError(
-                f"its entry {quoted(name)} is compressed, which PyTorch never does"
-            )
+            raise TorchFileError(f"its entry {quoted(name)} is compressed, which PyTorch never does")
         if info.flag_bits & _FORBIDDEN_FLAGS:
             raise TorchFileError(f"its entry {quoted(name)} is encrypted")
         if info.header_offset < free:
@@ -198,14 +194,8 @@ def _data_start(info: zipfile.ZipInfo, mapped: mmap.mmap) -> int:
     signature, method, name_size, extra_size = fields[0], fields[3], fields[9], fields[10]
     encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
     name = info.orig_filename.encode(encoding)
-    if (
-        signature != b"PK\3\4"
-        or method != zipfile.ZIP_STORED
-        or mapped[names : names + name_size] != name
-    ):
-        raise TorchFileError(
-            f"its entry {quoted(info.filename)} has another header than in the directory"
-        )
+    if signature != b"PK\3\4" or method != zipfile.ZIP_STORED or mapped[names : names + name_size] != name:
+        raise TorchFileError(f"its entry {quoted(info.filename)} has another header than in the directory")
     return names + name_size + extra_size
 
 
@@ -302,9 +292,7 @@ def _interpret(pickled: bytes) -> Any:
                     raise TorchFileError("its pickle leaves values over")
                 return value
             case _:
-                raise TorchFileError(
-                    f"its pickle has the instruction {name}, which no tensor needs"
-                )
+                raise TorchFileError(f"its pickle has the instruction {name}, which no tensor needs")
     raise AssertionError("pickletools refuses a pickle without STOP")
 
 
@@ -320,9 +308,7 @@ def _named(name: str) -> _Name:
 def _of_type(value: Any, kind: type) -> Any:
     # Values are not printed: a few bytes of pickle can describe one of any length.
     if type(value) is not kind:
-        raise TorchFileError(
-            f"its pickle has a {type(value).__name__} in place of a {kind.__name__}"
-        )
+        raise TorchFileError(f"its pickle has a {type(value).__name__} in place of a {kind.__name__}")
     return value
 
 
@@ -388,21 +374,15 @@ def _checked(tensor: _Tensor) -> _Tensor:
 def _tensors(value: Any) -> dict[str, _Tensor]:
     for name, tensor in _of_type(value, dict).items():
         if type(tensor) is not _Tensor:
-            raise TorchFileError(
-                f"it must hold a dict of tensors, but {quoted(name)} is not a tensor"
-            )
+            raise TorchFileError(f"it must hold a dict of tensors, but {quoted(name)} is not a tensor")
     return value
 
 
 def _view(storage: np.ndarray, tensor: _Tensor) -> np.ndarray:
     size = storage.itemsize
     # The stride of an axis of length 1 means nothing and may be any number.
-    strides = [
-        s * size if n > 1 else size for s, n in zip(tensor.strides, tensor.shape, strict=True)
-    ]
-    return np.lib.stride_tricks.as_strided(
-        storage[tensor.offset :], tensor.shape, strides, writeable=False
-    )
+    strides = [s * size if n > 1 else size for s, n in zip(tensor.strides, tensor.shape, strict=True)]
+    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
 
 
 # Writing -------------------------------------------------------------------------------------------

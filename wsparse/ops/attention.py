@@ -80,10 +80,7 @@ def attention_pattern(q_BTHK: jax.Array, k_BSHK: jax.Array, sink_H: jax.Array | 
 
 
 def _attention_weights(
-    q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    sink_H: jax.Array | None,
-    positions_BT: jax.Array | None = None,
+    q_BTHK: jax.Array, k_BSHK: jax.Array, sink_H: jax.Array | None, positions_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Exponentials of the scores, zero for future keys, and what each row is to be divided by."""
     dtype = jnp.promote_types(q_BTHK.dtype, jnp.float32)

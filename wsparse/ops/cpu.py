@@ -90,9 +90,7 @@ def load() -> bool:
         for kernel in _KERNELS:
             capsule = jax.ffi.pycapsule(getattr(library, _PREFIX + kernel))
             jax.ffi.register_ffi_target(_PREFIX + kernel, capsule, platform="cpu")
-    except (
-        Exception
-    ) as error:  # Kernels are a matter of speed: nothing that goes wrong here is fatal.
+    except Exception as error:  # Kernels are a matter of speed: nothing that goes wrong here is fatal.
         log.warning("CPU kernels are off: %s", " ".join(str(error).split())[:300])
         return False
     return True
@@ -167,11 +165,7 @@ def ablate_gradient(operands, residuals, dy: jax.Array) -> tuple[jax.Array, ...]
 
 
 def attend(
-    q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    sink_H: jax.Array,
-    positions_BT: jax.Array,
+    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, sink_H: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """`attention.attend` for float32: scores and weights never leave a core's cache.
 

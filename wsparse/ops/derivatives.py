@@ -98,9 +98,7 @@ def linear_map(
     leaves, tree = jax.tree.flatten(residuals)
     flat = _Flat(function, tree), _Flat(transpose, tree)
     return tuple(
-        _linear_map.bind(
-            *leaves, *operands, function=flat[0], transpose=flat[1], n_residuals=len(leaves)
-        )
+        _linear_map.bind(*leaves, *operands, function=flat[0], transpose=flat[1], n_residuals=len(leaves))
     )
 
 
@@ -149,8 +147,7 @@ def _jvp(primals, tangents, *, function, transpose, n_residuals):
         operands = [ad.instantiate_zeros(t) for t in tangents[n_residuals:]]
         return results, _linear_map.bind(*primals[:n_residuals], *operands, **options)
     tangents = tuple(
-        _zero_tangent(x) if type(t) is ad.Zero else t
-        for x, t in zip(primals, tangents, strict=True)
+        _zero_tangent(x) if type(t) is ad.Zero else t for x, t in zip(primals, tangents, strict=True)
     )
     return results, list(jax.jvp(function, tuple(primals), tangents)[1])
 
@@ -168,8 +165,7 @@ def _transpose(cotangents, *arguments, function, transpose, n_residuals):
     )
     linear = map(ad.is_undefined_primal, operands)
     return [None] * n_residuals + [
-        gradient if undefined else None
-        for gradient, undefined in zip(gradients, linear, strict=True)
+        gradient if undefined else None for gradient, undefined in zip(gradients, linear, strict=True)
     ]
 
 

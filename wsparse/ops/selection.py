@@ -35,9 +35,7 @@ def magnitude_keys(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
       TypeError: `x` is not a real floating-point array.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in _INTEGER:
-        raise TypeError(
-            f"magnitudes are compared for 16, 32 and 64-bit floats, got dtype {x.dtype}"
-        )
+        raise TypeError(f"magnitudes are compared for 16, 32 and 64-bit floats, got dtype {x.dtype}")
     integer = _INTEGER[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(lax.stop_gradient(x), integer).astype(dtype or integer)
     keys = bits & jnp.array(jnp.iinfo(integer).max, bits.dtype)
@@ -109,11 +107,7 @@ def _passes(span: int, ways: int) -> int:
 
 
 def largest_along(
-    keys: jax.Array,
-    k: jax.Array | int,
-    axes: int | Iterable[int],
-    *,
-    count_dtype: jnp.dtype = jnp.int32,
+    keys: jax.Array, k: jax.Array | int, axes: int | Iterable[int], *, count_dtype: jnp.dtype = jnp.int32
 ) -> jax.Array:
     """Mask of the `k` largest positive keys of every slice along `axes`, ties to the lowest index.
 
@@ -158,8 +152,7 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
     return lax.platform_dependent(
         lax.stop_gradient(x),
         cpu=functools.partial(
-            cpu.largest_per_row if half_or_single and cpu.enabled() else _largest_per_row_blocked,
-            k=k,
+            cpu.largest_per_row if half_or_single and cpu.enabled() else _largest_per_row_blocked, k=k
         ),
         default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),
     )
@@ -218,16 +211,12 @@ def largest_of_each(
     if not keys:
         return []
     ends = list(itertools.accumulate(array.shape[0] for array in keys))
-    from_end = [
-        _positions_from_end(array.shape, range(1, array.ndim), whole=whole) for array in keys
-    ]
+    from_end = [_positions_from_end(array.shape, range(1, array.ndim), whole=whole) for array in keys]
 
     def spread(per_matrix):
         """One value per matrix, as one array per stack that broadcasts against it."""
         parts = jnp.split(per_matrix, ends[:-1])
-        return [
-            jnp.reshape(v, v.shape + (1,) * (a.ndim - 1)) for v, a in zip(parts, keys, strict=True)
-        ]
+        return [jnp.reshape(v, v.shape + (1,) * (a.ndim - 1)) for v, a in zip(parts, keys, strict=True)]
 
     def count(masks):
         return jnp.concatenate([jnp.sum(m, range(1, m.ndim), dtype=jnp.int32) for m in masks])
@@ -245,9 +234,7 @@ def largest_of_each(
         tied_from,
         jnp.concatenate([jnp.asarray(each, jnp.int32) for each in k]),
         top=jnp.concatenate([jnp.max(a, range(1, a.ndim)).astype(wide) for a in keys]),
-        size=jnp.concatenate(
-            [jnp.full(a.shape[:1], math.prod(a.shape[1:]), jnp.int32) for a in keys]
-        ),
+        size=jnp.concatenate([jnp.full(a.shape[:1], math.prod(a.shape[1:]), jnp.int32) for a in keys]),
         top_span=max(int(jnp.iinfo(a.dtype).max) for a in keys),
         longest=max(math.prod(a.shape[1:]) for a in keys),
         ways=_WAYS_OF_TPU if tpu.available() else 2,
@@ -306,9 +293,7 @@ def _winners(keys, from_end, threshold, position, wanted):
     return (wanted > 0) & ((keys > t) | ((keys == t) & (from_end >= position)))
 
 
-def _positions_from_end(
-    shape: Sequence[int], axes: Iterable[int], *, whole: bool = True
-) -> jax.Array:
+def _positions_from_end(shape: Sequence[int], axes: Iterable[int], *, whole: bool = True) -> jax.Array:
     """int32 `shape`: how many entries follow each one in its slice, in row-major order."""
     position, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in sorted(axes, reverse=True):

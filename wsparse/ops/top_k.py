@@ -48,8 +48,7 @@ def _abs_top_k_by_kernel(x: jax.Array, k: int) -> jax.Array:
 
 # What was kept of x is what would be kept of the result: it alone is stored for the backward pass.
 _abs_top_k_by_kernel.defvjp(
-    lambda x, k: (_keep_by_kernel(k, x),) * 2,
-    lambda k, kept, gradient: (_keep_by_kernel(k, kept, gradient),),
+    lambda x, k: (_keep_by_kernel(k, x),) * 2, lambda k, kept, gradient: (_keep_by_kernel(k, kept, gradient),)
 )
 
 
@@ -91,9 +90,7 @@ def _ablate_plainly(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, *, k: in
 def ablate_on_cpu(k: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Returns `ablate_largest` of `k` channels, float32, by the CPU kernel."""
     return differentiable(
-        functools.partial(_ablate_plainly, k=k),
-        functools.partial(cpu.ablate, k=k),
-        cpu.ablate_gradient,
+        functools.partial(_ablate_plainly, k=k), functools.partial(cpu.ablate, k=k), cpu.ablate_gradient
     )
 
 
@@ -125,9 +122,7 @@ def keep_top_k(
            [ 0.,  2.]], dtype=float32)
     """
     if neuron_axis is not None and not -w.ndim <= neuron_axis < w.ndim:
-        raise UserError(
-            f"neuron_axis must name an axis of an array of shape {w.shape}, got {neuron_axis}"
-        )
+        raise UserError(f"neuron_axis must name an axis of an array of shape {w.shape}, got {neuron_axis}")
     axis = None if neuron_axis is None else neuron_axis % w.ndim
     budget = jnp.asarray(k, jnp.int32)[None]
     (selection,) = select([w[None]], [budget], neuron_axes=[axis], min_per_neuron=min_per_neuron)
@@ -198,16 +193,13 @@ def _select_in_one_search(
 ) -> list[Selection]:
     """`select` without the kernel; keys are of `key_dtype`, see `selection.magnitude_keys`."""
     keys = [selection.magnitude_keys(stack, key_dtype) for stack in stacks]
-    protected = [
-        _protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)
-    ]
+    protected = [_protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)]
     free = [
         key if mask is None else jnp.where(mask, jnp.array(-1, key.dtype), key)
         for key, mask in zip(keys, protected, strict=True)
     ]
     budgets = [
-        budget if mask is None else budget - _count(mask)
-        for budget, mask in zip(k, protected, strict=True)
+        budget if mask is None else budget - _count(mask) for budget, mask in zip(k, protected, strict=True)
     ]
     kept = [
         chosen if mask is None else chosen | mask
@@ -250,14 +242,11 @@ def _select_by_kernel(
         # A row of a tile's lanes is the least that a core writes.
         lane = lax.broadcasted_iota(jnp.int32, (1, 1, 128), 2)
         nonzeros, finite = (
-            jnp.reshape(each.astype(jnp.int32), (-1, 1, 1))
-            for each in (selection.nonzeros, selection.finite)
+            jnp.reshape(each.astype(jnp.int32), (-1, 1, 1)) for each in (selection.nonzeros, selection.finite)
         )
         return selection.kept.astype(jnp.int8), jnp.where(lane == 0, nonzeros, finite)
 
-    kept, numbers = lax.platform_dependent(
-        k, stack, tpu=functools.partial(tpu.by_matrix, keep), default=keep
-    )
+    kept, numbers = lax.platform_dependent(k, stack, tpu=functools.partial(tpu.by_matrix, keep), default=keep)
     return Selection(kept != 0, numbers[:, 0, 0], numbers[:, 0, 1] != 0)
 
 

@@ -87,11 +87,7 @@ def fits_whole(shape: tuple[int, ...]) -> bool:
 
 
 def by_matrix(
-    select: SelectOfMatrix,
-    k: jax.Array,
-    stack: jax.Array,
-    *,
-    interpret: bool = False,
+    select: SelectOfMatrix, k: jax.Array, stack: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
     """`select(k[g], stack[g])` of every matrix of a stack, each held whole in a core's memory.
 
@@ -126,8 +122,7 @@ def _matrices(
             out_specs=tuple(spec(each.shape) for each in results),
         ),
         out_shape=tuple(
-            jax.ShapeDtypeStruct((*stack.shape[:1], *each.shape[1:]), each.dtype)
-            for each in results
+            jax.ShapeDtypeStruct((*stack.shape[:1], *each.shape[1:]), each.dtype) for each in results
         ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_WHOLE_VMEM_BYTES),
         interpret=interpret,
@@ -135,9 +130,7 @@ def _matrices(
     )(k, stack)
 
 
-def over_mesh(
-    call: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P
-) -> Callable[..., Any]:
+def over_mesh(call: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Any]:
     """A kernel's call on every device of the mesh in context: XLA cannot partition kernels by itself."""
     if math.prod(_mesh_axes().values()) == 1:
         return call

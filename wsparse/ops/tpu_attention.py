@@ -69,9 +69,7 @@ def attend(
     sink_1E = jnp.repeat(sink_H.astype(jnp.float32), width)[None]
     rows, tiles = tpu.spread(batch, channels // _LANES, last=("tensor",))
     spec, row = P(rows, None, tiles), P(None, tiles)
-    call = tpu.over_mesh(
-        functools.partial(_attend, width, interpret), (spec, spec, spec, row), spec
-    )
+    call = tpu.over_mesh(functools.partial(_attend, width, interpret), (spec, spec, spec, row), spec)
     q, k, v = (jnp.reshape(each, (batch, time, channels)) for each in (q_BTHK, k_BTHK, v_BTHK))
     return jnp.reshape(call(q, k, v, sink_1E), q_BTHK.shape)
 
@@ -141,8 +139,7 @@ def _options(q_BTE, width, *, products, arrays, interpret):
     scores = batch * (channels // width) * time * time
     return {
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         "cost_estimate": pl.CostEstimate(
             flops=2 * products * scores * width,

@@ -73,9 +73,7 @@ def _pair(contrast: Contrast, key: int, split: Split) -> Pair:
     opening, depth = _opening(d, place, needs)
     # Two blank lines around functions and classes, one elsewhere.
     gap = "\n" if place == "module" and name != "function" else "\n\n"
-    first, second = (
-        _program(f"{beginning}{gap}{opening}", snippet.lines, depth) for snippet in sides
-    )
+    first, second = (_program(f"{beginning}{gap}{opening}", snippet.lines, depth) for snippet in sides)
     return Pair(first=first, second=second, template=f"{place} after {name}")
 
 

@@ -128,9 +128,7 @@ def project_top_k(
 
     def update(updates: Any, state: Any, params: Any = None):
         if params is None:
-            raise UserError(
-                "project_top_k needs the parameters: call update(updates, state, params)"
-            )
+            raise UserError("project_top_k needs the parameters: call update(updates, state, params)")
         # What optax.apply_updates will store, in the dtype it will be stored in.
         after = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)
         sparse = _matrices(after, rules)
@@ -154,11 +152,7 @@ def project_top_k(
 
 
 def _select(
-    sparse: dict[str, tuple[jax.Array, Sparse]],
-    density: Any,
-    *,
-    min_per_neuron: int,
-    replicated: bool,
+    sparse: dict[str, tuple[jax.Array, Sparse]], density: Any, *, min_per_neuron: int, replicated: bool
 ) -> dict[str, Selection]:
     """Returns the entries that stay of every stack of matrices, by path."""
     stacks = [stack for stack, _ in sparse.values()]
@@ -172,9 +166,7 @@ def _select(
     return dict(zip(sparse, selections, strict=True))
 
 
-def l0(
-    params: Any, rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES
-) -> dict[str, tuple[int, int]]:
+def l0(params: Any, rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES) -> dict[str, tuple[int, int]]:
     """Returns `(nonzeros, size)` of every projected matrix, by its path.
 
     The matrices of a stacked parameter have the layer's index after the path's first part:

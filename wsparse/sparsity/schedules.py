@@ -30,9 +30,7 @@ def density_schedule(config: SparsityConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def learning_rate_schedule(
-    config: OptimizerConfig, steps: int, *, density: optax.Schedule
-) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int, *, density: optax.Schedule) -> optax.Schedule:
     """Returns linear warmup, then linear decay to 0 at `steps`, times `1/sqrt(density)`: the "sharkfin".
 
     Without `config.sharkfin` the last factor is 1.

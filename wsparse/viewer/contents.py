@@ -74,9 +74,7 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
     circuits = [circuit for _, circuit in tasks if circuit is not None and circuit.nodes]
     if not circuits:
         tried = f" ({len(tasks)} tasks were tried, and none was found)" if tasks else ""
-        raise UserError(
-            f"{folder} has no circuits{tried}: python -m wsparse.prune --run={folder} --task=all"
-        )
+        raise UserError(f"{folder} has no circuits{tried}: python -m wsparse.prune --run={folder} --task=all")
     evidence = [Evidence.load(folder / "circuits" / c.task, c) for c in circuits]
     shown = [Shown(c, e) for c, e in zip(circuits, evidence, strict=True) if e is not None]
     without = [c.task for c, e in zip(circuits, evidence, strict=True) if e is None]
@@ -218,9 +216,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         if evidence.answers is None
         else {
             "tokens": evidence.answers,
-            "weights": {
-                node.name: node.answer_weights for node in nodes if node.answer_weights is not None
-            },
+            "weights": {node.name: node.answer_weights for node in nodes if node.answer_weights is not None},
         },
         "text": _text(evidence, len(nodes), texts),
         **_prompts(evidence, set(index), options.pairs),
@@ -245,12 +241,7 @@ def _prompts(evidence: Evidence, names: set[str], pairs: int) -> dict[str, Any]:
     )
     return {
         "rows": [
-            {
-                "tokens": ids,
-                "answer": prompt.answer,
-                "model": prompt.model,
-                "circuit": prompt.circuit,
-            }
+            {"tokens": ids, "answer": prompt.answer, "model": prompt.model, "circuit": prompt.circuit}
             for prompt, ids in zip(prompts, tokens, strict=True)
         ],
         "values": {
@@ -275,15 +266,7 @@ def _text(evidence: Evidence, n_nodes: int, texts: list[dict[str, Any]]) -> int:
     at = next((i for i, text in enumerate(texts) if text["data"] == windows), len(texts))
     if at == len(texts):
         length = evidence.windows_WT.shape[1]
-        texts.append(
-            {
-                "name": evidence.text,
-                "length": length,
-                "dtype": dtype,
-                "data": windows,
-                "nodes": {},
-            }
-        )
+        texts.append({"name": evidence.text, "length": length, "dtype": dtype, "data": windows, "nodes": {}})
     spans_E6 = evidence.excerpts_E6
     ends = np.cumsum(spans_E6[:, 4] - spans_E6[:, 3])
     values = np.split(evidence.excerpt_values_Z, ends[:-1]) if len(ends) else []
@@ -311,8 +294,6 @@ def _text(evidence: Evidence, n_nodes: int, texts: list[dict[str, Any]]) -> int:
             "highest": kinds[0],
             "lowest": kinds[1],
             "sampled": kinds[2],
-            "values": packed(
-                np.concatenate([np.zeros(0), *(values[e] for e in excerpts[i])]), "int8"
-            ),
+            "values": packed(np.concatenate([np.zeros(0), *(values[e] for e in excerpts[i])]), "int8"),
         }
     return at
