@@ -232,10 +232,11 @@ def test_no_stretch_of_text_is_shown_twice():
     windows_WT[6:] += 100
     values_WT = np.where(windows_WT % 12 == 5, np.float32(1), np.float32(0))
     found = excerpts.summarize(values_WT, windows_WT)
-    shown = [*found.highest, *found.lowest, *(one for _, one in found.sampled)]
-    texts = [windows_WT[e.window, e.start : e.token + 1].tobytes() for e in shown]
+    texts = [windows_WT[e.window, e.start : e.token + 1].tobytes() for e in found.excerpts]
     assert len(texts) == len(set(texts)) == 2
-    assert [e.window for e in found.highest] == [0, 6]
+    assert [(e.kind, e.window) for e in found.excerpts] == [
+        (evidence_file.HIGHEST, window) for window in (0, 6)
+    ]
 
 
 # ---- The command ----

@@ -1,6 +1,7 @@
 """Runs and circuits as notebooks use them give what the pure functions give, and say what they are."""
 
 import html
+import json
 import re
 
 import jax
@@ -115,10 +116,39 @@ def test_a_pretrained_folder_becomes_a_run(tmp_path, monkeypatch):
         wsparse.load("no such thing")
 
 
-def test_a_run_loads_with_its_newest_checkpoint(tmp_path):
+@pytest.fixture
+def stored(tmp_path):
+    """A run's folder."""
     source = case.run()
     tokenizer = tokenizer_lib.train(["no merges"], case.CONFIG.vocab_size)
     runs.create(tmp_path / "run", source.config, source.params, tokenizer, summary={})
-    run = wsparse.load(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_loads_with_its_newest_checkpoint(stored):
+    run = wsparse.load(stored)
     assert run.step == 0
-    np.testing.assert_array_equal(run.params["embed"]["tokens"], source.params["embed"]["tokens"])
+    np.testing.assert_array_equal(run.params["embed"]["tokens"], case.run().params["embed"]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda vocab: {**vocab, "ab": 256}, "has 258 tokens, .* model has 257"),
+        (lambda vocab: {**vocab, "!": 10**6}, "must have the ids 0 to 256"),
+        (lambda vocab: dict.fromkeys(vocab, 7), "must have the ids 0 to"),
+        (lambda vocab: {}, "tokens"),
+        (lambda vocab: {**vocab, "A": vocab["B"], "B": vocab["A"]}, "not the tokenizer .* trained with"),
+    ],
+    ids=["another size", "an id of a million", "all ids equal", "empty", "two exchanged"],
+)
+def test_the_tokenizer_of_another_run_is_refused(stored, change, message):
+    path = stored / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"] = change(values["model"]["vocab"])
+    for token in values["added_tokens"]:
+        token["id"] = len(values["model"]["vocab"])
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message) as caught:
+        wsparse.load(stored)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)

@@ -202,6 +202,12 @@ def test_an_empty_prompt_begins_a_document(command, capsys):
         (["--run=x", "--prompt=a", "--samples=-1"], ["--samples", "at least 1", "-1"]),
         (["--run=x", "--prompt=a", "--top_k=-2"], ["--top_k", "at least 0", "-2"]),
         (["--run=x", "--prompt=a", "--temperature=-0.5"], ["--temperature", "at least 0", "-0.5"]),
+        (["--run=x", "--prompt=a", "--temperature=1e-320"], ["--temperature", "at least 1e-06", "1e-320"]),
+        (["--run=x", "--prompt=a", "--temperature=1e300"], ["--temperature", "at most 1000000.0", "1e+300"]),
+        (["--run=x", "--prompt=a", f"--tokens={10**12}"], ["--tokens", "at most 1000000", str(10**12)]),
+        (["--run=x", "--prompt=a", f"--samples={10**12}"], ["--samples", "at most 10000", str(10**12)]),
+        (["--run=x", "--prompt=a", f"--seed={2**63}"], ["--seed", f"at most {2**63 - 1}", str(2**63)]),
+        (["--run=x", "--prompt=\udcff"], ["--prompt", "UTF-8"]),
     ],
 )
 def test_wrong_options_are_errors_of_one_line(command, arguments, words):
@@ -210,6 +216,17 @@ def test_wrong_options_are_errors_of_one_line(command, arguments, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_extremes_of_options_are_drawn_as_any_other(command, capsys):
+    for extreme in (
+        f"--seed={2**63 - 1}",
+        f"--seed={-(2**63)}",
+        "--temperature=1e-6",
+        f"--top_k={2**31 - 1}",
+    ):
+        command("--run=x", "--prompt=fgh", "--tokens=5", "--temperature=0.01", extreme)
+        assert capsys.readouterr().out == "fghij\n"
 
 
 @pytest.mark.parametrize("what", ["missing", "no run", "no checkpoint"])

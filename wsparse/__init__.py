@@ -16,40 +16,33 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wsparse.config import ModelConfig as ModelConfig
-    from wsparse.config import TrainConfig as TrainConfig
-    from wsparse.hooks import run_with_cache as run_with_cache
-    from wsparse.hooks import run_with_taps as run_with_taps
-    from wsparse.model import forward as forward
-    from wsparse.model import init as init
-    from wsparse.notebook import Circuit as Circuit
-    from wsparse.notebook import Run as Run
-    from wsparse.notebook import load as load
-    from wsparse.sparsity import abs_top_k as abs_top_k
-    from wsparse.sparsity import project_top_k as project_top_k
+    from wsparse.config import ModelConfig, TrainConfig
+    from wsparse.hooks import run_with_cache, run_with_taps
+    from wsparse.model import forward, init
+    from wsparse.notebook import Circuit, Run, load
+    from wsparse.sparsity import abs_top_k, project_top_k
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Circuit", "ModelConfig", "Run", "TrainConfig", "abs_top_k", "forward", "init", "load", "project_top_k",
+    "run_with_cache", "run_with_taps",
+]  # fmt: skip
+
 _MODULES = {
-    "Circuit": "wsparse.notebook",
-    "ModelConfig": "wsparse.config",
-    "Run": "wsparse.notebook",
-    "TrainConfig": "wsparse.config",
-    "abs_top_k": "wsparse.sparsity",
-    "forward": "wsparse.model",
-    "init": "wsparse.model",
-    "load": "wsparse.notebook",
-    "project_top_k": "wsparse.sparsity",
-    "run_with_cache": "wsparse.hooks",
-    "run_with_taps": "wsparse.hooks",
+    "config": ("ModelConfig", "TrainConfig"),
+    "hooks": ("run_with_cache", "run_with_taps"),
+    "model": ("forward", "init"),
+    "notebook": ("Circuit", "Run", "load"),
+    "sparsity": ("abs_top_k", "project_top_k"),
 }
-__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -323,22 +323,26 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
         values = values.to_dict()
     if not isinstance(values, Mapping):
         raise UserError(f"config key '{where.rstrip('.')}' must be a group of keys, got {_shown(values)}")
-    hints = _hints(cls)
+    hints, required = _fields(cls)
     arguments = {}
     for key, value in values.items():
         name = key if key in hints else _american(key)
         if name not in hints:
             raise UserError(f"unknown config key {quoted(f'{where}{key}')}{closest(key, hints)}")
         arguments[name] = _convert(value, hints[name], f"{where}{name}")
-    for field in dataclasses.fields(cls):  # pyrefly: ignore
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and field.name not in arguments:
-            raise UserError(f"config key '{where}{field.name}' is missing")
+    for name in required:
+        if name not in arguments:
+            raise UserError(f"config key '{where}{name}' is missing")
     return cls(**arguments)
 
 
 # Slow, and asked for once for every edge of a circuit.
-_hints = functools.cache(typing.get_type_hints)
+@functools.cache
+def _fields(cls: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the types of a dataclass's fields by name, and the names of those without a default."""
+    fields, missing = dataclasses.fields(cls), dataclasses.MISSING
+    required = [field.name for field in fields if field.default is field.default_factory is missing]
+    return typing.get_type_hints(cls), required
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -370,6 +374,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Returns `value` as the annotated type `hint`."""
+    if type(value) is hint and (hint is not float or math.isfinite(value)):
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -392,11 +398,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
-    if type(value) is not hint:
-        raise UserError(f"config key '{where}' must be of type {hint.__name__}, got {_shown(value)}")
-    if hint is float and not math.isfinite(value):
+    if type(value) is hint:
         raise UserError(f"config key '{where}' must be a finite number, got {value}")
-    return value
+    raise UserError(f"config key '{where}' must be of type {hint.__name__}, got {_shown(value)}")
 
 
 def _choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:

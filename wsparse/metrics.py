@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import itertools
 import json
 import logging
@@ -20,15 +21,11 @@ _FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and TensorBoard events; use as a context manager.
 
-    Args:
-      workdir: Folder of the run.
-      start_step: Step to go on from; records after it (of a run that got further than its last checkpoint)
-        are removed.
+    Records after `start_step`, of a run that got further than its last checkpoint, are removed.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        # Imported here: only training needs it.
-        import tensorboardX
+        import tensorboardX  # Only training needs it.
 
         self._path = workdir / _FILE
         kept = [record for record in read(workdir) if record["step"] <= start_step]
@@ -45,11 +42,7 @@ class MetricsWriter:
         self._events.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Record `values` (numbers, or dicts and lists of numbers) as of `step`.
-
-        Raises:
-          UserError: The file cannot be written.
-        """
+        """Record `values` (numbers, or dicts and lists of numbers) as of `step`."""
         try:
             self._file.write(_line({"step": step, **values}))
         except OSError as error:
@@ -59,11 +52,7 @@ class MetricsWriter:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the records of a run's `metrics.jsonl`; a last line cut short by a crash is left out.
-
-    Raises:
-      UserError: A line is not a record.
-    """
+    """Returns the records of a run's `metrics.jsonl`; a last line cut short by a crash is left out."""
     path = workdir / _FILE
     if not path.exists():
         return []
@@ -107,34 +96,29 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(strict(record), allow_nan=False) + "\n"
 
 
-def _scalars(prefix: str, values: dict[str, Any]):
+def _scalars(prefix: str, values: dict[Any, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from _scalars(f"{prefix}{name}/", value)
-        elif isinstance(value, (list, tuple)):
-            yield from _scalars(f"{prefix}{name}/", {str(i): item for i, item in enumerate(value)})
         elif isinstance(value, (int, float)) and math.isfinite(value):
             yield f"{prefix}{name}", value
 
 
 def plot_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draw loss and nonzero weights against tokens seen into a PNG."""
-    train = [record for record in records if "loss" in record]
-    held_out = [record for record in records if "val_loss" in record]
-    tokens = [record["tokens"] for record in train]
-    with plots.figure(path, 2, sharex=True, figsize=(7, 6), height_ratios=(2, 1)) as axes:
-        loss, nonzeros = axes
-        loss.plot(tokens, [record["loss"] for record in train], color="#4477aa", label="training")
-        loss.plot(
-            [record["tokens"] for record in held_out],
-            [record["val_loss"] for record in held_out],
-            "o-",
-            color="#cc6677",
-            label="held out",
-        )
+
+    def series(name: str) -> tuple[list[int], list[float]]:
+        kept = [record for record in records if name in record]
+        return [record["tokens"] for record in kept], [record[name] for record in kept]
+
+    with plots.figure(path, 2, sharex=True, figsize=(7, 6), height_ratios=(2, 1)) as (loss, nonzeros):
+        loss.plot(*series("loss"), color="#4477aa", label="training")
+        loss.plot(*series("val_loss"), "o-", color="#cc6677", label="held out")
         loss.set_ylabel("cross-entropy (nats per token)")
         loss.legend(frameon=False)
-        nonzeros.plot(tokens, [record["nonzeros"] for record in train], color="#228833")
+        nonzeros.plot(*series("nonzeros"), color="#228833")
         nonzeros.set_yscale("log")
         nonzeros.set_ylabel("nonzero weights")
         nonzeros.set_xlabel("tokens seen")

@@ -29,11 +29,8 @@ class Run:
     """A run folder that was read.
 
     Attributes:
-      folder: The folder.
-      config: Config of the training.
       step: Optimizer steps behind `params`.
       params: Float32 parameters on the default device.
-      tokenizer: Tokenizer of the run.
     """
 
     folder: pathlib.Path
@@ -45,8 +42,8 @@ class Run:
     def __repr__(self) -> str:
         shape = self.config.model
         return (
-            f"Run({str(self.folder)!r}, step {self.step}, {shape.n_layer} layers, d_model {shape.d_model}, "
-            f"{model.count_parameters(self.params):,} parameters, {shape.vocab_size} tokens)"
+            f"Run({str(self.folder)!r}, step={self.step}, n_layer={shape.n_layer}, d_model={shape.d_model}, "
+            f"density={self.config.sparsity.density:.3g}, parameters={model.count_parameters(self.params):,})"
         )
 
     @functools.cached_property
@@ -54,18 +51,15 @@ class Run:
         """The tokens that the run was trained on and held out, from its folder.
 
         A run that has none there yet, such as an imported one, gets them from the sources of its config.
-
-        Raises:
-          UserError: The folder's data or a source cannot be read.
         """
-        folder = self.folder / "data"
+        folder, config = self.folder / "data", self.config
         if not folder.exists():
-            log.info("%s keeps no text yet: reading %s", self.folder, self.config.data.source)
+            log.info("%s keeps no text yet: reading %s", self.folder, config.data.source)
         data = dataset.open_dataset(
             folder,
-            self.config.data,
-            vocab_size=self.config.model.vocab_size,
-            context=self.config.model.context,
+            config.data,
+            vocab_size=config.model.vocab_size,
+            context=config.model.context,
             tokenizer=self.tokenizer,
         )
         metadata = checkpoint.read_metadata(self.folder / "checkpoints", self.step)
@@ -86,7 +80,7 @@ class Run:
         seed: int | None = None,
         source: str = "",
     ) -> np.ndarray:
-        """Returns windows of the run's text, the same at each call.
+        """Returns different windows of the run's text, int32 `(W, context)`, the same at each call.
 
         Args:
           split: "train", or "validation" for text that training held out.
@@ -94,12 +88,6 @@ class Run:
           tokens: The same in tokens: n is `tokens` divided by the context, at least 1.
           seed: Seed of the order; by default that of the training, whose first windows these are then.
           source: Source of other text to draw from instead, such as "files:GLOB"; it is not kept.
-
-        Returns:
-          Different windows, int32 `(W, T)`, T the run's context.
-
-        Raises:
-          UserError: A source cannot be read, or has less than a window of text.
         """
         assert (n is None) != (tokens is None), "give n or tokens"
         context, data = self.config.model.context, self.config.data
@@ -118,11 +106,7 @@ class Run:
 
 
 def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
-    """Returns the config of a run folder.
-
-    Raises:
-      UserError: The folder is missing, or is not a run.
-    """
+    """Returns the config of a run folder."""
     path = pathlib.Path(folder) / "config.json"
     try:
         path.lstat()
@@ -137,11 +121,7 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:
-    """Reads a run.
-
-    Args:
-      folder: The `--workdir` of training.
-      step: Checkpoint to read; by default the newest that is undamaged.
+    """Returns the run in the `--workdir` of training, at its newest undamaged checkpoint by default.
 
     Raises:
       UserError: The folder is not a run, does not have a usable checkpoint, or its tokenizer is missing or
@@ -169,8 +149,7 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:
 def sizes(params: model.Params) -> dict[str, Any]:
     """Returns what `summary.json` says about parameters alone.
 
-    "l0" is the fraction of nonzeros in the projected matrices, "nonzeros" their number, "parameters" that of
-    all parameters, and "alive_neurons", per layer, the number of those with weights on both sides.
+    "l0" and "nonzeros" are of the projected matrices; neurons with weights on both sides are alive.
     """
     counts = sparsity.l0(params).values()
     nonzeros = sum(count for count, _ in counts)
@@ -198,9 +177,6 @@ def create(
       params: Parameters of the model.
       tokenizer: Tokenizer of the model.
       summary: Entries of `summary.json` beside `sizes`.
-
-    Raises:
-      UserError: The folder cannot be made.
     """
     with files.new_folder(folder) as part:
         tokenizer.save(part / "tokenizer.json")

@@ -18,12 +18,20 @@ from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.ops import cpu
 
+# Least and largest values of flags: what memory and 64 bits hold.
+_LIMITS = {
+    "tokens": (1, 1_000_000),
+    "samples": (1, 10_000),
+    "top_k": (0, 2**31 - 1),
+    "temperature": (0, 1e6),
+    "seed": (-(2**63), 2**63 - 1),
+}
+# Over a smaller temperature logits may be infinite.
+_COLDEST = 1e-6
+
 
 def next_token_logits(logits_BV: jax.Array, *, temperature: float, top_k: int) -> jax.Array:
-    """Logits to draw from: divided by the temperature, all but the `top_k` largest at minus infinity.
-
-    `top_k` 0 keeps all. A temperature of 0 is for the caller to handle (take the argmax).
-    """
+    """Returns logits over the temperature, all but the `top_k` largest (0 is all) at minus infinity."""
     if 0 < top_k < logits_BV.shape[-1]:
         # By index, since several logits may equal the k-th.
         chosen_BK = lax.top_k(logits_BV, top_k)[1]
@@ -45,22 +53,19 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
 ) -> jax.Array:
-    """Draw `steps` tokens after each prompt.
+    """Returns int32 `(B, steps)` tokens drawn after each prompt.
 
     Once the context is full the oldest token is dropped for each new one.
 
     Args:
-      params: the model's.
-      prompt_BT: int32 prompts, padded at the end to the context T.
-      length: int32 scalar, tokens of each prompt, at least 1.
-      key: of the draws.
-      config: the model's.
-      steps: tokens to draw.
+      params: Parameters of the model.
+      prompt_BT: Int32 prompts, padded at the end to the context T.
+      length: Tokens of each prompt, at least 1.
+      key: Key of the draws.
+      config: Config of the model.
+      steps: Tokens to draw.
       temperature: 0 takes the most likely token.
-      top_k: draw from the k most likely tokens only; 0 is all.
-
-    Returns:
-      int32 `(B, steps)`.
+      top_k: Draw from the k most likely tokens only; 0 is all.
     """
 
     def step(state, key):
@@ -88,10 +93,19 @@ def main(argv: Sequence[str]) -> None:
     options: Any = flags.FLAGS
     if options.run is None or options.prompt is None:
         raise UserError("give --run=FOLDER and --prompt='...'")
-    for name, smallest in (("tokens", 1), ("samples", 1), ("top_k", 0), ("temperature", 0)):
+    for name, (smallest, largest) in _LIMITS.items():
         value = getattr(options, name)
-        if value < smallest:
-            raise UserError(f"--{name} must be at least {smallest}, got {value}")
+        if not smallest <= value <= largest:
+            raise UserError(f"--{name} must be at least {smallest} and at most {largest}, got {value}")
+    if 0 < options.temperature < _COLDEST:
+        raise UserError(
+            f"--temperature must be 0, which takes the most likely token, or at least {_COLDEST}, "
+            f"got {options.temperature}"
+        )
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt must be text in UTF-8") from error
     cpu.enable()
     run = runs.load(options.run)
     context = run.config.model.context

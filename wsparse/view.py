@@ -23,11 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def write(folder: pathlib.Path, out: pathlib.Path, options: contents.Options) -> pathlib.Path:
-    """Write the page of the run in `folder` to the file `out`, and return `out`.
-
-    Raises:
-      UserError: See `contents.read_run`; or the folder is not a run, or `out` cannot be written.
-    """
+    """Write the page of the run in `folder` to the file `out`, and return `out`."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a run folder: name one that train has written")
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
@@ -62,13 +58,11 @@ def _define_flags() -> None:
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
     flags.DEFINE_string("out", None, "The HTML file; report.html in the run's folder by default.")
     flags.DEFINE_list("task", list(defaults.task), "Names of tasks, or all: every task that has a circuit.")
-    flags.DEFINE_string(
-        "source", None, "An option of the evidence: python -m wsparse.prune --evidence --source=..."
-    )
-    flags.DEFINE_integer("pairs", defaults.pairs, "Pairs of each task to show token by token.")
+    flags.DEFINE_string("source", None, "Is an option of the evidence: wsparse.prune --evidence --source=...")
     flags.DEFINE_integer(
-        "max_nodes", defaults.max_nodes, "Nodes of a circuit to show, the most important ones."
+        "pairs", defaults.pairs, "Pairs of a task to show token by token, at most as many as were measured."
     )
+    flags.DEFINE_integer("max_nodes", defaults.max_nodes, "Most important nodes of a circuit to show.")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The circuit file: the nodes and edges found for a task in a model, with their scores.
 
-A circuit is a folder: `circuit.json`, readable by people, and `circuit.npz` with the arrays that a program
-needs to run it. `status.json` beside them tells how the task's search ended. All are read into the
-dataclasses below by `config.from_dict`; reading them needs no jax. What is measured for the page is beside
-them too, see `wsparse.circuits.evidence`.
+A circuit is a folder: `circuit.json`, readable by people, `circuit.npz` with the arrays that a program needs
+to run it, and `status.json`, which tells how the task's search ended. Reading them needs no jax. Beside them
+is what the page shows, see `wsparse.circuits.evidence`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
@@ -18,9 +18,10 @@ import zipfile
 
 import numpy as np
 
-from wsparse import files, nodes
+from wsparse import files
 from wsparse.config import ModelConfig, from_dict, to_dict
 from wsparse.errors import UserError
+from wsparse.nodes import CONNECTIONS, NODES, Node
 
 if TYPE_CHECKING:
     from wsparse import model
@@ -35,13 +36,7 @@ _ARRAY_FIELDS = ("means", "tau", "removed")
 
 @dataclasses.dataclass(frozen=True)
 class CircuitNode:
-    """A node of a circuit.
-
-    Attributes:
-      name: Name as `str(nodes.Node(...))` gives it, "layer.location.channel".
-      tau: Parameter that pruning learned for it.
-      importance: Growth of the task's loss, in nats, when it alone is removed from the circuit.
-    """
+    """A node "layer.location.channel"; `importance` is the growth of the circuit's loss without it."""
 
     name: str
     tau: float
@@ -50,7 +45,7 @@ class CircuitNode:
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """A weight between two nodes of a circuit."""
+    """A weight between two nodes."""
 
     source: str
     target: str
@@ -123,11 +118,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sizes of a circuit, see `graph.Counts`.
-
-    Attributes:
-      edges_between_nodes: All nonzero weights between the kept nodes, the cut ones too.
-    """
+    """Sizes of a circuit, see `graph.Counts`; `edges_between_nodes` counts the edges that were cut too."""
 
     nodes: int
     edges: int
@@ -146,13 +137,9 @@ class Scores:
       sufficiency: The circuit alone, everything else at its mean.
       calibrated: The same after a fitted scale and shift of the logits.
       necessity: The circuit's nodes at their means, and everything else as it is.
-      attribution_baseline: Circuit by gradient attribution in place of a learned mask.
-      edges_before_clean_up: Edges of the cut that the circuit was cleaned up from.
       seconds_to_find: Time of search and clean-up.
-      seconds: Time of everything.
       discretize_loss: Loss on the pairs that the circuit was chosen on.
       sufficient: Size of the circuit before it was completed until it is necessary.
-      trials: Sizes of the cuts of the search's trials.
     """
 
     model: Score
@@ -173,10 +160,9 @@ class Status:
     """`status.json`: how the search for a task's circuit ended.
 
     Attributes:
-      task: Name of the task.
       status: `FOUND`, `ABOVE_TARGET`, or why there is no circuit.
       model: Score of the whole model on the report split.
-      digest: Digest of the model's parameters.
+      digest: `trees.digest` of the model's parameters.
       settings: Settings of the procedure.
     """
 
@@ -198,11 +184,7 @@ class Status:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Status:
-        """Returns the status of a circuit's folder.
-
-        Raises:
-          UserError: The file cannot be read, or is not a status.
-        """
+        """Returns the status of a circuit's folder."""
         path = pathlib.Path(folder) / _STATUS
         try:
             return from_dict(cls, files.read_json(path))
@@ -215,20 +197,13 @@ class Circuit:
     """A task's circuit in one model.
 
     Attributes:
-      task: Name of the task.
       form: The candidates' surface form.
       loss: Task loss of the circuit alone (everything else at its mean), in nats, on the report split, with
         the logits as they are.
       target: Task loss that it was to reach.
-      counts: Its sizes.
-      scores: Every other measurement.
-      controls: The same procedure where there is nothing to find, by name.
-      nodes: The kept nodes.
-      edges: The kept weights between them.
       curve: The circuit of each target of the sweep.
       hyperparameters: Those of the trial that it came from, and the "settings" of the procedure.
       model_digest: `trees.digest` of the parameters it belongs to.
-      config: Config of the model.
       means: Location -> float32 `(L, N)`, the values of removed nodes.
       tau: Location -> float32 `(L, N)`.
       removed: Kernel path -> bool `(L, in, out)`, the cut weights.
@@ -265,30 +240,22 @@ class Circuit:
     @property
     def digest(self) -> str:
         """Digest of the circuit itself: its task, its model, its nodes and its edges."""
-        edges = [[edge.source, edge.target] for edge in self.edges]
         names = [node.name for node in self.nodes]
+        edges = [[edge.source, edge.target] for edge in self.edges]
         text = json.dumps([self.task, self.model_digest, names, edges])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def mask(self) -> dict[str, np.ndarray]:
         """Returns location -> bool `(L, N)`: which nodes are kept."""
-        mask = {
-            name: np.zeros((self.config.n_layer, kind.width(self.config)), bool)
-            for name, kind in nodes.NODES.items()
-        }
+        mask = {name: np.zeros(shape, bool) for name, shape in _shapes(self.config).items()}
         for kept in self.nodes:
-            node = nodes.Node.parse(kept.name)
+            node = Node.parse(kept.name)
             mask[node.location][node.layer, node.channel] = True
         return mask
 
     def check(self, params: model.Params) -> None:
-        """Refuse parameters other than those that the circuit was found in, to the bit.
-
-        Raises:
-          UserError: The circuit was found in another model.
-        """
-        # Here, not above: reading a circuit needs no jax.
-        from wsparse import trees
+        """Refuse parameters other than those that the circuit was found in, to the bit."""
+        from wsparse import trees  # Needs jax, which reading a circuit does not.
 
         digest = trees.digest(params)
         if digest != self.model_digest:
@@ -301,33 +268,23 @@ class Circuit:
         """Write the folder `path`; its `circuit.json` appears last."""
         folder = pathlib.Path(path)
         files.make_folder(folder)
+        values = dataclasses.asdict(self)
         arrays = {
-            f"{kind}/{name}": np.asarray(array)
-            for kind in _ARRAY_FIELDS
-            for name, array in getattr(self, kind).items()
+            f"{kind}/{name}": array for kind in _ARRAY_FIELDS for name, array in values.pop(kind).items()
         }
-        with files.replacing(folder / _ARRAYS) as part:
-            np.savez_compressed(part, **arrays)  # pyrefly: ignore
-        values = to_dict(dataclasses.replace(self, **{kind: {} for kind in _ARRAY_FIELDS}))
-        for kind in _ARRAY_FIELDS:
-            del values[kind]
+        write_arrays(folder / _ARRAYS, arrays)
         model = {"digest": values.pop("model_digest"), "config": values.pop("config")}
         files.write_json(folder / _JSON, {"schema": SCHEMA, **values, "model": model})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Returns the circuit of a folder, or of the `circuit.json` in it.
-
-        Raises:
-          UserError: There is none, or it is not a circuit of this version, or contradicts itself.
-        """
+        """Returns the circuit of a folder, or of the `circuit.json` in it."""
         path = pathlib.Path(path)
         folder = path.parent if path.name == _JSON else path
-        for name in (_JSON, _ARRAYS):
-            if not (folder / name).exists():
-                raise UserError(
-                    f"no circuit in {folder} ({name} is missing): python -m wsparse.prune makes one"
-                )
+        if missing := [name for name in (_JSON, _ARRAYS) if not (folder / name).exists()]:
+            raise UserError(
+                f"no circuit in {folder} ({missing[0]} is missing): python -m wsparse.prune makes one"
+            )
         try:
             values = files.read_json(folder / _JSON)
             if values.pop("schema", None) != SCHEMA:
@@ -336,46 +293,53 @@ class Circuit:
             if not isinstance(model, dict):
                 raise UserError("key 'model' must be a group of keys")
             values |= {"model_digest": model.get("digest"), "config": model.get("config")}
-            circuit = from_dict(cls, values | _arrays(folder / _ARRAYS))
+            arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _ARRAY_FIELDS}
+            for key, array in read_arrays(folder / _ARRAYS).items():
+                kind, _, name = key.partition("/")
+                arrays.get(kind, {})[name] = array
+            circuit = from_dict(cls, values | arrays)
             _check(circuit)
         except UserError as error:
             raise UserError(f"the circuit in {folder} is damaged: {error}; prune the task again") from error
         return circuit
 
 
-def _arrays(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-    """Returns what `circuit.npz` holds, by the name of the field."""
-    arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _ARRAY_FIELDS}
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name into an `.npz` file."""
+    with files.replacing(path) as part:
+        np.savez_compressed(part, **arrays)  # pyrefly: ignore
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an `.npz` file by name."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            for key in stored.files:
-                kind, _, name = key.partition("/")
-                if kind in arrays:
-                    arrays[kind][name] = stored[key]
+            return {name: stored[name] for name in stored.files}
     # An empty or foreign file is not recognized, and an `.npy` has no `files`.
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path.name} cannot be read: {error}") from error
-    return arrays
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    return {name: (config.n_layer, kind.width(config)) for name, kind in NODES.items()}
 
 
 def _check(circuit: Circuit) -> None:
     """Refuse a circuit that cannot be of the model that it names."""
     kept = {node.name for node in circuit.nodes}
     for name in kept:
-        nodes.Node.parse(name, circuit.config)
-    for edge in circuit.edges:
-        for end in (edge.source, edge.target):
-            if end not in kept:
-                raise UserError(f"an edge ends at {end!r:.80}, which is not among its nodes")
-    for name, kind in nodes.NODES.items():
-        shape = (circuit.config.n_layer, kind.width(circuit.config))
+        Node.parse(name, circuit.config)
+    ends = {end for edge in circuit.edges for end in (edge.source, edge.target)}
+    if loose := ends - kept:
+        raise UserError(f"an edge ends at {min(loose)!r:.80}, which is not among its nodes")
+    shapes = _shapes(circuit.config)
+    for name, shape in shapes.items():
         if name not in circuit.means or circuit.means[name].shape != shape:
             raise UserError(f"the means of {name} must have shape {shape}")
         if name in circuit.tau and circuit.tau[name].shape != shape:
             raise UserError(f"the tau of {name} must have shape {shape}")
-    widths = {name: kind.width(circuit.config) for name, kind in nodes.NODES.items()}
-    for connection in nodes.CONNECTIONS:
-        shape = (circuit.config.n_layer, widths[connection.source], widths[connection.target])
+    for connection in CONNECTIONS:
+        shape = (*shapes[connection.source], shapes[connection.target][1])
         removed = circuit.removed.get(connection.kernel)
         if removed is None or removed.shape != shape or removed.dtype != bool:
             raise UserError(f"the removed weights of {connection.kernel} must be bool of shape {shape}")

@@ -23,84 +23,71 @@ log = logging.getLogger(__name__)
 
 
 class Pruned(NamedTuple):
-    """A run with circuits."""
+    """A run's rows by task, see `report.row`, and its summary of training, empty where there is none."""
 
     folder: pathlib.Path
     rows: dict[str, dict[str, Any]]
-    """By task; see `report.row`."""
     summary: dict[str, Any]
-    """Of training; empty where there is none."""
 
 
 def read(folder: pathlib.Path) -> Pruned:
-    """Returns the circuits of a run, and its training summary.
-
-    Raises:
-      UserError: The run has no circuits.
-    """
+    """Returns the circuits of a run, and its training summary."""
     rows = report.collect(folder / "circuits")
     if not rows:
         raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}")
     path = folder / "summary.json"
-    summary = files.read_json(path) if path.exists() else {}
-    return Pruned(folder, {r["task"]: r for r in rows}, summary)
+    return Pruned(folder, {r["task"]: r for r in rows}, files.read_json(path) if path.exists() else {})
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
-    """Returns the comparison of two runs, as the command prints and writes it.
-
-    Raises:
-      UserError: A run has no circuits, or the two have none at the same target.
-    """
-    return compare_pruned(read(first), read(second))
+    """Returns the comparison of two runs, as the command prints and writes it."""
+    return _compare(read(first), read(second))
 
 
-def compare_pruned(first: Pruned, second: Pruned) -> dict[str, Any]:
-    """Returns the comparison of two runs' circuits, see `compare`."""
-    a, b = first.rows, second.rows
-    comparable = [
-        task
-        for task in a
-        if task in b and "edges" in a[task] and "edges" in b[task] and a[task]["target"] == b[task]["target"]
-    ]
+def _compare(*runs: Pruned) -> dict[str, Any]:
+    found = [[task for task, row in run.rows.items() if "edges" in row] for run in runs]
+
+    def both(task: str, key: str) -> list[Any]:
+        return [run.rows[task][key] for run in runs]
+
+    comparable = [t for t in found[0] if t in found[1] and len(set(both(t, "target"))) == 1]
     if not comparable:
         raise UserError(
-            f"{first.folder} and {second.folder} have no task with a circuit at the same target in both"
+            f"{runs[0].folder} and {runs[1].folder} have no task with a circuit at the same target in both"
         )
     # Edges at different targets cannot be averaged: the target of most tasks.
-    targets = [a[task]["target"] for task in comparable]
+    targets = [both(task, "target")[0] for task in comparable]
     target = max(sorted(set(targets)), key=targets.count)
-    shared = [task for task in comparable if a[task]["target"] == target]
     tasks = [
         {
             "task": task,
-            "edges": [a[task]["edges"], b[task]["edges"]],
-            "edges_between_nodes": [a[task]["edges_between_nodes"], b[task]["edges_between_nodes"]],
-            "ratio": max(b[task]["edges"], 1) / max(a[task]["edges"], 1),
-            "loss": [a[task]["sufficiency"], b[task]["sufficiency"]],
+            "edges": both(task, "edges"),
+            "edges_between_nodes": both(task, "edges_between_nodes"),
+            "ratio": max(both(task, "edges")[1], 1) / max(both(task, "edges")[0], 1),
+            "loss": both(task, "sufficiency"),
         }
-        for task in sorted(shared, key=lambda t: a[t]["edges"])
+        for task, of_task in zip(comparable, targets, strict=True)
+        if of_task == target
     ]
+    tasks.sort(key=lambda task: task["edges"][0])
+    # Circuits are chosen on other pairs than their loss is reported on, and some do not generalize.
+    held = [t for t in tasks if max(t["loss"]) <= target and min(t["edges"]) > 0]
     result: dict[str, Any] = {
-        "runs": [str(run.folder) for run in (first, second)],
-        "val_loss": [run.summary.get("val_loss") for run in (first, second)],
-        "nonzeros": [run.summary.get("nonzeros") for run in (first, second)],
+        "runs": [str(run.folder) for run in runs],
+        "val_loss": [run.summary.get("val_loss") for run in runs],
+        "nonzeros": [run.summary.get("nonzeros") for run in runs],
         "target": target,
         "tasks": tasks,
-        "other_targets": sorted(set(comparable) - set(shared)),
-        "only_first": sorted(t for t in a if "edges" in a[t] and t not in comparable),
-        "only_second": sorted(t for t in b if "edges" in b[t] and t not in comparable),
+        "other_targets": sorted(set(comparable) - {t["task"] for t in tasks}),
+        "only_first": sorted(set(found[0]) - set(comparable)),
+        "only_second": sorted(set(found[1]) - set(comparable)),
+        "held": [t["task"] for t in held],
     }
-    counts = {key: [t[key] for t in tasks] for key in ("edges", "edges_between_nodes")}
-    # Circuits are chosen on other pairs than their loss is reported on, and some do not generalize.
-    held = [t for t in tasks if max(t["loss"]) <= result["target"] and min(t["edges"]) > 0]
-    result["held"] = [t["task"] for t in held]
-    if held:
-        counts["edges_held"] = [t["edges"] for t in held]
-    for key, pairs in counts.items():
-        means = [report.geometric_mean([pair[i] for pair in pairs]) for i in (0, 1)]
-        result[f"geometric_mean_{key}"] = means
-        result[f"ratio_{key}"] = means[1] / means[0]
+    for key, rows in (("edges", tasks), ("edges_between_nodes", tasks), ("edges_held", held)):
+        if rows:
+            counts = [t[key.removesuffix("_held")] for t in rows]
+            means = [report.geometric_mean(list(side)) for side in zip(*counts, strict=True)]
+            result |= {f"geometric_mean_{key}": means, f"ratio_{key}": means[1] / means[0]}
     return result
 
 
@@ -118,10 +105,9 @@ def text(result: dict[str, Any]) -> str:
         ("edges_between_nodes", "with all between nodes"),
         ("edges_held", "of edges, without *"),
     ):
-        if f"ratio_{key}" not in result:
-            continue
-        means = result[f"geometric_mean_{key}"]
-        lines.append(f"{name:<28}{means[0]:>16.1f}{means[1]:>16.1f}{result[f'ratio_{key}']:>9.1f}")
+        if f"ratio_{key}" in result:
+            means = result[f"geometric_mean_{key}"]
+            lines.append(f"{name:<28}{means[0]:>16.1f}{means[1]:>16.1f}{result[f'ratio_{key}']:>9.1f}")
     for key, name in (("val_loss", "held-out loss"), ("nonzeros", "nonzero weights")):
         values = ["-" if v is None else f"{v:.4g}" if key == "val_loss" else f"{v}" for v in result[key]]
         lines.append(f"{name:<28}{values[0]:>16}{values[1]:>16}")
@@ -136,25 +122,17 @@ def text(result: dict[str, Any]) -> str:
 
 
 def run(folders: Sequence[str], out: str | None = None) -> None:
-    """Compare two runs: log the table, and write it and the curves into `out`.
-
-    Args:
-      folders: The two run folders.
-      out: Folder to write into; None is the first run's circuits.
-
-    Raises:
-      UserError: There are not two, they cannot be compared, or `out` cannot be written to.
-    """
+    """Log the table of two runs, and write it and the curves into `out` or the first run's circuits."""
     if len(folders) != 2:
         raise UserError(f"--runs must be two run folders, A,B, got {len(folders)}")
-    first, second = (read(pathlib.Path(folder)) for folder in folders)
-    result = compare_pruned(first, second)
+    runs = [read(pathlib.Path(folder)) for folder in folders]
+    result = _compare(*runs)
     log.info("%s", text(result))
-    path = pathlib.Path(out) if out else first.folder / "circuits"
+    path = pathlib.Path(out) if out else runs[0].folder / "circuits"
     files.make_folder(path)
     files.write_json(path / "compare.json", result)
     shared = [task["task"] for task in result["tasks"]]
-    rows_of = {run.folder.name: [run.rows[task] for task in shared] for run in (first, second)}
+    rows_of = {run.folder.name: [run.rows[task] for task in shared] for run in runs}
     report.plot_curves(rows_of, path / "compare.png")
     log.info("written to %s and %s", path / "compare.json", path / "compare.png")
 
@@ -162,8 +140,7 @@ def run(folders: Sequence[str], out: str | None = None) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run the command; see the module's docstring."""
     del argv
-    options: Any = flags.FLAGS
-    run(options.runs, options.out)
+    run(flags.FLAGS.runs, flags.FLAGS.out)
 
 
 def joined(arguments: Sequence[str]) -> list[str]:

@@ -11,34 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import logging
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, runs, taps, trees
-from wsparse.circuits import excerpts, graph, masks, report, scoring, tasks
-from wsparse.circuits.circuit import Circuit, CircuitNode
-from wsparse.circuits.evidence_file import (
-    HIGHEST,
-    LOWEST,
-    PATTERN_TOKENS,
-    SAMPLED,
-    TOP_TOKENS,
-    Evidence,
-    Head,
-    NodeEvidence,
-    Prefix,
-    Prompt,
-)
+from wsparse import model, runs, trees
+from wsparse.circuits import evidence_file, excerpts, graph, masks, report, scoring, tasks
+from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import HasPairs, PairArrays, Task, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, from_dict, require, setting
-from wsparse.errors import UserError, closest
+from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.progress import progress
 
@@ -66,12 +54,11 @@ class Options:
     max_nodes: int = setting(2000, "Nodes of a circuit to measure; the least important ones are left out.")
 
     def __post_init__(self):
-        require(self.pairs >= 1, "pairs must be at least 1", self.pairs)
-        require(self.max_nodes >= 1, "max_nodes must be at least 1", self.max_nodes)
+        for name in ("pairs", "max_nodes"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text:
+class Text(NamedTuple):
     """Text that excerpts are taken from: its windows `(W, T)`, and what it is."""
 
     windows_WT: np.ndarray
@@ -106,24 +93,28 @@ def measure(
     options, config = options or Options(), run.config.model
     pairs = arrays(pairs)
     scorer = scoring.Scorer(run.params, config, jax.tree.map(jnp.asarray, circuit.means))
-    ordered = sorted(circuit.nodes, key=lambda node: -node.importance)
-    shown = ordered[: options.max_nodes]
-    with progress(2 * len(shown) + 1 + min(len(ordered), _PREFIXES), "evidence") as bar:
-        from_model, prefix = _ablations(scorer, circuit, ordered, shown, pairs, bar.advance)
-        recorded = _on_prompts(scorer, circuit, shown, _first(pairs, options.pairs))
-        places = [Node.parse(node.name) for node in shown]
+    remaining = {path: weights & ~circuit.removed[path] for path, weights in scorer.weights.items()}
+    ranked = [node.name for node in sorted(circuit.nodes, key=lambda node: -node.importance)]
+    kept_U = masks.from_names(ranked, config)
+    places = [Node.parse(name) for name in ranked[: options.max_nodes]]
+    with progress(2 * len(places) + 1 + min(len(ranked), _PREFIXES), "evidence") as bar:
+        ablation_pairs = _first(pairs, _ABLATION_PAIRS)
+        from_model, prefix = _ablations(
+            scorer, ablation_pairs, kept_U, remaining, ranked, len(places), bar.advance
+        )
+        recorded = _on_prompts(scorer, _first(pairs, options.pairs), kept_U, remaining, places)
         summaries = excerpts.summaries(run.params, config, text.windows_WT, places, bar.advance)
     answers = np.asarray(pairs.answer).reshape(-1, 2)
     shared = tuple(answers[0].tolist()) if np.all(answers == answers[:1]) else None
     nodes, top_tokens_NK, top_weights_NK = _nodes(run, circuit, places, from_model, summaries, shared)
-    in_text = _excerpts(summaries)
+    in_text = _in_text(summaries)
     return Evidence(
         task=circuit.task,
         summary=summary,
         circuit=circuit.digest,
         step=run.step,
         text=text.name,
-        ablation_pairs=len(_first(pairs, _ABLATION_PAIRS).answer) // 2,
+        ablation_pairs=len(ablation_pairs.answer) // 2,
         prefix=prefix,
         answers=shared,
         nodes=nodes,
@@ -150,17 +141,7 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     """
     files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
     known = tasks.TASKS | {task.name: task for task in files}
-    rows = report.collect(folder / "circuits")
-    stems = {pathlib.Path(name).stem for name in names}
-    with_circuit = [row["task"] for row in rows if row.get("nodes")]
-    if "all" not in stems and (missing := sorted(stems - set(with_circuit))):
-        near = closest(missing[0], with_circuit)
-        raise UserError(f"{folder} has no circuit of {missing[0]!r}{near}")
-    circuits = [
-        Circuit.load(folder / "circuits" / name) for name in with_circuit if "all" in stems or name in stems
-    ]
-    if not circuits:
-        raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder} --task=all")
+    _, circuits = report.select(folder, names)
     for circuit in circuits:
         if circuit.task not in known:
             raise UserError(
@@ -197,25 +178,20 @@ def _first(pairs: PairArrays, count: int) -> PairArrays:
     return PairArrays(*(array[: 2 * count] for array in pairs))
 
 
-def _stays(scorer: scoring.Scorer, circuit: Circuit) -> graph.EdgeMask:
-    return {path: scorer.weights[path] & ~circuit.removed[path] for path in scorer.weights}
-
-
 def _ablations(
     scorer: scoring.Scorer,
-    circuit: Circuit,
-    ordered: list[CircuitNode],
-    shown: list[CircuitNode],
     pairs: PairArrays,
+    kept_U: np.ndarray,
+    remaining: graph.EdgeMask,
+    ranked: list[str],
+    n_shown: int,
     advance: Callable[[int], Any],
-) -> tuple[np.ndarray, list[Prefix]]:
-    """Returns the growth of the loss without each node, and the losses of the first nodes alone."""
-    pairs = _first(pairs, _ABLATION_PAIRS)
+) -> tuple[np.ndarray, list[evidence_file.Prefix]]:
+    """Returns the growth of the model's loss without each node shown, and losses of the first nodes alone."""
     index = {name: i for i, name in enumerate(masks.names(scorer.config))}
-    kept_U = masks.from_names([node.name for node in ordered], scorer.config)
+    order = np.array([index[name] for name in ranked])
 
-    def losses(nodes_U, edges, nodes, spans):
-        order = np.array([index[node.name] for node in nodes])
+    def losses(nodes_U, edges, spans):
         parts = []
         for start in range(0, len(spans), _CHUNK):
             part = spans[start : start + _CHUNK]
@@ -223,55 +199,45 @@ def _ablations(
             advance(len(part))
         return np.concatenate(parts)
 
-    singles = [[0, 0], *([i, i + 1] for i in range(len(shown)))]
-    without = losses(np.ones_like(kept_U), None, shown, singles)
-    sizes = np.linspace(1, len(ordered), min(len(ordered), _PREFIXES)).round().astype(int).tolist()
-    spans = [[size, len(ordered)] for size in sizes]
-    prefix = losses(kept_U, _stays(scorer, circuit), ordered, spans)
-    return without[1:] - without[0], list(map(Prefix, sizes, prefix.tolist()))
+    without = losses(np.ones_like(kept_U), None, [[0, 0], *([i, i + 1] for i in range(n_shown))])
+    sizes = np.linspace(1, len(order), min(len(order), _PREFIXES)).round().astype(int).tolist()
+    prefix = losses(kept_U, remaining, [[size, len(order)] for size in sizes])
+    return without[1:] - without[0], list(map(evidence_file.Prefix, sizes, prefix.tolist()))
 
 
 def _on_prompts(
-    scorer: scoring.Scorer, circuit: Circuit, shown: list[CircuitNode], pairs: PairArrays
+    scorer: scoring.Scorer,
+    pairs: PairArrays,
+    kept_U: np.ndarray,
+    remaining: graph.EdgeMask,
+    places: list[Node],
 ) -> dict[str, Any]:
     """Returns what `Evidence` records of prompts, in the whole model and in the circuit alone."""
-    config, stays = scorer.config, _stays(scorer, circuit)
-    kept_U = masks.from_names([node.name for node in circuit.nodes], config)
-    cut = graph.cut(scorer.params, jax.tree.map(jnp.asarray, stays), scorer.means)
-    sides = {
-        "model": (scorer.params, np.ones(kept_U.shape, np.float32)),
-        "circuit": (cut, kept_U.astype(np.float32)),
-    }
-    places = [Node.parse(node.name) for node in shown]
-    # A score needs both of a query and a key.
-    partner = {"attn.q": "attn.k", "attn.k": "attn.q"}
-    places += [p._replace(location=partner[p.location]) for p in places if p.location in partner]
-    places = list(dict.fromkeys(places))
+    config = scorer.config
+    cut = graph.cut(scorer.params, jax.tree.map(jnp.asarray, remaining), scorer.means)
+    sides = {"model": (scorer.params, np.ones_like(kept_U)), "circuit": (cut, kept_U)}
+    places = evidence_file.with_partners(places)
     heads = sorted(
         {(p.layer, p.channel // config.d_head) for p in places if NODES[p.location].channels == "heads"}
     )
     lengths = (np.asarray(pairs.position) + 1).tolist()
     recorded: dict[str, Any] = {
         "places": list(map(str, places)),
-        "heads": [Head(layer, head) for layer, head in heads],
+        "heads": [evidence_file.Head(layer, head) for layer, head in heads],
         "prompt_tokens_X": _joined(np.asarray(pairs.tokens), lengths).astype(np.int32),
     }
     leads = {}
-    for side, (params, gates_U) in sides.items():
-        logits_RV, acts = _masked(
-            params,
-            pairs.tokens,
-            pairs.position,
-            masks.unflatten(gates_U, config),
-            scorer.means,
-            config=config,
+    for side, (params, nodes_U) in sides.items():
+        gates = masks.unflatten(nodes_U.astype(np.float32), config)
+        logits_RV, acts = excerpts.recorded(
+            params, pairs.tokens, pairs.position, (gates, scorer.means), config=config
         )
         leads[side] = np.asarray(margins(logits_RV, pairs.answer, pairs.other)).tolist()
         values_PRT = excerpts.values_at(acts, places)
         recorded[f"{side}_values_PX"] = np.stack([_joined(v, lengths) for v in values_PRT])
         recorded[f"{side}_patterns_HY"] = _triangles(params, acts, heads, lengths, config)
     recorded["prompts"] = [
-        Prompt(length=length, answer=answer, model=in_model, circuit=in_circuit)
+        evidence_file.Prompt(length=length, answer=answer, model=in_model, circuit=in_circuit)
         for length, answer, in_model, in_circuit in zip(
             lengths, np.asarray(pairs.answer).tolist(), *leads.values(), strict=True
         )
@@ -283,12 +249,6 @@ def _joined(values_RT: np.ndarray, lengths: list[int]) -> np.ndarray:
     return np.concatenate([row[:length] for row, length in zip(values_RT, lengths, strict=True)])
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _masked(params, tokens_RT, position_R, gates, means, *, config):
-    tap = taps.mask(gates, means)
-    return excerpts.recorded(params, tokens_RT, position_R, tap, config=config)
-
-
 def _triangles(
     params: model.Params,
     acts: dict[str, Any],
@@ -297,26 +257,23 @@ def _triangles(
     config: ModelConfig,
 ) -> np.ndarray:
     """Returns attention over the last tokens of prompts: `(H, Y)`, see `Evidence`."""
-    joined_HY = []
-    patterns = {layer: _pattern(params, acts, layer, config) for layer, _ in heads}
-    for layer, head in heads:
+    sink_LH = trees.flatten(params).get("blocks/attn/sink")
+    patterns = {}
+    for layer in sorted({layer for layer, _ in heads}):
+        q_RTHK, k_RSHK = (
+            jnp.reshape(acts[name][layer], (*acts[name].shape[1:3], config.n_head, config.d_head))
+            for name in ("attn.q", "attn.k")
+        )
+        sink_H = None if sink_LH is None else sink_LH[layer]
+        patterns[layer] = np.asarray(_patterns(q_RTHK, k_RSHK, sink_H))
+    patterns_HY = np.zeros((len(heads), sum(map(evidence_file.triangle, lengths))), np.float32)
+    for pattern_Y, (layer, head) in zip(patterns_HY, heads, strict=True):
         parts = []
         for square_TS, length in zip(patterns[layer][:, head], lengths, strict=True):
             start = max(0, length - PATTERN_TOKENS)
             parts.append(square_TS[start:length, start:length][np.tril_indices(length - start)])
-        joined_HY.append(np.concatenate(parts))
-    entries = sum(s * (s + 1) // 2 for s in (min(n, PATTERN_TOKENS) for n in lengths))
-    return np.asarray(joined_HY, np.float32).reshape(len(heads), entries)
-
-
-def _pattern(params: model.Params, acts: dict[str, Any], layer: int, config: ModelConfig) -> np.ndarray:
-    """Returns the `(R, H, T, S)` attention of one layer."""
-    q_RTHK, k_RSHK = (
-        jnp.reshape(acts[name][layer], (*acts[name].shape[1:3], config.n_head, config.d_head))
-        for name in ("attn.q", "attn.k")
-    )
-    sink_LH = trees.flatten(params).get("blocks/attn/sink")
-    return np.asarray(_patterns(q_RTHK, k_RSHK, None if sink_LH is None else sink_LH[layer]))
+        pattern_Y[:] = np.concatenate(parts)
+    return patterns_HY
 
 
 def _nodes(
@@ -326,7 +283,7 @@ def _nodes(
     from_model: np.ndarray,
     summaries: list[excerpts.Summary],
     answers: tuple[int, ...] | None,
-) -> tuple[list[NodeEvidence], np.ndarray, np.ndarray]:
+) -> tuple[list[evidence_file.NodeEvidence], np.ndarray, np.ndarray]:
     """Returns the nodes, and the tokens with the largest weights in their channels with these."""
     config, flat = run.config.model, trees.flatten(run.params)
     embedding_VD = np.asarray(flat["embed/tokens"])
@@ -336,8 +293,7 @@ def _nodes(
     top_tokens_NK = np.full((len(places), TOP_TOKENS), -1, np.int32)
     top_weights_NK = np.zeros((len(places), TOP_TOKENS), np.float32)
     described = []
-    for i, (place, summary) in enumerate(zip(places, summaries, strict=True)):
-        layer, location, channel = place
+    for i, ((layer, location, channel), summary) in enumerate(zip(places, summaries, strict=True)):
         bias, gain, weights_V = flat.get(bias_of.get(location, "")), None, np.zeros(0)
         written = location.endswith("resid_delta")
         if location.endswith("act_in"):
@@ -352,8 +308,8 @@ def _nodes(
         top_tokens_NK[i, : len(largest)] = largest
         top_weights_NK[i, : len(largest)] = weights_V[largest]
         described.append(
-            NodeEvidence(
-                name=str(place),
+            evidence_file.NodeEvidence(
+                name=str(places[i]),
                 from_model=float(from_model[i]),
                 mean=float(circuit.means[location][layer, channel]),
                 bias=None if bias is None else float(bias[layer, channel]),
@@ -369,22 +325,14 @@ def _nodes(
     return described, top_tokens_NK, top_weights_NK
 
 
-def _excerpts(summaries: list[excerpts.Summary]) -> dict[str, Any]:
+def _in_text(summaries: list[excerpts.Summary]) -> dict[str, Any]:
     """Returns histograms and excerpts as `Evidence` has them."""
-    spans, quantiles, values = [], [], []
-    for i, summary in enumerate(summaries):
-        kinds = [(HIGHEST, 0.0, excerpt) for excerpt in summary.highest]
-        kinds += [(LOWEST, 0.0, excerpt) for excerpt in summary.lowest]
-        kinds += [(SAMPLED, quantile, excerpt) for quantile, excerpt in summary.sampled]
-        for kind, quantile, excerpt in kinds:
-            spans.append((i, kind, *excerpt[:4]))
-            quantiles.append(quantile)
-            values.append(excerpt.values)
+    found = [(i, excerpt) for i, summary in enumerate(summaries) for excerpt in summary.excerpts]
     return {
         "counts_NB": np.array([summary.counts for summary in summaries], np.int32),
-        "excerpts_E6": np.array(spans, np.int32).reshape(-1, 6),
-        "quantile_E": np.array(quantiles, np.float32),
-        "excerpt_values_Z": np.concatenate([np.zeros(0, np.float32), *values]),
+        "excerpts_E6": np.array([(i, *excerpt[:5]) for i, excerpt in found], np.int32).reshape(-1, 6),
+        "quantile_E": np.array([excerpt.quantile for _, excerpt in found], np.float32),
+        "excerpt_values_Z": np.concatenate([np.zeros(0, np.float32), *(e.values for _, e in found)]),
     }
 
 

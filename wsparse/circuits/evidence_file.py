@@ -11,18 +11,19 @@ excerpts, Z values of all excerpts one after the other, B bins, K tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
 import typing
-import zipfile
 
 import numpy as np
 
 from wsparse import files
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import Circuit, read_arrays, write_arrays
 from wsparse.config import from_dict
 from wsparse.errors import UserError
+from wsparse.nodes import Node
 
 SCHEMA = 1
 BINS, TOP_TOKENS, PATTERN_TOKENS = 41, 12, 96
@@ -37,7 +38,6 @@ class NodeEvidence:
     """A node of the circuit, in the model and on text.
 
     Attributes:
-      name: Name of the node.
       from_model: Growth of the task loss when it alone is removed from the whole model, on the first
         `ablation_pairs` pairs of the report split.
       mean: Its value when it is removed.
@@ -45,10 +45,7 @@ class NodeEvidence:
       gain: Its entry of its norm's gain.
       n_tokens: Entries that the embedding, or the unembedding, has in its channel.
       answer_weights: Unembedding times final gain of its channel for the two answers.
-      largest: Largest magnitude in the text.
-      zero: Fraction of the text's tokens on which it is exactly 0.
-      low: Lower end of the histogram.
-      high: Upper end of the histogram.
+      largest, zero, low, high: See `excerpts.Summary`.
     """
 
     name: str
@@ -66,14 +63,7 @@ class NodeEvidence:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt of the report split.
-
-    Attributes:
-      length: Its tokens.
-      answer: Token that is right.
-      model: Logit of the answer less that of the other candidate, in the whole model.
-      circuit: The same in the circuit alone.
-    """
+    """A prompt of the report split; `model` and `circuit` are the margins of its answer's logit in either."""
 
     length: int
     answer: int
@@ -102,7 +92,6 @@ class Evidence:
     """What was measured of a circuit for people to look at.
 
     Attributes:
-      task: Name of the task.
       summary: What the task asks, in a line.
       circuit: `Circuit.digest` of the circuit it belongs to.
       step: Optimizer steps behind the model.
@@ -111,17 +100,10 @@ class Evidence:
       prefix: Losses of the most important nodes alone.
       answers: The two answers, if all pairs share them.
       nodes: The nodes shown, most important first.
-      places: Names of the nodes whose values are recorded.
-      heads: Heads whose patterns are recorded.
-      prompts: Prompts shown token by token.
       token_texts: Text of every token that can be shown.
-      prompt_tokens_X: Tokens of the prompts.
-      model_values_PX: Values of the places in the whole model.
-      circuit_values_PX: Values of the places in the circuit alone.
-      model_patterns_HY: Attention in the whole model over the last `PATTERN_TOKENS` tokens of each prompt:
-        lower triangles, row by row.
-      circuit_patterns_HY: Attention in the circuit alone.
-      windows_WT: Windows of text.
+      model_values_PX, circuit_values_PX: Values of `places` in the whole model, and in the circuit alone.
+      model_patterns_HY, circuit_patterns_HY: Attention of `heads` over the last `PATTERN_TOKENS` tokens of
+        each prompt: lower triangles, row by row.
       counts_NB: Histogram of each node's values in the text, zeros left out.
       excerpts_E6: Rank of the node, kind, window, first token, token after the last, token it is about.
       quantile_E: Quantile of the values that are not 0, for `SAMPLED` excerpts.
@@ -160,21 +142,13 @@ class Evidence:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a circuit's folder; `evidence.json` appears last."""
         folder = pathlib.Path(folder)
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        with files.replacing(folder / _ARRAYS) as part:
-            np.savez_compressed(part, **arrays)
-        nothing = dict.fromkeys(ARRAYS, np.zeros(0))
-        values = dataclasses.asdict(dataclasses.replace(self, **nothing))  # pyrefly: ignore
-        numbers = {name: value for name, value in values.items() if name not in ARRAYS}
-        files.write_json(folder / _JSON, {"schema": SCHEMA, **numbers})
+        values = dataclasses.asdict(self)
+        write_arrays(folder / _ARRAYS, {name: values.pop(name) for name in ARRAYS})
+        files.write_json(folder / _JSON, {"schema": SCHEMA, **values})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], circuit: Circuit) -> Evidence | None:
-        """Returns the evidence beside a circuit; None where there is none, or it is another circuit's.
-
-        Raises:
-          UserError: It is damaged.
-        """
+        """Returns the evidence beside a circuit; None where there is none, or it is another circuit's."""
         folder = pathlib.Path(folder)
         if not (folder / _JSON).exists():
             return None
@@ -182,7 +156,8 @@ class Evidence:
             values = files.read_json(folder / _JSON)
             if values.pop("schema", None) != SCHEMA or values.get("circuit") != circuit.digest:
                 return None
-            evidence = from_dict(cls, values | _read_arrays(folder / _ARRAYS))
+            arrays = read_arrays(folder / _ARRAYS)
+            evidence = from_dict(cls, values | {name: arrays[name] for name in ARRAYS if name in arrays})
             _check(evidence, circuit)
         except UserError as error:
             raise UserError(
@@ -195,33 +170,31 @@ class Evidence:
 ARRAYS = tuple(name for name, hint in typing.get_type_hints(Evidence).items() if hint is np.ndarray)
 
 
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files if name in ARRAYS}
-    # An empty or foreign file is not recognized, and an `.npy` has no `files`.
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path.name} cannot be read: {error}") from error
-
-
 def triangle(length: int) -> int:
     """Returns the entries of the pattern of a prompt."""
     size = min(length, PATTERN_TOKENS)
     return size * (size + 1) // 2
 
 
+def with_partners(places: Sequence[Node]) -> list[Node]:
+    """Returns nodes, and the keys of their queries and the other way round: a score needs both."""
+    partner = {"attn.q": "attn.k", "attn.k": "attn.q"}
+    partners = [p._replace(location=partner[p.location]) for p in places if p.location in partner]
+    return list(dict.fromkeys([*places, *partners]))
+
+
 def _check(evidence: Evidence, circuit: Circuit) -> None:
     """Refuse arrays that do not fit the numbers beside them."""
-    n_nodes, n_places = len(evidence.nodes), len(evidence.places)
+    n_nodes, excerpts_E6 = len(evidence.nodes), evidence.excerpts_E6
     lengths = [prompt.length for prompt in evidence.prompts]
-    n_tokens, n_entries = sum(lengths), sum(map(triangle, lengths))
-    excerpts_E6 = evidence.excerpts_E6
+    values = (len(evidence.places), sum(lengths))
+    patterns = (len(evidence.heads), sum(map(triangle, lengths)))
     shapes = {
-        "prompt_tokens_X": (n_tokens,),
-        "model_values_PX": (n_places, n_tokens),
-        "circuit_values_PX": (n_places, n_tokens),
-        "model_patterns_HY": (len(evidence.heads), n_entries),
-        "circuit_patterns_HY": (len(evidence.heads), n_entries),
+        "prompt_tokens_X": values[1:],
+        "model_values_PX": values,
+        "circuit_values_PX": values,
+        "model_patterns_HY": patterns,
+        "circuit_patterns_HY": patterns,
         "windows_WT": evidence.windows_WT.shape[:2] if evidence.windows_WT.ndim >= 2 else (0, 0),
         "counts_NB": (n_nodes, BINS),
         "excerpts_E6": (*excerpts_E6.shape[:1], 6),
@@ -240,6 +213,6 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
     n_windows, n_time = evidence.windows_WT.shape
     inside = (node >= 0) & (node < n_nodes) & (kind >= 0) & (kind <= SAMPLED)
     inside &= (window >= 0) & (window < n_windows) & (start >= 0) & (stop <= n_time)
-    inside &= (start <= token) & (token < stop)
+    inside &= (start <= token) & (token < stop) & (np.diff(node, prepend=0) >= 0)
     if not inside.all() or evidence.excerpt_values_Z.shape != (int((stop - start).sum()),):
         raise UserError("its excerpts do not fit its windows")

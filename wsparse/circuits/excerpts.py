@@ -6,6 +6,7 @@ Shapes: N chosen nodes, W windows or rows, T tokens, L layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, taps
-from wsparse.circuits.evidence_file import BINS
+from wsparse.circuits.evidence_file import BINS, HIGHEST, LOWEST, SAMPLED
 from wsparse.config import ModelConfig
 from wsparse.nodes import NODES, Node
 
@@ -26,20 +27,20 @@ _EXTREMES = 6
 
 
 class Excerpt(NamedTuple):
-    """A stretch of a window around one token.
+    """The tokens `start` to `stop` of a window, around the one at `token` that they are about.
 
     Attributes:
-      window: Index of the window.
-      start: First token.
-      stop: Token after the last.
-      token: Index in the window of the token that it is about.
+      kind: `HIGHEST`, `LOWEST` or `SAMPLED`.
+      quantile: That of the token's value among those that are not 0, where it is sampled.
       values: `(stop - start,)` of the node.
     """
 
+    kind: int
     window: int
     start: int
     stop: int
     token: int
+    quantile: float
     values: np.ndarray
 
 
@@ -49,12 +50,9 @@ class Summary(NamedTuple):
     Attributes:
       largest: Largest magnitude.
       zero: Fraction of values that are exactly 0.
-      low: Lower end of the histogram.
-      high: Upper end of the histogram.
+      low, high: Ends of the histogram.
       counts: Values in bins of equal width between the two, zeros left out.
-      highest: Excerpts, one a window, by their highest value.
-      lowest: The same by their lowest.
-      sampled: Quantiles of the values that are not 0, each with an excerpt.
+      excerpts: By highest and by lowest value, one a window, and at quantiles of the values that are not 0.
     """
 
     largest: float
@@ -62,36 +60,33 @@ class Summary(NamedTuple):
     low: float
     high: float
     counts: np.ndarray
-    highest: list[Excerpt]
-    lowest: list[Excerpt]
-    sampled: list[tuple[float, Excerpt]]
+    excerpts: list[Excerpt]
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def recorded(
     params: model.Params,
     tokens_WT: jax.Array,
     position_W: jax.Array,
-    tap: taps.Tap = taps.identity,
+    ablation: tuple[dict[str, Any], dict[str, Any]] | None = None,
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the logits at one position of each window, and every node's value.
+    """Returns the logits `(W, V)` at one position of each window, and every node's value.
 
     Args:
       params: Model parameters.
       tokens_WT: Int tokens.
       position_W: Int positions.
-      tap: What to do to the nodes.
+      ablation: Gates and means of `taps.mask`, if any.
       config: Model config.
 
     Returns:
-      `(W, V)`, and location -> float32 `(L, W, T, nodes of the location)`.
+      The logits, and location -> float32 `(L, W, T, N)`.
     """
+    tap = taps.identity if ablation is None else taps.mask(*ablation)
     logits_W1V, acts = model.forward(params, tokens_WT, config, tap=tap, positions_BP=position_W[:, None])
     return logits_W1V[:, 0], {name: acts[name].astype(jnp.float32) for name in NODES}
-
-
-_recorded = jax.jit(recorded, static_argnames="config")
 
 
 def values_at(acts: Mapping[str, Any], places: Sequence[Node]) -> np.ndarray:
@@ -107,15 +102,7 @@ def summaries(
     places: Sequence[Node],
     advance: Callable[[int], Any] = lambda count: None,
 ) -> list[Summary]:
-    """Returns the summary of each node over windows.
-
-    Args:
-      params: Model parameters.
-      config: Model config.
-      windows_WT: Int tokens.
-      places: The nodes.
-      advance: Called with the number of nodes that are done since the last call.
-    """
+    """Returns the summary of each node over windows; `advance(n)` is called after every `n` nodes."""
     size = max(1, _TOKENS // windows_WT.shape[1])
     # Batches of one shape: the last is filled up with repeats.
     position_W = jnp.zeros(size, jnp.int32)
@@ -126,7 +113,7 @@ def summaries(
         for start in range(0, len(windows_WT), size):
             batch_WT = windows_WT[start : start + size]
             filled = jnp.asarray(np.resize(batch_WT, (size, batch_WT.shape[1])))
-            _, acts = _recorded(params, filled, position_W, config=config)
+            _, acts = recorded(params, filled, position_W, config=config)
             stretches.append(values_at(acts, part)[:, : len(batch_WT)])
         values_NWT = np.concatenate(stretches, axis=1)
         described += [summarize(values_WT, windows_WT) for values_WT in values_NWT]
@@ -141,48 +128,35 @@ def summarize(values_WT: np.ndarray, windows_WT: np.ndarray) -> Summary:
     # A node that is always the same still needs bins of some width.
     if low == high:
         low, high = low - 0.5, high + 0.5
+    n_windows, n_time = values_WT.shape
+    excerpts: list[Excerpt] = []
     shown: set[bytes] = set()
 
-    def extremes(value_W: np.ndarray, token_W: np.ndarray, order_W: np.ndarray) -> list[Excerpt]:
-        excerpts = []
-        for window in order_W.tolist():
-            if value_W[window] == 0 or len(excerpts) == _EXTREMES:
-                continue
-            excerpts += _new(excerpt(values_WT, window, int(token_W[window])), windows_WT, shown)
-        return excerpts
+    def add(kind: int, window: int, token: int, quantile: float = 0.0) -> None:
+        start, stop = max(0, token - _BEFORE), min(n_time, token + _AFTER + 1)
+        # What follows a token does not change its value.
+        text = windows_WT[window, start : token + 1].astype(np.int64).tobytes()
+        if text not in shown:
+            shown.add(text)
+            values = values_WT[window, start:stop]
+            excerpts.append(Excerpt(kind, window, start, stop, token, quantile, values))
 
-    tops, bottoms = values_WT.max(axis=1), values_WT.min(axis=1)
-    highest = extremes(tops, values_WT.argmax(axis=1), np.argsort(-tops, kind="stable"))
-    lowest = extremes(bottoms, values_WT.argmin(axis=1), np.argsort(bottoms, kind="stable"))
-    flat, sampled = values_WT.ravel(), []
-    values = np.quantile(active, _QUANTILES, method="nearest") if active.size else []
-    for quantile, value in zip(_QUANTILES, values, strict=False):
-        window, token = divmod(int(np.flatnonzero(flat == value)[0]), values_WT.shape[1])
-        for new in _new(excerpt(values_WT, window, token), windows_WT, shown):
-            sampled.append((quantile, new))
+    for kind, sign in ((HIGHEST, 1), (LOWEST, -1)):
+        token_W = np.argmax(sign * values_WT, axis=1)
+        value_W = values_WT[np.arange(n_windows), token_W]
+        limit = len(excerpts) + _EXTREMES
+        for window in np.argsort(-sign * value_W, kind="stable").tolist():
+            if value_W[window] != 0 and len(excerpts) < limit:
+                add(kind, window, int(token_W[window]))
+    quantiles = np.quantile(active, _QUANTILES, method="nearest") if active.size else []
+    for quantile, value in zip(_QUANTILES, quantiles, strict=False):
+        window, token = divmod(int(np.flatnonzero(values_WT == value)[0]), n_time)
+        add(SAMPLED, window, token, quantile)
     return Summary(
         largest=float(np.max(np.abs(values_WT))),
         zero=float(np.mean(values_WT == 0)),
         low=low,
         high=high,
         counts=np.histogram(active, bins=BINS, range=(low, high))[0],
-        highest=highest,
-        lowest=lowest,
-        sampled=sampled,
+        excerpts=excerpts,
     )
-
-
-def _new(excerpt: Excerpt, windows_WT: np.ndarray, shown: set[bytes]) -> list[Excerpt]:
-    """Returns the excerpt, unless its text up to its token was shown before, and notes it as shown."""
-    # What follows a token does not change its value.
-    text = windows_WT[excerpt.window, excerpt.start : excerpt.token + 1].astype(np.int64).tobytes()
-    if text in shown:
-        return []
-    shown.add(text)
-    return [excerpt]
-
-
-def excerpt(values_WT: np.ndarray, window: int, token: int) -> Excerpt:
-    """Returns the tokens around one."""
-    start, stop = max(0, token - _BEFORE), min(values_WT.shape[1], token + _AFTER + 1)
-    return Excerpt(window, start, stop, token, values_WT[window, start:stop])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 
 from wsparse import files, plots
 from wsparse.circuits.circuit import ABOVE_TARGET, Circuit, Status
+from wsparse.errors import UserError, closest
 from wsparse.nodes import Node
 
 
@@ -56,6 +58,28 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row, _ in read(folder)]
 
 
+def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[Circuit]]:
+    """Returns the rows of tasks of a run, given by name, by file or as "all", and their circuits.
+
+    A circuit without nodes is left out: it says that a constant reaches the target.
+    """
+    tasks = read(folder / "circuits")
+    stems = {pathlib.Path(name).stem for name in names}
+    if "all" not in stems:
+        known = [row["task"] for row, _ in tasks]
+        for name in sorted(stems.difference(known)):
+            raise UserError(
+                f"{folder} has no circuit of {name!r}{closest(name, known)}: "
+                f"python -m wsparse.prune --run={folder} --task={name}"
+            )
+        tasks = [(row, circuit) for row, circuit in tasks if row["task"] in stems]
+    circuits = [circuit for _, circuit in tasks if circuit is not None and circuit.nodes]
+    if not circuits:
+        tried = f" ({len(tasks)} tasks were tried, and none was found)" if tasks else ""
+        raise UserError(f"{folder} has no circuits{tried}: python -m wsparse.prune --run={folder} --task=all")
+    return [row for row, _ in tasks], circuits
+
+
 def summary(circuit: Circuit) -> str:
     """Returns one line about a circuit."""
     scores = circuit.scores
@@ -72,16 +96,9 @@ def summary(circuit: Circuit) -> str:
 
 
 def text(circuit: Circuit) -> str:
-    """Returns the circuit as text: each node in the model's order, and the weighted sum that it is.
-
-    Biases and what removed nodes bring are constants, and are left out.
-    """
-    lines = [
-        f"{circuit.task}, {circuit.form}",
-        summary(circuit),
-        "",
-        f"{'node':<22}{'importance':>10}   made of",
-    ]
+    """Returns each node in the model's order, and the weighted sum that it is; constants are left out."""
+    title = f"{circuit.task}, {circuit.form}"
+    lines = [title, summary(circuit), "", f"{'node':<22}{'importance':>10}   made of"]
     incoming: dict[str, list[str]] = {node.name: [] for node in circuit.nodes}
     for edge in circuit.edges:
         incoming[edge.target].append(f"{edge.weight:+.3f} {edge.source}")
@@ -100,29 +117,24 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(float(np.mean(np.log(np.maximum(values, 1)))))
 
 
+_ROW = "{:<28}{:>8}{:>7}{:>7}{:>7}{:>7}{:>8}{:>8}{:>9}{:>10}{:>8}{:>9}{:>9}"
+_HEADINGS = "task model nodes edges (all) (cut) loss calib. without shuffled random attrib. seconds"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as text, with the geometric mean of edges over the tasks of each target."""
-    lines = [
-        f"{'task':<28}{'model':>8}{'nodes':>7}{'edges':>7}{'(all)':>7}{'(cut)':>7}{'loss':>8}{'calib.':>8}"
-        f"{'without':>9}{'shuffled':>10}{'random':>8}{'attrib.':>9}{'seconds':>9}"
-    ]
+    lines: list[str] = [_ROW.format(*_HEADINGS.split())]
     for r in rows:
-        start = f"{r['task']:<28}{r['model_loss']:>8.3f}"
         if "edges" not in r:
-            lines.append(f"{start}  {r['status']}")
+            lines.append(f"{r['task']:<28}{r['model_loss']:>8.3f}  {r['status']}")
             continue
-        controls = [
-            f"{r['controls'][name]:.3f}" if name in r["controls"] else "-"
-            for name in ("shuffled_labels", "random_model")
-        ]
-        attribution = r["attribution_edges"]
-        lines.append(
-            f"{start}{r['nodes']:>7}{r['edges']:>7}{r['edges_between_nodes']:>7}"
-            f"{r['edges_before_clean_up']:>7}{r['sufficiency']:>8.3f}{r['calibrated']:>8.3f}"
-            f"{r['necessity']:>9.3f}{controls[0]:>10}{controls[1]:>8}"
-            f"{'missed' if attribution is None else attribution:>9}{r['seconds']:>9.0f}"
-            f"{'  *' if r['status'] == ABOVE_TARGET else ''}"
-        )
+        counts = [r[key] for key in ("nodes", "edges", "edges_between_nodes", "edges_before_clean_up")]
+        losses = [r[key] for key in ("model_loss", "sufficiency", "calibrated", "necessity")]
+        losses += [r["controls"].get(name) for name in ("shuffled_labels", "random_model")]
+        model, *others = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
+        attribution = "missed" if r["attribution_edges"] is None else r["attribution_edges"]
+        line = _ROW.format(r["task"], model, *counts, *others, attribution, f"{r['seconds']:.0f}")
+        lines.append(f"{line}  *" if r["status"] == ABOVE_TARGET else line)
     targets = sorted({r["target"] for r in rows if "edges" in r})
     for target in targets:
         same = [r for r in rows if r.get("target") == target]
@@ -150,36 +162,21 @@ def write(folder: pathlib.Path, rows: list[dict[str, Any]], *, title: str) -> No
     with files.replacing(folder / "table.txt") as part:
         part.write_text(f"{table(rows)}\n{LEGEND}", encoding="utf-8")
     files.write_json(folder / "results.json", rows)
-    with_circuit = [r for r in rows if "edges" in r]
-    if with_circuit:
+    if with_circuit := [r for r in rows if "edges" in r]:
         plot_curves({title: with_circuit}, folder / "curves.png")
 
 
-def curve(rows: list[dict[str, Any]]) -> list[tuple[float, float, int]]:
-    """Returns `(target, geometric mean of edges, tasks)` over the tasks that reach each target."""
-    targets = sorted({point["target"] for r in rows for point in r["curve"]})
-    points = []
-    for target in targets:
-        edges = [p["edges"] for r in rows for p in r["curve"] if p["target"] == target]
-        points.append((target, geometric_mean(edges), len(edges)))
-    return points
-
-
 def plot_curves(rows_of: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
-    """Draw edges against target loss: thin lines are tasks, thick ones geometric means.
-
-    A mean is drawn over the targets that all of a run's tasks reach.
-    """
+    """Draw edges against target loss: tasks thin, and geometric means where all of a run's tasks reach it."""
     with plots.figure(path, figsize=(6.4, 4.4)) as axes:
-        for (title, rows), color in zip(
-            rows_of.items(), ("#4477aa", "#ee6677", "#228833", "#ccbb44"), strict=False
-        ):
-            for r in rows:
-                targets = [p["target"] for p in r["curve"]]
-                edges = [max(p["edges"], 1) for p in r["curve"]]
-                axes.plot(targets, edges, color=color, alpha=0.25, linewidth=0.8)
-            full = [(t, mean) for t, mean, n in curve(rows) if n == len(rows)]
-            targets, means = [t for t, _ in full], [mean for _, mean in full]
+        colors = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
+        for (title, rows), color in zip(rows_of.items(), colors, strict=False):
+            curves = [{point["target"]: point["edges"] for point in r["curve"]} for r in rows]
+            for edges_at in curves:
+                edges = np.maximum(list(edges_at.values()), 1)
+                axes.plot(list(edges_at), edges, color=color, alpha=0.25, linewidth=0.8)
+            targets = sorted(set.intersection(*map(set, curves)))
+            means = [geometric_mean([edges_at[target] for edges_at in curves]) for target in targets]
             # The label too where no target is reached by all: the legend names every run.
             axes.plot(targets, means, color=color, marker="o", linewidth=2, label=title)
         axes.set_yscale("log")

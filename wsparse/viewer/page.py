@@ -22,18 +22,13 @@ LIBRARY = "d3.min.js"
 SCRIPTS = ("data.js", "layout.js", "graph.js", "charts.js", "panel.js", "overview.js", "main.js")
 
 _QUANTIZED = {"int8": 127, "int16": 32767, "uint8": 255}
+_PLAIN = (int, str, bool, type(None))
 
 
 def render(data: dict[str, Any], *, title: str) -> str:
-    """Returns the page's text.
-
-    Args:
-      data: JSON values, as `contents` has them; what is not finite becomes null.
-      title: Title of the browser's tab.
-    """
+    """Returns the page of JSON values, as `contents` has them; what is not finite becomes null."""
     style, library = static("style.css"), static(LIBRARY)
-    script = "".join(map(static, SCRIPTS))
-    script = f"(() => {{\n'use strict';\n{script}}})();\n"
+    script = f"(() => {{\n'use strict';\n{''.join(map(static, SCRIPTS))}}})();\n"
     for code in (library, script):
         assert "</script" not in code.lower()
     policy = (
@@ -80,14 +75,16 @@ def raw(values: np.ndarray, dtype: str) -> str:
 
 def _plain(value: Any) -> Any:
     """Returns JSON's own types: floats of 9 digits (a float32 to the bit), null for what is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    if isinstance(value, str | int):
+        return value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _PLAIN else _plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
+        return value.tolist() if value.dtype.kind in "biu" else _plain(value.tolist())
     return value
 
 
