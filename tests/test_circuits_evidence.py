@@ -292,7 +292,7 @@ def test_options_that_measure_nothing_are_refused(options):
 
 def test_text_is_from_documents_that_training_held_out(tmp_path):
     run = dataclasses.replace(case.run(), folder=tmp_path)
-    windows_WT = run.windows("validation", tokens=2000)
+    windows_WT = run.windows("validation", n=83)
     dataset = run.data
     sides = [
         b"".join(s.read(0, len(s)).astype(np.uint16).tobytes() for _, s in side)
@@ -305,8 +305,8 @@ def test_text_is_from_documents_that_training_held_out(tmp_path):
 
 def test_another_text_can_be_given(tmp_path):
     (tmp_path / "a.py").write_text("answer = 42\n" * 30)
-    windows_WT = case.run().windows("validation", tokens=200, source=f"files:{tmp_path}/*.py")
+    windows_WT = case.run().windows("validation", n=8, source=f"files:{tmp_path}/*.py")
     assert "answer = 42" in case.run().tokenizer.decode(windows_WT[0])
     (tmp_path / "a.py").write_text("short")
     with pytest.raises(UserError, match="less than a window of 24 tokens"):
-        case.run().windows("validation", tokens=200, source=f"files:{tmp_path}/*.py")
+        case.run().windows("validation", n=8, source=f"files:{tmp_path}/*.py")

@@ -72,32 +72,22 @@ class Run:
         return data
 
     def windows(
-        self,
-        split: tokens.Split,
-        *,
-        n: int | None = None,
-        tokens: int | None = None,
-        seed: int | None = None,
-        source: str = "",
+        self, split: tokens.Split, *, n: int = 512, seed: int | None = None, source: str = ""
     ) -> np.ndarray:
-        """Returns different windows of the run's text, int32 `(W, context)`, the same at each call.
+        """Returns at most `n` different windows of text, int32 `(W, context)`, the same at each call.
 
         Args:
           split: "train", or "validation" for text that training held out.
-          n: Number of windows, at most.
-          tokens: The same in tokens: n is `tokens` divided by the context, at least 1.
           seed: Seed of the order; by default that of the training, whose first windows these are then.
           source: Source of other text to draw from instead, such as "files:GLOB"; it is not kept.
         """
-        assert (n is None) != (tokens is None), "give n or tokens"
         context, data = self.config.model.context, self.config.data
         if source:
             components = dataset.other_text(source, data, self.tokenizer, max_bytes=_OTHER_TEXT_BYTES)
         else:
             components = self.data.side(split)
-        count = n if n is not None else max(1, (tokens or 0) // context)
         seed = data.seed if seed is None else seed
-        windows_WT = batches.windows(components, n=count, context=context, seed=seed)
+        windows_WT = batches.windows(components, n=n, context=context, seed=seed)
         if not len(windows_WT):
             raise UserError(
                 f"{source!r} has less than a window of {context} tokens: name a source with more text"

@@ -35,8 +35,7 @@ def read(folder: pathlib.Path) -> Pruned:
     rows = report.collect(folder / "circuits")
     if not rows:
         raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}")
-    path = folder / "summary.json"
-    return Pruned(folder, {r["task"]: r for r in rows}, files.read_json(path) if path.exists() else {})
+    return Pruned(folder, {r["task"]: r for r in rows}, report.training_summary(folder))
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from wsparse import model, runs, trees
 from wsparse.circuits import evidence_file, excerpts, graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
-from wsparse.circuits.pairs import HasPairs, PairArrays, Task, TaskBatch, arrays, margins
+from wsparse.circuits.pairs import HasPairs, PairArrays, arrays, margins
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, from_dict, require, setting
 from wsparse.errors import UserError
@@ -67,7 +67,8 @@ class Text(NamedTuple):
 
 def read_text(run: runs.Run, source: str = "") -> Text:
     """Returns a run's held-out text, or windows of another source."""
-    windows_WT = run.windows("validation", tokens=_TEXT_TOKENS, source=source)
+    n = max(1, _TEXT_TOKENS // run.config.model.context)
+    windows_WT = run.windows("validation", n=n, source=source)
     return Text(windows_WT, source or f"held-out part of {run.config.data.source}")
 
 
@@ -108,6 +109,10 @@ def measure(
     shared = tuple(answers[0].tolist()) if np.all(answers == answers[:1]) else None
     nodes, top_tokens_NK, top_weights_NK = _nodes(run, circuit, places, from_model, summaries, shared)
     in_text = _in_text(summaries)
+    spans = in_text["excerpts_E6"][:, 2:5]
+    excerpted = [text.windows_WT[window, start:stop] for window, start, stop in spans]
+    used = [recorded["prompt_tokens_X"], answers.ravel(), top_tokens_NK[top_tokens_NK >= 0], *excerpted]
+    token_texts = {str(i): run.tokenizer.decode([i]) for i in np.unique(np.concatenate(used)).tolist()}
     return Evidence(
         task=circuit.task,
         summary=summary,
@@ -118,7 +123,7 @@ def measure(
         prefix=prefix,
         answers=shared,
         nodes=nodes,
-        token_texts=_token_texts(run, text, recorded, in_text, top_tokens_NK, answers),
+        token_texts=token_texts,
         windows_WT=text.windows_WT.astype(np.min_scalar_type(config.vocab_size - 1)),
         top_tokens_NK=top_tokens_NK,
         top_weights_NK=top_weights_NK,
@@ -128,16 +133,12 @@ def measure(
 
 
 def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) -> int:
-    """Measure the evidence of circuits that were found before, and return how many.
+    """Measure the evidence of circuits of a run that were found before, and return how many.
 
     Args:
       folder: A run's folder.
       names: Tasks, or "all": every task that has a circuit. Tasks of the user's own are .jsonl or .py files.
       options: What is measured.
-
-    Raises:
-      UserError: The folder has no circuits or no checkpoint, a circuit belongs to other parameters, or a
-        task of the user's own is not given with its file.
     """
     files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
     known = tasks.TASKS | {task.name: task for task in files}
@@ -155,23 +156,15 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     for number, circuit in enumerate(circuits, start=1):
         log.info("[%d/%d] %s: measuring evidence", number, len(circuits), circuit.task)
         task = known[circuit.task]
-        pairs = _pairs(run, circuit, task)
+        settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
+        max_tokens = min(settings.max_tokens, run.config.model.context)
+        # The pairs that the circuit's numbers were reported on.
+        pairs = tasks.build(
+            task, run.tokenizer, settings.report_pairs, settings.seed, split="report", max_tokens=max_tokens
+        )
         evidence = measure(run, circuit, pairs, text, summary=task.summary, options=options)
         evidence.save(folder / "circuits" / circuit.task)
     return len(circuits)
-
-
-def _pairs(run: runs.Run, circuit: Circuit, task: Task) -> TaskBatch:
-    """Returns the pairs that a circuit's numbers were reported on."""
-    settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
-    return tasks.build(
-        task,
-        run.tokenizer,
-        settings.report_pairs,
-        settings.seed,
-        split="report",
-        max_tokens=min(settings.max_tokens, run.config.model.context),
-    )
 
 
 def _first(pairs: PairArrays, count: int) -> PairArrays:
@@ -236,11 +229,10 @@ def _on_prompts(
         values_PRT = excerpts.values_at(acts, places)
         recorded[f"{side}_values_PX"] = np.stack([_joined(v, lengths) for v in values_PRT])
         recorded[f"{side}_patterns_HY"] = _triangles(params, acts, heads, lengths, config)
+    answers = np.asarray(pairs.answer).tolist()
     recorded["prompts"] = [
         evidence_file.Prompt(length=length, answer=answer, model=in_model, circuit=in_circuit)
-        for length, answer, in_model, in_circuit in zip(
-            lengths, np.asarray(pairs.answer).tolist(), *leads.values(), strict=True
-        )
+        for length, answer, in_model, in_circuit in zip(lengths, answers, *leads.values(), strict=True)
     ]
     return recorded
 
@@ -334,19 +326,3 @@ def _in_text(summaries: list[excerpts.Summary]) -> dict[str, Any]:
         "quantile_E": np.array([excerpt.quantile for _, excerpt in found], np.float32),
         "excerpt_values_Z": np.concatenate([np.zeros(0, np.float32), *(e.values for _, e in found)]),
     }
-
-
-def _token_texts(
-    run: runs.Run,
-    text: Text,
-    recorded: dict[str, Any],
-    in_text: dict[str, np.ndarray],
-    top_tokens_NK: np.ndarray,
-    answers: np.ndarray,
-) -> dict[str, str]:
-    """Returns the text of every token that can be shown."""
-    used = {*recorded["prompt_tokens_X"].tolist(), *answers.ravel().tolist()}
-    used.update(top_tokens_NK[top_tokens_NK >= 0].tolist())
-    for _, _, window, start, stop, _ in in_text["excerpts_E6"].tolist():
-        used.update(text.windows_WT[window, start:stop].tolist())
-    return {str(token): run.tokenizer.decode([token]) for token in sorted(used)}

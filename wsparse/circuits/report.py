@@ -53,6 +53,12 @@ def read(folder: pathlib.Path) -> list[tuple[dict[str, Any], Circuit | None]]:
     return sorted(tasks, key=lambda task: (task[0].get("edges", math.inf), task[0]["task"]))
 
 
+def training_summary(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns a run's `summary.json`; empty where there is none."""
+    path = folder / "summary.json"
+    return files.read_json(path) if path.exists() else {}
+
+
 def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of `read`."""
     return [row for row, _ in read(folder)]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsparse import files
 from wsparse.circuits import evidence_file, report
 from wsparse.circuits.circuit import Circuit, Status
 from wsparse.circuits.evidence_file import Evidence
@@ -61,9 +60,7 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
             raise UserError(missing)
         log.info("note: %s", missing)
     log.info("%s: %d circuits of %d tasks", folder, len(shown), len(rows))
-    summary = folder / "summary.json"
-    values = files.read_json(summary) if summary.exists() else {}
-    return contents(folder.resolve().name, rows, shown, values, options)
+    return contents(folder.resolve().name, rows, shown, report.training_summary(folder), options)
 
 
 def circuit_page(folder: str | os.PathLike[str]) -> str:
