@@ -65,6 +65,16 @@ def test_circuits_are_found_by_task(run):
         run.circuits["closin"]
 
 
+def test_a_circuit_is_saved_without_its_run(run, tmp_path):
+    circuit = run.circuits[case.TASK]
+    circuit.save(tmp_path)
+    files = ("circuit.json", "circuit.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(files)
+    stored = run.folder / "circuits" / case.TASK
+    assert (tmp_path / files[0]).read_bytes() == (stored / files[0]).read_bytes()
+    assert StoredCircuit.load(tmp_path).digest == circuit.digest
+
+
 def test_a_circuits_page_is_shown_inline_and_nothing_in_it_ends_the_attribute(run, tmp_path):
     circuit = run.circuits[case.TASK]
     page = circuit.show()

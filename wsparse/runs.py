@@ -139,7 +139,8 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:
 def sizes(params: model.Params) -> dict[str, Any]:
     """Returns what `summary.json` says about parameters alone.
 
-    "l0" and "nonzeros" are of the projected matrices; neurons with weights on both sides are alive.
+    "l0" is the fraction of nonzeros in the projected matrices; "alive_neurons", per layer, the number of
+    those with weights on both sides.
     """
     counts = sparsity.l0(params).values()
     nonzeros = sum(count for count, _ in counts)

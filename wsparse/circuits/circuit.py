@@ -268,7 +268,9 @@ class Circuit:
         """Write the folder `path`; its `circuit.json` appears last."""
         folder = pathlib.Path(path)
         files.make_folder(folder)
-        values = dataclasses.asdict(self)
+        # A subclass may have further fields.
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Circuit)}
+        values = dataclasses.asdict(Circuit(**own))
         arrays = {
             f"{kind}/{name}": array for kind in _ARRAY_FIELDS for name, array in values.pop(kind).items()
         }

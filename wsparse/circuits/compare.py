@@ -145,12 +145,11 @@ def main(argv: Sequence[str]) -> None:
 def joined(arguments: Sequence[str]) -> list[str]:
     """Returns arguments with the old form `--runs A B` as `--runs=A,B`."""
     arguments = list(arguments)
-    if "--runs" in arguments:
-        at = arguments.index("--runs")
-        folders = arguments[at + 1 : at + 3]
-        if len(folders) == 2 and not any(folder.startswith("--") for folder in folders):
-            arguments[at : at + 3] = [f"--runs={','.join(folders)}"]
-            print("note: --runs A B is --runs=A,B now", file=sys.stderr)
+    at = arguments.index("--runs") if "--runs" in arguments else len(arguments)
+    folders = [argument for argument in arguments[at + 1 : at + 3] if not argument.startswith("--")]
+    if len(folders) == 2:
+        arguments[at : at + 3] = [f"--runs={','.join(folders)}"]
+        print("note: --runs A B is --runs=A,B now", file=sys.stderr)
     return arguments
 
 

@@ -308,10 +308,7 @@ def _nodes(
                 gain=None if gain is None else float(gain),
                 n_tokens=int(np.count_nonzero(weights_V)),
                 answer_weights=(tuple(weights_V[list(answers)].tolist()) if answers and written else None),
-                largest=summary.largest,
-                zero=summary.zero,
-                low=summary.low,
-                high=summary.high,
+                **{key: getattr(summary, key) for key in ("largest", "zero", "low", "high")},
             )
         )
     return described, top_tokens_NK, top_weights_NK
