@@ -270,7 +270,7 @@ class Circuit:
         files.make_folder(folder)
         # A subclass may have further fields.
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Circuit)}
-        values = dataclasses.asdict(Circuit(**own))
+        values: dict[str, Any] = dataclasses.asdict(Circuit(**own))
         arrays = {
             f"{kind}/{name}": array for kind in _ARRAY_FIELDS for name, array in values.pop(kind).items()
         }

@@ -135,10 +135,7 @@ def measure(
 def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) -> int:
     """Measure the evidence of circuits of a run that were found before, and return how many.
 
-    Args:
-      folder: A run's folder.
-      names: Tasks, or "all": every task that has a circuit. Tasks of the user's own are .jsonl or .py files.
-      options: What is measured.
+    The tasks are given by name, or as "all" that have a circuit; those of the user's own by file as well.
     """
     files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
     known = tasks.TASKS | {task.name: task for task in files}

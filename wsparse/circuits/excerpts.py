@@ -74,15 +74,7 @@ def recorded(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the logits `(W, V)` at one position of each window, and every node's value.
 
-    Args:
-      params: Model parameters.
-      tokens_WT: Int tokens.
-      position_W: Int positions.
-      ablation: Gates and means of `taps.mask`, if any.
-      config: Model config.
-
-    Returns:
-      The logits, and location -> float32 `(L, W, T, N)`.
+    Values are location -> float32 `(L, W, T, N)`; `ablation` are gates and means of `taps.mask`, if any.
     """
     tap = taps.identity if ablation is None else taps.mask(*ablation)
     logits_W1V, acts = model.forward(params, tokens_WT, config, tap=tap, positions_BP=position_W[:, None])

@@ -80,7 +80,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        items = value.items()
+        return {str(key): item if type(item) in _PLAIN else _plain(item) for key, item in items}
     if isinstance(value, list | tuple):
         return [item if type(item) in _PLAIN else _plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
