@@ -167,6 +167,7 @@ class Evidence:
         return evidence
 
 
+_INTEGERS = ("prompt_tokens_X", "windows_WT", "counts_NB", "excerpts_E6", "top_tokens_NK")
 ARRAYS = tuple(name for name, hint in typing.get_type_hints(Evidence).items() if hint is np.ndarray)
 
 
@@ -199,13 +200,14 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
         "counts_NB": (n_nodes, BINS),
         "excerpts_E6": (*excerpts_E6.shape[:1], 6),
         "quantile_E": excerpts_E6.shape[:1],
+        "excerpt_values_Z": (evidence.excerpt_values_Z.size,),
         "top_tokens_NK": (n_nodes, TOP_TOKENS),
         "top_weights_NK": (n_nodes, TOP_TOKENS),
     }
     for name, shape in shapes.items():
         array = getattr(evidence, name)
-        if array.shape != shape or array.dtype.kind not in "iuf":
-            raise UserError(f"{name} must be numbers of shape {shape}, got {array.shape}")
+        if array.shape != shape or array.dtype.kind not in ("iu" if name in _INTEGERS else "iuf"):
+            raise UserError(f"{name} must be numbers of shape {shape}, got {array.shape} {array.dtype}")
     kept = {node.name for node in circuit.nodes}
     if len(lengths) % 2 or not lengths or not {node.name for node in evidence.nodes} <= kept:
         raise UserError("its prompts are not pairs, or its nodes not the circuit's")
@@ -214,5 +216,5 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
     inside = (node >= 0) & (node < n_nodes) & (kind >= 0) & (kind <= SAMPLED)
     inside &= (window >= 0) & (window < n_windows) & (start >= 0) & (stop <= n_time)
     inside &= (start <= token) & (token < stop) & (np.diff(node, prepend=0) >= 0)
-    if not inside.all() or evidence.excerpt_values_Z.shape != (int((stop - start).sum()),):
+    if not inside.all() or evidence.excerpt_values_Z.size != int((stop - start).sum()):
         raise UserError("its excerpts do not fit its windows")

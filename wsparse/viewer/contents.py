@@ -195,10 +195,10 @@ def _text(evidence: Evidence, n_nodes: int, texts: list[dict[str, Any]]) -> int:
     first_N = np.searchsorted(spans_E6[:, 0], np.arange(len(evidence.nodes) + 1)).tolist()
     ends_E = np.cumsum([0, *(spans_E6[:, 4] - spans_E6[:, 3])])
     for i, node in enumerate(evidence.nodes[:n_nodes]):
-        own = slice(first_N[i], first_N[i + 1])
-        kind_E, spans_E4 = spans_E6[own, 1], spans_E6[own, 2:]
+        rows = slice(first_N[i], first_N[i + 1])
+        kind_E, spans_E4 = spans_E6[rows, 1], spans_E6[rows, 2:]
         sampled = kind_E == evidence_file.SAMPLED
-        quantiles = zip(spans_E4[sampled].tolist(), evidence.quantile_E[own][sampled].tolist(), strict=True)
+        quantiles = zip(spans_E4[sampled].tolist(), evidence.quantile_E[rows][sampled].tolist(), strict=True)
         top = zip(evidence.top_tokens_NK[i].tolist(), evidence.top_weights_NK[i].tolist(), strict=True)
         texts[at]["nodes"][node.name] = {
             **{key: getattr(node, key) for key in _IN_TEXT},
@@ -207,6 +207,6 @@ def _text(evidence: Evidence, n_nodes: int, texts: list[dict[str, Any]]) -> int:
             "highest": spans_E4[kind_E == evidence_file.HIGHEST],
             "lowest": spans_E4[kind_E == evidence_file.LOWEST],
             "sampled": [[*span, quantile] for span, quantile in quantiles],
-            "values": packed(evidence.excerpt_values_Z[ends_E[own.start] : ends_E[own.stop]], "int8"),
+            "values": packed(evidence.excerpt_values_Z[ends_E[rows.start] : ends_E[rows.stop]], "int8"),
         }
     return at
