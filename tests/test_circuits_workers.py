@@ -13,7 +13,7 @@ import pytest
 
 from wsparse.circuits import search as search_lib
 from wsparse.circuits import workers
-from wsparse.circuits.search import FAST, SharedSearch, search
+from wsparse.circuits.search import FAST, TrialStore, search
 from wsparse.circuits.workers import WorkItems, WorkPending, open_storage
 from wsparse.errors import UserError
 from wsparse.files import read_json
@@ -140,12 +140,12 @@ def objective(tau_U):
     return float(np.log(tau_U[0]) ** 2), float(tau_U[1])
 
 
-def share(where, folder) -> SharedSearch:
-    return SharedSearch(open_storage(where), "search", folder, lease=60.0)
+def share(where, folder) -> TrialStore:
+    return TrialStore(folder, open_storage(where), "search", lease=60.0)
 
 
 def run(pruner, joined, trials=9):
-    return search(pruner, None, None, None, objective, trials=trials, shared=joined)
+    return search(pruner, None, None, None, objective, trials=trials, store=joined)
 
 
 def test_two_workers_see_the_same_trials_and_run_each_once(where, tmp_path):
@@ -217,7 +217,7 @@ def test_a_search_alone_is_the_same_every_time(tmp_path):
 
 def test_an_interrupted_search_goes_on_with_the_trials_it_finished(tmp_path):
     def go(pruner):
-        return search(pruner, None, None, None, objective, trials=9, folder=tmp_path)
+        return search(pruner, None, None, None, objective, trials=9, store=TrialStore(tmp_path))
 
     calls = []
 

@@ -20,7 +20,7 @@ from wsparse.circuits import evidence
 from wsparse.command import run_command
 def main(argv):
     print(prune.settings_from_flags())
-    print(evidence.Options(**prune._present(evidence.Options)))
+    print(evidence.Options(**prune._given(evidence.Options)))
 prune.define_flags()
 run_command(main)
 """

@@ -93,7 +93,7 @@ def circuit(task: pairs.Task) -> Circuit:
     settings = procedure.Settings(report_pairs=4)
     batch = tasks.build(task, given.tokenizer, 4, settings.seed, split="report")
     stays = {path: scorer.weights[path] & ~removed[path] for path in removed}
-    scores = scorer.mask(batch, nodes_U, stays)
+    scores = scorer.mask(pairs.arrays(batch), nodes_U, stays)
     names = np.array(masks.names(CONFIG))[nodes_U]
     return Circuit(
         task=task.name,

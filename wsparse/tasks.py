@@ -33,32 +33,21 @@ def report(
     split: pairs.Split = "search",
     n_examples: int = 0,
 ) -> str:
-    """Returns a table of how well a run's model does tasks.
+    """Returns a table of how well a run's model does tasks, and `n_examples` pairs of each of them.
 
     Tasks that the run's tokenizer or its context rules out are named after the table, with the reason.
-
-    Args:
-      run: A training run.
-      chosen: The tasks.
-      n_pairs: Pairs of each task.
-      seed: Seed of the pairs.
-      split: Which templates and fillers to use.
-      n_examples: Pairs of each task to show after the table.
     """
     config = run.config.model
     batches: list[pairs.TaskBatch] = []
     refused: list[str] = []
     for task in chosen:
         try:
-            batch = pairs.build(task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context)
+            batches.append(
+                pairs.build(task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context)
+            )
         except UserError as error:
             refused.append(f"refused: {error}")
-        else:
-            batches.append(batch)
-
-    lines = []
-    if batches:
-        lines.append(f"{'task':<28}{'loss':>8}{'accuracy':>10}{'tokens':>9}  candidates")
+    lines = [f"{'task':<28}{'loss':>8}{'accuracy':>10}{'tokens':>9}  candidates"] if batches else []
     # One length for all tasks, so that the model is compiled once.
     length = max((batch.tokens.shape[1] for batch in batches), default=0)
     for batch in batches:
@@ -66,11 +55,10 @@ def report(
         n_tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
         lines.append(f"{batch.task:<28}{loss:8.4f}{accuracy:10.3f}{n_tokens:>9}  {batch.form}")
     lines += refused
-    for batch in batches:
-        for row in range(2 * min(n_examples, batch.n_pairs)):
-            if row == 0:
-                lines.append(f"\n==== {batch.task}")
-            lines.append(f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n")
+    for batch in batches if n_examples else ():
+        lines.append(f"\n==== {batch.task}")
+        rows = range(2 * min(n_examples, batch.n_pairs))
+        lines += [f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n" for row in rows]
     return "\n".join(lines)
 
 
@@ -93,19 +81,12 @@ def _margins(params, tokens_BT, position_B, answer_B, other_B, *, config: ModelC
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run the command; see the module's docstring."""
     del argv
     options = flags.FLAGS
     chosen = [tasks.find(name) for name in options.task or tasks.TASKS]
-    print(
-        report(
-            runs.load(options.run),
-            chosen,
-            n_pairs=options.pairs,
-            seed=options.seed,
-            split=options.split,
-            n_examples=options.examples,
-        )
-    )
+    which = {"n_pairs": options.pairs, "seed": options.seed, "split": options.split}
+    print(report(runs.load(options.run), chosen, n_examples=options.examples, **which))
 
 
 def _define_flags() -> None:

@@ -118,7 +118,15 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sizes of a circuit, see `graph.Counts`; `edges_between_nodes` counts the edges that were cut too."""
+    """Sizes of a circuit.
+
+    Attributes:
+      edges: Weights between kept nodes, in attention and MLP matrices.
+      edges_between_nodes: All nonzero weights between the kept nodes, the cut ones too.
+      embedding_edges: Nonzero embedding entries of the residual channels that kept nodes read.
+      unembedding_edges: Nonzero unembedding entries of the residual channels that kept nodes write.
+      biases: Nonzero biases of kept nodes.
+    """
 
     nodes: int
     edges: int

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 
 import numpy as np
 
 from wsparse.circuits import graph
 from wsparse.circuits.discretize import GRID, Subgraph, first_within, grid_between
-from wsparse.circuits.pairs import HasPairs
+from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.scoring import Scorer
 
 # Passes of `clean_up`: nodes, edges, nodes again.
@@ -21,14 +20,14 @@ Advance = Callable[[int], Any]
 
 def clean_up(
     scorer: Scorer,
-    pairs: HasPairs,
+    pairs: PairArrays,
     subgraph: Subgraph,
     target: float,
     *,
     single_removals: int = 256,
     advance: Advance = lambda count: None,
 ) -> Subgraph:
-    """Remove nodes, then single edges, then nodes again, that the target does not need.
+    """Returns the subgraph without nodes, then single edges, then nodes again, that the target does not need.
 
     A node is worth removing the more edges it takes with it and the less the loss grows.
 
@@ -40,21 +39,17 @@ def clean_up(
       single_removals: How many single removals, in each of the passes, may be scored exactly once first-order
         estimates lead no further; 0 relies on the estimates alone, in a tenth of the time.
       advance: Called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
-
-    Returns:
-      The smaller subgraph.
     """
-    removal = (_NodeRemoval, _EdgeRemoval, _NodeRemoval)
-    for kind in removal:
-        items = kind(scorer, pairs, subgraph)
-        kept, loss = _Greedy(items, target, subgraph.loss, single_removals, advance).run()
-        subgraph = items.subgraph(kept, loss)
+    for of_edges in (False, True, False):
+        removal = _Removal(scorer, pairs, subgraph, target, of_edges=of_edges)
+        removal.run(single_removals, advance)
+        subgraph = removal.subgraph
     return subgraph
 
 
 def complete(
     scorer: Scorer,
-    pairs: HasPairs,
+    pairs: PairArrays,
     subgraph: Subgraph,
     tau_U: np.ndarray,
     target: float,
@@ -62,7 +57,7 @@ def complete(
     necessity: float,
     max_added: int = 128,
 ) -> Subgraph:
-    """Add nodes until the model without the circuit loses the task.
+    """Returns the circuit with the nodes added without which the model without the circuit loses the task.
 
     A model may do a task in more than one way, and the smallest sufficient circuit is then only one of
     them. Nodes are added in the order in which first-order estimates say that the rest of the model needs
@@ -78,8 +73,7 @@ def complete(
       max_added: Largest number of nodes to add.
 
     Returns:
-      The circuit with its additions and the weights between all of them; `subgraph` itself where it needs
-      none, or where adding nodes does not get there.
+      `subgraph` itself where it needs none, or where adding nodes does not get there.
     """
     size, remaining = subgraph.nodes.size, subgraph.remaining(scorer)
 
@@ -117,114 +111,58 @@ def complete(
     return Subgraph(nodes_U, edges, subgraph.removed, loss) if loss <= target else subgraph
 
 
-class _NodeRemoval:
-    """Removal of nodes from a subgraph; items are indices of nodes."""
-
-    def __init__(self, scorer: Scorer, pairs: HasPairs, subgraph: Subgraph):
-        self._scorer, self._pairs, self._subgraph = scorer, pairs, subgraph
-        self._remaining = subgraph.remaining(scorer)
-        self.items = np.flatnonzero(subgraph.nodes)
-
-    def _mask(self, kept: np.ndarray) -> np.ndarray:
-        return _bools(self._subgraph.nodes.size, kept)
-
-    def losses(self, kept: np.ndarray, order: np.ndarray, spans: Any, until: float) -> np.ndarray:
-        """Returns the losses of the kept items without spans of an order of them."""
-        return self._scorer.without_nodes(
-            self._pairs, self._mask(kept), self._remaining, order, spans, until=until
-        ).loss
-
-    def estimates(self, kept: np.ndarray) -> np.ndarray:
-        """Returns the growth of the loss to first order, for each of the kept items."""
-        return self._scorer.attributions(self._pairs, self._mask(kept), self._remaining)[0][kept]
-
-    def savings(self, kept: np.ndarray) -> np.ndarray:
-        """Returns how many edges each of the kept items takes with it, and a half."""
-        edges = graph.between(self._mask(kept), self._remaining, self._scorer.config)
-        return 0.5 + graph.degrees(edges, self._scorer.config)[kept]
-
-    def subgraph(self, kept: np.ndarray, loss: float) -> Subgraph:
-        """Returns the subgraph of the kept items."""
-        edges = graph.between(self._mask(kept), self._remaining, self._scorer.config)
-        return Subgraph(self._mask(kept), edges, self._subgraph.removed, loss)
-
-
-class _EdgeRemoval:
-    """Removal of edges from a subgraph; items are indices into `graph.flatten_edges`."""
-
-    def __init__(self, scorer: Scorer, pairs: HasPairs, subgraph: Subgraph):
-        self._scorer, self._pairs, self._subgraph = scorer, pairs, subgraph
-        self._removed = graph.flatten_edges(subgraph.removed)
-        self._is_item = graph.flatten_edges(subgraph.edges)
-        self.items = np.flatnonzero(self._is_item)
-
-    def _split(self, vector: np.ndarray) -> graph.EdgeMask:
-        return graph.unflatten_edges(vector, self._subgraph.edges)
-
-    def _remaining(self, kept: np.ndarray) -> graph.EdgeMask:
-        size = self._removed.size
-        return self._split(~self._removed & (~self._is_item | _bools(size, kept)))
-
-    def losses(self, kept: np.ndarray, order: np.ndarray, spans: Any, until: float) -> np.ndarray:
-        """Returns the losses of the kept items without spans of an order of them."""
-        nodes, remaining = self._subgraph.nodes, self._remaining(kept)
-        return self._scorer.without_edges(self._pairs, nodes, remaining, order, spans, until=until).loss
-
-    def estimates(self, kept: np.ndarray) -> np.ndarray:
-        """Returns the growth of the loss to first order, for each of the kept items."""
-        nodes, remaining = self._subgraph.nodes, self._remaining(kept)
-        return graph.flatten_edges(self._scorer.attributions(self._pairs, nodes, remaining)[1])[kept]
-
-    def savings(self, kept: np.ndarray) -> np.ndarray:
-        """Returns 1 for each of the kept items."""
-        return np.ones(kept.size)
-
-    def subgraph(self, kept: np.ndarray, loss: float) -> Subgraph:
-        """Returns the subgraph of the kept items."""
-        is_kept = _bools(self._removed.size, kept)
-        removed = self._removed | (self._is_item & ~is_kept)
-        return Subgraph(self._subgraph.nodes, self._split(is_kept), self._split(removed), loss)
-
-
-@dataclasses.dataclass
-class _Greedy:
-    """Removes items while the loss stays at the target.
+class _Removal:
+    """Removal of nodes, or of edges, from a subgraph while the loss stays at the target.
 
     As long as first-order estimates lead far, the longest passing prefix of their order goes at once. Then
     single removals are scored exactly, cheapest first, a chunk at a time, until none is left that the target
-    allows.
+    allows. Items are indices of nodes, or indices into `graph.flatten_edges`.
     """
 
-    removal: _NodeRemoval | _EdgeRemoval
-    target: float
-    loss: float
-    single_removals: int
-    advance: Advance
+    def __init__(
+        self, scorer: Scorer, pairs: PairArrays, subgraph: Subgraph, target: float, *, of_edges: bool
+    ):
+        self._scorer, self._pairs, self._target, self._of_edges = scorer, pairs, target, of_edges
+        self._continue_with(subgraph)
 
-    def run(self) -> tuple[np.ndarray, float]:
-        """Returns the items that are left, and their loss."""
-        self._kept = self.removal.items
+    def _continue_with(self, subgraph: Subgraph) -> None:
+        self.subgraph = subgraph
+        is_item = graph.flatten_edges(subgraph.edges) if self._of_edges else subgraph.nodes
+        self._size, self._kept = is_item.size, np.flatnonzero(is_item)
+
+    def run(self, single_removals: int, advance: Advance) -> None:
+        """Remove what can go; see `clean_up`."""
         n_removed = self._kept.size
         # A round scores some thirty masks: when it removes next to nothing, exact scores do better.
         while self._kept.size and n_removed > self._kept.size / GRID:
             order, _ = self._by_worth()
             n_removed = self._remove_prefix(order)
-        self.advance(1)
-        budget = self.single_removals
-        while self._kept.size:
-            budget, changed = self._remove_singles(budget)
-            if not changed:
-                break
-        self.advance(max(budget, 0))
-        return self._kept, self.loss
+        advance(1)
+        budget, changed = single_removals, True
+        while self._kept.size and changed:
+            budget, changed = self._remove_singles(budget, advance)
+        advance(budget)
 
     def _by_worth(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the kept items, the one most worth removing first, and what each saves."""
-        savings = self.removal.savings(self._kept)
-        order = np.argsort(self.removal.estimates(self._kept) / savings, kind="stable")
+        """Returns the items, the one most worth removing first, and how many edges each takes with it."""
+        now = self.subgraph
+        growth_U, growth = self._scorer.attributions(self._pairs, now.nodes, now.remaining(self._scorer))
+        if self._of_edges:
+            growth, savings = graph.flatten_edges(growth)[self._kept], np.ones(self._kept.size)
+        else:
+            # A node without edges is worth removing too.
+            growth = growth_U[self._kept]
+            savings = 0.5 + graph.degrees(now.edges, self._scorer.config)[self._kept]
+        order = np.argsort(growth / savings, kind="stable")
         return self._kept[order], savings[order]
 
-    def _remove_singles(self, budget: int) -> tuple[int, bool]:
+    def _losses(self, order: np.ndarray, spans: Any, until: float) -> np.ndarray:
+        """Returns the losses without spans of an order of items."""
+        score = self._scorer.without_edges if self._of_edges else self._scorer.without_nodes
+        remaining = self.subgraph.remaining(self._scorer)
+        return score(self._pairs, self.subgraph.nodes, remaining, order, spans, until=until).loss
+
+    def _remove_singles(self, budget: int, advance: Advance) -> tuple[int, bool]:
         """Score every item's removal; return what is left of the budget, and whether to go on."""
         order, savings = self._by_worth()
         changed = False
@@ -233,11 +171,10 @@ class _Greedy:
             if chunk.size > budget:
                 return budget, False
             budget -= chunk.size
-            self.advance(chunk.size)
-            spans = [[i, i + 1] for i in range(chunk.size)]
-            losses = self.removal.losses(self._kept, chunk, spans, -np.inf)
-            growth = (losses - self.loss) / savings[start : start + GRID]
-            allowed = np.flatnonzero(losses <= self.target)
+            advance(chunk.size)
+            losses = self._losses(chunk, [[i, i + 1] for i in range(chunk.size)], -np.inf)
+            growth = (losses - self.subgraph.loss) / savings[start : start + GRID]
+            allowed = np.flatnonzero(losses <= self._target)
             if allowed.size:
                 cheapest = allowed[np.argsort(growth[allowed], kind="stable")]
                 changed |= self._remove_prefix(chunk[cheapest]) > 0
@@ -245,31 +182,34 @@ class _Greedy:
 
     def _remove_prefix(self, order: np.ndarray) -> int:
         """Remove the longest prefix of an order that the target allows, and return its length."""
-        length, loss = self._longest_prefix(order)
-        if length:
-            self._kept, self.loss = np.setdiff1d(self._kept, order[:length]), loss
-        return length
 
-    def _longest_prefix(self, order: np.ndarray) -> tuple[int, float]:
-        def longest(lengths: np.ndarray) -> tuple[int | None, float]:
+        def longest(lengths: np.ndarray) -> tuple[int, float] | None:
             """Returns the index of the longest length that can go, and the loss; it is tried first."""
-            spans = [[0, length] for length in lengths[::-1]]
-            losses = self.removal.losses(self._kept, order, spans, self.target)
-            at = first_within(losses, self.target)
-            return (None, 0.0) if at is None else (lengths.size - 1 - at, float(losses[at]))
+            losses = self._losses(order, [[0, length] for length in lengths[::-1]], self._target)
+            at = first_within(losses, self._target)
+            return None if at is None else (lengths.size - 1 - at, float(losses[at]))
 
         lengths = np.unique(np.geomspace(1, order.size, GRID).round().astype(int))
-        at, loss = longest(lengths)
-        if at is None:
-            return 0, 0.0
-        low = int(lengths[at])
-        high = int(lengths[at + 1]) if at + 1 < lengths.size else low + 1
-        if high - low > 1:
-            between = grid_between(low, high)
-            at, new_loss = longest(between)
-            if at is not None:
-                low, loss = int(between[at]), new_loss
-        return low, loss
+        if not (found := longest(lengths)):
+            return 0
+        if found[0] + 1 < lengths.size:
+            between = grid_between(lengths[found[0]], lengths[found[0] + 1])
+            if between.size and (further := longest(between)):
+                lengths, found = between, further
+        self._remove(order[: lengths[found[0]]], found[1])
+        return int(lengths[found[0]])
+
+    def _remove(self, items: np.ndarray, loss: float) -> None:
+        now, is_gone = self.subgraph, _bools(self._size, items)
+        if self._of_edges:
+            gone = graph.unflatten_edges(is_gone, now.edges)
+            edges = {path: now.edges[path] & ~gone[path] for path in gone}
+            removed = {path: now.removed[path] | gone[path] for path in gone}
+            self._continue_with(Subgraph(now.nodes, edges, removed, loss))
+        else:
+            nodes_U = now.nodes & ~is_gone
+            edges = graph.between(nodes_U, now.edges, self._scorer.config)
+            self._continue_with(Subgraph(nodes_U, edges, now.removed, loss))
 
 
 def _bools(size: int, indices: np.ndarray) -> np.ndarray:

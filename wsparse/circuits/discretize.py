@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wsparse.circuits import graph
-from wsparse.circuits.pairs import HasPairs
+from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.scoring import Scorer
 
 # Sizes tried in one call of the scorer.
@@ -34,12 +34,10 @@ class Subgraph:
 
     @property
     def n_nodes(self) -> int:
-        """Number of nodes."""
         return int(np.count_nonzero(self.nodes))
 
     @property
     def n_edges(self) -> int:
-        """Number of edges."""
         return graph.count(self.edges)
 
     def remaining(self, scorer: Scorer) -> graph.EdgeMask:
@@ -61,17 +59,11 @@ class Cut(NamedTuple):
         return f"{self.subgraph.n_nodes} nodes, {self.subgraph.n_edges} edges"
 
 
-def discretize(scorer: Scorer, pairs: HasPairs, tau_U: np.ndarray, target: float) -> Cut:
-    """Find the smallest number of nodes, in the order of tau, whose loss reaches the target.
+def discretize(scorer: Scorer, pairs: PairArrays, tau_U: np.ndarray, target: float) -> Cut:
+    """Returns the fewest nodes, in the order of their learned `tau_U`, whose loss on `pairs` is the target's.
 
     The loss need not fall as nodes are added, so a grid over all sizes comes first, and the smallest size
     that reaches the target is then refined towards its neighbor below.
-
-    Args:
-      scorer: Scorer of the model.
-      pairs: Pairs that losses are taken on.
-      tau_U: Learned parameters of the nodes.
-      target: Largest loss allowed.
     """
     order = np.argsort(-np.asarray(tau_U), kind="stable")
     all_nodes = np.ones(order.size, bool)

@@ -23,7 +23,7 @@ from wsparse import model, runs, trees
 from wsparse.circuits import evidence_file, excerpts, graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
-from wsparse.circuits.pairs import HasPairs, PairArrays, arrays, margins
+from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, from_dict, require, setting
 from wsparse.errors import UserError
@@ -75,7 +75,7 @@ def read_text(run: runs.Run, source: str = "") -> Text:
 def measure(
     run: runs.Run,
     circuit: Circuit,
-    pairs: HasPairs,
+    pairs: PairArrays | TaskBatch,
     text: Text,
     *,
     summary: str = "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +11,15 @@ import numpy as np
 
 from wsparse import model, trees
 from wsparse.circuits import masks
-from wsparse.circuits.circuit import Edge
+from wsparse.circuits.circuit import Counts, Edge
 from wsparse.config import ModelConfig
 from wsparse.nodes import CONNECTIONS, Node
 
-# What a kernel multiplies, where that is not the node itself: heads mix values over time on the way.
-MULTIPLIED = {"attn.v": "attn.y"}
+# The activation that a kernel multiplies where that is not its source node: heads mix values over time.
+_INPUTS = {"attn.v": "attn.y"}
 
 EdgeMask = dict[str, Any]
 """Kernel path -> bool `(L, in, out)`: which weights are in use."""
-
-
-class Counts(NamedTuple):
-    """Sizes of a circuit."""
-
-    nodes: int
-    edges: int
-    """Weights between kept nodes, in attention and MLP matrices."""
-    embedding_edges: int
-    """Nonzero embedding entries of the residual channels that kept nodes read."""
-    unembedding_edges: int
-    """Nonzero unembedding entries of the residual channels that kept nodes write."""
-    biases: int
-    """Nonzero biases of kept nodes."""
 
 
 def nonzero(params: model.Params) -> EdgeMask:
@@ -62,7 +48,7 @@ def flatten_edges(edges: EdgeMask) -> np.ndarray:
 
 
 def unflatten_edges(vector: np.ndarray, like: EdgeMask) -> EdgeMask:
-    """Returns the edge mask of a vector, in the shapes of another."""
+    """Returns the edge mask of a vector, in the shapes of another edge mask."""
     ends = np.cumsum([array.size for array in like.values()])[:-1]
     parts = np.split(vector, ends)
     return {path: part.reshape(like[path].shape) for path, part in zip(like, parts, strict=True)}
@@ -89,46 +75,40 @@ def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
 
 
 def count_all(nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config: ModelConfig) -> Counts:
-    """Returns the sizes of the circuit of these nodes and edges."""
+    """Returns the sizes of a circuit."""
     mask = masks.unflatten(np.asarray(nodes_U), config)
     flat = trees.flatten(params)
     read = np.any(mask["attn.act_in"] | mask["mlp.act_in"], axis=0)[: config.d_model]
     written = np.any(mask["attn.resid_delta"] | mask["mlp.resid_delta"], axis=0)
-    embedding = np.asarray(flat["embed/tokens"]) != 0
-    unembedding = embedding.T if config.tied_embeddings else np.asarray(flat["head/unembed"]) != 0
-    biases = 0
-    for c in CONNECTIONS:
-        bias = flat.get(c.bias)
-        if bias is not None:
-            biases += int(np.count_nonzero((np.asarray(bias) != 0) & mask[c.target]))
+    embedding = np.asarray(flat["embed/tokens"])
+    unembedding = embedding.T if config.tied_embeddings else np.asarray(flat["head/unembed"])
+    biases = [np.asarray(flat[c.bias])[mask[c.target]] for c in CONNECTIONS if c.bias in flat]
     return Counts(
         nodes=int(np.count_nonzero(nodes_U)),
         edges=count(edges),
+        edges_between_nodes=count(between(nodes_U, nonzero(params), config)),
         embedding_edges=int(np.count_nonzero(embedding[:, read])),
         unembedding_edges=int(np.count_nonzero(unembedding[written])),
-        biases=biases,
+        biases=sum(int(np.count_nonzero(bias)) for bias in biases),
     )
 
 
 def cut(params: model.Params, kept: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> model.Params:
-    """Remove the edges that are not kept: what such a weight brings becomes a constant.
+    """Returns the parameters without the edges that are not kept.
 
-    `w_ij x_i` turns into `w_ij mean(x_i)`, the mean over the pretraining distribution, as for nodes. Needs a
-    model with biases, see `with_biases`.
+    `w_ij x_i` becomes the constant `w_ij mean(x_i)`, the mean over the pretraining distribution, as for
+    nodes. The model must have biases, see `scoring.with_biases`.
 
     Args:
       params: Parameters of the model.
       kept: Kernel path -> float or bool `(L, in, out)`, 1 where the weight stays; differentiable.
-      means: Location -> `(L, N)`, "attn.y" among them.
-
-    Returns:
-      The new parameters.
+      means: Location -> `(L, N)`, and those of "attn.y".
     """
     flat = dict(trees.flatten(params))
     for c in CONNECTIONS:
         kernel = flat[c.kernel]
-        stays = kernel * kept[c.kernel].astype(kernel.dtype)
-        mean = means[MULTIPLIED.get(c.source, c.source)].astype(kernel.dtype)
-        flat[c.kernel] = stays
-        flat[c.bias] = flat[c.bias] + jnp.einsum("li,lio->lo", mean, kernel - stays)
+        left = kernel * kept[c.kernel].astype(kernel.dtype)
+        mean = means[_INPUTS.get(c.source, c.source)].astype(kernel.dtype)
+        flat[c.kernel] = left
+        flat[c.bias] = flat[c.bias] + jnp.einsum("li,lio->lo", mean, kernel - left)
     return trees.unflatten(flat)

@@ -14,7 +14,7 @@ import optax
 
 from wsparse import model, taps
 from wsparse.circuits import masks
-from wsparse.circuits.pairs import HasPairs, PairArrays, arrays, task_loss
+from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, task_loss
 from wsparse.config import ModelConfig
 
 
@@ -38,7 +38,7 @@ class HParams(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """What a run of `prune` learned."""
+    """The result of `prune`."""
 
     tau: dict[str, jax.Array]
     """Location -> `(L, N)` in [-1, 1]; a gate is open where it is positive."""
@@ -51,7 +51,7 @@ class Masks(NamedTuple):
 def prune(
     params: model.Params,
     config: ModelConfig,
-    task_batch: HasPairs,
+    task_batch: PairArrays | TaskBatch,
     means: dict[str, jax.Array],
     hparams: HParams,
     key: jax.Array,
@@ -68,18 +68,15 @@ def prune(
     [-1, 1].
 
     Args:
-      params: of the model; they do not change.
-      config: of the model, static.
-      task_batch: the pairs that steps draw from, `(2 * pairs, T)` tokens.
-      means: location -> `(L, N)`, see `scoring.mean_activations`.
-      hparams: see `HParams`; traced, so that trials can be vmapped.
-      key: of the initial noise and the draws.
-      steps: static.
-      pairs_per_step: static; drawn with replacement.
-      tie_qk: channel j of a head's query and of its key share a gate.
-
-    Returns:
-      The masks after the last step.
+      params: Parameters of the model, which do not change.
+      config: Config of the model, static.
+      task_batch: Pairs that steps draw from, with replacement.
+      means: Location -> `(L, N)`, see `scoring.mean_activations`.
+      hparams: Traced, so that trials can be vmapped.
+      key: Key of the initial noise and of the draws.
+      steps: Number of steps, static.
+      pairs_per_step: Pairs drawn for a step, static.
+      tie_qk: Whether a channel's query and key share a gate.
     """
     pairs = arrays(task_batch)
     n_pairs = pairs.position.shape[0] // 2
@@ -108,7 +105,7 @@ def prune(
         tau, state = carry
         chosen = jax.random.randint(jax.random.fold_in(draw_key, index), (pairs_per_step, 1), 0, n_pairs)
         rows = jnp.reshape(2 * chosen + jnp.arange(2)[None], -1)
-        batch = jax.tree.map(lambda a: jnp.take(a, rows, axis=0), pairs)
+        batch = jax.tree.map(lambda array: jnp.take(array, rows, axis=0), pairs)
         gradient, (loss, n_open) = jax.grad(objective, has_aux=True)(tau, batch)
         updates, state = optimizer.update(gradient, state, tau)
         tau: Any = _clamped(optax.apply_updates(tau, updates))
@@ -119,7 +116,7 @@ def prune(
 
 
 def answer_logits(params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap) -> jax.Array:
-    """`(B, V)` logits after each prompt, with a tap in the model; nothing is computed elsewhere."""
+    """Returns the logits after each prompt, `(B, V)`, with a tap in the model."""
     logits_BPV, _ = model.forward(
         params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
     )
@@ -127,7 +124,7 @@ def answer_logits(params: model.Params, config: ModelConfig, pairs: PairArrays, 
 
 
 def _clamped(tau: Any) -> Any:
-    return jax.tree.map(lambda t: jnp.clip(t, -1.0, 1.0), tau)
+    return jax.tree.map(lambda tau_LN: jnp.clip(tau_LN, -1.0, 1.0), tau)
 
 
 def _learning_rate(hparams: HParams, step: Any, steps: int) -> jax.Array:

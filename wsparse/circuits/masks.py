@@ -20,23 +20,22 @@ Mask = dict[str, Any]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """`(n_layer, N)` for every node location."""
+    """Returns `(n_layer, N)` for every node location."""
     return {name: (config.n_layer, kind.width(config)) for name, kind in NODES.items()}
 
 
 def n_nodes(config: ModelConfig) -> int:
-    """Number of nodes of the model."""
+    """Returns the number of nodes of the model."""
     return sum(layers * width for layers, width in shapes(config).values())
 
 
 def flatten(mask: Mapping[str, Any]) -> Any:
-    """A mask as one vector `(..., U)`; leading axes before `(L, N)` stay."""
-    parts = [mask[name] for name in NODES]
-    return jnp.concatenate([jnp.reshape(p, (*p.shape[:-2], -1)) for p in parts], axis=-1)
+    """Returns a mask as one vector `(..., U)`; axes before `(L, N)` stay."""
+    return jnp.concatenate([jnp.reshape(mask[name], (*mask[name].shape[:-2], -1)) for name in NODES], axis=-1)
 
 
 def unflatten(vector_U: Any, config: ModelConfig) -> Mask:
-    """The mask of a vector `(..., U)`."""
+    """Returns the mask of a vector `(..., U)`."""
     mask, start = {}, 0
     for name, shape in shapes(config).items():
         stop = start + shape[0] * shape[1]
@@ -46,7 +45,7 @@ def unflatten(vector_U: Any, config: ModelConfig) -> Mask:
 
 
 def names(config: ModelConfig) -> list[str]:
-    """Every node's name, "layer.location.channel", in the order of `flatten`."""
+    """Returns every node's name, "layer.location.channel", in the order of `flatten`."""
     return [
         str(Node(layer, location, channel))
         for location, (layers, width) in shapes(config).items()
@@ -56,16 +55,13 @@ def names(config: ModelConfig) -> list[str]:
 
 
 def from_names(node_names: Sequence[str], config: ModelConfig) -> np.ndarray:
-    """Bool `(U,)`: which nodes are in the list. Raises KeyError for a name that is no node."""
-    index = {name: i for i, name in enumerate(names(config))}
-    vector = np.zeros(len(index), bool)
-    vector[[index[name] for name in node_names]] = True
-    return vector
+    """Returns bool `(U,)`: which nodes are in the list."""
+    return np.isin(names(config), node_names)
 
 
 @jax.custom_jvp
 def heaviside(tau: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """1 where `tau > 0`, else 0; its derivative is that of `sigmoid(tau / temperature)`."""
+    """Returns 1 where `tau > 0`, else 0; its derivative is that of `sigmoid(tau / temperature)`."""
     del temperature
     return (tau > 0).astype(tau.dtype)
 
@@ -73,23 +69,23 @@ def heaviside(tau: jax.Array, temperature: jax.Array | float) -> jax.Array:
 @heaviside.defjvp
 def _heaviside_jvp(primals, tangents):
     tau, temperature = primals
-    share = jax.nn.sigmoid(tau / temperature)
-    return heaviside(tau, temperature), share * (1 - share) / temperature * tangents[0]
+    sigmoid = jax.nn.sigmoid(tau / temperature)
+    return heaviside(tau, temperature), sigmoid * (1 - sigmoid) / temperature * tangents[0]
 
 
 def gates(tau: Mapping[str, jax.Array], temperature: jax.Array | float) -> Mask:
-    """The gates of parameters that `tie` may have reduced."""
-    return untie({name: heaviside(each, temperature) for name, each in tau.items()})
+    """Returns the gates of parameters that `tie` may have reduced."""
+    return untie({name: heaviside(tau_LN, temperature) for name, tau_LN in tau.items()})
 
 
 def tie(mask: Mapping[str, Any]) -> Mask:
-    """Without `attn.k`, whose channels then share the entries of `attn.q`.
+    """Returns the mask without `attn.k`, whose channels then share the entries of `attn.q`.
 
-    A score is a sum over channels of query times key: one without the other is a constant.
+    A score is a sum over channels of query times key: either without the other is a constant.
     """
-    return {name: each for name, each in mask.items() if name != "attn.k"}
+    return {name: values for name, values in mask.items() if name != "attn.k"}
 
 
 def untie(mask: Mapping[str, Any]) -> Mask:
-    """The whole mask: `attn.k` like `attn.q` where `tie` took it away."""
+    """Returns the whole mask: `attn.k` is `attn.q` where `tie` took it away."""
     return {name: mask.get(name, mask["attn.q"]) for name in NODES}

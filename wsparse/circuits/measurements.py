@@ -28,14 +28,7 @@ Advance = Callable[[int], Any]
 
 
 def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any]:
-    """Measure sufficiency and necessity of a circuit on the report split, and the model beside it.
-
-    Sufficiency: everything but the circuit at its mean. Necessity: the circuit's own nodes at their means
-    and all else as it is; the task should be lost.
-
-    Returns:
-      Values of the fields "model", "sufficiency", "calibrated" and "necessity" of `Scores`.
-    """
+    """Returns the fields model, sufficiency, calibrated and necessity of a circuit's `Scores`."""
     scorer, remaining = subject.scorer, subgraph.remaining(subject.scorer)
     fit = calibrate(scorer.margins(pairs.discretize, subgraph.nodes, remaining))
     margins = scorer.margins(pairs.report, subgraph.nodes, remaining)
@@ -55,19 +48,12 @@ def calibrated_loss(margins_B: Any, *, scale: Any, shift: Any) -> jax.Array:
 
 
 def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
-    """Fit a scale and a shift of the logits by L-BFGS (Gao et al. 2025).
+    """Returns the scale and the shift of the logits that L-BFGS fits to margins (Gao et al. 2025).
 
     With two candidates only their difference matters: the margin of the first side's answer is scaled and
     shifted, and the margin of the second side's is shifted the other way. A small penalty on the logarithm
     of the scale and on the shift keeps them finite where all pairs are on their right side: without it the
     loss falls for ever as the scale grows, and other pairs pay for it.
-
-    Args:
-      margins_B: Logit of the answer less the other's; rows `2 i` and `2 i + 1` are a pair.
-      steps: Steps of L-BFGS.
-
-    Returns:
-      "scale" and "shift".
     """
 
     def loss(fit):
@@ -95,7 +81,7 @@ def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
 
 
 def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> Baseline:
-    """Rank nodes by gradient attribution in the whole model instead of by a learned mask, and cut."""
+    """Returns the cut through nodes ranked by gradient attribution in place of a learned mask."""
     scorer = subject.scorer
     all_nodes = np.ones(masks.n_nodes(subject.config), bool)
     effects = scorer.attributions(pairs.search, all_nodes)[0]
@@ -129,34 +115,23 @@ def curve(
     settings: Settings,
     advance: Advance = lambda count: None,
 ) -> list[CurvePoint]:
-    """Find edges at every target of the sweep that can be reached.
+    """Returns the circuit's size at every target of the sweep that can be reached, sorted by target.
 
-    Looser targets go on from the circuit that was found, tighter ones from cuts of their own.
-
-    Args:
-      subject: The model.
-      pairs: Pairs of the task.
-      tau_U: What the circuit's trial learned.
-      subgraph: The circuit of the main target.
-      settings: Settings of the procedure.
-      advance: Called with 1 for every target of the sweep.
-
-    Returns:
-      Points, sorted by target.
+    Looser targets go on from the circuit of the main target, `subgraph`, tighter ones from cuts of their own
+    through `tau_U`. `advance` is called with 1 for every target.
     """
     scorer = subject.scorer
-    points = [(settings.target, subgraph)]
+    subgraphs = {settings.target: subgraph}
     for target in sorted(t for t in settings.sweep if t > settings.target):
         goal = target - settings.margin
         subgraph = clean_up(scorer, pairs.discretize, subgraph, goal, single_removals=0)
-        points.append((target, subgraph))
+        subgraphs[target] = subgraph
         advance(1)
     for target in sorted(t for t in settings.sweep if t < settings.target):
         goal = target - settings.margin * target / settings.target
         cut, _ = discretize(scorer, pairs.discretize, tau_U, goal)
         if cut is not None:
-            cut = clean_up(scorer, pairs.discretize, cut, goal, single_removals=0)
-            points.append((target, cut))
+            subgraphs[target] = clean_up(scorer, pairs.discretize, cut, goal, single_removals=0)
         advance(1)
     return [
         CurvePoint(
@@ -165,7 +140,7 @@ def curve(
             edges=point.n_edges,
             loss=scorer.mask(pairs.report, point.nodes, point.remaining(scorer)).loss,
         )
-        for target, point in sorted(points, key=lambda point: point[0])
+        for target, point in sorted(subgraphs.items())
     ]
 
 
@@ -178,38 +153,25 @@ def controls(
     settings: Settings,
     advance: Advance = lambda count: None,
 ) -> dict[str, Control]:
-    """Run the procedure where there is nothing to find: shuffled labels, and a random model.
+    """Returns the results of the procedure where there is nothing to find, by name.
 
-    Both use the hyperparameters of the circuit's own trial. A control that reaches the target says that
-    the mask, not the model, solves the task.
-
-    Args:
-      subject: The model.
-      pairs: Pairs of the task.
-      pruner: Runs the trials.
-      hparams: Hyperparameters of the trials.
-      goal: Loss that the circuit was cut to.
-      settings: Settings of the procedure.
-      advance: Called with 1 for every control.
-
-    Returns:
-      The controls by name.
+    Labels are shuffled, or the model is random; both use the hyperparameters of the circuit's own trial.
+    A control that reaches the circuit's goal says that the mask, not the model, solves the task. `advance`
+    is called with 1 for every control.
     """
     rng = np.random.default_rng(settings.seed)
     shuffled = dataclasses.replace(
         pairs, search=_shuffled(pairs.search, rng), discretize=_shuffled(pairs.discretize, rng)
     )
-    random_model = subject.reinitialized(settings.seed + 1)
+    stand_ins = {
+        "shuffled_labels": (subject, shuffled),
+        "random_model": (subject.reinitialized(settings.seed + 1), pairs),
+    }
+    seeds = range(settings.seed, settings.seed + pruner.parallel)
     results = {}
-    for name, control, control_pairs in (
-        ("shuffled_labels", subject, shuffled),
-        ("random_model", random_model, pairs),
-    ):
-        seeds = range(settings.seed, settings.seed + pruner.parallel)
-        taus_MU = pruner(
-            control.params, control_pairs.search, control.node_means, [hparams] * len(seeds), seeds
-        )
-        cuts = [discretize(control.scorer, control_pairs.discretize, tau_U, goal) for tau_U in taus_MU]
+    for name, (control, of_task) in stand_ins.items():
+        taus_MU = pruner(control.params, of_task.search, control.node_means, [hparams] * len(seeds), seeds)
+        cuts = [discretize(control.scorer, of_task.discretize, tau_U, goal) for tau_U in taus_MU]
         reached = [cut for cut, _ in cuts if cut is not None]
         results[name] = Control(
             reached=bool(reached),

@@ -13,7 +13,7 @@ Shapes: B rows, T time, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import itertools
@@ -58,32 +58,30 @@ class Task:
 
 
 class PairArrays(NamedTuple):
-    """The arrays of a `TaskBatch`; rows `2 i` and `2 i + 1` are a pair."""
+    """Pairs as masks and scores need them; rows `2 i` and `2 i + 1` are the two sides of pair `i`."""
 
     tokens: Any
+    """int32 `(B, T)`."""
     position: Any
+    """int32 `(B,)`, index of the prompt's last token, where the logits are read."""
     answer: Any
+    """int32 `(B,)`, the right candidate."""
     other: Any
+    """int32 `(B,)`, the wrong candidate: the answer of the row's partner."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TaskBatch:
-    """Encoded pairs: rows `2 i` and `2 i + 1` are the two sides of pair `i`.
+    """A task's encoded pairs and their texts.
 
     Attributes:
-      tokens: (B, T) int32, padded on the right with end_of_text; T is the longest prompt's length.
-      position: (B,) int32, index of the prompt's last token, where the logits are read.
-      answer: (B,) int32, the right candidate.
-      other: (B,) int32, the wrong candidate, which is the answer of the row's partner.
+      tokens: As in `PairArrays`, padded on the right with `end_of_text`; T is the longest prompt's length.
+      position: As in `PairArrays`, as are `answer` and `other`.
       prompts: Text of each row.
       answers: Text of each row's answer.
       continuations: `prompts[i] + answers[i] + continuations[i]` is the program behind row i.
       templates: What each pair was made from.
-      task: Name of the task.
       form: Form of the candidates.
-      split: The one of `SPLITS` that the pairs are from.
-      seed: Seed of the pairs.
-      end_of_text: Token of the padding.
     """
 
     tokens: np.ndarray
@@ -104,19 +102,8 @@ class TaskBatch:
     def n_pairs(self) -> int:
         return len(self.position) // 2
 
-    @property
-    def equal_lengths(self) -> bool:
-        """Returns whether both sides of every pair have the same number of tokens.
 
-        Where they do not, the sides agree from their ends backwards, up to what decides.
-        """
-        return bool(np.array_equal(self.position[::2], self.position[1::2]))
-
-
-HasPairs = TaskBatch | PairArrays
-
-
-def arrays(batch: HasPairs) -> PairArrays:
+def arrays(batch: TaskBatch | PairArrays) -> PairArrays:
     """Returns the arrays of a batch of pairs, on the device."""
     return PairArrays(*(jnp.asarray(getattr(batch, name)) for name in PairArrays._fields))
 
@@ -142,11 +129,8 @@ def build(
       tokenizer: Decides the form of the candidates, which all splits and seeds share.
       n_pairs: Number of pairs; the batch has twice as many rows.
       seed: Names the stream of pairs.
-      split: Which templates and fillers to use, one of `SPLITS`.
-      max_tokens: Longest prompt to use, the model's context for instance; None allows any length.
-
-    Returns:
-      The encoded pairs.
+      split: Which templates and fillers to use.
+      max_tokens: Longest prompt to use, the model's context for instance.
 
     Raises:
       UserError: The split does not exist, the tokenizer fits none of the task's forms, or the task cannot
@@ -157,23 +141,21 @@ def build(
     if n_pairs < 1:
         raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
     form, equal = _choose_form(task, tokenizer)
-    sides, templates, skipped = _distinct(
-        task, tokenizer, n_pairs, seed, split, form, equal=equal, max_tokens=max_tokens
-    )
-    if len(templates) < n_pairs:
-        if templates:
-            makes = f"{len(templates)} distinct pairs"
-            remedy = f"; --pairs={len(templates)} would do"
-        else:
-            makes, remedy = "0 distinct pairs", ""
+    encode = functools.partial(_encode, tokenizer, form=form, equal=equal, max_tokens=max_tokens)
+    sides, templates, skipped = _distinct(task.stream(seed, split), encode, n_pairs)
+    if (made := len(templates)) < n_pairs:
         raise UserError(
-            f"task {task.name!r} makes only {makes} for split {split!r} and seed {seed} with this "
-            f"tokenizer, {n_pairs} were asked for{skipped}{remedy}"
+            f"task {task.name!r} makes only {made} distinct pairs for split {split!r} and seed {seed} with "
+            f"this tokenizer, {n_pairs} were asked for{skipped}{f'; --pairs={made} would do' if made else ''}"
         )
+    position = np.array([len(side.ids) - 1 for side in sides], np.int32)
+    tokens = np.full((len(sides), position.max() + 1), tokenizer.end_of_text, np.int32)
+    for tokens_T, side in zip(tokens, sides, strict=True):
+        tokens_T[: len(side.ids)] = side.ids
     answer = np.array([side.answer for side in sides], np.int32)
     return TaskBatch(
-        tokens=_stack([side.ids for side in sides], tokenizer.end_of_text),
-        position=np.array([len(side.ids) - 1 for side in sides], np.int32),
+        tokens=tokens,
+        position=position,
         answer=answer,
         other=answer.reshape(-1, 2)[:, ::-1].reshape(-1),
         prompts=[side.prompt for side in sides],
@@ -200,7 +182,7 @@ def padded(batch: TaskBatch, length: int) -> TaskBatch:
     return dataclasses.replace(batch, tokens=tokens)
 
 
-class _Encoded(NamedTuple):
+class _Side(NamedTuple):
     """One encoded side of a pair."""
 
     prompt: str
@@ -210,28 +192,26 @@ class _Encoded(NamedTuple):
     continuation: str
 
 
+class _Unfit(Exception):
+    """Why a pair does not fit the form and the tokenizer."""
+
+
 def _distinct(
-    task: Task,
-    tokenizer: Tokenizer,
-    n_pairs: int,
-    seed: int,
-    split: Split,
-    form: Form,
-    *,
-    equal: bool,
-    max_tokens: int | None,
-) -> tuple[list[_Encoded], list[str], str]:
+    stream: Iterator[Pair], encode: Callable[[Pair], list[_Side]], n_pairs: int
+) -> tuple[list[_Side], list[str], str]:
     """Returns the sides and templates of up to `n_pairs` pairs, and in words how many were skipped."""
-    sides: list[_Encoded] = []
+    sides: list[_Side] = []
     templates: list[str] = []
     prompts: set[str] = set()
-    n_skipped, in_vain, reason = 0, 0, ""
-    for pair in task.stream(seed, split):
-        encoded = _encode(tokenizer, pair, form, equal=equal, max_tokens=max_tokens)
-        if not isinstance(encoded, str) and prompts & {side.prompt for side in encoded}:
-            encoded = "a prompt repeats an earlier one"
-        if isinstance(encoded, str):
-            reason, n_skipped, in_vain = encoded, n_skipped + 1, in_vain + 1
+    n_skipped, in_vain, skipped = 0, 0, ""
+    for pair in stream:
+        try:
+            encoded = encode(pair)
+            if prompts & {side.prompt for side in encoded}:
+                raise _Unfit("a prompt repeats an earlier one")
+        except _Unfit as reason:
+            n_skipped, in_vain = n_skipped + 1, in_vain + 1
+            skipped = f" ({n_skipped} were skipped, the last because {reason})"
             if in_vain == _PATIENCE:
                 break
             continue
@@ -241,51 +221,52 @@ def _distinct(
         templates.append(pair.template)
         if len(templates) == n_pairs:
             break
-    skipped = f" ({n_skipped} were skipped, the last because {reason})" if reason else ""
     return sides, templates, skipped
 
 
 def _encode(
     tokenizer: Tokenizer, pair: Pair, form: Form, *, equal: bool = False, max_tokens: int | None = None
-) -> tuple[_Encoded, _Encoded] | str:
-    """Encodes both sides of a pair, or returns in words why they do not fit the form and the tokenizer.
+) -> list[_Side]:
+    """Encodes both sides of a pair.
 
     They fit when each answer is the first token after its prompt *in the tokenization of the program*, and
     when either candidate can be appended to either prompt without changing the prompt's own tokens. With
     `equal` the prompts must also have the same number of tokens.
+
+    Raises:
+      _Unfit: They do not fit.
     """
     programs = (pair.first, pair.second)
     prompts = [program.prompt + form.given for program in programs]
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     lengths = [len(ids) for ids in encoded]
     if min(lengths) == 0:
-        return "a prompt is empty"
+        raise _Unfit("a prompt is empty")
     if max_tokens is not None and max(lengths) > max_tokens:
-        return f"a prompt has {max(lengths)} tokens, more than max_tokens={max_tokens}"
+        raise _Unfit(f"a prompt has {max(lengths)} tokens, more than max_tokens={max_tokens}")
     if equal and lengths[0] != lengths[1]:
-        return f"the prompts have {lengths[0]} and {lengths[1]} tokens"
+        raise _Unfit(f"the prompts have {lengths[0]} and {lengths[1]} tokens")
     texts = (form.first or pair.first.answer, form.second or pair.second.answer)
     sides = []
     for program, prompt, ids, text in zip(programs, prompts, encoded, texts, strict=True):
         if not program.rest.startswith(form.given + text):
-            return f"{program.prompt[-20:]!r} is followed by {program.rest[:12]!r}, not by {text!r}"
-        rest = program.rest[len(form.given) :]
-        program_ids = tokenizer.encode(prompt + rest)
+            raise _Unfit(f"{program.prompt[-20:]!r} is followed by {program.rest[:12]!r}, not by {text!r}")
+        after = program.rest[len(form.given) :]
+        program_ids = tokenizer.encode(prompt + after)
         if program_ids[: len(ids)] != ids:
-            return f"the end of the prompt {prompt[-20:]!r} merges with {rest[:12]!r}"
+            raise _Unfit(f"the end of the prompt {prompt[-20:]!r} merges with {after[:12]!r}")
         tokens = [tokenizer.decode([i]) for i in program_ids[len(ids) : len(ids) + 2]]
         if form.beginning and tokens and text.startswith(tokens[0]):
             text = tokens[0]
         if tokens[:1] != [text]:
-            return f"{rest[:12]!r} is cut as {', '.join(map(repr, tokens))}, not as {text!r}"
-        sides.append(_Encoded(prompt, ids, text, program_ids[len(ids)], rest[len(text) :]))
+            raise _Unfit(f"{after[:12]!r} is cut as {', '.join(map(repr, tokens))}, not as {text!r}")
+        sides.append(_Side(prompt, ids, text, program_ids[len(ids)], after[len(text) :]))
     if sides[0].answer == sides[1].answer:
-        return f"both answers are the token {sides[0].text!r}"
-    for side in sides:
-        for candidate in sides:
-            if tokenizer.encode(side.prompt + candidate.text) != [*side.ids, candidate.answer]:
-                return f"{candidate.text!r} is not one token after {side.prompt[-20:]!r}"
-    return sides[0], sides[1]
+        raise _Unfit(f"both answers are the token {sides[0].text!r}")
+    for side, candidate in itertools.product(sides, sides):
+        if tokenizer.encode(side.prompt + candidate.text) != [*side.ids, candidate.answer]:
+            raise _Unfit(f"{candidate.text!r} is not one token after {side.prompt[-20:]!r}")
+    return sides
 
 
 @functools.lru_cache(maxsize=256)
@@ -294,13 +275,17 @@ def _choose_form(task: Task, tokenizer: Tokenizer) -> tuple[Form, bool]:
     probes = [list(itertools.islice(task.stream(0, split), _PROBES)) for split in SPLITS]
     failures = []
     for form in task.forms:
-        attempts = [[_encode(tokenizer, pair, form) for pair in pairs] for pairs in probes]
-        reasons = [sides for split in attempts for sides in split if isinstance(sides, str)]
-        fitting = [[sides for sides in split if not isinstance(sides, str)] for split in attempts]
-        if all(fits or not pairs for fits, pairs in zip(fitting, probes, strict=True)):
-            enough = all(
-                sum(len(a.ids) == len(b.ids) for a, b in split) >= _EQUAL * len(split) for split in fitting
-            )
+        fits, enough, reasons = True, True, []
+        for pairs in probes:
+            sides = []
+            for pair in pairs:
+                try:
+                    sides.append(_encode(tokenizer, pair, form))
+                except _Unfit as reason:
+                    reasons.append(str(reason))
+            fits &= bool(sides or not pairs)
+            enough &= sum(len(a.ids) == len(b.ids) for a, b in sides) >= _EQUAL * len(sides)
+        if fits:
             return form, task.equal_lengths and enough
         total = sum(map(len, probes))
         failures.append(f"{form}: {reasons[0]} ({len(reasons)} of {total} pairs do not fit)")
@@ -310,27 +295,11 @@ def _choose_form(task: Task, tokenizer: Tokenizer) -> tuple[Form, bool]:
     )
 
 
-def _stack(rows: Sequence[Sequence[int]], padding: int) -> np.ndarray:
-    tokens_BT = np.full((len(rows), max(map(len, rows))), padding, np.int32)
-    for tokens_T, row in zip(tokens_BT, rows, strict=True):
-        tokens_T[: len(row)] = row
-    return tokens_BT
-
-
 # ---- Scores ----
 
 
 def task_loss(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
-    """Mean cross-entropy restricted to the two candidates; ln 2 is chance.
-
-    Args:
-      logits_BV: Logits at each prompt's last token.
-      answer_B: The right candidates.
-      other_B: The wrong candidates.
-
-    Returns:
-      The mean of `softplus(other - answer)`, a float32 scalar.
-    """
+    """Returns the mean cross-entropy restricted to the two candidates, float32; ln 2 is chance."""
     return jnp.mean(jax.nn.softplus(-margins(logits_BV, answer_B, other_B)))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from wsparse import model, nodes, taps, trees
 from wsparse.circuits import graph, masks
 from wsparse.circuits.mask_learning import answer_logits
-from wsparse.circuits.pairs import HasPairs, PairArrays, arrays, margins, task_accuracy, task_loss
+from wsparse.circuits.pairs import PairArrays, margins, task_accuracy, task_loss
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `_Ranks`.
@@ -32,16 +32,14 @@ Means = dict[str, jax.Array]
 
 
 class _Ranks(NamedTuple):
-    """An order in which nodes and edges are removed.
+    """An order in which nodes, int32 `(U,)`, and edges, kernel path -> int32 `(L, in, out)`, are removed.
 
     A span `(lo, hi)` names a mask: without everything whose rank is negative or in `[lo, hi)`. Prefixes
     of an order and single removals are both spans, so one compiled function scores them all.
     """
 
     nodes: Any
-    """int32 `(U,)`."""
     edges: dict[str, Any]
-    """Kernel path -> int32 `(L, in, out)`."""
 
 
 class Score(NamedTuple):
@@ -54,7 +52,7 @@ class Score(NamedTuple):
 
 
 def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.ndarray) -> Means:
-    """Take the mean of every node, and of "attn.y", over tokens and documents of the pretraining text.
+    """Returns the mean of every node, and of "attn.y", over tokens and documents of the pretraining text.
 
     Args:
       params: Parameters of the model.
@@ -64,15 +62,12 @@ def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.n
     Returns:
       Location -> float32 `(L, N)`.
     """
-    sums, tokens = None, 0
-    for start in range(0, len(windows_WT), 32):
-        part = jnp.asarray(windows_WT[start : start + 32])
-        new = _summed_activations(params, part, config=config)
-        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
-        tokens += part.size
-    if sums is None:
-        raise ValueError("no windows to take means over")
-    return {name: total / tokens for name, total in sums.items()}
+    parts = (
+        _summed_activations(params, jnp.asarray(windows_WT[start : start + 32]), config=config)
+        for start in range(0, len(windows_WT), 32)
+    )
+    sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+    return {name: total / np.size(windows_WT) for name, total in sums.items()}
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -99,14 +94,14 @@ class Scorer:
         self.means = means
         self.weights = graph.nonzero(params)
 
-    def mask(self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Score:
+    def mask(self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Score:
         """Returns the score of one mask, as floats."""
         score = self._spans(pairs, self._ranks(nodes_U, edges), [[0, 0]])
         return Score(float(score.loss[0]), float(score.accuracy[0]))
 
     def without_nodes(
         self,
-        pairs: HasPairs,
+        pairs: PairArrays,
         nodes_U: np.ndarray,
         edges: graph.EdgeMask | None,
         order: np.ndarray,
@@ -114,7 +109,7 @@ class Scorer:
         *,
         until: float = -np.inf,
     ) -> Score:
-        """Score a mask without spans of an order of its nodes.
+        """Returns the scores of a mask without spans of an order of its nodes.
 
         Args:
           pairs: Pairs to score on.
@@ -133,7 +128,7 @@ class Scorer:
 
     def without_edges(
         self,
-        pairs: HasPairs,
+        pairs: PairArrays,
         nodes_U: np.ndarray,
         edges: graph.EdgeMask,
         order: np.ndarray,
@@ -141,17 +136,17 @@ class Scorer:
         *,
         until: float = -np.inf,
     ) -> Score:
-        """Score a mask without spans of an order of its edges, indices into `graph.flatten_edges`."""
+        """Does the same as `without_nodes` for edges: indices into `graph.flatten_edges`."""
         ranks = self._ranks(nodes_U, edges)
-        of_edges = graph.flatten_edges(ranks.edges)
-        of_edges[order] = np.arange(len(order))
-        ranks = ranks._replace(edges=graph.unflatten_edges(of_edges, ranks.edges))
+        ranks_of_edges = graph.flatten_edges(ranks.edges)
+        ranks_of_edges[order] = np.arange(len(order))
+        ranks = ranks._replace(edges=graph.unflatten_edges(ranks_of_edges, ranks.edges))
         return self._spans(pairs, ranks, spans_M2, until=until)
 
-    def _spans(self, pairs: HasPairs, ranks: _Ranks, spans_M2: Any, *, until: float = -np.inf) -> Score:
-        """Score the masks of spans, in turn, up to the first whose loss is at most `until`."""
+    def _spans(self, pairs: PairArrays, ranks: _Ranks, spans_M2: Any, *, until: float = -np.inf) -> Score:
+        """Returns the scores of spans, in turn, up to the first whose loss is at most `until`."""
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
-        pairs, scores = arrays(pairs), []
+        score_M = np.full((2, len(spans_M2)), np.nan, np.float32)
         ranks = jax.tree.map(jnp.asarray, ranks)
         for start in range(0, len(spans_M2), _MASKS):
             part = spans_M2[start : start + _MASKS]
@@ -160,12 +155,10 @@ class Scorer:
             score = _score_spans(
                 self.params, self.means, pairs, ranks, filled, n, np.float32(until), config=self.config
             )
-            scores.append(Score(*(np.asarray(values)[:n] for values in score)))
-            if np.any(scores[-1].loss <= until):
+            score_M[:, start : start + n] = np.asarray(score)[:, :n]
+            if np.any(score_M[0, start : start + n] <= until):
                 break
-        scored = Score(*map(np.concatenate, zip(*scores, strict=True)))
-        missing = (0, len(spans_M2) - len(scored.loss))
-        return Score(*(np.pad(values, missing, constant_values=np.nan) for values in scored))
+        return Score(*score_M)
 
     def _ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> _Ranks:
         """Returns ranks in which what stays stays and everything else is gone."""
@@ -176,9 +169,9 @@ class Scorer:
         )
 
     def attributions(
-        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
+        self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> tuple[np.ndarray, graph.EdgeMask]:
-        """Estimate to first order how the loss changes when a node, or an edge, of a mask is removed.
+        """Returns first-order estimates of the loss's growth when a node, or an edge, of a mask is removed.
 
         For a node this is the sum of `(mean - value) * gradient`, the attribution baseline.
 
@@ -186,15 +179,15 @@ class Scorer:
           `(U,)`, and kernel path -> `(L, in, out)`; both 0 for what is not in the circuit.
         """
         ranks = self._ranks(nodes_U, edges)
-        estimates = _attributions(self.params, self.means, arrays(pairs), ranks, config=self.config)
+        estimates = _attributions(self.params, self.means, pairs, ranks, config=self.config)
         return jax.tree.map(np.asarray, tuple(estimates))
 
     def margins(
-        self, pairs: HasPairs, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
+        self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> np.ndarray:
         """Returns `(B,)`: the logit of the answer less that of the other candidate."""
         ranks = self._ranks(nodes_U, edges)
-        return np.asarray(_margins(self.params, self.means, arrays(pairs), ranks, config=self.config))
+        return np.asarray(_margins(self.params, self.means, pairs, ranks, config=self.config))
 
 
 def with_biases(config: ModelConfig, params: model.Params) -> tuple[ModelConfig, model.Params]:

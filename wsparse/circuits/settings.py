@@ -29,7 +29,7 @@ class Settings:
     )
     trials: int = setting(8, "Pruning runs of the search.")
     parallel: int = setting(2, "Pruning runs in one vmapped call.")
-    sampler: Sampler = setting("tpe", "Sampler of the hyperparameters.")  # noqa: RUF009
+    sampler: Sampler = setting("tpe", 'Sampler of the hyperparameters, "tpe" or "random".')  # noqa: RUF009
     steps: int = setting(100, "Steps of a pruning run.")
     pairs_per_step: int = setting(16, "Pairs of prompts drawn for a step.")
     search_pairs: int = setting(256, "Pairs that steps draw from.")
@@ -55,27 +55,17 @@ class Settings:
 
     def __post_init__(self):
         for name in (
-            "trials",
-            "parallel",
-            "steps",
-            "pairs_per_step",
-            "search_pairs",
-            "discretize_pairs",
-            "report_pairs",
-            "finalists",
-            "max_tokens",
-        ):
+            "trials", "parallel", "steps", "pairs_per_step", "search_pairs", "discretize_pairs",
+            "report_pairs", "finalists", "max_tokens",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         require(0 <= self.necessity < math.inf, "necessity must be at least 0, and finite", self.necessity)
         require(self.single_removals >= 0, "single_removals must be at least 0", self.single_removals)
         require(0 <= self.seed < 2**31, "seed must be at least 0 and below 2**31", self.seed)
         for target in (self.target, *self.sweep):
             require(0 < target < math.log(2), "a target must be between 0 and ln 2", target)
-        require(
-            0 <= self.margin < self.target,
-            f"margin must be at least 0 and below the target {self.target}",
-            self.margin,
-        )
+        bound = f"margin must be at least 0 and below the target {self.target}"
+        require(0 <= self.margin < self.target, bound, self.margin)
 
 
 def recipe(**settings: Any) -> ml_collections.ConfigDict:

@@ -29,8 +29,6 @@ class Pairs:
     """A task's pairs, padded to one length.
 
     Attributes:
-      task: Name of the task.
-      form: The candidates.
       search: Pairs that masks are learned on.
       discretize: Pairs that circuits are chosen on: of the second split, and as many of the first. The
         templates of one split are too alike: a circuit that only just does them fails on others.
@@ -67,7 +65,6 @@ class Subject:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of the parameters."""
         return trees.digest(self.params)
 
     @property
@@ -100,32 +97,26 @@ def build_pairs(
     chosen: Sequence[tasks.Task], tokenizer: Tokenizer, settings: Settings, *, context: int
 ) -> tuple[list[Pairs], dict[str, str]]:
     """Returns the pairs of every task, all of one length, and why other tasks are refused."""
-    sizes: dict[tasks.Split, int] = {
-        "search": settings.search_pairs,
-        "discretize": settings.discretize_pairs,
-        "report": settings.report_pairs,
-    }
-    max_tokens = min(settings.max_tokens, context)
-    built: list[dict[tasks.Split, tasks.TaskBatch]] = []
+    sizes = (settings.search_pairs, settings.discretize_pairs, settings.report_pairs)
+    limits = {"seed": settings.seed, "max_tokens": min(settings.max_tokens, context)}
+    built: list[list[tasks.TaskBatch]] = []
     refused: dict[str, str] = {}
     for task in chosen:
         try:
             built.append(
-                {
-                    split: tasks.build(
-                        task, tokenizer, size, settings.seed, split=split, max_tokens=max_tokens
-                    )
-                    for split, size in sizes.items()
-                }
+                [
+                    tasks.build(task, tokenizer, size, split=split, **limits)
+                    for split, size in zip(tasks.SPLITS, sizes, strict=True)
+                ]
             )
         except UserError as error:
             refused[task.name] = str(error)
-    length = max((b.tokens.shape[1] for splits in built for b in splits.values()), default=0)
+    length = max((batch.tokens.shape[1] for batches in built for batch in batches), default=0)
     pairs = []
-    for splits in built:
-        search, discretize, report = (arrays(tasks.padded(splits[split], length)) for split in tasks.SPLITS)
+    for batches in built:
+        search, discretize, report = (arrays(tasks.padded(batch, length)) for batch in batches)
         first_split = jax.tree.map(lambda array: array[: 2 * settings.discretize_pairs], search)
         both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, discretize)
-        batch = splits["search"]
-        pairs.append(Pairs(task=batch.task, form=batch.form, search=search, discretize=both, report=report))
+        task, form = batches[0].task, batches[0].form
+        pairs.append(Pairs(task=task, form=form, search=search, discretize=both, report=report))
     return pairs, refused

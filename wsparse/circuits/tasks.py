@@ -16,6 +16,7 @@ splits share neither templates nor names, words and numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 from functools import partial
 import hashlib
@@ -38,22 +39,9 @@ from wsparse.pytext.prompts import Pair, Program
 from wsparse.pytext.words import SPLITS, Split
 
 __all__ = [
-    "SPLITS",
-    "TASKS",
-    "Form",
-    "Pair",
-    "Program",
-    "Split",
-    "Task",
-    "TaskBatch",
-    "build",
-    "find",
-    "load",
-    "margins",
-    "padded",
-    "task_accuracy",
-    "task_loss",
-]
+    "SPLITS", "TASKS", "Form", "Pair", "Program", "Split", "Task", "TaskBatch", "build", "find", "load",
+    "margins", "padded", "task_accuracy", "task_loss",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +107,11 @@ def load(path: str | os.PathLike[str]) -> Task:
         raise UserError(f"no task file at {path}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix == ".py":
-        return _from_python(path)
-    return _listed(path, _jsonl_pairs(path, content))
+    return _from_python(path) if path.suffix == ".py" else _listed(path, _jsonl_pairs(path, content))
 
 
 def _listed(path: pathlib.Path, listed: Iterable[tuple[str, tuple[str, ...]]]) -> Task:
-    """Returns the task of pairs that are listed, each as its place and its four strings."""
+    """Returns the task of a list of pairs: the place of each, and its four strings."""
     by_split: dict[Split, list[Pair]] = {split: [] for split in SPLITS}
     places: dict[str, str] = {}
     repeated: list[str] = []
@@ -147,12 +133,8 @@ def _listed(path: pathlib.Path, listed: Iterable[tuple[str, tuple[str, ...]]]) -
     if not places:
         raise UserError(f"task {path.stem!r} has no pairs")
     if repeated:
-        log.warning(
-            "%s: dropped %d pairs that repeat an earlier prompt (first at %s)",
-            path,
-            len(repeated),
-            repeated[0],
-        )
+        message = "%s: dropped %d pairs that repeat an earlier prompt (first at %s)"
+        log.warning(message, path, len(repeated), repeated[0])
     return Task(
         name=path.stem, summary="a task from a file", stream=partial(_shuffled, by_split), equal_lengths=False
     )
@@ -186,9 +168,9 @@ def _jsonl_pairs(path: pathlib.Path, content: bytes) -> Iterator[tuple[str, tupl
         if not line.strip():
             continue
         values = files.parse_json(line, place)
-        for unknown in sorted(values.keys() - set(_FIELDS)):
-            near = closest(unknown, _FIELDS)
-            raise UserError(f"{place}: unknown field {quoted(unknown)}{near}; it has {', '.join(_FIELDS)}")
+        if unknown := sorted(values.keys() - set(_FIELDS)):
+            near = f"{quoted(unknown[0])}{closest(unknown[0], _FIELDS)}"
+            raise UserError(f"{place}: unknown field {near}; it has {', '.join(_FIELDS)}")
         for field in _FIELDS:
             if not isinstance(values.get(field), str):
                 got = type(values[field]).__name__ if field in values else "nothing"
@@ -197,10 +179,8 @@ def _jsonl_pairs(path: pathlib.Path, content: bytes) -> Iterator[tuple[str, tupl
 
 
 def _from_python(path: pathlib.Path) -> Task:
-    try:
+    with _users_code(path):
         names = runpy.run_path(str(path))
-    except Exception as error:  # Whatever the user's code raises.
-        raise _located(path, error) from error
     if "TASK" in names:
         task = names["TASK"]
         if not isinstance(task, Task):
@@ -208,35 +188,34 @@ def _from_python(path: pathlib.Path) -> Task:
         return dataclasses.replace(task, stream=partial(_checked, path, task.stream))
     if not callable(names.get("pairs")):
         raise UserError(f"{path}: must define TASK = Task(...) or a function pairs()")
-    try:
+    with _users_code(path):
         listed = list(names["pairs"]())
-    except Exception as error:  # As above.
-        raise _located(path, error) from error
     return _listed(path, _python_pairs(path, listed))
 
 
 def _checked(
     path: pathlib.Path, stream: Callable[[int, Split], Iterator[Pair]], seed: int, split: Split
 ) -> Iterator[Pair]:
-    """Yields the pairs of a user's stream, and raises a UserError for whatever else it does."""
-    try:
+    """Yields the pairs of a user's stream."""
+    with _users_code(path):
         for pair in stream(seed, split):
             if not isinstance(pair, Pair):
                 raise TypeError(f"the stream of TASK must yield Pair, got {ascii(pair)[:80]}")
             yield pair
-    except Exception as error:  # As above.
-        raise _located(path, error) from error
 
 
-def _located(path: pathlib.Path, error: BaseException) -> UserError:
-    """Returns an error of the user's code with the last line of the file that was running."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        line = error.lineno
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno for f in frames[::-1] if f.filename == str(path)), None)
-    place = f"{path}:{line}" if line else str(path)
-    return UserError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
+@contextlib.contextmanager
+def _users_code(path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever the code of a file raises into a UserError that names the line of the file."""
+    try:
+        yield
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        message = f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(message) from error
 
 
 def _python_pairs(path: pathlib.Path, listed: Sequence[Any]) -> Iterator[tuple[str, tuple[str, ...]]]:

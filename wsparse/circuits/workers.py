@@ -76,7 +76,7 @@ class WorkItems:
           lease: Seconds of a lease.
           first: Parameters of the first items.
         """
-        self._count, self._lease, self._shared = count, lease, storage is not None
+        self._count, self._lease = count, lease
         options: dict[str, Any] = {"study_name": name, "storage": storage, "sampler": sampler}
         try:
             self._study = optuna.create_study(direction="minimize", **options)
@@ -92,15 +92,20 @@ class WorkItems:
         return [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
 
     def any_free(self) -> bool:
-        """Returns whether unfinished items remain that nobody holds."""
-        self._free_the_lost()
+        """Returns whether unfinished items remain that nobody holds; those of silent holders are freed."""
+        for trial in self._trials():
+            if trial.state != TrialState.RUNNING or trial.number in self._held:
+                continue
+            began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            if time.time() - trial.user_attrs.get(_SEEN, began) > self._lease:
+                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         return self._n_alive() < self._count
 
     @contextlib.contextmanager
     def lease(self, limit: int = 1) -> Iterator[list[optuna.Trial]]:
         """Lease up to `limit` free items while the block runs; those it does not `finish` are free again."""
-        self._free_the_lost()
-        asked = [self._study.ask() for _ in range(min(limit, self._count - self._n_alive()))]
+        n_free = self._count - self._n_alive() if self.any_free() else 0
+        asked = [self._study.ask() for _ in range(min(limit, n_free))]
         for trial in asked:
             trial.set_user_attr(_SEEN, time.time())
             self._held[trial.number] = trial
@@ -108,66 +113,42 @@ class WorkItems:
         leased = [trial for trial in asked if self._n_alive(before=trial.number) < self._count]
         for trial in asked:
             if trial not in leased:
-                self._give_back(trial)
-        with self._renewed():
-            try:
-                yield leased
-            finally:
-                for trial in list(self._held.values()):
-                    self._give_back(trial)
+                self._tell(trial, state=TrialState.FAIL)
+        ended = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(ended,), daemon=True)
+        thread.start()
+        try:
+            yield leased
+        finally:
+            for trial in list(self._held.values()):
+                self._tell(trial, state=TrialState.FAIL)
+            ended.set()
+            thread.join()
 
     def finish(self, trial: optuna.Trial, value: float) -> None:
         """Mark a leased item as done; ignored where the lease was lost meanwhile. NaN counts as the worst."""
-        with self._lock:
-            self._held.pop(trial.number, None)
-            # Optuna takes NaN for a failure, and the item would be tried for ever.
-            worth = math.inf if math.isnan(value) else value
-            self._study.tell(trial, worth, skip_if_finished=True)
+        # Optuna takes NaN for a failure, and the item would be tried for ever.
+        self._tell(trial, math.inf if math.isnan(value) else value)
 
-    def _give_back(self, trial: optuna.Trial) -> None:
+    def _tell(self, trial: optuna.Trial, value: float | None = None, **options: Any) -> None:
         with self._lock:
             self._held.pop(trial.number, None)
-            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self._study.tell(trial, value, skip_if_finished=True, **options)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
     def _n_alive(self, *, before: float = math.inf) -> int:
-        return sum(
-            trial.number < before and trial.state in (TrialState.RUNNING, TrialState.COMPLETE)
-            for trial in self._trials()
-        )
+        alive = (TrialState.RUNNING, TrialState.COMPLETE)
+        return sum(trial.number < before and trial.state in alive for trial in self._trials())
 
-    def _free_the_lost(self) -> None:
-        for trial in self._trials():
-            if trial.state != TrialState.RUNNING or trial.number in self._held:
-                continue
-            began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-            if time.time() - trial.user_attrs.get(_SEEN, began) > self._lease:
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-    @contextlib.contextmanager
-    def _renewed(self) -> Iterator[None]:
-        """Renews the leases while the block runs."""
-        if not self._shared:
-            yield
-            return
-        ended = threading.Event()
-
-        def renew() -> None:
-            while not ended.wait(self._lease / 4):
-                with self._lock:
-                    for trial in list(self._held.values()):
-                        try:
-                            trial.set_user_attr(_SEEN, time.time())
-                        except optuna.exceptions.UpdateFinishedTrialError:
-                            # Others took this process for dead; its result is not used.
-                            del self._held[trial.number]
-
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    def _renew(self, ended: threading.Event) -> None:
+        """Write the time into the held items until the lease has ended."""
+        while not ended.wait(self._lease / 4):
+            with self._lock:
+                for trial in list(self._held.values()):
+                    try:
+                        trial.set_user_attr(_SEEN, time.time())
+                    except optuna.exceptions.UpdateFinishedTrialError:
+                        # Others took this process for dead; its result is not used.
+                        del self._held[trial.number]
