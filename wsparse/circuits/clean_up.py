@@ -80,7 +80,7 @@ def complete(
     def without(order: np.ndarray, lengths: Any) -> np.ndarray:
         """Returns losses of the model without the circuit and the first nodes of an order."""
         spans = [[0, length] for length in lengths]
-        return scorer.without_nodes(pairs, ~subgraph.nodes, None, order, spans).loss
+        return scorer.without(pairs, ~subgraph.nodes, None, order, spans).loss
 
     added = np.zeros(0, int)
     if without(added, [0])[0] >= necessity:
@@ -158,9 +158,10 @@ class _Removal:
 
     def _losses(self, order: np.ndarray, spans: Any, until: float) -> np.ndarray:
         """Returns the losses without spans of an order of items."""
-        score = self._scorer.without_edges if self._of_edges else self._scorer.without_nodes
-        remaining = self.subgraph.remaining(self._scorer)
-        return score(self._pairs, self.subgraph.nodes, remaining, order, spans, until=until).loss
+        nodes_U, remaining = self.subgraph.nodes, self.subgraph.remaining(self._scorer)
+        return self._scorer.without(
+            self._pairs, nodes_U, remaining, order, spans, of_edges=self._of_edges, until=until
+        ).loss
 
     def _remove_singles(self, budget: int, advance: Advance) -> tuple[int, bool]:
         """Score every item's removal; return what is left of the budget, and whether to go on."""

@@ -71,7 +71,7 @@ def discretize(scorer: Scorer, pairs: PairArrays, tau_U: np.ndarray, target: flo
     def first_reached(sizes: np.ndarray) -> tuple[int | None, np.ndarray]:
         """Returns the index of the smallest size that reaches the target, and the losses."""
         spans = [[size, order.size] for size in sizes]
-        losses = scorer.without_nodes(pairs, all_nodes, None, order, spans, until=target).loss
+        losses = scorer.without(pairs, all_nodes, None, order, spans, until=target).loss
         return first_within(losses, target), losses
 
     # Most circuits are somewhat smaller than the number of open gates: the grid is dense there.

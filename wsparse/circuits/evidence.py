@@ -185,7 +185,7 @@ def _ablations(
         parts = []
         for start in range(0, len(spans), _CHUNK):
             part = spans[start : start + _CHUNK]
-            parts.append(scorer.without_nodes(pairs, nodes_U, edges, order, part).loss)
+            parts.append(scorer.without(pairs, nodes_U, edges, order, part).loss)
             advance(len(part))
         return np.concatenate(parts)
 

@@ -99,7 +99,7 @@ def importances(
     scorer, order = subject.scorer, np.flatnonzero(subgraph.nodes)
     spans = [[0, 0], *([i, i + 1] for i in range(order.size))]
     remaining = subgraph.remaining(scorer)
-    losses = scorer.without_nodes(pairs, subgraph.nodes, remaining, order, spans).loss
+    losses = scorer.without(pairs, subgraph.nodes, remaining, order, spans).loss
     names = masks.names(subject.config)
     return [
         CircuitNode(names[i], float(tau_U[i]), float(loss - losses[0]))

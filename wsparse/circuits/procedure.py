@@ -84,9 +84,17 @@ def find_circuit(
     if not reached:
         return None
     finalists = sorted(reached, key=lambda trial: trial.value)[: settings.finalists]
-    sufficient, best = _smallest(subject, pairs, finalists, cuts, goal, settings)
-    scorer, necessity = subject.scorer, settings.necessity
-    subgraph = complete(scorer, pairs.discretize, sufficient, best.tau, goal, necessity=necessity)
+    scorer, singles = subject.scorer, settings.single_removals
+    with progress(len(finalists) * PASSES * (singles + 1), "  clean-up") as bar:
+        cleaned = [
+            clean_up(scorer, pairs.discretize, cut, goal, single_removals=singles, advance=bar.advance)
+            for trial in finalists
+            if (cut := cuts[trial.number])
+        ]
+    sufficient = min(cleaned, key=lambda subgraph: subgraph.n_edges)
+    best = finalists[cleaned.index(sufficient)]
+    log.info("  cleaned up: %d nodes, %d edges", sufficient.n_nodes, sufficient.n_edges)
+    subgraph = complete(scorer, pairs.discretize, sufficient, best.tau, goal, necessity=settings.necessity)
     if subgraph is not sufficient:
         log.info("  made necessary: %d nodes, %d edges", subgraph.n_nodes, subgraph.n_edges)
     return _measured(
@@ -101,30 +109,6 @@ def _goal(subject: Subject, pairs: Pairs, settings: Settings) -> float:
     # Where the model itself is too close to the target, the margin shrinks.
     nearest = model_loss + (settings.target - model_loss) / 10
     return max(settings.target - settings.margin, min(settings.target, nearest))
-
-
-def _smallest(
-    subject: Subject,
-    pairs: Pairs,
-    finalists: Sequence[Trial],
-    cuts: Mapping[int, Subgraph | None],
-    goal: float,
-    settings: Settings,
-) -> tuple[Subgraph, Trial]:
-    """Returns the smallest of the finalists' circuits after their clean-up, and its trial."""
-    singles = settings.single_removals
-    cleaned = []
-    with progress(len(finalists) * PASSES * (singles + 1), "  clean-up") as bar:
-        for trial in finalists:
-            cut = cuts[trial.number]
-            assert cut is not None
-            subgraph = clean_up(
-                subject.scorer, pairs.discretize, cut, goal, single_removals=singles, advance=bar.advance
-            )
-            cleaned.append((subgraph, trial))
-    smallest, trial = min(cleaned, key=lambda candidate: candidate[0].n_edges)
-    log.info("  cleaned up: %d nodes, %d edges", smallest.n_nodes, smallest.n_edges)
-    return smallest, trial
 
 
 def _measured(

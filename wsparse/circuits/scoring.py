@@ -96,10 +96,10 @@ class Scorer:
 
     def mask(self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Score:
         """Returns the score of one mask, as floats."""
-        score = self._spans(pairs, self._ranks(nodes_U, edges), [[0, 0]])
+        score = self.without(pairs, nodes_U, edges, np.zeros(0, int), [[0, 0]])
         return Score(float(score.loss[0]), float(score.accuracy[0]))
 
-    def without_nodes(
+    def without(
         self,
         pairs: PairArrays,
         nodes_U: np.ndarray,
@@ -107,44 +107,30 @@ class Scorer:
         order: np.ndarray,
         spans_M2: Any,
         *,
+        of_edges: bool = False,
         until: float = -np.inf,
     ) -> Score:
-        """Returns the scores of a mask without spans of an order of its nodes.
+        """Returns the scores of a mask without spans of an order of its nodes, or of its edges.
 
         Args:
           pairs: Pairs to score on.
           nodes_U: Nodes that stay where no span removes them.
-          edges: Weights that stay.
-          order: Indices of nodes.
+          edges: Weights that stay likewise.
+          order: Indices of nodes; with `of_edges`, indices into `graph.flatten_edges`.
           spans_M2: Begin and end, in the order, of what each of M masks lacks.
+          of_edges: Whether edges are removed.
           until: Loss; what follows the first mask that reaches it is not scored.
 
         Returns:
           NumPy arrays `(M,)`; NaN for masks that were not scored.
         """
         ranks = self._ranks(nodes_U, edges)
-        ranks.nodes[order] = np.arange(len(order))
-        return self._spans(pairs, ranks, spans_M2, until=until)
-
-    def without_edges(
-        self,
-        pairs: PairArrays,
-        nodes_U: np.ndarray,
-        edges: graph.EdgeMask,
-        order: np.ndarray,
-        spans_M2: Any,
-        *,
-        until: float = -np.inf,
-    ) -> Score:
-        """Does the same as `without_nodes` for edges: indices into `graph.flatten_edges`."""
-        ranks = self._ranks(nodes_U, edges)
-        ranks_of_edges = graph.flatten_edges(ranks.edges)
-        ranks_of_edges[order] = np.arange(len(order))
-        ranks = ranks._replace(edges=graph.unflatten_edges(ranks_of_edges, ranks.edges))
-        return self._spans(pairs, ranks, spans_M2, until=until)
-
-    def _spans(self, pairs: PairArrays, ranks: _Ranks, spans_M2: Any, *, until: float = -np.inf) -> Score:
-        """Returns the scores of spans, in turn, up to the first whose loss is at most `until`."""
+        if of_edges:
+            ranks_of_edges = graph.flatten_edges(ranks.edges)
+            ranks_of_edges[order] = np.arange(len(order))
+            ranks = ranks._replace(edges=graph.unflatten_edges(ranks_of_edges, ranks.edges))
+        else:
+            ranks.nodes[order] = np.arange(len(order))
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
         score_M = np.full((2, len(spans_M2)), np.nan, np.float32)
         ranks = jax.tree.map(jnp.asarray, ranks)

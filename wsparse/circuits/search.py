@@ -216,7 +216,7 @@ def search(
     seed: int = 0,
     store: TrialStore | None = None,
 ) -> list[Trial]:
-    """Run trials, `pruner.parallel` at a time, and score each.
+    """Returns trials, run `pruner.parallel` at a time and scored, in order.
 
     Trials that an interrupted search of the same arguments left in the store are not run again; by one
     process alone, the result is the same as without the interruption.
@@ -232,14 +232,17 @@ def search(
       seed: Seed of the sampler and of the trials; the sampler of a shared search is seeded at random.
       store: Where trials are kept and shared; by default they are not.
 
-    Returns:
-      All trials, in order.
-
     Raises:
       WorkPending: All trials are leased, and other processes have not finished theirs.
     """
     store = store or TrialStore()
-    items, scored = _items(pruner.parallel, trials, sampler, seed, store), store.scored
+    scored = store.scored
+    starts = (FAST, HParams()) if trials >= _FEW else (FAST,)
+    items = store.items(
+        trials,
+        sampler=_sampler(sampler, pruner.parallel, trials, seed if store.storage is None else None),
+        first=[start._asdict() for start in starts],
+    )
     with progress(trials, "  search", seconds_per_line=None) as bar:
         while items.any_free():
             with items.lease(pruner.parallel) as leased:
@@ -272,18 +275,13 @@ def search(
     return [scored[trial.number] for trial in finished]
 
 
-def _items(parallel: int, trials: int, sampler: Sampler, seed: int, store: TrialStore) -> WorkItems:
-    """Returns the trials as work items."""
+def _sampler(name: Sampler, parallel: int, trials: int, seed: int | None) -> optuna.samplers.BaseSampler:
+    """Returns a sampler; processes that share a search have no seed, or all would try the same."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Processes with the same seed would all try the same.
-    chosen_seed = seed if store.storage is None else None
-    chosen: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=chosen_seed)
-    if sampler == "tpe":
-        chosen = optuna.samplers.TPESampler(
-            seed=chosen_seed, n_startup_trials=max(parallel, min(8, trials // 3)), constant_liar=True
-        )
-    starts = (FAST, HParams()) if trials >= _FEW else (FAST,)
-    return store.items(trials, sampler=chosen, first=[start._asdict() for start in starts])
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    n_startup_trials = max(parallel, min(8, trials // 3))
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=n_startup_trials, constant_liar=True)
 
 
 def _suggest(trial: optuna.Trial) -> HParams:

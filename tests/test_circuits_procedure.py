@@ -1,0 +1,123 @@
+"""The search, the planted circuit that it finds, and its completion."""
+
+import circuits_case as case
+from circuits_case import PLANTED, PLANTED_EDGES, PLANTED_NODES, planted_pairs
+import numpy as np
+import pytest
+
+from wsparse.circuits import clean_up, discretize, masks, procedure
+from wsparse.circuits.search import FAST, Pruner, search
+from wsparse.errors import UserError
+
+
+@pytest.fixture
+def subject():
+    return case.subject()
+
+
+@pytest.fixture
+def pairs():
+    return case.pairs()
+
+
+@pytest.fixture
+def circuit():
+    return case.circuit()
+
+
+def test_the_planted_circuit_is_found_exactly(circuit):
+    assert {node.name for node in circuit.nodes} == PLANTED_NODES
+    assert {(edge.source, edge.target) for edge in circuit.edges} == PLANTED_EDGES
+    assert circuit.loss < 0.12
+
+
+def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
+    # What is left prefers one answer whatever the prompt.
+    assert circuit.scores.necessity.accuracy == 0.5
+    assert circuit.scores.necessity.loss > 0.6
+    assert circuit.scores.model.accuracy == 1.0
+    for control in circuit.controls.values():
+        assert not control.reached
+        assert control.least_loss > 0.4
+
+
+def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):
+    scorer, everything = subject.scorer, masks.names(PLANTED)
+    one_neuron = np.array([name == "1.mlp.post_act.7" for name in everything])
+    subgraph = discretize.subgraph_of(scorer, one_neuron, 0.6)
+    tau = np.zeros(one_neuron.size)
+
+    def completed(start, **limits):
+        return clean_up.complete(scorer, pairs.discretize, start, tau, **limits)
+
+    # The other neuron does the task alone; both share a path whose every node is a bottleneck.
+    assert scorer.mask(pairs.discretize, ~one_neuron).loss < 0.3
+    whole = completed(subgraph, target=2.0, necessity=0.6)
+    added = {everything[i] for i in np.flatnonzero(whole.nodes & ~one_neuron)}
+    assert len(added) == 1 and added <= PLANTED_NODES
+    assert scorer.mask(pairs.discretize, ~whole.nodes).loss >= 0.6
+    assert whole.loss == scorer.mask(pairs.discretize, whole.nodes).loss
+    # Nothing is added where nothing is missing, where it cannot help, or where the circuit would suffer.
+    assert completed(whole, target=2.0, necessity=0.6) is whole
+    assert completed(subgraph, target=2.0, necessity=50.0) is subgraph
+    assert completed(subgraph, target=0.01, necessity=0.6) is subgraph
+
+
+def test_every_planted_node_matters_when_removed_alone(circuit):
+    # One of the two neurons alone nearly does.
+    assert min(node.importance for node in circuit.nodes) > 0.01
+    assert sorted(node.importance for node in circuit.nodes)[-5] > 0.3
+
+
+def test_the_curve_has_a_point_for_every_reachable_target(circuit):
+    targets = [point.target for point in circuit.curve]
+    assert targets == sorted(targets)
+    assert 0.12 in targets
+    edges = [point.edges for point in circuit.curve]
+    assert edges[-1] <= edges[targets.index(0.12)]
+
+
+def test_edges_carry_the_models_weights(circuit, subject):
+    weights = {(e.source, e.target): e.weight for e in circuit.edges}
+    assert weights["1.mlp.act_in.9", "1.mlp.post_act.8"] == -3.0
+    assert weights["0.attn.v.3", "0.attn.resid_delta.9"] == 3.0
+    assert circuit.counts.edges == len(circuit.edges)
+    # Unembedding: channel 11 has two entries; embedding: channels 5 (two tokens) and 9 (none).
+    assert circuit.counts.unembedding_edges == 2
+    assert circuit.counts.embedding_edges == 2
+
+
+def test_the_search_starts_at_the_centres_and_repeats_itself(subject):
+    pruner = Pruner(PLANTED, steps=2, pairs_per_step=2, parallel=2)
+
+    def objective(tau_U):
+        return float(np.abs(tau_U).sum()), None
+
+    def trials(sampler):
+        return search(
+            pruner,
+            subject.params,
+            planted_pairs(4, 0),
+            subject.node_means,
+            objective,
+            trials=5,
+            sampler=sampler,
+            seed=3,
+        )
+
+    first, second, at_random = trials("tpe"), trials("tpe"), trials("random")
+    assert [t.hparams for t in first] == [t.hparams for t in second]
+    assert first[0].hparams == FAST
+    assert [t.number for t in at_random] == list(range(5))
+    assert len({t.hparams.k_coef for t in at_random}) == 5
+
+
+def test_settings_that_make_no_sense_are_refused_by_name():
+    with pytest.raises(UserError, match="trials must be at least 1, got 0"):
+        procedure.Settings(trials=0)
+    with pytest.raises(UserError, match="between 0 and ln 2"):
+        procedure.Settings(target=0.9)
+    with pytest.raises(UserError, match="margin"):
+        procedure.Settings(margin=-1.0)
+    with pytest.raises(UserError, match="necessity"):
+        procedure.Settings(necessity=-1.0)
