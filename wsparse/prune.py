@@ -199,32 +199,29 @@ class _Job:
         log.info("  the model: loss %.4f, accuracy %.3f", self._model_score.loss, self._model_score.accuracy)
         return procedure.is_hopeless(self.subject, self.pairs, self.settings)
 
-    def _was_made(self) -> bool:
-        """Returns whether the result in the task's folder is of this model and these settings."""
-        if not (self.folder / "status.json").exists():
-            return False
+    def _status(self) -> Status | None:
+        """Returns the status in the task's folder, if it is of this model and these settings."""
         try:
             status = Status.load(self.folder)
             # Older results do not name the limit of tokens.
-            values = {"max_tokens": self.settings.max_tokens, **status.settings}
-            return status.digest == self.subject.digest and from_dict(Settings, values) == self.settings
+            settings = from_dict(Settings, {"max_tokens": self.settings.max_tokens, **status.settings})
         except UserError:
-            return False
+            return None
+        return status if (status.digest, settings) == (self.subject.digest, self.settings) else None
 
     def _is_done(self) -> bool:
-        if not self._was_made():
-            return False
+        status = self._status()
         try:
-            if Status.load(self.folder).has_circuit:
+            if status and status.has_circuit:
                 Circuit.load(self.folder)
         except UserError as error:
             log.info("  %s", error)
             return False
-        return True
+        return status is not None
 
     def _finish(self, circuit: Circuit | None, outcome: str) -> None:
         """Write the result of the task."""
-        if not self._was_made():
+        if self._status() is None:
             _set_aside(self.folder)
         if circuit is not None:
             circuit.save(self.folder)

@@ -15,6 +15,7 @@ import numpy as np
 
 from wsparse import model, runs
 from wsparse.circuits import pairs, tasks
+from wsparse.circuits.mask_learning import answer_logits
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
@@ -65,19 +66,18 @@ def report(
 def _score(params: model.Params, config: ModelConfig, batch: pairs.TaskBatch) -> tuple[float, float]:
     """Returns the model's loss and accuracy on a batch."""
     columns = (batch.tokens, batch.position, batch.answer, batch.other)
-    margins = []
-    for start in range(0, len(batch.position), _ROWS):
-        rows = np.arange(start, start + _ROWS) % len(batch.position)
-        group_B = _margins(params, *(column[rows] for column in columns), config=config)
-        margins.append(np.asarray(group_B)[: len(batch.position) - start])
+    n_rows, margins = len(batch.position), []
+    for start in range(0, n_rows, _ROWS):
+        rows = np.arange(start, start + _ROWS) % n_rows
+        group_B = _margins(params, pairs.PairArrays(*(column[rows] for column in columns)), config=config)
+        margins.append(np.asarray(group_B)[: n_rows - start])
     margin_B = np.concatenate(margins)
     return float(np.mean(jax.nn.softplus(-margin_B))), float(np.mean(margin_B > 0))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _margins(params, tokens_BT, position_B, answer_B, other_B, *, config: ModelConfig) -> jax.Array:
-    logits_BPV, _ = model.forward(params, tokens_BT, config, positions_BP=position_B[:, None])
-    return pairs.margins(logits_BPV[:, 0], answer_B, other_B)
+def _margins(params, rows: pairs.PairArrays, *, config: ModelConfig) -> jax.Array:
+    return pairs.margins(answer_logits(params, config, rows), rows.answer, rows.other)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -36,8 +36,7 @@ def clean_up(
       pairs: Pairs that losses are taken on.
       subgraph: Where to start.
       target: Largest loss allowed.
-      single_removals: How many single removals, in each of the passes, may be scored exactly once first-order
-        estimates lead no further; 0 relies on the estimates alone, in a tenth of the time.
+      single_removals: See `Settings.single_removals`.
       advance: Called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
     """
     for of_edges in (False, True, False):

@@ -115,8 +115,10 @@ def prune(
     return Masks(masks.untie(tau), losses, n_open)
 
 
-def answer_logits(params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap) -> jax.Array:
-    """Returns the logits after each prompt, `(B, V)`, with a tap in the model."""
+def answer_logits(
+    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap | None = None
+) -> jax.Array:
+    """Returns the logits after each prompt, `(B, V)`."""
     logits_BPV, _ = model.forward(
         params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
     )

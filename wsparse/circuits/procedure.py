@@ -70,7 +70,7 @@ def find_circuit(
     Args:
       subject: The model.
       pairs: Pairs of the task.
-      pruner: Runs the trials, and the controls.
+      pruner: Runs the trials, and those of the controls.
       settings: Settings of the procedure.
       trials: Trials of `search_trials`, where they were run before.
       started: Time at which they were begun, on `time.monotonic`'s clock.

@@ -52,16 +52,7 @@ class Score(NamedTuple):
 
 
 def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.ndarray) -> Means:
-    """Returns the mean of every node, and of "attn.y", over tokens and documents of the pretraining text.
-
-    Args:
-      params: Parameters of the model.
-      config: Config of the model.
-      windows_WT: Tokens, int.
-
-    Returns:
-      Location -> float32 `(L, N)`.
-    """
+    """Returns the means of nodes, and of "attn.y", over pretraining text: location -> float32 `(L, N)`."""
     parts = (
         _summed_activations(params, jnp.asarray(windows_WT[start : start + 32]), config=config)
         for start in range(0, len(windows_WT), 32)
@@ -85,7 +76,6 @@ class Scorer:
     Attributes:
       config: Config of the model, with biases.
       params: Parameters of the model; where it has no biases, with zeros for them.
-      means: Means from `mean_activations`.
       weights: Which weights are not zero.
     """
 
@@ -118,7 +108,7 @@ class Scorer:
           edges: Weights that stay likewise.
           order: Indices of nodes; with `of_edges`, indices into `graph.flatten_edges`.
           spans_M2: Begin and end, in the order, of what each of M masks lacks.
-          of_edges: Whether edges are removed.
+          of_edges: Whether the order is of edges.
           until: Loss; what follows the first mask that reaches it is not scored.
 
         Returns:

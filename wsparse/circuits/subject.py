@@ -46,8 +46,6 @@ class Subject:
     """A model in which circuits are looked for.
 
     Attributes:
-      params: Parameters of the model.
-      config: Config of the model.
       windows: `(W, T)` tokens of pretraining text.
       means: Mean activations over them.
       scorer: Scorer of its masks.
