@@ -136,7 +136,7 @@ class FakeScorer:
     def without(self, pairs, nodes_U, edges, order, spans, *, until=-np.inf):
         loss = np.array([self.losses(lo) for lo, _ in spans])
         after = np.cumsum(loss <= until) > (loss <= until)
-        return scoring.Score(*[np.where(after, np.nan, loss)] * 2)
+        return scoring.MaskScores(*[np.where(after, np.nan, loss)] * 2)
 
 
 @pytest.mark.parametrize("smallest", [1, 2, 17, 90, 224])

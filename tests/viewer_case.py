@@ -106,7 +106,7 @@ def circuit(task: pairs.Task) -> Circuit:
         loss=scores.loss,
         scores=Scores(
             model=Score(0.1, 1.0),
-            sufficiency=Score(*scores),
+            sufficiency=scores,
             calibrated=Calibration(scale=1.0, shift=0.0, loss=0.2),
             necessity=Score(2.0, 0.1),
             attribution_baseline=Baseline(reached=False, least_loss=0.5),

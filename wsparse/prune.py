@@ -81,23 +81,17 @@ def run(
     out = folder / "circuits"
     files.make_folder(out)
     with locks.hold(out, "pruning") if storage is None else contextlib.nullcontext():
-        todo = list(enumerate(_jobs(trained, chosen, settings, storage, lease, shown), start=1))
-        n_tasks, waiting = len(todo), False
-        while todo:
-            pending = []
-            for number, job in todo:
-                if not waiting:
-                    log.info("[%d/%d] %s", number, n_tasks, job.pairs.task)
-                try:
-                    job.run()
-                except WorkPending:
-                    pending.append((number, job))
-            if pending:
-                if not waiting:
-                    log.info("with other workers: %d tasks; waiting for them, in case one dies", len(pending))
-                waiting = True
-                time.sleep(min(_POLL, lease / 4))
-            todo = pending
+        jobs = _jobs(trained, chosen, settings, storage, lease, shown)
+        pending = []
+        for number, job in enumerate(jobs, start=1):
+            log.info("[%d/%d] %s", number, len(jobs), job.pairs.task)
+            if not job.run():
+                pending.append(job)
+        if pending:
+            log.info("with other workers: %d tasks; waiting for them, in case one dies", len(pending))
+        while pending:
+            time.sleep(min(_POLL, lease / 4))
+            pending = [job for job in pending if not job.run()]
         return write_report(folder)
 
 
@@ -165,34 +159,32 @@ class _Job:
     store: TrialStore
     measure: Callable[[Circuit, PairArrays, pathlib.Path], None]
 
-    def run(self) -> None:
-        """Do what is left of the task.
-
-        Raises:
-          WorkPending: What is left is leased to other workers.
-        """
+    def run(self) -> bool:
+        """Do what is left of the task, and return whether it is done: other workers may have leased it."""
         if self._is_done():
             log.info("  done before")
-            return
+            return True
         if self._is_hopeless:
             self._finish(None, "the model cannot do it")
-            return
+            return True
         task = (self.subject, self.pairs, self.pruner, self.settings)
         started = time.monotonic()
-        trials = procedure.search_trials(*task, self.store)
+        try:
+            trials = procedure.search_trials(*task, self.store)
+        except WorkPending:
+            return False
         # Only one worker cleans up and measures; the lease is free again afterwards.
         with self.store.items(1, "-circuit").lease() as leased:
-            if not leased:
-                raise WorkPending
             # Another worker may have finished it while we waited.
-            if not self._is_done():
+            if leased and not self._is_done():
                 circuit = procedure.find_circuit(*task, trials=trials, started=started)
                 self._finish(circuit, circuit.status if circuit else "not found")
         self.store.close()
+        return bool(leased)
 
     @functools.cached_property
     def _model_score(self) -> Score:
-        return Score(*self.subject.score(self.pairs.report))
+        return self.subject.score(self.pairs.report)
 
     @functools.cached_property
     def _is_hopeless(self) -> bool:

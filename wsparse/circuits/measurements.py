@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from wsparse.circuits import masks
-from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint, Score
+from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint
 from wsparse.circuits.clean_up import clean_up
 from wsparse.circuits.discretize import Subgraph, discretize
 from wsparse.circuits.mask_learning import HParams
@@ -33,10 +33,10 @@ def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any
     fit = calibrate(scorer.margins(pairs.discretize, subgraph.nodes, remaining))
     margins = scorer.margins(pairs.report, subgraph.nodes, remaining)
     return {
-        "model": Score(*subject.score(pairs.report)),
-        "sufficiency": Score(*scorer.mask(pairs.report, subgraph.nodes, remaining)),
+        "model": subject.score(pairs.report),
+        "sufficiency": scorer.mask(pairs.report, subgraph.nodes, remaining),
         "calibrated": Calibration(**fit, loss=float(calibrated_loss(margins, **fit))),
-        "necessity": Score(*scorer.mask(pairs.report, ~subgraph.nodes)),
+        "necessity": scorer.mask(pairs.report, ~subgraph.nodes),
     }
 
 

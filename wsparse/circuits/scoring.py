@@ -17,6 +17,7 @@ import numpy as np
 
 from wsparse import model, nodes, taps, trees
 from wsparse.circuits import graph, masks
+from wsparse.circuits.circuit import Score
 from wsparse.circuits.mask_learning import answer_logits
 from wsparse.circuits.pairs import PairArrays, margins, task_accuracy, task_loss
 from wsparse.config import ModelConfig
@@ -42,13 +43,11 @@ class _Ranks(NamedTuple):
     edges: dict[str, Any]
 
 
-class Score(NamedTuple):
-    """Score of one mask, or of many."""
+class MaskScores(NamedTuple):
+    """`(M,)` losses and accuracies of masks; see `circuit.Score`."""
 
     loss: Any
-    """Task loss in nats; ln 2 is chance."""
     accuracy: Any
-    """Fraction of prompts whose answer is preferred."""
 
 
 def mean_activations(params: model.Params, config: ModelConfig, windows_WT: np.ndarray) -> Means:
@@ -85,7 +84,7 @@ class Scorer:
         self.weights = graph.nonzero(params)
 
     def mask(self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Score:
-        """Returns the score of one mask, as floats."""
+        """Returns the score of one mask."""
         score = self.without(pairs, nodes_U, edges, np.zeros(0, int), [[0, 0]])
         return Score(float(score.loss[0]), float(score.accuracy[0]))
 
@@ -99,7 +98,7 @@ class Scorer:
         *,
         of_edges: bool = False,
         until: float = -np.inf,
-    ) -> Score:
+    ) -> MaskScores:
         """Returns the scores of a mask without spans of an order of its nodes, or of its edges.
 
         Args:
@@ -134,7 +133,7 @@ class Scorer:
             score_M[:, start : start + n] = np.asarray(score)[:, :n]
             if np.any(score_M[0, start : start + n] <= until):
                 break
-        return Score(*score_M)
+        return MaskScores(*score_M)
 
     def _ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> _Ranks:
         """Returns ranks in which what stays stays and everything else is gone."""
@@ -193,7 +192,7 @@ def _logits(params, means, pairs: PairArrays, kept: _Ranks, config) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, config) -> Score:
+def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, config) -> MaskScores:
     """Returns scores of the first `n` spans, up to one whose loss is at most `until`; NaN after it."""
 
     def goes_on(carry):
@@ -205,10 +204,10 @@ def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, con
         i, scores = carry
         logits_BV = _logits(params, means, pairs, _kept(ranks, spans_M2[i]), config)
         chosen = (logits_BV, pairs.answer, pairs.other)
-        new = Score(task_loss(*chosen), task_accuracy(*chosen))
+        new = MaskScores(task_loss(*chosen), task_accuracy(*chosen))
         return i + 1, jax.tree.map(lambda all_M, value: all_M.at[i].set(value), scores, new)
 
-    unscored = Score(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
+    unscored = MaskScores(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
     return lax.while_loop(goes_on, score, (jnp.int32(0), unscored))[1]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from wsparse import model, sparsity, trees
 from wsparse.circuits import masks, scoring, tasks
+from wsparse.circuits.circuit import Score
 from wsparse.circuits.pairs import PairArrays, arrays
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig
@@ -70,7 +71,7 @@ class Subject:
         """The means that masks need."""
         return {name: self.means[name] for name in masks.shapes(self.config)}
 
-    def score(self, pairs: PairArrays) -> scoring.Score:
+    def score(self, pairs: PairArrays) -> Score:
         """Returns the loss and accuracy of the model without any mask."""
         return self.scorer.mask(pairs, np.ones(masks.n_nodes(self.config), bool))
 
