@@ -1,6 +1,7 @@
 """A model with a known circuit, and the circuit that pruning finds in it, for several tests."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,7 @@ def pairs() -> procedure.Pairs:
 @functools.cache
 def circuit() -> Circuit:
     pruner = Pruner(PLANTED, steps=120, pairs_per_step=8, parallel=2)
-    found = procedure.find_circuit(subject(), pairs(), pruner, SETTINGS)
+    search = procedure.CircuitSearch(subject(), pairs(), pruner, SETTINGS)
+    found = search.circuit(search.trials(), started=time.monotonic())
     assert found is not None
     return found

@@ -84,7 +84,7 @@ def run(
         jobs = _jobs(trained, chosen, settings, storage, lease, shown)
         pending = []
         for number, job in enumerate(jobs, start=1):
-            log.info("[%d/%d] %s", number, len(jobs), job.pairs.task)
+            log.info("[%d/%d] %s", number, len(jobs), job.search.pairs.task)
             if not job.run():
                 pending.append(job)
         if pending:
@@ -142,7 +142,8 @@ def _jobs(
         key = json.dumps([subject.digest, to_dict(settings), splits]).encode()
         name = f"{of_task.task}-{hashlib.sha256(key).hexdigest()[:16]}"
         store = TrialStore(task_folder / "trials" / name, storage, name, lease)
-        return _Job(subject, of_task, pruner, settings, task_folder, store, measure)
+        task_search = procedure.CircuitSearch(subject, of_task, pruner, settings)
+        return _Job(task_search, task_folder, store, measure)
 
     return list(map(job, pairs))
 
@@ -151,10 +152,7 @@ def _jobs(
 class _Job:
     """One task of a sweep, by this process alone or shared."""
 
-    subject: procedure.Subject
-    pairs: procedure.Pairs
-    pruner: Pruner
-    settings: Settings
+    search: procedure.CircuitSearch
     folder: pathlib.Path
     store: TrialStore
     measure: Callable[[Circuit, PairArrays, pathlib.Path], None]
@@ -167,39 +165,39 @@ class _Job:
         if self._is_hopeless:
             self._finish(None, "the model cannot do it")
             return True
-        task = (self.subject, self.pairs, self.pruner, self.settings)
         started = time.monotonic()
         try:
-            trials = procedure.search_trials(*task, self.store)
+            trials = self.search.trials(self.store)
         except WorkPending:
             return False
         # Only one worker cleans up and measures; the lease is free again afterwards.
         with self.store.items(1, "-circuit").lease() as leased:
             # Another worker may have finished it while we waited.
             if leased and not self._is_done():
-                circuit = procedure.find_circuit(*task, trials=trials, started=started)
+                circuit = self.search.circuit(trials, started=started)
                 self._finish(circuit, circuit.status if circuit else "not found")
         self.store.close()
         return bool(leased)
 
     @functools.cached_property
     def _model_score(self) -> Score:
-        return self.subject.score(self.pairs.report)
+        return self.search.subject.score(self.search.pairs.report)
 
     @functools.cached_property
     def _is_hopeless(self) -> bool:
         log.info("  the model: loss %.4f, accuracy %.3f", self._model_score.loss, self._model_score.accuracy)
-        return procedure.is_hopeless(self.subject, self.pairs, self.settings)
+        return self.search.is_hopeless()
 
     def _status(self) -> Status | None:
         """Returns the status in the task's folder, if it is of this model and these settings."""
         try:
             status = Status.load(self.folder)
             # Older results do not name the limit of tokens.
-            settings = from_dict(Settings, {"max_tokens": self.settings.max_tokens, **status.settings})
+            values = {"max_tokens": self.search.settings.max_tokens, **status.settings}
+            made_with = status.digest, from_dict(Settings, values)
         except UserError:
             return None
-        return status if (status.digest, settings) == (self.subject.digest, self.settings) else None
+        return status if made_with == (self.search.subject.digest, self.search.settings) else None
 
     def _is_done(self) -> bool:
         status = self._status()
@@ -221,14 +219,14 @@ class _Job:
                 part.write_text(report.text(circuit), encoding="utf-8")
             log.info("  %s", report.summary(circuit))
         Status(
-            task=self.pairs.task,
+            task=self.search.pairs.task,
             status=outcome,
             model=self._model_score,
-            digest=self.subject.digest,
-            settings=to_dict(self.settings),
+            digest=self.search.subject.digest,
+            settings=to_dict(self.search.settings),
         ).save(self.folder)
         if circuit is not None:
-            self.measure(circuit, self.pairs.report, self.folder)
+            self.measure(circuit, self.search.pairs.report, self.folder)
 
 
 def _set_aside(folder: pathlib.Path) -> None:
