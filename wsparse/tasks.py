@@ -18,7 +18,6 @@ from wsparse.circuits import pairs, tasks
 from wsparse.circuits.mask_learning import answer_logits
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
-from wsparse.errors import UserError
 
 # Rows scored at once. The last group is padded, so that all tasks share one compiled function.
 _ROWS = 128
@@ -39,23 +38,14 @@ def report(
     Tasks that the run's tokenizer or its context rules out are named after the table, with the reason.
     """
     config = run.config.model
-    batches: list[pairs.TaskBatch] = []
-    refused: list[str] = []
-    for task in chosen:
-        try:
-            batches.append(
-                pairs.build(task, run.tokenizer, n_pairs, seed, split=split, max_tokens=config.context)
-            )
-        except UserError as error:
-            refused.append(f"refused: {error}")
+    built, refused = tasks.build_all(chosen, run.tokenizer, {split: n_pairs}, seed, max_tokens=config.context)
+    batches = [batches[split] for batches in built]
     lines = [f"{'task':<28}{'loss':>8}{'accuracy':>10}{'tokens':>9}  candidates"] if batches else []
-    # One length for all tasks, so that the model is compiled once.
-    length = max((batch.tokens.shape[1] for batch in batches), default=0)
     for batch in batches:
-        loss, accuracy = _score(run.params, config, pairs.padded(batch, length))
+        loss, accuracy = _score(run.params, config, batch)
         n_tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
         lines.append(f"{batch.task:<28}{loss:8.4f}{accuracy:10.3f}{n_tokens:>9}  {batch.form}")
-    lines += refused
+    lines += [f"refused: {reason}" for reason in refused.values()]
     for batch in batches if n_examples else ():
         lines.append(f"\n==== {batch.task}")
         rows = range(2 * min(n_examples, batch.n_pairs))

@@ -36,7 +36,7 @@ def clean_up(
       pairs: Pairs that losses are taken on.
       subgraph: Where to start.
       target: Largest loss allowed.
-      single_removals: See `Settings.single_removals`.
+      single_removals: See `Settings`.
       advance: Called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
     """
     for of_edges in (False, True, False):

@@ -224,7 +224,7 @@ def search(
     Args:
       pruner: Runs the trials.
       params: Parameters of the model.
-      pairs: Pairs of the search split.
+      pairs: Pairs that masks are learned on.
       means: See `prune`.
       objective: Pure function `tau_U -> (value to minimize, result)`; the result's `str` is logged.
       trials: Number of trials.

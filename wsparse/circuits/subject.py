@@ -22,7 +22,6 @@ from wsparse.circuits.pairs import PairArrays, arrays
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig
 from wsparse.data.tokenizer import Tokenizer
-from wsparse.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,26 +95,18 @@ def build_pairs(
     chosen: Sequence[tasks.Task], tokenizer: Tokenizer, settings: Settings, *, context: int
 ) -> tuple[list[Pairs], dict[str, str]]:
     """Returns the pairs of every task, all of one length, and why other tasks are refused."""
-    sizes = (settings.search_pairs, settings.discretize_pairs, settings.report_pairs)
-    limits = {"seed": settings.seed, "max_tokens": min(settings.max_tokens, context)}
-    built: list[list[tasks.TaskBatch]] = []
-    refused: dict[str, str] = {}
-    for task in chosen:
-        try:
-            built.append(
-                [
-                    tasks.build(task, tokenizer, size, split=split, **limits)
-                    for split, size in zip(tasks.SPLITS, sizes, strict=True)
-                ]
-            )
-        except UserError as error:
-            refused[task.name] = str(error)
-    length = max((batch.tokens.shape[1] for batches in built for batch in batches), default=0)
+    n_pairs: dict[tasks.Split, int] = {
+        "search": settings.search_pairs,
+        "discretize": settings.discretize_pairs,
+        "report": settings.report_pairs,
+    }
+    max_tokens = min(settings.max_tokens, context)
+    built, refused = tasks.build_all(chosen, tokenizer, n_pairs, settings.seed, max_tokens=max_tokens)
     pairs = []
     for batches in built:
-        search, discretize, report = (arrays(tasks.padded(batch, length)) for batch in batches)
+        search, discretize, report = (arrays(batches[split]) for split in tasks.SPLITS)
         first_split = jax.tree.map(lambda array: array[: 2 * settings.discretize_pairs], search)
         both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, discretize)
-        task, form = batches[0].task, batches[0].form
+        task, form = batches["search"].task, batches["search"].form
         pairs.append(Pairs(task=task, form=form, search=search, discretize=both, report=report))
     return pairs, refused

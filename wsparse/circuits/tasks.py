@@ -15,7 +15,7 @@ splits share neither templates nor names, words and numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from functools import partial
@@ -39,8 +39,8 @@ from wsparse.pytext.prompts import Pair, Program
 from wsparse.pytext.words import SPLITS, Split
 
 __all__ = [
-    "SPLITS", "TASKS", "Form", "Pair", "Program", "Split", "Task", "TaskBatch", "build", "find", "load",
-    "margins", "padded", "task_accuracy", "task_loss",
+    "SPLITS", "TASKS", "Form", "Pair", "Program", "Split", "Task", "TaskBatch", "build", "build_all", "find",
+    "load", "margins", "padded", "task_accuracy", "task_loss",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,31 @@ def build(
     """Encodes `n_pairs` pairs of a task, or of the name of one in `TASKS`; see `pairs.build`."""
     task = _named(task) if isinstance(task, str) else task
     return pairs.build(task, tokenizer, n_pairs, seed, split=split, max_tokens=max_tokens)
+
+
+def build_all(
+    tasks: Iterable[Task],
+    tokenizer: Tokenizer,
+    n_pairs: Mapping[Split, int],
+    seed: int,
+    *,
+    max_tokens: int,
+) -> tuple[list[dict[Split, TaskBatch]], dict[str, str]]:
+    """Returns the batches of tasks by split, padded to one length, and why other tasks are refused."""
+    built: list[dict[Split, TaskBatch]] = []
+    refused: dict[str, str] = {}
+    for task in tasks:
+        try:
+            built.append(
+                {
+                    split: build(task, tokenizer, count, seed, split=split, max_tokens=max_tokens)
+                    for split, count in n_pairs.items()
+                }
+            )
+        except UserError as error:
+            refused[task.name] = str(error)
+    length = max((batch.tokens.shape[1] for batches in built for batch in batches.values()), default=0)
+    return [{split: padded(batch, length) for split, batch in batches.items()} for batches in built], refused
 
 
 def find(name: str) -> Task:
