@@ -66,9 +66,6 @@ def run(
     """Find the circuits of tasks that are not done, and return the rows of the table of all.
 
     Args:
-      folder: Folder of the run.
-      chosen: Tasks.
-      settings: Settings of the procedure.
       storage: Storage that shares the work with all processes that are given the same one; without one the
         folder is locked.
       lease: Seconds of silence after which other processes count this one as dead.

@@ -30,14 +30,7 @@ def clean_up(
     """Returns the subgraph without nodes, then single edges, then nodes again, that the target does not need.
 
     A node is worth removing the more edges it takes with it and the less the loss grows.
-
-    Args:
-      scorer: Scorer of the model.
-      pairs: Pairs that losses are taken on.
-      subgraph: Where to start.
-      target: Largest loss allowed.
-      single_removals: See `Settings`.
-      advance: Called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
+    `advance` is called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
     """
     for of_edges in (False, True, False):
         removal = _Removal(scorer, pairs, subgraph, target, of_edges=of_edges)
@@ -63,8 +56,6 @@ def complete(
     them, as few as possible, and those that turn out not to be needed are taken back.
 
     Args:
-      scorer: Scorer of the model.
-      pairs: Pairs that losses are taken on.
       subgraph: A sufficient circuit.
       tau_U: Learned parameters of the nodes; of equal estimates the larger comes first.
       target: Largest loss that the circuit alone may have.

@@ -125,11 +125,8 @@ def build(
     The pairs depend on nothing but the arguments, and a larger batch begins with the smaller one.
 
     Args:
-      task: The task.
       tokenizer: Decides the form of the candidates, which all splits and seeds share.
       n_pairs: Number of pairs; the batch has twice as many rows.
-      seed: Names the stream of pairs.
-      split: Which templates and fillers to use.
       max_tokens: Longest prompt to use, the model's context for instance.
 
     Raises:

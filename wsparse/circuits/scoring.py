@@ -102,12 +102,10 @@ class Scorer:
         """Returns the scores of a mask without spans of an order of its nodes, or of its edges.
 
         Args:
-          pairs: Pairs to score on.
           nodes_U: Nodes that stay where no span removes them.
           edges: Weights that stay likewise.
           order: Indices of nodes; with `of_edges`, indices into `graph.flatten_edges`.
           spans_M2: Begin and end, in the order, of what each of M masks lacks.
-          of_edges: Whether the order is of edges.
           until: Loss; what follows the first mask that reaches it is not scored.
 
         Returns:

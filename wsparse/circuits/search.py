@@ -222,12 +222,7 @@ def search(
     process alone, the result is the same as without the interruption.
 
     Args:
-      pruner: Runs the trials.
-      params: Parameters of the model.
-      pairs: Pairs that masks are learned on.
-      means: See `prune`.
       objective: Pure function `tau_U -> (value to minimize, result)`; the result's `str` is logged.
-      trials: Number of trials.
       sampler: "tpe" (Optuna's tree-structured Parzen estimator) or "random" (the same ranges).
       seed: Seed of the sampler and of the trials; the sampler of a shared search is seeded at random.
       store: Where trials are kept and shared; by default they are not.

@@ -69,8 +69,6 @@ class WorkItems:
         """Join the work of this name, or begin it.
 
         Args:
-          count: Number of items.
-          sampler: Sampler of their parameters.
           storage: Storage shared with other processes; None is this process's memory.
           name: Name of the work in the storage.
           lease: Seconds of a lease.
