@@ -38,8 +38,8 @@ def test_a_circuit_survives_saving_and_loading(circuit, subject, tmp_path):
             np.testing.assert_array_equal(getattr(loaded, kind)[name], array)
     # What was saved is enough to score the circuit again.
     tap = taps.mask(
-        {name: jnp.asarray(each, jnp.float32) for name, each in loaded.mask().items()},
-        {name: jnp.asarray(each) for name, each in loaded.means.items()},
+        {name: jnp.asarray(gates, jnp.float32) for name, gates in loaded.mask().items()},
+        {name: jnp.asarray(mean) for name, mean in loaded.means.items()},
     )
     pairs = planted_pairs(16, 2)
     logits, _ = model.forward(subject.params, pairs.tokens, loaded.config, tap=tap)

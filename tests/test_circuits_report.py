@@ -90,7 +90,7 @@ def test_a_comparison_sets_apart_what_is_empty_or_misses_the_target_on_the_repor
     held = dataclasses.replace(circuit, loss=circuit.target)
     edges_of = {"one": (4, 64), "empty": (0, 36), "overfit": (2, 2000)}
     for i, name in enumerate("ab"):
-        write_run(tmp_path / name, held, {task: each[i] for task, each in edges_of.items()}, 2.0)
+        write_run(tmp_path / name, held, {task: edges[i] for task, edges in edges_of.items()}, 2.0)
     where = tmp_path / "b" / "circuits" / "overfit"
     counts = dataclasses.replace(circuit.counts, edges=2000, edges_between_nodes=4000)
     fails = dataclasses.replace(held, task="overfit", counts=counts, loss=circuit.target + 0.1)

@@ -58,7 +58,7 @@ def test_cutting_all_edges_of_a_read_equals_closing_its_node(subject):
     closed["attn.act_in"][0, 5] = False
     closed["mlp.post_act"][1, 7] = False
     without_nodes = subject.scorer.mask(pairs, np.asarray(masks.flatten(closed)))
-    edges = {path: each.copy() for path, each in subject.scorer.weights.items()}
+    edges = {path: weights.copy() for path, weights in subject.scorer.weights.items()}
     for path in ("q", "k", "v"):
         edges[f"blocks/attn/{path}/kernel"][0, 5] = False
     edges["blocks/mlp/proj/kernel"][1, 7] = False
@@ -121,7 +121,7 @@ def test_models_without_biases_can_lose_edges():
     last = np.asarray(logits)[np.arange(8), pairs.position]
     margins = last[np.arange(8), pairs.answer] - last[np.arange(8), pairs.other]
     np.testing.assert_allclose(one.scorer.margins(pairs, everything), margins, atol=1e-6)
-    nothing = {path: np.zeros_like(each) for path, each in one.scorer.weights.items()}
+    nothing = {path: np.zeros_like(weights) for path, weights in one.scorer.weights.items()}
     assert np.isfinite(one.scorer.mask(pairs, everything, nothing).loss)
 
 

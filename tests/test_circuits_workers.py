@@ -35,7 +35,7 @@ def clock(monkeypatch):
     return ahead
 
 
-# Claims -----------------------------------------------------------------------------------------------
+# ---- Claims ----
 
 
 def test_workers_that_come_at_once_do_every_piece_exactly_once(where):
@@ -47,8 +47,8 @@ def test_workers_that_come_at_once_do_every_piece_exactly_once(where):
         pieces = WorkItems(20, storage=storages[index], name="work")
         start.wait()
         while pieces.any_free():
-            with pieces.lease(3) as mine:
-                for trial in mine:
+            with pieces.lease(3) as leased:
+                for trial in leased:
                     with lock:
                         done.append((index, trial.number))
                     pieces.finish(trial, float(trial.number))
@@ -68,17 +68,17 @@ def test_a_piece_is_free_again_once_its_holder_fails_or_is_silent_for_a_lease(wh
     first, second = (WorkItems(2, storage=open_storage(where), name="work", lease=60) for _ in range(2))
 
     def fail_at_the_second():
-        with first.lease(2) as mine:
-            assert len(mine) == 2
+        with first.lease(2) as leased:
+            assert len(leased) == 2
             assert not second.any_free()
-            first.finish(mine[0], 1.0)
+            first.finish(leased[0], 1.0)
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         fail_at_the_second()
     assert second.any_free()
-    with first.lease(2) as mine:
-        (lost,) = mine
+    with first.lease(2) as leased:
+        (lost,) = leased
         clock[0] = 59.0
         assert not second.any_free()
         clock[0] = 61.0
@@ -119,7 +119,7 @@ def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(where, capsys):
     assert capsys.readouterr().err == ""
 
 
-# Searches ---------------------------------------------------------------------------------------------
+# ---- Searches ----
 
 
 class Pruner:
@@ -133,7 +133,7 @@ class Pruner:
     def __call__(self, params, pairs, means, hparams, seeds):
         self.before()
         self.trials += len(hparams)
-        return np.asarray([[each.k_coef, each.noise] for each in hparams], np.float32)
+        return np.asarray([[tried.k_coef, tried.noise] for tried in hparams], np.float32)
 
 
 def objective(tau_U):
@@ -155,7 +155,7 @@ def test_two_workers_see_the_same_trials_and_run_each_once(where, tmp_path):
     def other():
         with pytest.raises(WorkPending):
             # The first one is in the middle of its third call: what is left of its trials is missing.
-            run(second, mine)
+            run(second, second_store)
         found.append(second.trials)
 
     calls = []
@@ -167,24 +167,23 @@ def test_two_workers_see_the_same_trials_and_run_each_once(where, tmp_path):
             thread.start()
             thread.join()
 
-    mine = share(where, tmp_path)
+    second_store = share(where, tmp_path)
     first.before = interrupted
-    theirs = share(where, tmp_path)
-    here = run(first, theirs)
+    in_first = run(first, share(where, tmp_path))
     assert found == [3]
     assert (first.trials, second.trials) == (6, 3)
-    there = run(second, mine)
+    in_second = run(second, second_store)
     assert (first.trials, second.trials) == (6, 3)
-    assert len(here) == 9
-    assert here[0].hparams == FAST
-    for a, b in zip(here, there, strict=True):
+    assert len(in_first) == 9
+    assert in_first[0].hparams == FAST
+    for a, b in zip(in_first, in_second, strict=True):
         assert (a.number, a.hparams, a.value, a.result()) == (
             b.number, b.hparams, b.value, b.result(),
         )  # fmt: skip
         np.testing.assert_array_equal(a.tau, b.tau)
         np.testing.assert_array_equal(a.tau, np.float32([a.hparams.k_coef, a.hparams.noise]))
     # Nobody tried what another did.
-    assert len({trial.hparams for trial in here}) == 9
+    assert len({trial.hparams for trial in in_first}) == 9
 
 
 def test_what_a_failed_worker_had_claimed_is_done_by_the_next(where, tmp_path):
@@ -239,7 +238,7 @@ def test_an_interrupted_search_goes_on_with_the_trials_it_finished(tmp_path):
         np.testing.assert_array_equal(a.tau, b.tau)
 
 
-# Processes --------------------------------------------------------------------------------------------
+# ---- Processes ----
 
 QUICK = (
     "--task=indent_for,lambda_func", "--target=0.69", "--trials=4", "--parallel=1", "--steps=3",

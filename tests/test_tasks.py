@@ -50,8 +50,8 @@ def test_report():
         params=jax.jit(model.init, static_argnums=0)(config, jax.random.key(0)),
         tokenizer=tokenizer,
     )
-    wanted = [tasks.TASKS[name] for name in ("bracket_brace", "for_while", "lambda_func")]
-    text = command.report(run, wanted, n_pairs=8, n_examples=1)
+    chosen = [tasks.TASKS[name] for name in ("bracket_brace", "for_while", "lambda_func")]
+    text = command.report(run, chosen, n_pairs=8, n_examples=1)
     # Fresh parameters know nothing.
     rows = re.findall(r"^(\w+) +(\d\.\d{4}) +\d\.\d{3} +\d+-\d+  '", text, re.M)
     assert [name for name, _ in rows] == ["bracket_brace", "lambda_func"]
@@ -61,7 +61,7 @@ def test_report():
     assert text.startswith("task ")
     second = tasks.build("lambda_func", tokenizer, 8, 0, max_tokens=256).prompts[1]
     assert text.index(second) > text.index("refused:")
-    table = command.report(run, wanted, n_pairs=8)
+    table = command.report(run, chosen, n_pairs=8)
     assert text.startswith(table) and len(table.splitlines()) == 4
 
 

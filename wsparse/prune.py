@@ -44,7 +44,6 @@ _WINDOWS = 512
 # Seconds between looks at what other workers have left.
 _POLL = 10.0
 
-_OLD_FLAGS = {"discretise_pairs": "discretize_pairs"}
 _DEFINE: dict[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -279,9 +278,8 @@ def settings_from_flags() -> Settings:
     Raises:
       UserError: A value is refused.
     """
-    for old, new in _OLD_FLAGS.items():
-        if flags.FLAGS[old].present:
-            log.info("--%s is --%s now", old, new)
+    if flags.FLAGS["discretise_pairs"].present:
+        log.info("--discretise_pairs is --discretize_pairs now")
     config = flags.FLAGS["config"].value
     values = ({} if config is None else config.to_dict()) | _given(Settings)
     if "sweep" in values:
@@ -326,8 +324,7 @@ def define_flags() -> None:
     recipes.define_flag(text="Recipe of the settings below", kind="prune")
     _define_fields(Settings)
     _define_fields(evidence.Options, "For the viewer: ")
-    for old, new in _OLD_FLAGS.items():
-        flags.DEFINE_alias(old, new)
+    flags.DEFINE_alias("discretise_pairs", "discretize_pairs")
 
 
 if __name__ == "__main__":
