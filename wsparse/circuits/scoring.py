@@ -119,7 +119,7 @@ class Scorer:
         else:
             ranks.nodes[order] = np.arange(len(order))
         spans_M2 = np.asarray(spans_M2, np.int32).reshape(-1, 2)
-        score_M = np.full((2, len(spans_M2)), np.nan, np.float32)
+        scores_2M = np.full((2, len(spans_M2)), np.nan, np.float32)
         ranks = jax.tree.map(jnp.asarray, ranks)
         for start in range(0, len(spans_M2), _MASKS):
             part = spans_M2[start : start + _MASKS]
@@ -128,10 +128,10 @@ class Scorer:
             score = _score_spans(
                 self.params, self.means, pairs, ranks, filled, n, np.float32(until), config=self.config
             )
-            score_M[:, start : start + n] = np.asarray(score)[:, :n]
-            if np.any(score_M[0, start : start + n] <= until):
+            scores_2M[:, start : start + n] = np.asarray(score)[:, :n]
+            if np.any(scores_2M[0, start : start + n] <= until):
                 break
-        return MaskScores(*score_M)
+        return MaskScores(*scores_2M)
 
     def _ranks(self, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> _Ranks:
         """Returns ranks in which what stays stays and everything else is gone."""
