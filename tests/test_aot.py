@@ -46,7 +46,7 @@ def test_a_scan_counts_as_often_as_it_runs_and_one_channel_is_one_collective():
     program = hlo.parse(LOOP)
     assert program.matmul_flops() == 4 * 2 * 8 * 128 * 128
     (gather,) = program.collectives()
-    assert gather == hlo.Collective("all-gather", 4, 4 * 128 * 128, 4, "", False)
+    assert gather == hlo.Collective("all-gather", 4, 4 * 128 * 128, 4, False)
 
 
 @pytest.mark.parametrize(("step", "iterations"), [(2, 2), (3, 2)])
@@ -89,7 +89,7 @@ BETWEEN = """\
 def test_what_is_sent_to_other_slices_and_comes_back_is_one_collective_between_them():
     program = hlo.parse(LOOP.replace("  ROOT %out =", BETWEEN + "  ROOT %out ="))
     (within,) = hlo.parse(LOOP).collectives()
-    between = hlo.Collective("all-reduce", 4, 2 * 8 * 128, 3, "", False, True)
+    between = hlo.Collective("all-reduce", 4, 2 * 8 * 128, 3, False, True)
     assert program.collectives() == [within, between]
     # It is read on its way out and written on its way in.
     assert program.hbm_bytes() == hlo.parse(LOOP).hbm_bytes() + 4 * 2 * (2 * 8 * 128)

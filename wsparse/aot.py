@@ -4,12 +4,10 @@ The real jitted functions (`wsparse.step.make_program`, `wsparse.circuits.search
 libtpu (the extra `aot`) for devices that need not exist. Their memory and work on each chip is printed, and
 written as JSON; the exit status is 1 if they do not fit into a chip's memory.
 
-Numbers are read from the compiled program (`wsparse.hlo`), per chip and per call. Loops over layers and
-steps are counted as often as they run. The loop of a search for a threshold stops depending on its data; it
-is counted as often as it can run at most, so bytes and collectives of searches are upper bounds. FLOPs are
-those of matrix products. The model's own count is two for every weight and token, and for every score and
-weighted value of the full, unmasked attention, and three times that for a training step (forward, and
-backward twice).
+Numbers are read from the compiled program (`wsparse.hlo`), per chip and per call. The loop of a search for a
+threshold is counted as often as it can run at most, so bytes and collectives of searches are upper bounds.
+FLOPs are those of matrix products; the model's own count (`model.forward_flops`) is tripled for a training
+step (forward, and backward twice).
 """
 
 from __future__ import annotations
@@ -46,9 +44,8 @@ class Chip(NamedTuple):
     Attributes:
       hbm_gib: Device memory.
       tflops: Bfloat16 matrix products, 10^12 a second.
-      hbm_gbps: Bandwidth of the device memory, 10^9 bytes a second.
-      ici_gbps: Bandwidth of all links to other chips together, 10^9 bytes a second.
-      dcn_gbps: Bandwidth of the network between slices per chip, 10^9 bytes a second; 0 if not published.
+      hbm_gbps: Bandwidth of the device memory, 10^9 bytes a second; those of all links to other chips
+        together (`ici`) and of the network between slices (`dcn`, 0 if not published) likewise.
       cores: Units per chip in which slices of the generation are named; 2 where names count cores.
       platform: Settings of libtpu that make a chip one device.
     """
@@ -95,10 +92,6 @@ class Target(NamedTuple):
 def find_target(name: str, slices: int = 1) -> Target:
     """Returns the devices of a slice, or of several: "v5e-16" (as Cloud TPU names it), or "v5e:4x4".
 
-    Args:
-      name: Name of the slice.
-      slices: Number of slices.
-
     Raises:
       UserError: There is no such topology, or libtpu is not installed.
     """
@@ -122,12 +115,10 @@ def find_target(name: str, slices: int = 1) -> Target:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
-    settings = dict(CHIPS[kind].platform)
-    if full.endswith(":1x1"):
-        # A host has four chips unless libtpu is told otherwise.
-        settings["chips_per_host_bounds"] = (1, 1, 1)
-    if slices > 1:
-        settings["num_slices"] = slices
+    # A host has four chips unless libtpu is told otherwise.
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if full.endswith(":1x1") else {}
+    several = {"num_slices": slices} if slices > 1 else {}
+    settings = CHIPS[kind].platform | one_chip | several
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
     except Exception as error:  # libtpu's errors have no common type of their own
@@ -137,18 +128,10 @@ def find_target(name: str, slices: int = 1) -> Target:
 
 def train_step(config: TrainConfig, program: Program) -> tuple[Any, float]:
     """Returns the lowered training step, and the model's own FLOPs of it on all chips."""
-    batch = jax.ShapeDtypeStruct(
-        (config.accumulate, config.batch_size // config.accumulate, config.model.context + 1), jnp.int32
-    )
-    step: Any = program.step  # a jitted function
-    lowered = step.lower(program.abstract_state, batch)
+    size = config.batch_size // config.accumulate
+    batch = jax.ShapeDtypeStruct((config.accumulate, size, config.model.context + 1), jnp.int32)
+    lowered = program.step.lower(program.abstract_state, batch)
     return lowered, 3 * model.forward_flops(config.model, config.batch_size * config.model.context)
-
-
-def projection(program: Program) -> tuple[Any, float]:
-    """Returns the lowered projection on its own."""
-    project: Any = program.project
-    return project.lower(program.abstract_state.params), 0.0
 
 
 def prune(
@@ -160,12 +143,10 @@ def prune(
         config, steps=steps, pairs_per_step=pairs_per_step, parallel=trials, devices=devices
     )
     shape = jax.ShapeDtypeStruct
+    columns = [shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1)
     lowered = pruner.lower(
         jax.eval_shape(lambda: model.init(config, jax.random.key(0))),
-        PairArrays(
-            shape((rows, config.context), jnp.int32),
-            *[shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1),
-        ),
+        PairArrays(shape((rows, config.context), jnp.int32), *columns),
         {name: shape(mask, jnp.float32) for name, mask in masks.shapes(config).items()},
     )
     # The weights are frozen: the backward pass is the gradient of activations only.
@@ -173,15 +154,12 @@ def prune(
 
 
 def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, Any]:
-    """Compiles for a slice and reads the program.
+    """Compiles for a slice and returns JSON values, everything per chip and per call.
 
     Args:
       lowered: A `jax.stages.Lowered`.
       target: The devices.
       flops: The model's own FLOPs on all chips; 0 where they are not defined.
-
-    Returns:
-      JSON values, everything per chip and per call.
     """
     started = time.monotonic()
     limit = target.chip.hbm_gib * _GIB
@@ -193,35 +171,34 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
         reason = re.sub(r"\s+", " ", str(error).split("\n")[0])[:300]
         return {"fits": False, "reason": reason, "hbm_bytes": int(limit)}
     seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
-    classes = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "generated_code": memory.generated_code_size_in_bytes,
+    analysis = compiled.memory_analysis()
+    memory = {
+        name: getattr(analysis, f"{key}_size_in_bytes")
+        for name, key in {
+            "arguments": "argument",
+            "outputs": "output",
+            "aliased": "alias",
+            "temporaries": "temp",
+            "generated_code": "generated_code",
+        }.items()
     }
-    total = sum(classes.values()) - 2 * classes["aliased"]
+    memory["total"] = sum(memory.values()) - 2 * memory["aliased"]
     program = hlo.parse(compiled.as_text())
     collectives = program.collectives()
     inside = [collective for collective in collectives if not collective.between_slices]
     between = [collective for collective in collectives if collective.between_slices]
-    searches = [collective for collective in collectives if collective.in_search]
+    xla = compiled.cost_analysis() or {}
     report: dict[str, Any] = {
-        "fits": total <= limit,
-        "memory": classes | {"total": total},
+        "fits": memory["total"] <= limit,
+        "memory": memory,
         "hbm_bytes": int(limit),
         "flops": program.matmul_flops(),
         "bytes_accessed": program.hbm_bytes(),
         "collectives": _by_kind(inside),
-        "collectives_in_searches": _by_kind(searches),
+        "collectives_in_searches": _by_kind([c for c in collectives if c.in_search]),
         "collectives_between_slices": _by_kind(between),
         "compile_seconds": round(seconds, 1),
-        "xla": {
-            key: value
-            for key, value in (compiled.cost_analysis() or {}).items()
-            if key in ("flops", "bytes accessed")
-        },
+        "xla": {key: xla[key] for key in ("flops", "bytes accessed") if key in xla},
     }
     if flops:
         report["model_flops"] = flops / len(target.devices)
@@ -297,11 +274,10 @@ def run(config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per
         program = make_program(config, mesh)
         jobs["train"] = lambda: train_step(config, program)
         if config.sparsity.density < 1:
-            jobs["projection"] = lambda: projection(program)
+            jobs["projection"] = lambda: (program.project.lower(program.abstract_state.params), 0.0)
     if what in ("prune", "all"):
-        jobs["prune"] = lambda: prune(
-            config.model, target.devices, steps=steps, pairs_per_step=pairs_per_step
-        )
+        options = {"steps": steps, "pairs_per_step": pairs_per_step}
+        jobs["prune"] = lambda: prune(config.model, target.devices, **options)
     programs = {}
     for name, job in jobs.items():
         lowered, flops = job()
@@ -326,9 +302,8 @@ def main(argv: Sequence[str]) -> int:
     # By default the platform that JAX runs on would decide.
     os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
     target = find_target(options.topology, options.slices)
-    report = {"config": recipe} | run(
-        config, target, options.what, steps=options.steps, pairs_per_step=options.pairs_per_step
-    )
+    sizes = {"steps": options.steps, "pairs_per_step": options.pairs_per_step}
+    report = {"config": recipe} | run(config, target, options.what, **sizes)
     name = f"{recipe}_{re.sub(r'[: ]+', '_', str(target))}.json"
     out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
     files.make_folder(out.parent)

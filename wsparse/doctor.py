@@ -8,8 +8,7 @@ several processes all of them run the checks together, and process 0 prints the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-import dataclasses
+from collections.abc import Callable, Sequence
 import functools
 import importlib.metadata
 import logging
@@ -19,7 +18,7 @@ import platform
 import shutil
 import socket
 import time
-from typing import Any
+from typing import Any, NamedTuple
 import uuid
 
 from absl import flags
@@ -47,8 +46,7 @@ class ProblemError(Exception):
     """A failed check: what is wrong and what to do, in one line."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """A check, which gives one line of the report.
 
     Attributes:
@@ -61,11 +59,7 @@ class Check:
 
 
 def examine(checks: Sequence[Check]) -> bool:
-    """Runs checks in order, in all processes together, and logs the outcome of each.
-
-    Returns:
-      Whether all checks passed in all processes.
-    """
+    """Runs checks in all processes together, logs the outcomes, and returns whether all passed in all."""
     healthy = True
     for check in checks:
         outcomes = processes.gather(_outcome(check))
@@ -96,12 +90,11 @@ def versions() -> str:
     """Checks that Python and the required packages have suitable versions, the same in all processes."""
     installed, wrong = [f"python {platform.python_version()}"], []
     try:
-        requirements = importlib.metadata.requires("wsparse") or []
+        requirements = map(Requirement, importlib.metadata.requires("wsparse") or [])
     except importlib.metadata.PackageNotFoundError:
         requirements = []
         wrong.append("to be installed itself, so that its requirements are known")
-    for text in requirements:
-        requirement = Requirement(text)
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -163,31 +156,27 @@ def storage(workdir: epath.Path) -> str:
     """Checks that the folder can be written, read and cleaned up, and is the same for all processes."""
     # Folders made here are removed again, so that a run still finds an empty place.
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    name = processes.gather(f".doctor-{uuid.uuid4().hex}")[0]
-    probe, text, first = workdir / name, "wsparse", jax.process_index() == 0
-    reason, seconds = "", time.monotonic()
-    if first:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            probe.write_text(text)
-            if probe.read_text() != text:
-                reason = "a file does not hold what was written to it"
-        # Drivers of buckets raise errors of their own kinds.
-        except Exception as error:
-            reason = _brief(error)
-    reason = processes.gather(reason)[0]
+    probe = workdir / processes.gather(f".doctor-{uuid.uuid4().hex}")[0]
+
+    def write():
+        # Not `files.make_folder`, which knows no buckets.
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("wsparse")
+        if probe.read_text() != "wsparse":
+            raise OSError("a file does not hold what was written to it")
+
+    def clean_up():
+        probe.unlink(missing_ok=True)
+        for path in made:
+            # Another process, or a person, may have put something there meanwhile.
+            if path.exists() and not any(path.iterdir()):
+                path.rmdir()
+
+    start = time.monotonic()
+    reason = processes.gather(_failure(write))[0]
     blind = [] if reason else processes.blind_processes(probe)
-    seconds = time.monotonic() - seconds
-    if first:
-        try:
-            probe.unlink(missing_ok=True)
-            for path in made:
-                # Another process, or a person, may have put something there meanwhile.
-                if path.exists() and not any(path.iterdir()):
-                    path.rmdir()
-        except Exception as error:
-            reason = reason or _brief(error)
-    if reason:
+    seconds = time.monotonic() - start
+    if reason := reason or _failure(clean_up):
         raise ProblemError(f"cannot use {workdir}: {reason}: check its permissions and the path")
     if blind:
         raise ProblemError(
@@ -196,6 +185,17 @@ def storage(workdir: epath.Path) -> str:
         )
     mount = "; training needs it mounted as a folder" if "://" in str(workdir) else ""
     return f"{workdir} can be written, read and deleted, by all processes ({seconds:.1f} s){mount}"
+
+
+def _failure(action: Callable[[], None]) -> str:
+    """Returns why process 0, which alone tries, cannot do something; empty if it can."""
+    if jax.process_index() == 0:
+        try:
+            action()
+        # Drivers of buckets raise errors of their own kinds.
+        except Exception as error:
+            return _brief(error)
+    return ""
 
 
 def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
@@ -223,19 +223,11 @@ def step(config: TrainConfig) -> str:
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
     size = config.batch_size // config.accumulate
-    rows = sharding.local_rows(mesh, size)
-    # Row r is the same in every process that has it.
-    windows = [
-        np.random.default_rng(row).integers(config.model.vocab_size, size=config.model.context + 1)
-        for row in rows
-    ]
-    local = np.broadcast_to(
-        np.asarray(windows, np.int32), (config.accumulate, len(rows), config.model.context + 1)
-    )
-    batch = sharding.put_batch(local, mesh, size=size)
+    shape = (config.accumulate, size, config.model.context + 1)
+    windows = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    batch = sharding.put_batch(windows[:, sharding.local_rows(mesh, size)], mesh, size=size)
     start = time.monotonic()
-    jitted: Any = program.step
-    compiled = jitted.lower(program.abstract_state, batch).compile()
+    compiled = program.step.lower(program.abstract_state, batch).compile()
     compiling = time.monotonic() - start
     state, _ = compiled(program.init(), batch)
     jax.block_until_ready(state)
@@ -245,36 +237,31 @@ def step(config: TrainConfig) -> str:
     seconds = time.monotonic() - start
     if not math.isfinite(loss):
         raise ProblemError(f"the loss of random tokens is {loss}: lower optimizer.learning_rate")
-    shape = " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items())
+    axes = " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items())
+    memory = ""
+    if analysis := compiled.memory_analysis():
+        used = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        used += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        memory = f"{used / 2**30:.2f} GiB a device; "
     return (
-        f"compiled in {compiling:.1f} s, then {seconds:.3f} s a step over {shape}; "
-        f"{_memory(compiled)}loss of random tokens {loss:.2f}"
+        f"compiled in {compiling:.1f} s, then {seconds:.3f} s a step over {axes}; "
+        f"{memory}loss of random tokens {loss:.2f}"
     )
 
 
-def _memory(compiled: Any) -> str:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return ""
-    used = (
-        analysis.argument_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
-    return f"{used / 2**30:.2f} GiB a device; "
-
-
-def _checks(config: TrainConfig | None, workdir: epath.Path | None) -> Iterator[Check]:
-    yield Check("versions", versions)
-    yield Check("processes", job)
-    yield Check("devices", devices)
-    yield Check("collectives", collectives)
+def _checks(config: TrainConfig | None, workdir: epath.Path | None) -> list[Check]:
+    checks = [
+        Check("versions", versions),
+        Check("processes", job),
+        Check("devices", devices),
+        Check("collectives", collectives),
+    ]
     if workdir is not None:
-        yield Check("storage", functools.partial(storage, workdir))
-        yield Check("disk", functools.partial(disk, workdir, config))
+        checks.append(Check("storage", functools.partial(storage, workdir)))
+        checks.append(Check("disk", functools.partial(disk, workdir, config)))
     if config is not None:
-        yield Check("step", functools.partial(step, config))
+        checks.append(Check("step", functools.partial(step, config)))
+    return checks
 
 
 def main(argv: Sequence[str]) -> int:
@@ -286,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
     processes.initialize_processes()
     if jax.process_index() != 0:
         log.setLevel(logging.WARNING)
-    healthy = examine(list(_checks(config, workdir)))
+    healthy = examine(_checks(config, workdir))
     log.info("ready" if healthy else "not ready: fix the checks marked FAIL")
     return 0 if healthy else 1
 

@@ -4,8 +4,7 @@ XLA's own cost analysis counts the body of a loop once, however often it runs. H
 counted as often as it runs. The trip count of a loop whose condition compares a counter with a constant (a
 scan over layers or steps) is the distance from the counter's start to that constant, divided by its step; the
 compiler for TPUs does not annotate it. A loop that stops depending on its data (a search) is counted by the
-bound in its name, a scope `at_most_N_passes` (once without). The parts of one asynchronous collective count
-as one.
+bound in its name, a scope `at_most_N_passes` (once without).
 """
 
 from __future__ import annotations
@@ -17,48 +16,48 @@ import math
 import re
 from typing import NamedTuple
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+               "collective-permute", "collective-broadcast")  # fmt: skip
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}  # fmt: skip
+_CALLERS = ("while", "fusion", "call", "conditional")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"\b(calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Array(NamedTuple):
     """An array in the type of an instruction."""
 
-    dtype: str
     shape: tuple[int, ...]
+    bytes: int
     in_hbm: bool
 
-    @property
-    def bytes(self) -> int:
-        bits = _BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype.split("e")[0]) or 0)
-        return math.prod(self.shape) * bits // 8
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instruction:
+    """One line of a computation: `name = result op(operands), attributes`.
 
-class Instruction(NamedTuple):
-    """One line of a computation: `name = result op(operands), attributes`."""
+    Attributes:
+      argument: What the parentheses hold: a constant's value, a parameter's number.
+      called: Names of the computations that it runs, by the attribute that has them.
+    """
 
     name: str
     op: str
     result: list[Array]
-    operands: list[str]
+    operands: list[Instruction]
+    argument: str
     attributes: str
+    called: dict[str, list[str]]
     is_root: bool
 
-
-Computation = dict[str, Instruction]
+    def attribute(self, pattern: str, default: str = "") -> str:
+        """Returns the first group of a regular expression found in the attributes."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else default
 
 
 class Collective(NamedTuple):
@@ -69,7 +68,6 @@ class Collective(NamedTuple):
       count: Executions in one call.
       bytes: Bytes of one execution: the larger of a device's input and output.
       group: Number of devices that take part together.
-      path: Name of the operation in the JAX program.
       in_search: Whether it is in a loop whose length depends on data; `count` is then a bound.
       between_slices: Whether it crosses the network between TPU slices; `group` then counts slices.
     """
@@ -78,25 +76,19 @@ class Collective(NamedTuple):
     count: int
     bytes: int
     group: int
-    path: str
     in_search: bool
     between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A parsed program.
+    """Computations by name, and the name of the one that is called."""
 
-    Attributes:
-      computations: Computations by name.
-      entry: Name of the computation that is called.
-    """
-
-    computations: dict[str, Computation]
+    computations: dict[str, list[Instruction]]
     entry: str
 
-    def executions(self) -> tuple[Counter[str], set[str]]:
-        """Returns executions of every computation in one call, and the computations inside a search."""
+    def walk(self) -> Iterator[tuple[str, int, bool, Instruction]]:
+        """Yields `(computation, executions, in_search, instruction)` of everything that runs."""
         runs: Counter[str] = Counter()
         searching: set[str] = set()
 
@@ -104,69 +96,43 @@ class Program:
             runs[name] += times
             if in_search:
                 searching.add(name)
-            for instruction in self.computations[name].values():
-                if instruction.op == "while":
-                    (condition,) = _called(instruction, "condition")
-                    (body,) = _called(instruction, "body")
-                    trips, is_search = self._trips(self.computations[name], instruction, condition, body)
-                    visit(body, times * trips, in_search or is_search)
-                    visit(condition, times * trips, in_search or is_search)
-                elif instruction.op in ("fusion", "call", "conditional") or instruction.op.startswith(
-                    "async"
-                ):
-                    keys = ("calls", "to_apply", "true_computation", "false_computation",
-                            "branch_computations", "called_computations")  # fmt: skip
-                    for callee in _called(instruction, *keys):
-                        visit(callee, times, in_search)
+            for instruction in self.computations[name]:
+                trips, is_search = self._trips(instruction) if instruction.op == "while" else (1, False)
+                for callees in instruction.called.values():
+                    for callee in callees:
+                        visit(callee, times * trips, in_search or is_search)
 
         visit(self.entry, 1, False)
-        return runs, searching
+        for name, times in runs.items():
+            for instruction in self.computations[name]:
+                yield name, times, name in searching, instruction
 
-    def _trips(self, around: Computation, loop: Instruction, condition: str, body: str) -> tuple[int, bool]:
-        """Returns `(iterations, is_bound)` of a loop in the computation `around`."""
-        instructions = self.computations[condition]
-        root = _root(instructions)
-        if root.op == "compare" and "direction=LT" in root.attributes:
-            counter, bound = (instructions[operand] for operand in root.operands)
-            if bound.op == "constant":
-                place = re.search(r"index=(\d+)", counter.attributes)
-                index = int(place[1]) if place else 0
-                span = int(bound.operands[0]) - self._start(around, loop, index)
-                return -(-span // self._step(body, index)), False
+    def _trips(self, loop: Instruction) -> tuple[int, bool]:
+        """Returns `(iterations, whether that is a bound)` of a loop."""
+        test = self._root(loop.called["condition"][0])
+        if test.op == "compare" and "direction=LT" in test.attributes and test.operands[1].op == "constant":
+            counter, bound = test.operands
+            index = int(counter.attribute(r"index=(\d+)", "0"))
+            span = int(bound.argument) - _start(loop, index)
+            return -(-span // self._step(loop, index)), False
         bounds = re.findall(r"at_most_(\d+)_passes", loop.attributes)
         return int(bounds[-1]) if bounds else 1, True
 
-    def _start(self, around: Computation, loop: Instruction, index: int) -> int:
-        """Returns the start of a loop's counter, which is not 0 where XLA peeled the first iterations."""
-        state = around.get(loop.operands[0])
-        value = around.get(state.operands[index]) if state and state.op == "tuple" else None
-        while value and value.op in ("copy", "bitcast"):
-            value = around[value.operands[0]]
-        return int(value.operands[0]) if value and value.op == "constant" else 0
-
-    def _step(self, body: str, index: int) -> int:
+    def _step(self, loop: Instruction, index: int) -> int:
         """Returns the step of a loop's counter, which is more than 1 where XLA unrolled the loop."""
-        instructions = self.computations[body]
-        results = _root(instructions)
+        results = self._root(loop.called["body"][0])
         if results.op == "tuple":
-            new = instructions[results.operands[index]]
+            new = results.operands[index]
             if new.op == "fusion":
-                instructions = self.computations[_called(new, "calls")[0]]
-                new = _root(instructions)
-            added = [instructions[operand] for operand in new.operands if operand in instructions]
-            constants = [
-                int(instruction.operands[0]) for instruction in added if instruction.op == "constant"
-            ]
+                new = self._root(new.called["calls"][0])
+            constants = [operand.argument for operand in new.operands if operand.op == "constant"]
             if new.op == "add" and constants:
-                return constants[0]
+                return int(constants[0])
         return 1
 
-    def walk(self) -> Iterator[tuple[str, int, bool, Instruction]]:
-        """Yields `(computation, executions, in_search, instruction)` of everything that runs."""
-        runs, searching = self.executions()
-        for name, times in runs.items():
-            for instruction in self.computations[name].values():
-                yield name, times, name in searching, instruction
+    def _root(self, name: str) -> Instruction:
+        """Returns the instruction whose result is the result of the computation."""
+        return next(instruction for instruction in self.computations[name] if instruction.is_root)
 
     def matmul_flops(self) -> int:
         """Returns the FLOPs of matrix products: two for every product of two numbers.
@@ -174,54 +140,43 @@ class Program:
         Those of a Pallas kernel are as declared in its `pallas.CostEstimate`.
         """
         total = 0
-        for name, times, _, instruction in self.walk():
-            if instruction.op in ("dot", "convolution"):
-                left, right = (self.computations[name][o].result[0] for o in instruction.operands[:2])
-                count = _dot_flops if instruction.op == "dot" else _convolution_flops
-                total += times * count(instruction, left, right)
-            elif instruction.op == "custom-call" and (
-                declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
-            ):
-                total += times * int(declared[1])
+        for _, times, _, instruction in self.walk():
+            if instruction.op == "dot":
+                left = instruction.operands[0].result[0]
+                axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+                summed = math.prod(left.shape[axis] for axis in _integers(axes))
+                total += times * 2 * math.prod(instruction.result[0].shape) * summed
+            elif instruction.op == "convolution":
+                total += times * _convolution_flops(instruction)
+            elif instruction.op == "custom-call":
+                total += times * int(instruction.attribute(r'"cost_estimate":\{"flops":"(\d+)"', "0"))
         return total
 
     def collectives(self) -> list[Collective]:
         """Returns every collective; the parts of an asynchronous one, which share a channel, count as one."""
         collectives: dict[str, Collective] = {}
         for name, times, in_search, instruction in self.walk():
-            if (
-                instruction.op in ("send", "recv")
-                and "_xla_megascale_transfer_type" in instruction.attributes
-            ):
+            kind = instruction.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                if name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                sizes = [array.bytes for array in instruction.result]
+                moved = max(sizes) if instruction.op.endswith("-start") else sum(sizes)
+                if kind == "reduce-scatter":
+                    read = (array.bytes for operand in instruction.operands for array in operand.result)
+                    moved = max(moved, sum(read))
+                channel = instruction.attribute(r"channel_id=(\d+)")
+                key = f"{kind} {channel}" if channel else f"{name} {instruction.name}"
+                new = Collective(kind, times, moved, _group_size(instruction.attributes), in_search)
+            elif kind in ("send", "recv") and "_xla_megascale_transfer_type" in instruction.attributes:
                 # A pair of them is one collective: the data that is sent, and the data that comes back.
                 key, kind, slices = _between_slices(instruction.attributes)
-                moved = instruction.result[0].bytes
-                if key not in collectives or collectives[key].bytes < moved:
-                    collectives[key] = Collective(kind, times, moved, slices, "", in_search, True)
+                new = Collective(kind, times, instruction.result[0].bytes, slices, in_search, True)
+            else:
                 continue
-            kind = instruction.op.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            if name.lstrip("%").startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            results = [array.bytes for array in instruction.result]
-            moved = max(results) if instruction.op.endswith("-start") else sum(results)
-            if kind == "reduce-scatter":
-                moved = max(
-                    moved,
-                    sum(
-                        array.bytes
-                        for operand in instruction.operands
-                        for array in self.computations[name][operand].result
-                    ),
-                )
-            path = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            key = f"{kind} {channel[1]}" if channel else f"{name} {instruction.name}"
-            if key not in collectives or collectives[key].count < times:
-                group = _group_size(instruction.attributes)
-                where = path[1] if path else ""
-                collectives[key] = Collective(kind, times, moved, group, where, in_search)
+            old = collectives.get(key)
+            if not old or old.count < new.count or (new.between_slices and old.bytes < new.bytes):
+                collectives[key] = new
         return list(collectives.values())
 
     def hbm_bytes(self) -> int:
@@ -230,70 +185,53 @@ class Program:
         Fusions count what they read of their operands (the slice, where they slice) and what they write.
         Arrays that XLA keeps in a core's own memory cost nothing.
         """
-        total = 0
-        fused = {
-            callee
-            for computation in self.computations.values()
-            for instruction in computation.values()
-            if instruction.op == "fusion"
-            for callee in _called(instruction, "calls")
-        }
-        for name, times, _, instruction in self.walk():
-            if name not in fused:
-                total += times * self._bytes(self.computations[name], instruction)
-        return total
+        steps = list(self.walk())
+        fused = {step[3].called["calls"][0] for step in steps if step[3].op == "fusion"}
+        return sum(
+            times * self._bytes(instruction) for name, times, _, instruction in steps if name not in fused
+        )
 
-    def _bytes(self, computation: Computation, instruction: Instruction) -> int:
-        if instruction.op in _FREE or instruction.op.endswith(("-done", "-update")):
+    def _bytes(self, instruction: Instruction) -> int:
+        op, result, operands = instruction.op, instruction.result, instruction.operands
+        if op in _FREE or op.endswith(("-done", "-update")):
             return 0
-        if instruction.op == "copy-start":
-            return _hbm(instruction.result[:2])
-        if instruction.op in ("send", "recv"):
-            return _hbm(instruction.result[:1])
-        if instruction.op.endswith("-start"):
-            return _hbm(instruction.result[:1] and [max(instruction.result, key=lambda array: array.bytes)])
-        operands = [computation[operand].result for operand in instruction.operands if operand in computation]
-        if instruction.op == "dynamic-slice" or instruction.op == "slice":
-            return 2 * _hbm(instruction.result)
-        if instruction.op == "dynamic-update-slice":
-            return 2 * _hbm(operands[1])
-        if instruction.op == "fusion":
-            (callee,) = _called(instruction, "calls")
-            return self._fusion_bytes(self.computations[callee], operands, instruction.result)
-        return _hbm(instruction.result) + sum(_hbm(operand) for operand in operands)
+        if op == "copy-start":
+            return _hbm(result[:2])
+        if op in ("send", "recv"):
+            return _hbm(result[:1])
+        if op.endswith("-start"):
+            return _hbm([max(result, key=lambda array: array.bytes)])
+        if op in ("dynamic-slice", "slice"):
+            return 2 * _hbm(result)
+        if op == "dynamic-update-slice":
+            return 2 * _hbm(operands[1].result)
+        if op == "fusion":
+            return self._fusion_bytes(instruction)
+        return _hbm(result) + sum(_hbm(operand.result) for operand in operands)
 
-    def _fusion_bytes(self, fused: Computation, operands: list[list[Array]], result: list[Array]) -> int:
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for instruction in fused.values():
+    def _fusion_bytes(self, fusion: Instruction) -> int:
+        (callee,) = fusion.called["calls"]
+        users: dict[Instruction, list[Instruction]] = defaultdict(list)
+        for instruction in self.computations[callee]:
             for operand in instruction.operands:
                 users[operand].append(instruction)
         total = 0
-        for instruction in fused.values():
-            if instruction.op != "parameter":
+        for parameter in self.computations[callee]:
+            if parameter.op != "parameter":
                 continue
-            arrays = operands[int(instruction.operands[0])]
-            reads = users[instruction.name]
-            if reads and all(
-                user.op in ("dynamic-slice", "dynamic-update-slice")
-                and user.operands[0] == instruction.name
-                and instruction.name not in user.operands[1:]
-                for user in reads
-            ):
+            arrays, reads = fusion.operands[int(parameter.argument)].result, users[parameter]
+            if reads and all(_touches_slice(user, parameter) for user in reads):
                 sliced = sum(user.result[0].bytes for user in reads if user.op == "dynamic-slice")
                 total += sliced if arrays and arrays[0].in_hbm else 0
             else:
                 total += _hbm(arrays)
-        root = _root(fused)
-        while root.op == "bitcast":
-            root = fused[root.operands[0]]
-        parts = [fused[o] for o in root.operands] if root.op == "tuple" else [root]
-        if len(parts) != len(result):
-            return total + _hbm(result)
-        for part, array in zip(parts, result, strict=True):
-            while part.op == "bitcast":
-                part = fused[part.operands[0]]
+        root = _behind_bitcasts(self._root(callee))
+        parts = root.operands if root.op == "tuple" else [root]
+        if len(parts) != len(fusion.result):
+            return total + _hbm(fusion.result)
+        for part, array in zip(map(_behind_bitcasts, parts), fusion.result, strict=True):
             if part.op == "dynamic-update-slice" and array.in_hbm:
-                total += fused[part.operands[1]].result[0].bytes
+                total += part.operands[1].result[0].bytes
             else:
                 total += _hbm([array])
         return total
@@ -301,36 +239,33 @@ class Program:
 
 def parse(text: str) -> Program:
     """Returns the program of a text from `jax.stages.Compiled.as_text`."""
-    computations: dict[str, Computation] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
         elif parts := _INSTRUCTION.match(line):
-            instruction = _instruction(parts[2], parts[3], bool(parts[1]))
-            current[instruction.name] = instruction
-    return Program(computations, entry)
+            current[parts[2]] = _instruction(parts[2], parts[3], current, is_root=bool(parts[1]))
+    return Program({name: list(body.values()) for name, body in computations.items()}, entry)
 
 
-def _instruction(name: str, text: str, is_root: bool) -> Instruction:
+def _instruction(name: str, text: str, earlier: dict[str, Instruction], *, is_root: bool) -> Instruction:
     text = re.sub(r"/\*.*?\*/", "", text)
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    kind, _, tail = text[end:].lstrip(") ").partition("(")
+    op, _, tail = text[end:].lstrip(") ").partition("(")
     close = _closing(f"({tail}", 0) - 1
-    inside, attributes = tail[: close - 1], tail[close:]
-    arrays = [
-        Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" not in (layout or ""))
-        for dtype, dims, layout in _ARRAY.findall(text[:end])
-    ]
-    operands = re.findall(r"%([\w.\-]+)", inside) or [part for part in [inside.strip()] if part]
-    return Instruction(name, kind, arrays, operands, attributes, is_root)
-
-
-def _root(computation: Computation) -> Instruction:
-    """Returns the instruction whose result is the result of the computation."""
-    (root,) = (instruction for instruction in computation.values() if instruction.is_root)
-    return root
+    argument, attributes = tail[: close - 1].strip(), tail[close:]
+    result = []
+    for kind, bits, dimensions, layout in _ARRAY.findall(text[:end]):
+        shape = _integers(dimensions)
+        size = math.prod(shape) * (8 if kind == "pred" else int(bits or 0)) // 8
+        result.append(Array(shape, size, "S(" not in layout))
+    operands = [earlier[operand] for operand in _NAME.findall(argument) if operand in earlier]
+    called = {}
+    if op in _CALLERS or op.startswith("async"):
+        called = {key: _NAME.findall(names) for key, names in _CALLED.findall(attributes)}
+    return Instruction(name, op, result, operands, argument, attributes, called, is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -343,13 +278,31 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _called(instruction: Instruction, *keys: str) -> list[str]:
-    """Returns the names of the computations in these attributes."""
-    names = []
-    for key in keys:
-        if names_of := re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", instruction.attributes):
-            names += re.findall(r"%([\w.\-]+)", names_of[1])
-    return names
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
+
+
+def _start(loop: Instruction, index: int) -> int:
+    """Returns the start of a loop's counter, which is not 0 where XLA peeled the first iterations."""
+    state = loop.operands[0]
+    if state.op != "tuple":
+        return 0
+    value = state.operands[index]
+    while value.op in ("copy", "bitcast"):
+        value = value.operands[0]
+    return int(value.argument) if value.op == "constant" else 0
+
+
+def _behind_bitcasts(instruction: Instruction) -> Instruction:
+    while instruction.op == "bitcast":
+        instruction = instruction.operands[0]
+    return instruction
+
+
+def _touches_slice(user: Instruction, array: Instruction) -> bool:
+    """Returns whether an instruction reads or writes a slice of an array, and nothing else of it."""
+    slices = user.op in ("dynamic-slice", "dynamic-update-slice")
+    return slices and user.operands[0] is array and user.operands.count(array) == 1
 
 
 def _hbm(arrays: list[Array]) -> int:
@@ -357,11 +310,7 @@ def _hbm(arrays: list[Array]) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Returns the devices per group, in any of the three notations of XLA; 1 without groups.
-
-    Raises:
-      ValueError: The notation is unknown.
-    """
+    """Returns the devices per group, in any of the three notations of XLA; 1 without groups."""
     groups = re.search(r"replica_groups=(.*)", attributes)
     if groups is None:
         return 1
@@ -376,11 +325,7 @@ def _group_size(attributes: str) -> int:
 
 
 def _between_slices(attributes: str) -> tuple[str, str, int]:
-    """Returns `(name, kind of collective, number of slices)` of a transfer between TPU slices.
-
-    Raises:
-      ValueError: The notation is unknown.
-    """
+    """Returns `(name, kind of collective, number of slices)` of a transfer between TPU slices."""
     values = dict(re.findall(r'_xla_(\w+)="([^"]*)"', attributes))
     name = values.get("host_transfer_rendezvous")
     kind = values.get("megascale_transfer_type", "").lower().replace("_", "-")
@@ -390,35 +335,21 @@ def _between_slices(attributes: str) -> tuple[str, str, int]:
     return name, kind, len(slices[1].split(","))
 
 
-def _dot_flops(instruction: Instruction, left: Array, right: Array) -> int:
-    del right
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    axes = [int(axis) for axis in found[1].split(",")] if found and found[1] else []
-    return 2 * math.prod(instruction.result[0].shape) * math.prod(left.shape[axis] for axis in axes)
-
-
-def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> int:
+def _convolution_flops(instruction: Instruction) -> int:
     """Counts products outside the padding; XLA's TPU compiler writes batched products like this."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    assert labels is not None, instruction.attributes
-    lhs, rhs, out = labels.groups()
-    result = instruction.result[0]
-    total = 2 * left.shape[lhs.index("b")] * right.shape[rhs.index("i")] * right.shape[rhs.index("o")]
-    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    settings = dict(part.split("=") for part in window[1].split()) if window else {}
+    left, right = (operand.result[0].shape for operand in instruction.operands[:2])
+    lhs, rhs, out = re.split("_|->", instruction.attribute(r"dim_labels=([\w>\-]+)"))
+    window = dict(part.split("=") for part in instruction.attribute(r"window=\{([^}]*)\}").split())
+    total = 2 * left[lhs.index("b")] * right[rhs.index("i")] * right[rhs.index("o")]
     for number in range(len(lhs) - 2):
-        axis = str(number)
-        values = {
-            key: settings[key].split("x")[number] if key in settings else default
-            for key, default in {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}.items()
-        }
-        low = int(values["pad"].split("_")[0])
-        stride, spread, dilation = (int(values[k]) for k in ("stride", "lhs_dilate", "rhs_dilate"))
-        reach = (left.shape[lhs.index(axis)] - 1) * spread
+        axis, values = str(number), {key: value.split("x")[number] for key, value in window.items()}
+        stride, step, dilation = (int(values.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(values.get("pad", "0").split("_")[0])
+        reach = (left[lhs.index(axis)] - 1) * step
         total *= sum(
-            0 <= position <= reach and position % spread == 0
-            for o in range(result.shape[out.index(axis)])
-            for tap in range(right.shape[rhs.index(axis)])
+            0 <= position <= reach and position % step == 0
+            for o in range(instruction.result[0].shape[out.index(axis)])
+            for tap in range(right[rhs.index(axis)])
             for position in [o * stride - low + tap * dilation]
         )
     return total

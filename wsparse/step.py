@@ -170,7 +170,7 @@ class Program:
     init: Callable[[], TrainState]
     step: jax.stages.Wrapped
     evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
-    project: Callable[[model.Params], model.Params]
+    project: jax.stages.Wrapped
     alive: Callable[..., jax.Array]
 
 
