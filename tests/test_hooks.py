@@ -249,9 +249,15 @@ def test_tokens_without_a_batch_are_refused(params):
         hooks.run_with_cache(params, TOKENS[0], CONFIG)
 
 
-def test_the_table_in_the_docs_is_the_codes_own():
-    text = DOCS.read_text()
-    assert hooks.table() in text
-    documented = set(re.findall(r"`blocks\.\{i\}\.([\w.]+)`", hooks.table()))
-    assert documented == {*SAME, "hook_resid_post"}
-    assert documented == {n.split(".", 2)[2] for n in hooks.names(CONFIG) if n.startswith("blocks")}
+def test_the_table_in_the_docs_names_every_hook_with_its_place_and_shape(cached):
+    _, cache = cached
+    sizes = {"B": 2, "T": 7, "D": 16, "R": 16, "H": 2, "K": 4, "F": 12}
+    rows = re.findall(r"\| `(\S+)` \| `blocks\.\{i\}\.(\S+)` \| \(([^)]*)\) \|", DOCS.read_text())
+    for ours, hook, shape in rows:
+        value = cache[f"blocks.0.{hook}"]
+        assert value.shape == tuple(sizes[letter] for letter in shape.split(", "))
+        same = cache[ours.replace("{i}", "0").replace("{i+1}", "1")]
+        np.testing.assert_array_equal(value.reshape(same.shape), same)
+    documented = [hook for _, hook, _ in rows]
+    assert sorted(documented) == sorted({*SAME, "hook_resid_post"})
+    assert set(documented) == {n.split(".", 2)[2] for n in hooks.names(CONFIG) if n.startswith("blocks")}

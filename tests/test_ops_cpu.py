@@ -264,7 +264,7 @@ def test_products_work_under_vmap_of_either_side():
     k=hnp.arrays(np.int32, 3, elements=st.integers(-2, 40)),
 )
 def test_selections_of_matrices_equal_the_plain_jax(keys, k):
-    (got,) = cpu.largest_of_each([jnp.asarray(keys)], [jnp.asarray(k)])
+    (got,) = cpu.largest_per_matrix([jnp.asarray(keys)], [jnp.asarray(k)])
     order = np.argsort(-keys.reshape(3, -1).astype(np.int64), axis=1, kind="stable")
     rank = np.argsort(order, axis=1).reshape(keys.shape)
     np.testing.assert_array_equal(got, (rank < k[:, None, None]) & (keys > 0))

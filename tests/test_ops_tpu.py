@@ -234,7 +234,7 @@ def test_attention_over_a_mesh_has_batches_and_heads_apart(batch, spread):
         return y, pull(dy)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        rows, tiles = tpu.spread(batch, 2, last=("tensor",))
+        rows, tiles = tpu.partition(batch, 2, last=("tensor",))
     assert P(rows, None, tiles) == spread
     placed = jax.device_put((q, k, v, sink, dy), NamedSharding(mesh, P()))
 
@@ -314,7 +314,7 @@ def test_any_width_compiles(compiled):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_a_whole_matrix_is_read_once_and_its_mask_written_once(compiled, dtype):
     def project(w, k):
-        (selection,) = top_k.select([w], [k], neuron_axes=[1], min_per_neuron=4, whole=True)
+        (selection,) = top_k.select([w], [k], neuron_axes=[1], min_per_neuron=4, replicated=True)
         return selection
 
     shape = (4, 256, 512)

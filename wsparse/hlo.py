@@ -22,7 +22,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
          "call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"}  # fmt: skip
 _CALLERS = ("while", "fusion", "call", "conditional")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z][\w\-]*)"
+    r"\((?P<argument>.*?)\)(?:, (?P<attributes>.*))?$"
+)
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -246,36 +249,22 @@ def parse(text: str) -> Program:
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
         elif parts := _INSTRUCTION.match(line):
-            current[parts[2]] = _instruction(parts[2], parts[3], current, is_root=bool(parts[1]))
+            current[parts["name"]] = _instruction(parts, current)
     return Program({name: list(body.values()) for name, body in computations.items()}, entry)
 
 
-def _instruction(name: str, text: str, earlier: dict[str, Instruction], *, is_root: bool) -> Instruction:
-    text = re.sub(r"/\*.*?\*/", "", text)
-    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    op, _, tail = text[end:].lstrip(") ").partition("(")
-    close = _closing(f"({tail}", 0) - 1
-    argument, attributes = tail[: close - 1].strip(), tail[close:]
+def _instruction(parts: re.Match[str], earlier: dict[str, Instruction]) -> Instruction:
+    op, argument, attributes = parts["op"], parts["argument"], parts["attributes"] or ""
     result = []
-    for kind, bits, dimensions, layout in _ARRAY.findall(text[:end]):
+    for kind, bits, dimensions, layout in _ARRAY.findall(parts["type"]):
         shape = _integers(dimensions)
         size = math.prod(shape) * (8 if kind == "pred" else int(bits or 0)) // 8
         result.append(Array(shape, size, "S(" not in layout))
-    operands = [earlier[operand] for operand in _NAME.findall(argument) if operand in earlier]
+    operands = [earlier[name] for name in _NAME.findall(argument) if name in earlier]
     called = {}
     if op in _CALLERS or op.startswith("async"):
         called = {key: _NAME.findall(names) for key, names in _CALLED.findall(attributes)}
-    return Instruction(name, op, result, operands, argument, attributes, called, is_root)
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the position after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] == "(") - (text[position] == ")")
-        if depth == 0:
-            return position + 1
-    return len(text)
+    return Instruction(parts["name"], op, result, operands, argument, attributes, called, bool(parts["root"]))
 
 
 def _integers(text: str) -> tuple[int, ...]:

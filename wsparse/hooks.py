@@ -5,15 +5,14 @@
 
 Both are `wsparse.model.forward` with a tap. A name is "3.attn.q" (layer 3), "attn.q" (all layers),
 "final_resid", or TransformerLens's name of the same place, "blocks.3.attn.hook_q"; docs/hooks.md lists them
-all, and `python -m wsparse.hooks` prints that table. Under TransformerLens's names heads have an axis of
-their own, as they have there.
+all. Under TransformerLens's names heads have an axis of their own, as they have there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -28,23 +27,9 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool]
 # From a value to its replacement, of the same shape and dtype.
 ValueTap = Callable[[jax.Array], jax.Array]
 
-_FINAL = "final_resid"
-_LAYERED = tuple(location for location in LOCATIONS if location != _FINAL)
-_LOCATION_OF = {kind.hook: location for location, kind in LOCATIONS.items() if kind.hook}
-# The stream after a block is what the next one finds there.
-_RESID_POST = "hook_resid_post"
-# What follows (B, T) in the shapes under TransformerLens's names.
-_SHAPES = {"residual": "D", "read": "R", "heads": "H, K", "neurons": "F"}
-
 
 class _Place(NamedTuple):
-    """A parsed name.
-
-    Attributes:
-      location: Location in the model.
-      layer: Layer; None for all of them.
-      split_heads: Whether heads have an axis of their own.
-    """
+    """Where a name is: in all layers if `layer` is None; with an axis for heads if `split_heads`."""
 
     location: str
     layer: int | None
@@ -87,12 +72,26 @@ class Activations(Mapping[str, jax.Array]):
         return f"Activations({len(self)} of {self._config.n_layer} layers: {', '.join(shown)})"
 
 
+@functools.cache
+def _places(config: ModelConfig) -> dict[str, _Place]:
+    """Returns the place of every name of a layer: ours in the order of the forward pass, then the others."""
+    ours, theirs = {}, {}
+    for i in range(config.n_layer):
+        for location, kind in LOCATIONS.items():
+            if location != "final_resid":
+                ours[f"{i}.{location}"] = _Place(location, i)
+            if kind.hook:
+                theirs[f"blocks.{i}.{kind.hook}"] = _Place(location, i, kind.channels == "heads")
+        # The stream after a block is what the next one finds there.
+        last = i + 1 == config.n_layer
+        post = _Place("final_resid", None) if last else _Place("attn.resid_in", i + 1)
+        theirs[f"blocks.{i}.hook_resid_post"] = post
+    return ours | {"final_resid": _Place("final_resid", None)} | theirs
+
+
 def names(config: ModelConfig) -> tuple[str, ...]:
     """Returns all names of single layers: ours in the order of the forward pass, then TransformerLens's."""
-    layers = range(config.n_layer)
-    ours = [f"{i}.{location}" for i in layers for location in _LAYERED]
-    hooks = [*_LOCATION_OF, _RESID_POST]
-    return (*ours, _FINAL, *(f"blocks.{i}.{hook}" for i in layers for hook in hooks))
+    return tuple(_places(config))
 
 
 def run_with_cache(
@@ -117,16 +116,7 @@ def run_with_cache(
     Raises:
       UserError: A name is unknown (the nearest valid one is given), or the tokens are not `(B, T)`.
     """
-    selected = _select(names_filter, config)
-    locations = frozenset(_resolve(name, config).location for name in selected)
-    logits_BTV, acts = _forward(params, _checked(tokens_BT), config, locations)
-    return logits_BTV, Activations(acts, config, selected)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "locations"))
-def _forward(params, tokens_BT, config, locations):
-    logits_BTV, acts = model.forward(params, tokens_BT, config)
-    return logits_BTV, {name: value for name, value in acts.items() if name in locations}
+    return _run(params, tokens_BT, config, {}, names_filter)
 
 
 def run_with_taps(
@@ -151,19 +141,31 @@ def run_with_taps(
     Raises:
       UserError: As `run_with_cache`, or a function changes the shape.
     """
+    return _run(params, tokens_BT, config, taps, None)
+
+
+def _run(params, tokens_BT, config, taps, names_filter):
+    tokens_BT = jnp.asarray(tokens_BT)
+    if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise UserError(
+            f"tokens must be integers of shape (batch, time), got {tokens_BT.dtype} of shape "
+            f"{tokens_BT.shape}"
+        )
+    selected = _select(names_filter, config)
+    locations = frozenset(_resolve(name, config).location for name in selected)
     for name in taps:
         _resolve(name, config)
     leaves, structure = jax.tree.flatten(tuple(taps.values()))
     functions = tuple(leaf if callable(leaf) else None for leaf in leaves)
     arrays = tuple(None if callable(leaf) else leaf for leaf in leaves)
     logits_BTV, acts = _forward_with_taps(
-        params, _checked(tokens_BT), config, tuple(taps), structure, functions, arrays
+        params, tokens_BT, config, locations, tuple(taps), structure, functions, arrays
     )
-    return logits_BTV, Activations(acts, config, _select(None, config))
+    return logits_BTV, Activations(acts, config, selected)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tap_names", "structure", "functions"))
-def _forward_with_taps(params, tokens_BT, config, tap_names, structure, functions, arrays):
+@functools.partial(jax.jit, static_argnames=("config", "locations", "tap_names", "structure", "functions"))
+def _forward_with_taps(params, tokens_BT, config, locations, tap_names, structure, functions, arrays):
     leaves = [a if f is None else f for f, a in zip(functions, arrays, strict=True)]
     value_taps = dict(zip(tap_names, jax.tree.unflatten(structure, leaves), strict=True))
 
@@ -178,21 +180,14 @@ def _forward_with_taps(params, tokens_BT, config, tap_names, structure, function
                     value = lax.cond(location.layer == place.layer, change, lambda x: x, value)
         return value
 
-    return model.forward(params, tokens_BT, config, tap=tap)
+    logits_BTV, acts = model.forward(params, tokens_BT, config, tap=tap if tap_names else None)
+    return logits_BTV, {name: value for name, value in acts.items() if name in locations}
 
 
 def set_node(name: str, config: ModelConfig, value: float = 0.0) -> dict[str, ValueTap]:
-    """Returns taps for `run_with_taps` that set one node to `value` at every token.
+    """Returns taps for `run_with_taps` that set one node, such as "1.mlp.post_act.33", at every token.
 
     Channel and value are traced: a loop over the nodes of a layer's location compiles once.
-
-    Args:
-      name: Name of a node, such as "1.mlp.post_act.33".
-      config: Model config.
-      value: What the node becomes; 0 ablates it.
-
-    Raises:
-      UserError: The model has no such node.
     """
     node = Node.parse(name, config)
     set_channel = jax.tree_util.Partial(_set_channel, node.channel, value)
@@ -217,16 +212,6 @@ def _split_heads(value: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.reshape(value, (*value.shape[:-1], config.n_head, config.d_head))
 
 
-def _checked(tokens_BT: Any) -> jax.Array:
-    tokens_BT = jnp.asarray(tokens_BT)
-    if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-        raise UserError(
-            f"tokens must be integers of shape (batch, time), got {tokens_BT.dtype} of shape "
-            f"{tokens_BT.shape}"
-        )
-    return tokens_BT
-
-
 def _select(names_filter: NamesFilter | None, config: ModelConfig) -> tuple[str, ...]:
     if names_filter is None:
         return tuple(name for name in names(config) if not name.startswith("blocks."))
@@ -240,18 +225,8 @@ def _select(names_filter: NamesFilter | None, config: ModelConfig) -> tuple[str,
 def _resolve(name: str, config: ModelConfig) -> _Place:
     if name in LOCATIONS:
         return _Place(name, None)
-    known = name in names(config)
-    if known and name.startswith("blocks."):
-        _, number, hook = name.split(".", 2)
-        layer = int(number)
-        if hook == _RESID_POST:
-            last = layer + 1 == config.n_layer
-            return _Place(_FINAL, None) if last else _Place("attn.resid_in", layer + 1)
-        location = _LOCATION_OF[hook]
-        return _Place(location, layer, LOCATIONS[location].channels == "heads")
-    if known:
-        number, location = name.split(".", 1)
-        return _Place(location, int(number))
+    if place := _places(config).get(name):
+        return place
     block, _, hook = name.rpartition(".attn.hook_pattern")
     if block and not hook:
         q, k = (f"cache['{block}.attn.hook_{letter}']" for letter in "qk")
@@ -259,24 +234,8 @@ def _resolve(name: str, config: ModelConfig) -> _Place:
             f"{name!r} is not recorded; it is model.attention_pattern({q}, {k}, sink), with sink the "
             "layer's params['blocks']['attn']['sink'], or None in a model without sinks"
         )
-    near = closest(name, (*names(config), *_LAYERED))
+    near = closest(name, (*names(config), *LOCATIONS))
     raise UserError(
         f"there is no activation {name!r} in a model of {config.n_layer} layers{near}; "
         "docs/hooks.md lists the names"
     )
-
-
-def table() -> str:
-    """Returns the names side by side, in Markdown."""
-    lines = ["| wsparse | TransformerLens | shape there | |", "|---|---|---|---|"]
-    for location, kind in LOCATIONS.items():
-        if kind.hook:
-            note = f"{kind.meaning}: with the gain" if kind.channels == "read" else ""
-            shape = f"(B, T, {_SHAPES[kind.channels]})"
-            lines.append(f"| `{{i}}.{location}` | `blocks.{{i}}.{kind.hook}` | {shape} | {note} |")
-    post = f"| `{{i+1}}.attn.resid_in` | `blocks.{{i}}.{_RESID_POST}` | (B, T, D) |"
-    return "\n".join([*lines, f"{post} `final_resid` for the last layer |"]) + "\n"
-
-
-if __name__ == "__main__":
-    print(table(), end="")

@@ -1,12 +1,11 @@
 """The transformer: a pure function of `(config, params)`, and the one forward pass of the codebase.
 
-How flax is used. Modules of `flax.linen` are leaves: they declare parameters by name, draw their initial
-values, and compute; none holds state or a random key while it runs. There is no module of the whole model,
-no `nn.scan` and no `nn.remat`: `forward` applies one `Block` under `jax.lax.scan` to parameters stacked on a
-leading layer axis. So parameters are plain nested dicts whose paths are the model's public names (rule
-tables for sparsity, sharding and weight decay match them), a program has the same size at every depth, and
-whatever looks at or changes the inside of the model is an argument, the tap (`wsparse.taps`), not a module.
-Each module returns its activations beside its output. Flax is imported here only.
+Modules of `flax.linen` are leaves: they declare parameters by name, draw their initial values, and compute;
+none holds state or a random key while it runs. There is no module of the whole model, no `nn.scan` and no
+`nn.remat`: `forward` applies one `Block` under `jax.lax.scan` to parameters stacked on a leading layer axis.
+So parameters are plain nested dicts whose paths are the model's public names (rule tables for sparsity,
+sharding and weight decay match them), a program has the same size at every depth, and whatever looks at or
+changes the inside of the model is an argument, the tap (`wsparse.taps`). Flax is imported here only.
 
 Shapes are named by suffixes: B batch, T time, D d_model, R read width (d_model and concatenated
 positions), H head, K d_head, E all heads' channels, F d_mlp, V vocab, P positions of logits. A leading L is
@@ -54,15 +53,10 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     x_BTD = jnp.zeros((1, 1, config.d_model))
     positions_TP = jnp.zeros((1, config.d_pos)) if config.concatenates_positions else None
     embed_key, block_key, head_key = (jax.random.fold_in(key, i) for i in range(3))
-
-    def unchanged(location, value):
-        del location
-        return value
-
     embed = Embed(config).init(embed_key, tokens_BT)["params"]
     layer_keys = jax.vmap(lambda i: jax.random.fold_in(block_key, i))(jnp.arange(config.n_layer))
     block = Block(config)
-    blocks = jax.vmap(lambda k: block.init(k, x_BTD, positions_TP, unchanged)["params"])(layer_keys)
+    blocks = jax.vmap(lambda k: block.init(k, x_BTD, positions_TP, taps.identity)["params"])(layer_keys)
     head = Head(config).init(head_key, x_BTD, tokens_BT, embed["tokens"])["params"]
     return {"embed": embed, "blocks": blocks, "head": head}
 
@@ -84,7 +78,7 @@ def forward(
       config: Model config (static under jit).
       tap: Function `(location, value) -> value`, called at every location of `wsparse.nodes` with the
         value of all tokens; what it returns is what later computation and the returned activations see.
-      positions_BP: Int positions at which logits are wanted; None is all of them. The unembedding of
+      positions_BP: Int positions at which logits are computed; None is all of them. The unembedding of
         a small model is a large part of its cost.
       record: Whether to return activations. Without them, and with `positions_BP`, the last layer is
         computed at those positions alone, if the tap is `position_wise` (see `wsparse.taps`) or None.
@@ -92,9 +86,8 @@ def forward(
 
     Returns:
       `(logits_BTV, acts)`: logits in float32 (`(B, P, V)` with `positions_BP`; float64 for a float64
-      model), and the value at each location: `acts["attn.q"]` is `(L, B, T, H * K)`, and so on for all of
-      `wsparse.nodes.LOCATIONS`; "final_resid" is `(B, T, D)`. The compiler removes what the caller does
-      not use. Empty when not recorded.
+      model), and the values by location, `(L, B, T, N)`; "final_resid" is `(B, T, D)`. The compiler removes
+      what the caller does not use. `acts` is empty when not recorded.
 
     Raises:
       UserError: The sequence is longer than the context.
@@ -141,8 +134,7 @@ def count_parameters(params: Params) -> int:
 def forward_flops(config: ModelConfig, tokens: int) -> int:
     """Returns the FLOPs of the matrix products of a forward pass over `tokens` tokens in full windows.
 
-    Two for each weight and token, and for each score and weighted value of the full, unmasked attention. A
-    forward and backward pass needs three times as many.
+    Two for each weight and token, and for each score and weighted value of the full, unmasked attention.
     """
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     kernels = [leaf for path, leaf in trees.flatten(shapes["blocks"]).items() if "kernel" in path]
@@ -151,7 +143,7 @@ def forward_flops(config: ModelConfig, tokens: int) -> int:
 
 
 def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
-    # Flax types what `apply` returns by what it may return with mutable collections, which there are not.
+    # Flax's type of the result allows for mutable collections.
     return module.apply({"params": params}, *args)
 
 
@@ -163,10 +155,9 @@ def _node(config: ModelConfig, tap: taps.Tap | None, layer: Any, name: str, valu
 
 def _n_kept(config: ModelConfig, site: str | None, value: jax.Array) -> int:
     """Returns how many channels AbsTopK keeps of a value: all where it does not act."""
-    width = value.shape[-1]
     if config.abs_top_k_fraction is None or site not in config.abs_top_k_sites:
-        return width
-    return int(config.abs_top_k_fraction * width)
+        return value.shape[-1]
+    return int(config.abs_top_k_fraction * value.shape[-1])
 
 
 def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -252,9 +243,7 @@ class Attention(nn.Module):
             linear = Linear(config.attention_width, use_bias=config.bias, name=name)
             y_BTE = acts[f"attn.{name}"] = node(f"attn.{name}", linear(read_BTR))
             heads.append(jnp.reshape(y_BTE, (*y_BTE.shape[:2], config.n_head, config.d_head)))
-        sink_H = None
-        if config.sink:
-            sink_H = self.param("sink", nn.initializers.zeros, (config.n_head,))
+        sink_H = self.param("sink", nn.initializers.zeros, (config.n_head,)) if config.sink else None
         q_BTHK, k_BTHK, v_BTHK = heads
         y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, sink_H, positions_BP)
         y_BTE = jnp.reshape(y_BTHK, (*y_BTHK.shape[:2], config.attention_width))
@@ -299,10 +288,8 @@ class Block(nn.Module):
             if positions_TP is None:
                 return read_BTR
             position = Norm(config, name=f"{name}_pos_norm")(positions_TP)
-            if at_BP is None:
-                position = jnp.broadcast_to(position[None], (*x_BTD.shape[:2], config.d_pos))
-            else:
-                position = jnp.take(position, at_BP, axis=0)
+            position = position[None] if at_BP is None else jnp.take(position, at_BP, axis=0)
+            position = jnp.broadcast_to(position, (*x_BTD.shape[:2], config.d_pos))
             return jnp.concatenate([read_BTR, position], axis=-1)
 
         def add(x_BTD, delta_BTD, site):
@@ -311,14 +298,14 @@ class Block(nn.Module):
                 x_BTD = jax.nn.relu(x_BTD)
             return abs_top_k(x_BTD, _n_kept(config, site, x_BTD))
 
-        x_BTD = resid_in_BTD = node("attn.resid_in", x_BTD)
+        acts = {}
+        x_BTD = acts["attn.resid_in"] = node("attn.resid_in", x_BTD)
         delta_BTD, attention_acts = Attention(config, name="attn")(read("attn", x_BTD), node, positions_BP)
         if positions_BP is not None:
             x_BTD = _take_positions(x_BTD, positions_BP)
-        x_BTD = resid_mid_BTD = node("mlp.resid_mid", add(x_BTD, delta_BTD, "resid_post_attn"))
+        x_BTD = acts["mlp.resid_mid"] = node("mlp.resid_mid", add(x_BTD, delta_BTD, "resid_post_attn"))
         delta_BTD, mlp_acts = MLP(config, name="mlp")(read("mlp", x_BTD, positions_BP), node)
-        acts = {"attn.resid_in": resid_in_BTD, **attention_acts, "mlp.resid_mid": resid_mid_BTD, **mlp_acts}
-        return add(x_BTD, delta_BTD, "resid_post_mlp"), acts
+        return add(x_BTD, delta_BTD, "resid_post_mlp"), acts | attention_acts | mlp_acts
 
 
 class Head(nn.Module):

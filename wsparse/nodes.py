@@ -15,6 +15,7 @@ from wsparse.config import ModelConfig
 from wsparse.errors import UserError, closest
 
 Channels = Literal["residual", "read", "heads", "neurons"]
+_WIDTHS = {"residual": "d_model", "read": "read_width", "heads": "attention_width", "neurons": "mlp_width"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,7 @@ class NodeKind:
 
     def width(self, config: ModelConfig) -> int:
         """Returns the number of channels."""
-        widths = {
-            "residual": config.d_model,
-            "read": config.read_width,
-            "heads": config.attention_width,
-            "neurons": config.mlp_width,
-        }
-        return widths[self.channels]
+        return getattr(config, _WIDTHS[self.channels])
 
 
 _Q, _K, _V = (f"blocks/attn/{name}/kernel" for name in "qkv")
@@ -97,17 +92,13 @@ class Connection(NamedTuple):
         return f"{self.kernel.removesuffix('kernel')}bias"
 
 
-def _connections() -> tuple[Connection, ...]:
-    target_of = {path: name for name, kind in NODES.items() for path in kind.incoming}
-    return tuple(
-        Connection(name, target_of[path], path, 1 if kind.channels == "read" else 0)
-        for name, kind in NODES.items()
-        for path in kind.outgoing
-    )
-
-
+_TARGET_OF = {path: name for name, kind in NODES.items() for path in kind.incoming}
 # Gao et al. 2025: act_in to q, k, v; v to resid_delta; act_in to post_act; post_act to resid_delta.
-CONNECTIONS = _connections()
+CONNECTIONS = tuple(
+    Connection(name, _TARGET_OF[path], path, 1 if kind.channels == "read" else 0)
+    for name, kind in NODES.items()
+    for path in kind.outgoing
+)
 
 _NAME = re.compile(r"(0|[1-9]\d*)\.(\w+\.\w+)\.(0|[1-9]\d*)", re.ASCII)
 
@@ -124,14 +115,10 @@ class Node(NamedTuple):
 
     @classmethod
     def parse(cls, name: str, config: ModelConfig | None = None) -> Node:
-        """Returns the node of a name "layer.location.channel".
-
-        Args:
-          name: Name as `str(node)` gives it.
-          config: Model that must have the node; None accepts any layer and channel.
+        """Returns the node of a name as `str(node)` gives it, "layer.location.channel".
 
         Raises:
-          UserError: The name has another form, an unknown location, or is not in the model.
+          UserError: The name has another form, an unknown location, or is not in the model of `config`.
         """
         match = _NAME.fullmatch(name) if len(name) < 80 else None
         if match is None:
@@ -161,15 +148,10 @@ class Node(NamedTuple):
 _ORDER = {location: i for i, location in enumerate(NODES)}
 
 
-# Taps lived here before; they need jax, which reading a circuit does not.
-_IN_TAPS = (
-    "Location", "MeanAblation", "Tap", "ablate", "at_layer", "compose", "identity", "mask", "patch",
-)  # fmt: skip
-
-
 def __getattr__(name: str) -> Any:
-    if name in _IN_TAPS:
-        from wsparse import taps
+    """Finds taps, which lived here before; they need jax, which reading a circuit does not."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from wsparse import taps
 
-        return getattr(taps, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(taps, name)

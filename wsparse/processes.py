@@ -16,6 +16,9 @@ import numpy as np
 
 from wsparse.errors import UserError
 
+_PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LONGEST = 1024
+
 
 def initialize_processes() -> None:
     """Join the other processes of the job, where the environment says that there are any.
@@ -55,15 +58,7 @@ def gather(text: str) -> list[str]:
 
 
 def require_same(text: str, what: str) -> None:
-    """Refuse to go on when processes do not agree on `text`.
-
-    Args:
-      text: Text that must be the same in all processes.
-      what: Name of what the text stands for, for the message.
-
-    Raises:
-      UserError: A process differs from the first one.
-    """
+    """Raises `UserError` when processes do not agree on `text`, which the message calls `what`."""
     texts = gather(text)
     other = next((process for process, copy in enumerate(texts) if copy != texts[0]), None)
     if other is not None:
@@ -74,12 +69,7 @@ def require_same(text: str, what: str) -> None:
 
 
 def blind_processes(path: epath.PathLike, *, seconds: float = 60) -> list[int]:
-    """Returns the processes that do not see a file of process 0, which is none of them on shared storage.
-
-    Args:
-      path: Path of the file.
-      seconds: Time that a network's file system may take to show it.
-    """
+    """Returns the processes that do not see a file of process 0 in time: none on shared storage."""
     deadline = time.monotonic() + seconds
     path = epath.Path(path)
     # The first call waits for the writer.
@@ -93,10 +83,6 @@ def accelerators() -> list[str]:
     """Returns the accelerators that this machine seems to have, "tpu" or "cuda", without asking jax."""
     kinds = {"tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
     return [kind for kind, patterns in kinds.items() if any(map(glob.glob, patterns))]
-
-
-_PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_LONGEST = 1024
 
 
 def _arguments_from_environment() -> dict[str, Any]:
@@ -119,17 +105,13 @@ def _arguments_from_environment() -> dict[str, Any]:
 def _in_a_cluster() -> bool:
     """Returns whether jax would find other processes, or a slice of a pod, by itself."""
     environment = os.environ
-    # Only a step that srun began has this: in a batch script of Slurm itself, python is alone.
-    slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+    may_use_tpu = importlib.util.find_spec("libtpu") and "cpu" not in environment.get("JAX_PLATFORMS", "")
     return (
-        slurm
+        # Only a step that srun began has the list: in a batch script of Slurm itself, python is alone.
+        ("SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1)
         or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         # The hosts of a Cloud TPU slice know each other from the metadata server alone.
-        or ("tpu" in accelerators() and _may_use_tpu())
+        or ("tpu" in accelerators() and bool(may_use_tpu))
     )
-
-
-def _may_use_tpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None and "cpu" not in os.environ.get("JAX_PLATFORMS", "")

@@ -31,8 +31,7 @@ AXES = ("data", "fsdp", "tensor")
 _NEURONS = ("tensor", "fsdp")
 
 # Matched against the end of a path, so that an optimizer's moments follow their parameters. Layers are
-# never sharded: a scan walks over them. Bookkeeping and scalars are replicated. Strict: a parameter of the
-# model that is not mentioned is an error.
+# never sharded: a scan walks over them. Strict: a parameter of the model that is not mentioned is an error.
 RULES: trees.Rules[P] = (
     (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step)", P()),
     *(
@@ -87,21 +86,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # An axis may be as long as part of an axis of the slice: 16 of 4 x 8 chips.
     if slices > 1:
         inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-        placed = mesh_utils.create_hybrid_device_mesh(
-            inside, between, devices, allow_split_physical_axes=True
-        )
+        make = mesh_utils.create_hybrid_device_mesh
+        placed = make(inside, between, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
-    """Returns a `NamedSharding` for each leaf of a tree of arrays or shapes.
+    """Returns a `NamedSharding` for each leaf of a tree of arrays or shapes; strict like `trees.match`.
 
     A mesh axis that does not divide a leaf's dimension is dropped from that dimension, which is logged once.
-
-    Raises:
-      UserError: No rule matches a leaf.
     """
 
     def place(path, leaf):
@@ -145,22 +140,13 @@ def _divisible(path: str, shape: Sequence[int], mesh: Mesh, spec: P) -> P:
 @functools.cache
 def _log_dropped(name: str, dimension: int, size: int, axis: str, devices: int) -> None:
     log.info(
-        "%s is not sharded over %s: its dimension %d, of size %d, does not divide over %d devices",
-        name, axis, dimension, size, devices,
-    )  # fmt: skip
-
-
-def batch_sharding(mesh: Mesh, spec: P = BATCH) -> NamedSharding:
-    """Returns the sharding of a training batch: sequences over the data and fsdp axes."""
-    return NamedSharding(mesh, spec)
+        f"{name} is not sharded over {axis}: its dimension {dimension}, of size {size}, "
+        f"does not divide over {devices} devices"
+    )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
-    """Refuse a batch that does not divide over the devices.
-
-    Raises:
-      UserError: The sequences per accumulation step are not a multiple of the data-parallel devices.
-    """
+    """Raises `UserError` for a batch that does not divide over the devices."""
     parallel = mesh.shape["data"] * mesh.shape["fsdp"]
     if (batch_size // accumulate) % parallel:
         raise UserError(
@@ -172,13 +158,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 def local_rows(mesh: Mesh, batch_size: int, accumulate: int = 1) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, ascending.
 
-    Args:
-      mesh: Devices of all processes, in any order.
-      batch_size: Rows of the global batch, `accumulate` micro-batches one after the other.
-      accumulate: Number of micro-batches; each is sharded over the devices.
+    The batch is `accumulate` micro-batches one after the other, each sharded over the devices of the mesh.
     """
     size = batch_size // accumulate
-    rows = batch_sharding(mesh, P(BATCH[1]))
+    rows = NamedSharding(mesh, P(BATCH[1]))
     held = np.zeros(size, bool)
     for index in rows.addressable_devices_indices_map((size,)).values():
         held[index] = True
@@ -206,4 +189,4 @@ def put_batch(local: np.ndarray, mesh: Mesh, spec: P = BATCH, *, size: int | Non
         rows = slice(first, first + stop - start)
         return local[(*index[:axis], rows, *index[axis + 1 :])]
 
-    return jax.make_array_from_callback(shape, batch_sharding(mesh, spec), shard)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), shard)

@@ -23,7 +23,7 @@ from wsparse.config import ModelConfig, TrainConfig
 from wsparse.nodes import CONNECTIONS
 
 # The sharding of a batch of held-out windows.
-EVAL_BATCH = P(("data", "fsdp"), None)
+EVAL_BATCH = P(sharding.BATCH[1], None)
 
 # Weight decay acts on matrices of weights, not on biases, gains, sinks or tables of logits.
 DECAY_RULES: trees.Rules[bool] = (
@@ -46,9 +46,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
 
-    Args:
-      config: The run.
-      mesh: Devices that hold the parameters; the projection needs to know whether they are replicated.
+    The projection needs to know whether the parameters are replicated over the mesh.
     """
     settings = config.optimizer
     density = sparsity.density_schedule(config.sparsity, config.steps)
@@ -123,12 +121,11 @@ def train_step(
         gradients = jax.tree.map(lambda g: g / config.accumulate, total)
     updates, optimizer = make_optimizer(config, mesh=mesh).update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    finite = sparsity.find_state(optimizer).finite
     report = {
         "loss": jnp.mean(value),
         "kurtosis": jnp.mean(kurtosis),
         "gradient_rms": sparsity.gradient_rms(gradients),
-        "finite": finite,
+        "finite": sparsity.find_state(optimizer).finite,
     }
     return TrainState(state.step + 1, params, optimizer), report
 
@@ -156,7 +153,7 @@ class Program:
     """The compiled functions of a run, and where their arrays live.
 
     Attributes:
-      mesh: Devices of the run.
+      mesh: Devices.
       abstract_state: Shapes, dtypes and shardings of the state.
       init: `() -> state`.
       step: `(state, batch) -> (state, metrics)`, donates the state.
@@ -187,8 +184,7 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
     replicated = NamedSharding(mesh, P())
 
     def on_mesh(function, config):
-        """Returns the function, traced where kernels can see which devices their arrays are sharded over."""
-
+        # Kernels see in this context which devices their arrays are sharded over.
         def traced(*arguments):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return function(*arguments, config=config, mesh=mesh)
@@ -204,13 +200,13 @@ def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
             on_mesh(train_step, config),
-            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
             on_mesh(eval_step, config.model),
-            in_shardings=(shardings.params, sharding.batch_sharding(mesh, EVAL_BATCH)),
+            in_shardings=(shardings.params, NamedSharding(mesh, EVAL_BATCH)),
             out_shardings=replicated,
         ),
         project=jax.jit(

@@ -29,9 +29,8 @@ Tap = Callable[["Location", jax.Array], jax.Array]
 class Location(str):
     """The name of a location, without the layer: "attn.q"; what a tap gets beside the value.
 
-    It equals and hashes like the plain string, so that a tap can look it up in dicts of arrays, and taps
-    that care for no layer need not mention it. `layer` is an int32 scalar, traced where layers are
-    scanned, or None.
+    It equals and hashes like the plain string, so that a tap can look it up in dicts of arrays. `layer` is
+    an int32 scalar, traced where layers are scanned, or None.
     """
 
     layer: jax.Array | int | None
@@ -87,7 +86,12 @@ def compose(*taps: Tap) -> Tap:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeanAblation:
-    """The tap of `mask`."""
+    """The tap of mean ablation, `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning).
+
+    Attributes:
+      gates: Location -> `(n_layer, N)`; locations without an entry are left alone.
+      means: Location -> `(n_layer, N)`, for at least the locations of `gates`.
+    """
 
     gates: Mapping[str, jax.Array]
     means: Mapping[str, jax.Array]
@@ -96,29 +100,21 @@ class MeanAblation:
     def __call__(self, location: Location, value: jax.Array) -> jax.Array:
         if location not in self.gates:
             return value
-        gate, mean = (at_layer(values[location], location, value) for values in self._arrays())
+        gate, mean = (at_layer(array[location], location, value) for array in (self.gates, self.means))
         return ablate(value, gate, mean)
 
     def fused(self, location: Location, value: jax.Array, k: int) -> jax.Array:
         if location not in self.gates:
             return abs_top_k(value, k)
-        gate, mean = (at_layer(values[location], location) for values in self._arrays())
+        gate, mean = (at_layer(array[location], location) for array in (self.gates, self.means))
         vectors = gate.size == mean.size == value.shape[-1]
         if not vectors or not gate.dtype == mean.dtype == value.dtype:
             return self(location, abs_top_k(value, k))
         return ablate_largest(value, jnp.ravel(gate), jnp.ravel(mean), k)
 
-    def _arrays(self):
-        return self.gates, self.means
-
 
 def mask(gates: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> MeanAblation:
-    """Returns the tap of mean ablation: `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning).
-
-    Args:
-      gates: Location -> `(n_layer, N)`; locations without an entry are left alone.
-      means: Location -> `(n_layer, N)`, for at least the locations of `gates`.
-    """
+    """Returns `MeanAblation(gates, means)`."""
     return MeanAblation(gates, means)
 
 

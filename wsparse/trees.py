@@ -61,11 +61,7 @@ def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def match(rules: Rules[V], path: str) -> V:
-    """Returns the value of the first rule whose expression matches the whole path.
-
-    Raises:
-      UserError: No rule matches. A table must mention every parameter.
-    """
+    """Returns the value of the first rule whose expression matches the whole path; one must."""
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
             return value

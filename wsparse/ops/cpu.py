@@ -123,8 +123,8 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
     return _call("top_k", jax.ShapeDtypeStruct(x.shape, jnp.bool), x, k=k)
 
 
-def largest_of_each(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
-    """`selection.largest_of_each` for keys of float32: each matrix is searched by itself."""
+def largest_per_matrix(keys: list[jax.Array], k: list[jax.Array]) -> list[jax.Array]:
+    """`selection.largest_per_matrix` for keys of float32: each matrix is searched by itself."""
     return [
         _call("largest", jax.ShapeDtypeStruct(stack.shape, jnp.bool), stack, budget)
         for stack, budget in zip(keys, k, strict=True)

@@ -26,10 +26,9 @@ _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
 def magnitude_keys(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """Non-negative integers that order like `abs(x)`: equal exactly for equal magnitudes, 0 for 0.
+    """Returns non-negative integers that order like `abs(x)`, equal for equal magnitudes, 0 for 0.
 
-    int16 for 16-bit floats, int32 for float32, int64 for float64, or a wider `dtype`. NaNs share one key
-    above infinity's.
+    They are as wide as `x`, or of a wider `dtype`. NaNs share one key above infinity's.
 
     Raises:
       TypeError: `x` is not a real floating-point array.
@@ -43,7 +42,7 @@ def magnitude_keys(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
 
 
 def infinity_key(dtype: jnp.dtype) -> int:
-    """The key of infinity; finite magnitudes have smaller keys."""
+    """Returns the key of infinity; finite magnitudes have smaller keys."""
     integer = np.dtype(_INTEGER[jnp.dtype(dtype).itemsize])
     return int(np.array(np.inf, dtype).view(integer))
 
@@ -59,15 +58,15 @@ def bisect_counts(
     span: int,
     ways: int = 2,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Bisect many thresholds at once until each one's count is exact.
+    """Bisects many thresholds at once until every count is exact.
 
     Args:
-      count: maps thresholds to the number of items at or above each, int32, non-increasing.
-      k: how many items are wanted, `n_hi < k <= n_lo` (or anything where `hi - lo <= 1`).
-      lo: thresholds with `count(lo) == n_lo`.
-      hi: thresholds with `count(hi) == n_hi`.
-      span: the most that `hi - lo` can be.
-      ways: parts that a pass divides the interval into, by `ways - 1` counts.
+      count: Thresholds -> the number of items at or above each, int32, non-increasing.
+      k: Items to find, `n_hi < k <= n_lo` (or anything where `hi - lo <= 1`).
+      lo: Thresholds with `count(lo) == n_lo`.
+      hi: Thresholds with `count(hi) == n_hi`.
+      span: The most that `hi - lo` can be.
+      ways: Parts that a pass divides the interval into, by `ways - 1` counts.
 
     Returns:
       `(lo, n_lo, n_hi)` where either `n_lo == k`, or `lo` is the k-th largest value itself and `n_hi`
@@ -98,7 +97,7 @@ def bisect_counts(
 
 
 def _passes(span: int, ways: int) -> int:
-    """Passes after which an interval of `span` has become one of 1."""
+    """Returns the passes after which an interval of `span` has become one of 1."""
     passes = 0
     while span > 1:
         span = min(span // ways + 1, span - 1)
@@ -109,16 +108,13 @@ def _passes(span: int, ways: int) -> int:
 def largest_along(
     keys: jax.Array, k: jax.Array | int, axes: int | Iterable[int], *, count_dtype: jnp.dtype = jnp.int32
 ) -> jax.Array:
-    """Mask of the `k` largest positive keys of every slice along `axes`, ties to the lowest index.
+    """Returns a mask of the `k` largest positive keys of every slice along `axes`, ties to the lowest index.
 
     Args:
-      keys: integers from `magnitude_keys`, any shape; keys of zero or less are never selected.
+      keys: Integers from `magnitude_keys`, any shape; keys of zero or less are never selected.
       k: int32, a scalar or of the reduced shape with `axes` kept as size 1; may be traced.
-      axes: the axes that make up one slice.
-      count_dtype: integer that entries of a slice are counted in.
-
-    Returns:
-      Booleans shaped like `keys`, `min(k, number of positive keys)` of them true in each slice.
+      axes: The axes that make up one slice.
+      count_dtype: Integer that entries of a slice are counted in.
     """
     axes = tuple(axis % keys.ndim for axis in ([axes] if isinstance(axes, int) else axes))
     from_end = _positions_from_end(keys.shape, axes)
@@ -126,9 +122,9 @@ def largest_along(
     def count(mask):
         return jnp.sum(mask, axes, dtype=count_dtype, keepdims=True).astype(jnp.int32)
 
-    top = jnp.max(keys, axes, keepdims=True).astype(_wide([keys]))
     length = math.prod(keys.shape[axis] for axis in axes)
-    threshold, position, wanted = _search(
+    top = jnp.max(keys, axes, keepdims=True).astype(jnp.result_type(jnp.int32, keys))
+    found = _search(
         lambda t: count(keys >= t.astype(keys.dtype)),
         lambda t, p: count((keys == t.astype(keys.dtype)) & (from_end >= p)),
         jnp.broadcast_to(jnp.asarray(k, jnp.int32), top.shape),
@@ -137,31 +133,29 @@ def largest_along(
         size=length,
         longest=length,
     )
-    return _winners(keys, from_end, threshold, position, wanted)
+    return _winners(keys, from_end, *found)
 
 
 def largest_per_row(x: jax.Array, k: int) -> jax.Array:
-    """Mask of the `k` entries of largest magnitude of each row of activations `(..., width)`.
+    """Returns a mask of the `k` entries of largest magnitude of each row of activations `(..., width)`.
 
     Zeros count (exactly `k` are kept), so that gradient may wake a channel that is at zero. The platform
     chooses the way; the result is the same to the bit.
     """
     if k == 0:
         return jnp.zeros(x.shape, bool)
-    half_or_single = jnp.dtype(x.dtype).itemsize <= 4
+    by_kernel = cpu.enabled() and jnp.dtype(x.dtype).itemsize <= 4
     return lax.platform_dependent(
         lax.stop_gradient(x),
-        cpu=functools.partial(
-            cpu.largest_per_row if half_or_single and cpu.enabled() else _largest_per_row_blocked, k=k
-        ),
+        cpu=functools.partial(cpu.largest_per_row if by_kernel else _largest_per_row_blocked, k=k),
         default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),
     )
 
 
 def keep_largest_per_row(x: jax.Array, k: int, *values: jax.Array) -> jax.Array:
-    """Where `largest_per_row(x, k)`, `x` or the value given in its place, 0 elsewhere: plain JAX.
+    """Returns `x`, or the value in its place, where `largest_per_row(x, k)`, and 0 elsewhere: plain JAX.
 
-    What `wsparse.ops.tpu` runs on blocks of rows.
+    It is the body of a kernel of `wsparse.ops.tpu`, which runs it on blocks of rows.
     """
     kept = largest_along(magnitude_keys(x, jnp.int32) + 1, k, -1)
     value = values[0] if values else x
@@ -173,10 +167,7 @@ _BLOCK_BYTES = 1 << 18
 
 
 def _largest_per_row_blocked(x: jax.Array, k: int) -> jax.Array:
-    """The selection in blocks of rows that stay in the cache.
-
-    Rows lie along the minor axis within a block, so that the CPU's vector lanes each count a row.
-    """
+    """Selects in blocks whose rows lie along the minor axis: the CPU's vector lanes each count a row."""
     keys = magnitude_keys(x) + 1
     width = keys.shape[-1]
     rows = jnp.reshape(keys, (-1, width))
@@ -192,89 +183,84 @@ def _largest_per_row_blocked(x: jax.Array, k: int) -> jax.Array:
     return jnp.reshape(jnp.reshape(kept, (-1, width))[: rows.shape[0]], keys.shape)
 
 
-def largest_of_each(
-    keys: Sequence[jax.Array], k: Sequence[jax.Array], *, whole: bool = False
+def largest_per_matrix(
+    keys: Sequence[jax.Array], k: Sequence[jax.Array], *, replicated: bool = False
 ) -> list[jax.Array]:
-    """Masks of the `k` largest positive keys of every matrix, ties to the lowest flat index.
+    """Returns masks of the `k` largest positive keys of every matrix, ties to the lowest flat index.
 
     All matrices of all arrays advance in one loop: on sharded arrays a search costs a fixed number of
     all-reduces of a few integers, whatever the number of arrays, and no array is gathered.
 
     Args:
-      keys: arrays `(G, ...)`: a stack of G matrices (or vectors) each.
+      keys: Stacks of matrices or vectors, `(G, ...)`.
       k: int32 `(G,)` for each array; may be traced.
-      whole: no array is spread over devices.
-
-    Returns:
-      Boolean arrays shaped like `keys`, `min(k, number of positive keys)` of them true in each matrix.
+      replicated: Whether no array is sharded.
     """
     if not keys:
         return []
-    ends = list(itertools.accumulate(array.shape[0] for array in keys))
-    from_end = [_positions_from_end(array.shape, range(1, array.ndim), whole=whole) for array in keys]
+    ends = list(itertools.accumulate(stack.shape[0] for stack in keys))[:-1]
+    from_end = [_positions_from_end(a.shape, range(1, a.ndim), replicated=replicated) for a in keys]
+    sizes = [math.prod(stack.shape[1:]) for stack in keys]
 
-    def spread(per_matrix):
-        """One value per matrix, as one array per stack that broadcasts against it."""
-        parts = jnp.split(per_matrix, ends[:-1])
-        return [jnp.reshape(v, v.shape + (1,) * (a.ndim - 1)) for v, a in zip(parts, keys, strict=True)]
+    def per_stack(values):
+        """Returns a value per matrix as one array per stack, which broadcasts against it."""
+        parts = zip(jnp.split(values, ends), keys, strict=True)
+        return [jnp.reshape(v, v.shape + (1,) * (a.ndim - 1)) for v, a in parts]
 
     def count(masks):
         return jnp.concatenate([jnp.sum(m, range(1, m.ndim), dtype=jnp.int32) for m in masks])
 
     def at_least(t):
-        return count([a >= v.astype(a.dtype) for a, v in zip(keys, spread(t), strict=True)])
+        return count([a >= v.astype(a.dtype) for a, v in zip(keys, per_stack(t), strict=True)])
 
     def tied_from(t, p):
-        parts = zip(keys, from_end, spread(t), spread(p), strict=True)
+        parts = zip(keys, from_end, per_stack(t), per_stack(p), strict=True)
         return count([(a == v.astype(a.dtype)) & (end >= start) for a, end, v, start in parts])
 
-    wide = _wide(keys)
+    wide = jnp.result_type(jnp.int32, *keys)
     found = _search(
         at_least,
         tied_from,
-        jnp.concatenate([jnp.asarray(each, jnp.int32) for each in k]),
+        jnp.concatenate([jnp.asarray(budget, jnp.int32) for budget in k]),
         top=jnp.concatenate([jnp.max(a, range(1, a.ndim)).astype(wide) for a in keys]),
-        size=jnp.concatenate([jnp.full(a.shape[:1], math.prod(a.shape[1:]), jnp.int32) for a in keys]),
         top_span=max(int(jnp.iinfo(a.dtype).max) for a in keys),
-        longest=max(math.prod(a.shape[1:]) for a in keys),
+        size=jnp.concatenate([jnp.full(a.shape[0], n, jnp.int32) for a, n in zip(keys, sizes, strict=True)]),
+        longest=max(sizes),
         ways=_WAYS_OF_TPU if tpu.available() else 2,
     )
-    return [_winners(*parts) for parts in zip(keys, from_end, *map(spread, found), strict=True)]
+    return [_winners(*parts) for parts in zip(keys, from_end, *map(per_stack, found), strict=True)]
 
 
 def _search(at_least, tied_from, k, *, top, top_span, size, longest, ways=2):
-    """The threshold, and the position from the end that settles its ties, of every slice.
+    """Returns every slice's threshold, the position that settles its ties, and how many entries it keeps.
 
     Args:
-      at_least: thresholds -> entries at or above them.
-      tied_from: (thresholds, positions) -> entries that equal the threshold at or above the position.
-      k: entries wanted, int32.
-      top: largest key.
-      top_span: the most that can be, static.
-      size: entries in a slice.
-      longest: the most that is, static.
-      ways: see `bisect_counts`.
-
-    Returns:
-      `(threshold, position, wanted)`, see `_winners`.
+      at_least: Thresholds -> entries at or above them.
+      tied_from: (thresholds, positions from the end) -> entries that equal the threshold there or before.
+      k: Entries to find, int32.
+      top: Largest key.
+      top_span: The most that it can be, static.
+      size: Entries of a slice.
+      longest: The most that there are, static.
+      ways: See `bisect_counts`.
     """
     one, none = jnp.ones_like(top), jnp.zeros_like(k)
     positive = at_least(one)
-    wanted = jnp.clip(k, 0, positive)
+    n_kept = jnp.clip(k, 0, positive)
     threshold, n_lo, n_hi = bisect_counts(
         at_least,
-        wanted,
+        n_kept,
         lo=one,
-        hi=jnp.where(wanted > 0, top + 1, one),
+        hi=jnp.where(n_kept > 0, top + 1, one),
         n_lo=positive,
         n_hi=none,
         span=top_span,
         ways=ways,
     )
-    # Where several entries equal the threshold and not all of them are wanted, the lowest indices win:
+    # Where several entries equal the threshold and not all of them are kept, the lowest indices win:
     # the same search over positions counted from the end. Without ties the loop runs zero times.
-    exact = (n_lo == wanted) | (wanted == 0)
-    needed = wanted - n_hi
+    exact = (n_lo == n_kept) | (n_kept == 0)
+    needed = n_kept - n_hi
     position, _, _ = bisect_counts(
         lambda p: tied_from(threshold, p),
         needed,
@@ -285,30 +271,25 @@ def _search(at_least, tied_from, k, *, top, top_span, size, longest, ways=2):
         span=longest,
         ways=ways,
     )
-    return threshold, position, wanted
+    return threshold, position, n_kept
 
 
-def _winners(keys, from_end, threshold, position, wanted):
+def _winners(keys, from_end, threshold, position, n_kept):
     t = threshold.astype(keys.dtype)
-    return (wanted > 0) & ((keys > t) | ((keys == t) & (from_end >= position)))
+    return (n_kept > 0) & ((keys > t) | ((keys == t) & (from_end >= position)))
 
 
-def _positions_from_end(shape: Sequence[int], axes: Iterable[int], *, whole: bool = True) -> jax.Array:
-    """int32 `shape`: how many entries follow each one in its slice, in row-major order."""
+def _positions_from_end(shape: Sequence[int], axes: Iterable[int], *, replicated: bool = True) -> jax.Array:
+    """Returns int32 `shape`: how many entries follow each one in its slice, in row-major order."""
     position, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in sorted(axes, reverse=True):
-        if whole:
+        if replicated:
             after = shape[axis] - 1 - lax.broadcasted_iota(jnp.int32, shape, axis)
         else:
-            # XLA would count once for all arrays, spread as one of them is, and gather it for the others.
+            # XLA would count once for all arrays, sharded as one of them is, and gather it for the others.
             # It recognizes a constant that counts upwards, but not one that counts downwards.
             indices = jnp.asarray(np.arange(shape[axis], dtype=np.int32)[::-1].copy())
             after = lax.broadcast_in_dim(indices, shape, (axis,))
         position = position + after * stride
         stride *= shape[axis]
     return position
-
-
-def _wide(keys: Sequence[jax.Array]) -> jnp.dtype:
-    """The dtype thresholds are searched in: int32, or int64 when any key is."""
-    return jnp.result_type(jnp.int32, *(array.dtype for array in keys))

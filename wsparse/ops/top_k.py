@@ -22,8 +22,8 @@ def abs_top_k(x: jax.Array, k: int) -> jax.Array:
     are kept. The gradient is that of the kept entries; the others receive none.
 
     Args:
-      x: float `(..., width)`.
-      k: how many to keep, `0 <= k <= width`.
+      x: Floats `(..., width)`.
+      k: Number of channels to keep, at most `width`.
 
     Raises:
       UserError: `k` is out of range.
@@ -63,18 +63,7 @@ def ablate(value: jax.Array, gate: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 def ablate_largest(x: jax.Array, gate_N: jax.Array, mean_N: jax.Array, k: int) -> jax.Array:
-    """Mean ablation of the AbsTopK of `x`: `gate * kept + (1 - gate) * mean`.
-
-    Args:
-      x: Float `(..., N)`.
-      gate_N: Gates, 1 where a channel is left alone.
-      mean_N: Values shown where gates are closed.
-      k: Number of channels that AbsTopK keeps.
-
-    Returns:
-      An array like `x`.
-    """
-
+    """Returns the mean ablation of `abs_top_k(x, k)`, `x` of shape `(..., N)`: see `ablate`."""
     if not cpu.takes(x) or k == 0:
         return _ablate_plainly(x, gate_N, mean_N, k=k)
     plain = functools.partial(_ablate_plainly, k=k)
@@ -97,22 +86,19 @@ def ablate_on_cpu(k: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Arr
 def keep_top_k(
     w: jax.Array, k: jax.Array | int, *, min_per_neuron: int = 0, neuron_axis: int | None = None
 ) -> jax.Array:
-    """Keep the `k` entries of largest magnitude of one matrix or vector, set the rest to zero.
+    """Keep the `k` entries of largest magnitude of one matrix or vector, set the others to zero.
 
     First every neuron (a slice along `neuron_axis`) keeps its `min_per_neuron` largest nonzero entries;
-    the rest of the budget `k` goes to the largest others. Exactly `min(k, nonzeros of w)` entries stay
+    what is left of the budget `k` goes to the largest others. Exactly `min(k, nonzeros of w)` entries stay
     when the protected ones fit into `k`; when they do not, exactly the protected ones stay. Equal
     magnitudes are broken by position, lowest row-major index first.
 
     Args:
-      w: float array, one matrix or vector. A matrix that holds NaN or infinity comes back as all NaN:
-        there is no meaningful selection, and it must not pass unnoticed.
-      k: int scalar, may be traced; clipped to `[0, w.size]`.
-      min_per_neuron: the floor j of Gao et al. 2025.
-      neuron_axis: the axis of `w` that indexes neurons; None is no floor.
-
-    Returns:
-      An array like `w`.
+      w: Floats. A matrix that holds NaN or infinity comes back as all NaN: there is no meaningful selection,
+        and it must not pass unnoticed.
+      k: Int scalar, may be traced; clipped to `[0, w.size]`.
+      min_per_neuron: The floor j of Gao et al. 2025.
+      neuron_axis: Axis of `w` that indexes neurons; None for no floor.
 
     >>> keep_top_k(jnp.array([[3.0, -4.0], [0.5, 2.0]]), 2)
     Array([[ 3., -4.],
@@ -132,14 +118,17 @@ def keep_top_k(
 
 
 class Selection(NamedTuple):
-    """What stays of a stack `(G, ...)` of matrices."""
+    """What stays of a stack `(G, ...)` of matrices.
+
+    Attributes:
+      kept: Bool `(G, ...)`.
+      nonzeros: int32 `(G,)`, the number of entries that stay.
+      finite: Bool `(G,)`, false where the matrix holds NaN or infinity, and `kept` means nothing.
+    """
 
     kept: jax.Array
-    """Bool `(G, ...)`."""
     nonzeros: jax.Array
-    """int32 `(G,)`: how many stay."""
     finite: jax.Array
-    """Bool `(G,)`: false where the matrix holds NaN or infinity, and `kept` means nothing."""
 
 
 def select(
@@ -148,79 +137,62 @@ def select(
     *,
     neuron_axes: Sequence[int | None],
     min_per_neuron: int,
-    whole: bool = False,
+    replicated: bool = False,
 ) -> list[Selection]:
-    """`keep_top_k` for every matrix of many stacks, all in one search.
+    """Returns what `keep_top_k` keeps of every matrix of many stacks, all found in one search.
 
-    On TPUs, matrices that are whole on a device and fit into its core are each searched there instead.
+    On TPUs, replicated matrices that fit into a core's memory are each searched there instead.
 
     Args:
-      stacks: float arrays `(G, ...)`, each a stack of G matrices.
+      stacks: Floats `(G, ...)`, G matrices each.
       k: int32 `(G,)` budgets for each stack.
-      neuron_axes: for each stack the axis of one matrix that indexes neurons, or None.
-      min_per_neuron: nonzeros protected per neuron.
-      whole: no matrix is spread over devices.
+      neuron_axes: For each stack the axis of one matrix that indexes neurons, or None.
+      min_per_neuron: Nonzeros protected per neuron.
+      replicated: Whether every device holds all matrices.
     """
     jobs = list(zip(stacks, k, neuron_axes, strict=True))
-    alone = [
-        whole and tpu.available() and tpu.fits_whole(stack.shape) and stack.dtype.itemsize <= 4
+    by_kernel = [
+        replicated and tpu.available() and tpu.fits_core(stack.shape) and stack.dtype.itemsize <= 4
         for stack in stacks
     ]
-    together = [job for job, inside in zip(jobs, alone, strict=True) if not inside]
-    others = iter(
-        _select_in_one_search(
-            [stack for stack, _, _ in together],
-            [budget for _, budget, _ in together],
-            neuron_axes=[axis for _, _, axis in together],
-            min_per_neuron=min_per_neuron,
-            whole=whole,
-        )
-    )
+    searched = [job for job, alone in zip(jobs, by_kernel, strict=True) if not alone]
+    found = iter(_select_in_one_search(searched, min_per_neuron, replicated))
     return [
-        _select_by_kernel(*job, min_per_neuron) if inside else next(others)
-        for job, inside in zip(jobs, alone, strict=True)
+        _select_by_kernel(*job, min_per_neuron) if alone else next(found)
+        for job, alone in zip(jobs, by_kernel, strict=True)
     ]
 
 
 def _select_in_one_search(
-    stacks: Sequence[jax.Array],
-    k: Sequence[jax.Array],
-    *,
-    neuron_axes: Sequence[int | None],
+    jobs: Sequence[tuple[jax.Array, jax.Array, int | None]],
     min_per_neuron: int,
-    whole: bool,
+    replicated: bool,
     key_dtype: jnp.dtype | None = None,
 ) -> list[Selection]:
-    """`select` without the kernel; keys are of `key_dtype`, see `selection.magnitude_keys`."""
-    keys = [selection.magnitude_keys(stack, key_dtype) for stack in stacks]
-    protected = [_protected(key, axis, min_per_neuron) for key, axis in zip(keys, neuron_axes, strict=True)]
-    free = [
-        key if mask is None else jnp.where(mask, jnp.array(-1, key.dtype), key)
-        for key, mask in zip(keys, protected, strict=True)
-    ]
-    budgets = [
-        budget if mask is None else budget - _count(mask) for budget, mask in zip(k, protected, strict=True)
-    ]
-    kept = [
-        chosen if mask is None else chosen | mask
-        for chosen, mask in zip(_largest_of_each(free, budgets, whole), protected, strict=True)
-    ]
-    return [
-        Selection(
-            kept=mask,
-            nonzeros=_count(mask),
-            finite=jnp.max(key, range(1, key.ndim)) < selection.infinity_key(stack.dtype),
-        )
-        for mask, key, stack in zip(kept, keys, stacks, strict=True)
-    ]
+    """`select` without the kernel, of `(stack, k, neuron axis)`; for `key_dtype` see `magnitude_keys`."""
+    keys, floors, free, budgets = [], [], [], []
+    for stack, budget, axis in jobs:
+        key = selection.magnitude_keys(stack, key_dtype)
+        floor = _protected(key, axis, min_per_neuron)
+        keys.append(key)
+        floors.append(floor)
+        free.append(key if floor is None else jnp.where(floor, jnp.array(-1, key.dtype), key))
+        budgets.append(budget if floor is None else budget - _count(floor))
+    selections = []
+    masks = _largest_per_matrix(free, budgets, replicated)
+    for (stack, *_), key, floor, kept in zip(jobs, keys, floors, masks, strict=True):
+        kept = kept if floor is None else kept | floor
+        finite = jnp.max(key, range(1, key.ndim)) < selection.infinity_key(stack.dtype)
+        selections.append(Selection(kept, _count(kept), finite))
+    return selections
 
 
-def _largest_of_each(keys: list[jax.Array], k: list[jax.Array], whole: bool) -> list[jax.Array]:
-    """`selection.largest_of_each` in the way that suits the platform; the result is the same."""
-    plain = functools.partial(selection.largest_of_each, whole=whole)
+def _largest_per_matrix(keys: list[jax.Array], k: list[jax.Array], replicated: bool) -> list[jax.Array]:
+    """`selection.largest_per_matrix` in the way that suits the platform; the result is the same."""
+    plain = functools.partial(selection.largest_per_matrix, replicated=replicated)
     # On TPU this may be traced inside a Pallas kernel, where a foreign call of a CPU is not allowed.
     if cpu.enabled() and not tpu.available() and all(key.dtype == jnp.int32 for key in keys):
-        return lax.platform_dependent(keys, k, cpu=cpu.largest_of_each, default=plain)
+        return lax.platform_dependent(keys, k, cpu=cpu.largest_per_matrix, default=plain)
     return plain(keys, k)
 
 
@@ -230,28 +202,20 @@ def _select_by_kernel(
     """`select` of one stack, each matrix read into a TPU core once and its mask written once."""
 
     def keep(k, matrices):
-        (selection,) = _select_in_one_search(
-            [matrices],
-            [jnp.reshape(k, matrices.shape[:1])],
-            neuron_axes=[neuron_axis],
-            min_per_neuron=min_per_neuron,
-            whole=True,
-            # A core cannot sum 16-bit integers.
-            key_dtype=jnp.dtype(jnp.int32),
-        )
+        jobs = [(matrices, jnp.reshape(k, matrices.shape[:1]), neuron_axis)]
+        # A core cannot sum 16-bit integers.
+        (found,) = _select_in_one_search(jobs, min_per_neuron, True, jnp.dtype(jnp.int32))
         # A row of a tile's lanes is the least that a core writes.
         lane = lax.broadcasted_iota(jnp.int32, (1, 1, 128), 2)
-        nonzeros, finite = (
-            jnp.reshape(each.astype(jnp.int32), (-1, 1, 1)) for each in (selection.nonzeros, selection.finite)
-        )
-        return selection.kept.astype(jnp.int8), jnp.where(lane == 0, nonzeros, finite)
+        nonzeros, finite = (jnp.reshape(n.astype(jnp.int32), (-1, 1, 1)) for n in found[1:])
+        return found.kept.astype(jnp.int8), jnp.where(lane == 0, nonzeros, finite)
 
     kept, numbers = lax.platform_dependent(k, stack, tpu=functools.partial(tpu.by_matrix, keep), default=keep)
     return Selection(kept != 0, numbers[:, 0, 0], numbers[:, 0, 1] != 0)
 
 
 def _protected(keys: jax.Array, neuron_axis: int | None, min_per_neuron: int) -> jax.Array | None:
-    """Mask of each neuron's largest nonzero entries in `keys (G, ...)`, or None without a floor."""
+    """Returns a mask of each neuron's largest nonzero entries in `keys (G, ...)`, or None without a floor."""
     if neuron_axis is None or min_per_neuron == 0:
         return None
     along_neuron = [axis for axis in range(1, keys.ndim) if axis != neuron_axis + 1]
@@ -259,5 +223,5 @@ def _protected(keys: jax.Array, neuron_axis: int | None, min_per_neuron: int) ->
 
 
 def _count(masks: jax.Array) -> jax.Array:
-    """int32 `(G,)`: how many entries of each matrix are true."""
+    """Returns int32 `(G,)`: how many entries of each matrix are true."""
     return jnp.sum(masks, range(1, masks.ndim), dtype=jnp.int32)

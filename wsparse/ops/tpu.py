@@ -26,31 +26,31 @@ from jax.sharding import PartitionSpec as P
 # float32 values of one block; with keys, masks and double buffering a kernel needs about eight times that.
 _BLOCK = 1 << 18
 # The same for a whole matrix, whose kernel asks for more of the core's memory than the default.
-_WHOLE = 1 << 21
-_WHOLE_VMEM_BYTES = 96 << 20
+_MATRIX = 1 << 21
+_MATRIX_VMEM_BYTES = 96 << 20
 
 Select = Callable[..., jax.Array]
 SelectOfMatrix = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
 
 
 def available() -> bool:
-    """Whether kernels are to be used in programs traced now."""
-    wanted = os.environ.get("WSPARSE_TPU_KERNELS", "")
-    return wanted != "0" and (wanted == "1" or jax.default_backend() == "tpu")
+    """Returns whether kernels are to be used in programs traced now."""
+    setting = os.environ.get("WSPARSE_TPU_KERNELS", "")
+    return setting != "0" and (setting == "1" or jax.default_backend() == "tpu")
 
 
 def by_rows(select: Select, *arrays: jax.Array, interpret: bool = False) -> jax.Array:
-    """`select(*blocks)` of blocks of rows: a function of each row by itself, like its last argument.
+    """Returns `select(*blocks)` of blocks of rows: a function of each row by itself, like its last argument.
 
-    Over the devices of the mesh in context (`jax.sharding.use_abstract_mesh`) rows are spread by their
+    Over the devices of the mesh in context (`jax.sharding.use_abstract_mesh`) rows are sharded by their
     leading axes; rows that were divided along their width come together first.
 
     Args:
       select: `(rows, width)` blocks -> a block like the last.
       *arrays: `(..., width)` of one shape, 16 or 32-bit.
-      interpret: run the kernel's body as plain JAX, on any platform.
+      interpret: Whether to run the kernel's body as plain JAX, on any platform.
     """
-    spec = P(*spread(*arrays[0].shape[:-1]))
+    spec = P(*partition(*arrays[0].shape[:-1]))
     call = functools.partial(_rows, select, interpret)
     return over_mesh(call, (spec,) * len(arrays), spec)(*arrays)
 
@@ -81,21 +81,21 @@ def _rows(select: Select, interpret: bool, *arrays: jax.Array) -> jax.Array:
     return jnp.reshape(result, last.shape)
 
 
-def fits_whole(shape: tuple[int, ...]) -> bool:
-    """Whether `by_matrix` can hold one matrix of a stack `(G, ...)`."""
-    return len(shape) == 3 and math.prod(shape[1:]) <= _WHOLE
+def fits_core(shape: tuple[int, ...]) -> bool:
+    """Returns whether `by_matrix` can hold one matrix of a stack `(G, ...)`."""
+    return len(shape) == 3 and math.prod(shape[1:]) <= _MATRIX
 
 
 def by_matrix(
     select: SelectOfMatrix, k: jax.Array, stack: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
-    """`select(k[g], stack[g])` of every matrix of a stack, each held whole in a core's memory.
+    """Returns `select(k[g], stack[g])` of every matrix, each held as a whole in a core's memory.
 
     Args:
       select: `(int32 scalar, (1, m, n))` -> arrays `(1, ..., ...)` of three axes.
       k: int32 `(G,)`.
-      stack: `(G, m, n)` where `fits_whole`; every device of the mesh in context has all of it.
-      interpret: as in `by_rows`.
+      stack: `(G, m, n)` where `fits_core`; every device of the mesh in context has all of it.
+      interpret: As in `by_rows`.
     """
     call = functools.partial(_matrices, select, interpret)
     return over_mesh(call, (P(), P()), P())(k, stack)
@@ -119,26 +119,26 @@ def _matrices(
             num_scalar_prefetch=1,
             grid=stack.shape[:1],
             in_specs=[spec(stack.shape)],
-            out_specs=tuple(spec(each.shape) for each in results),
+            out_specs=tuple(spec(result.shape) for result in results),
         ),
         out_shape=tuple(
-            jax.ShapeDtypeStruct((*stack.shape[:1], *each.shape[1:]), each.dtype) for each in results
+            jax.ShapeDtypeStruct((*stack.shape[:1], *result.shape[1:]), result.dtype) for result in results
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_WHOLE_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_MATRIX_VMEM_BYTES),
         interpret=interpret,
         name="wsparse_by_matrix",
     )(k, stack)
 
 
 def over_mesh(call: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Any]:
-    """A kernel's call on every device of the mesh in context: XLA cannot partition kernels by itself."""
+    """Returns a kernel's call on every device of the mesh in context: XLA cannot partition kernels itself."""
     if math.prod(_mesh_axes().values()) == 1:
         return call
     return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def spread(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...] | None]:
-    """How axes of an array are spread over the mesh in context: for each, the mesh axes that divide it.
+def partition(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...] | None]:
+    """Returns for each of an array's axes the axes of the mesh in context over which it is sharded.
 
     An axis of the mesh goes to the first of `sizes` that it divides evenly, beside those that went there;
     one that `last` names to the last such.
@@ -148,14 +148,14 @@ def spread(*sizes: int, last: tuple[str, ...] = ()) -> list[tuple[str, ...] | No
     for name, devices in axes.items():
         places = range(len(sizes))
         for place in reversed(places) if name in last else places:
-            if sizes[place] % (devices * math.prod(axes[each] for each in parts[place])) == 0:
+            if sizes[place] % (devices * math.prod(axes[axis] for axis in parts[place])) == 0:
                 parts[place] += (name,)
                 break
     return [part or None for part in parts]
 
 
 def _mesh_axes() -> dict[str, int]:
-    """Names and sizes of the axes of the mesh in context that are not the caller's own."""
+    """Returns the sizes of the axes of the mesh in context that are not the caller's own."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}

@@ -29,15 +29,10 @@ _VMEM_BYTES = 64 << 20
 
 
 def takes(q_BTHK: jax.Array) -> bool:
-    """Whether `attend` can do attention of these queries, and of keys and values of their shape."""
+    """Returns whether `attend` can do attention of these queries, and of keys and values of their shape."""
     _, time, heads, width = q_BTHK.shape
-    return (
-        q_BTHK.dtype in (jnp.bfloat16, jnp.float32)
-        and (heads * width) % _LANES == 0
-        and _LANES % width == 0
-        and time % _LANES == 0
-        and time <= _LONGEST
-    )
+    tiles = (heads * width) % _LANES == 0 and _LANES % width == 0
+    return q_BTHK.dtype in (jnp.bfloat16, jnp.float32) and tiles and time % _LANES == 0 and time <= _LONGEST
 
 
 def attend(
@@ -50,27 +45,19 @@ def attend(
 ) -> jax.Array:
     """`wsparse.ops.attention.attend` of as many queries as keys, where `takes` says so.
 
-    A NaN or infinity in a key or a value spoils the other heads of its tile too.
-
-    Over the devices of the mesh in context batches are spread, then tiles of channels; over its axis
-    "tensor" the tiles first, as their heads are.
-
-    Args:
-      q_BTHK: bfloat16 or float32.
-      k_BTHK: like the queries, as are the values.
-      v_BTHK: see there.
-      sink_H: float32, or None.
-      interpret: run the kernels' bodies as plain JAX, on any platform.
+    A NaN or infinity in a key or a value spoils the other heads of its tile too. Over the devices of the mesh
+    in context batches are sharded, then tiles of channels; over its axis "tensor" the tiles first, as their
+    heads are. `interpret` runs the kernels' bodies as plain JAX, on any platform.
     """
     batch, time, heads, width = q_BTHK.shape
     channels = heads * width
     # A row of a tile's lanes, every head's logit at all its channels.
     sink_H = jnp.full(heads, -jnp.inf) if sink_H is None else sink_H
     sink_1E = jnp.repeat(sink_H.astype(jnp.float32), width)[None]
-    rows, tiles = tpu.spread(batch, channels // _LANES, last=("tensor",))
+    rows, tiles = tpu.partition(batch, channels // _LANES, last=("tensor",))
     spec, row = P(rows, None, tiles), P(None, tiles)
     call = tpu.over_mesh(functools.partial(_attend, width, interpret), (spec, spec, spec, row), spec)
-    q, k, v = (jnp.reshape(each, (batch, time, channels)) for each in (q_BTHK, k_BTHK, v_BTHK))
+    q, k, v = (jnp.reshape(x, (batch, time, channels)) for x in (q_BTHK, k_BTHK, v_BTHK))
     return jnp.reshape(call(q, k, v, sink_1E), q_BTHK.shape)
 
 
@@ -81,12 +68,12 @@ def _attend(width, interpret, q_BTE, k_BTE, v_BTE, sink_1E):
 
 def _forward(width, interpret, *operands):
     q_BTE = operands[0]
-    whole, block, grid, row = _specs(q_BTE.shape)
+    keys, queries, grid, row = _specs(q_BTE.shape)
     y_BTE = pl.pallas_call(
         functools.partial(_forward_body, width),
         grid=grid,
-        in_specs=[block, whole, whole, row],
-        out_specs=block,
+        in_specs=[queries, keys, keys, row],
+        out_specs=queries,
         out_shape=jax.ShapeDtypeStruct(q_BTE.shape, q_BTE.dtype),
         name="wsparse_attend",
         **_options(q_BTE, width, products=2, arrays=4, interpret=interpret),
@@ -95,22 +82,21 @@ def _forward(width, interpret, *operands):
 
 
 def _backward(width, interpret, operands, dy_BTE):
-    q_BTE, k_BTE, v_BTE, _ = operands
-    whole, block, grid, row = _specs(q_BTE.shape)
-    batch, time, channels = q_BTE.shape
-    each = pl.BlockSpec((None, 1, _LANES), lambda b, e, t: (b, 0, e))
+    *qkv, _ = operands
+    keys, queries, grid, row = _specs(dy_BTE.shape)
+    batch, time, channels = dy_BTE.shape
     *gradients, sinks_B1E = pl.pallas_call(
         functools.partial(_backward_body, width),
         grid=grid,
-        in_specs=[block, whole, whole, row, block],
-        out_specs=[block, whole, whole, each],
+        in_specs=[queries, keys, keys, row, queries],
+        out_specs=[queries, keys, keys, pl.BlockSpec((None, 1, _LANES), lambda b, e, t: (b, 0, e))],
         out_shape=[
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTE, k_BTE, v_BTE)),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
             jax.ShapeDtypeStruct((batch, 1, channels), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((time, _LANES), jnp.float32)] * 2,
         name="wsparse_attend_gradient",
-        **_options(q_BTE, width, products=5, arrays=7, interpret=interpret),
+        **_options(dy_BTE, width, products=5, arrays=7, interpret=interpret),
     )(*operands, dy_BTE)
     # Every channel of a head has the head's gradient: the transpose of what repeated the logit sums them.
     return *gradients, jnp.sum(sinks_B1E, axis=0) / width
@@ -120,21 +106,20 @@ _attend.defvjp(_forward, _backward)
 
 
 def _specs(shape):
-    """Blocks of all keys, of some queries, the grid over both, and the sinks' row."""
+    """Returns blocks of all keys and of some queries, the grid over both, and the sinks' row."""
     batch, time, channels = shape
-    queries = max(
-        each
-        for each in range(_LANES, time + 1, _LANES)
-        if time % each == 0 and (each == _LANES or each * time <= _SCORES)
+    sizes = [size for size in range(_LANES, time + 1, _LANES) if time % size == 0]
+    queries = max(size for size in sizes if size == _LANES or size * time <= _SCORES)
+    return (
+        pl.BlockSpec((None, time, _LANES), lambda b, e, t: (b, 0, e)),
+        pl.BlockSpec((None, queries, _LANES), lambda b, e, t: (b, t, e)),
+        (batch, channels // _LANES, time // queries),
+        pl.BlockSpec((1, _LANES), lambda b, e, t: (0, e)),
     )
-    whole = pl.BlockSpec((None, time, _LANES), lambda b, e, t: (b, 0, e))
-    block = pl.BlockSpec((None, queries, _LANES), lambda b, e, t: (b, t, e))
-    row = pl.BlockSpec((1, _LANES), lambda b, e, t: (0, e))
-    return whole, block, (batch, channels // _LANES, time // queries), row
 
 
 def _options(q_BTE, width, *, products, arrays, interpret):
-    """What both kernels are called with; products and arrays are for XLA's and our own accounts."""
+    """Returns what both kernels are called with; products and arrays are for estimates of cost."""
     batch, time, channels = q_BTE.shape
     scores = batch * (channels // width) * time * time
     return {
@@ -193,19 +178,19 @@ def _backward_body(
 
 
 def _heads(width):
-    """For every head of a tile, which lanes are its own."""
+    """Yields a mask of the lanes of every head of a tile."""
     lanes = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
     for head in range(_LANES // width):
         yield (lanes >= head * width) & (lanes < (head + 1) * width)
 
 
 def _only(own_1E, x_TE, dtype):
-    """One head's channels, zero in the others."""
+    """Returns one head's channels, zero in the others."""
     return jnp.where(own_1E, x_TE, 0.0).astype(dtype)
 
 
 def _softmax(own_q_TE, k_SE, sink_1E, own_1E, width):
-    """Exponentials of one head's scores, of its sink, and the sum of both in each row."""
+    """Returns the exponentials of one head's scores, of its sink, and the sum of both in each row."""
     scores_TS = _dot(own_q_TE, k_SE, transposed=1)
     shape = scores_TS.shape
     query = lax.broadcasted_iota(jnp.int32, shape, 0) + pl.program_id(2) * shape[0]
@@ -219,6 +204,6 @@ def _softmax(own_q_TE, k_SE, sink_1E, own_1E, width):
 
 
 def _dot(x, y, *, transposed=None):
-    """`x @ y`, `x.T @ y` (transposed 0) or `x @ y.T` (transposed 1), summed in float32."""
+    """Returns `x @ y`, `x.T @ y` (transposed 0) or `x @ y.T` (transposed 1), summed in float32."""
     axes = ((0 if transposed == 0 else 1,), (1 if transposed == 1 else 0,))
     return lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=jnp.float32)

@@ -1,6 +1,6 @@
 """Exact weight and activation sparsity: selection, projection, schedules, statistics."""
 
-from wsparse.ops.top_k import Selection, abs_top_k, keep_top_k, select
+from wsparse.ops.top_k import abs_top_k, keep_top_k
 from wsparse.sparsity.project import (
     DEFAULT_RULES,
     MODEL_RULES,
@@ -10,38 +10,19 @@ from wsparse.sparsity.project import (
     budget,
     find_state,
     l0,
-    matrix_path,
     nonfinite_matrices,
     project_top_k,
-)
+)  # fmt: skip
 from wsparse.sparsity.schedules import (
     density_schedule,
     gradient_rms,
     learning_rate_schedule,
     scale_by_gradient_rms,
-)
+)  # fmt: skip
 from wsparse.sparsity.statistics import alive_neurons, kurtosis
 
 __all__ = [
-    "DEFAULT_RULES",
-    "MODEL_RULES",
-    "Dense",
-    "ProjectTopKState",
-    "Selection",
-    "Sparse",
-    "abs_top_k",
-    "alive_neurons",
-    "budget",
-    "density_schedule",
-    "find_state",
-    "gradient_rms",
-    "keep_top_k",
-    "kurtosis",
-    "l0",
-    "learning_rate_schedule",
-    "matrix_path",
-    "nonfinite_matrices",
-    "project_top_k",
-    "scale_by_gradient_rms",
-    "select",
-]
+    "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "abs_top_k", "alive_neurons",
+    "budget", "density_schedule", "find_state", "gradient_rms", "keep_top_k", "kurtosis", "l0",
+    "learning_rate_schedule", "nonfinite_matrices", "project_top_k", "scale_by_gradient_rms",
+]  # fmt: skip

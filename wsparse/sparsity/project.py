@@ -14,7 +14,7 @@ from wsparse import trees
 from wsparse.errors import UserError
 from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
-from wsparse.ops.top_k import Selection, select
+from wsparse.ops.top_k import select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sparse:
 
     Attributes:
       neuron_axis: Axis of one matrix that indexes MLP neurons or attention channels (the side that is
-        not the residual stream's); None where no floor per neuron applies.
+        not the residual stream's); None for no floor per neuron.
       stacked: Whether the leading axis stacks layers, each a matrix of its own.
     """
 
@@ -46,13 +46,8 @@ MODEL_RULES: trees.Rules[Sparse | Dense] = (
     (r"embed/(tokens|positions)|head/unembed", Sparse()),
 )
 
-# The same for models of this library; other trees of matrices and vectors are projected leaf by leaf, without
-# a floor.
-DEFAULT_RULES: trees.Rules[Sparse | Dense] = (
-    *MODEL_RULES,
-    (r"blocks/.*", Sparse(stacked=True)),
-    (r".*", Sparse()),
-)
+# The same for models of this library; other trees are projected leaf by leaf, without a floor.
+DEFAULT_RULES = (*MODEL_RULES, (r"blocks/.*", Sparse(stacked=True)), (r".*", Sparse()))
 
 
 class ProjectTopKState(NamedTuple):
@@ -70,10 +65,9 @@ class ProjectTopKState(NamedTuple):
 
 
 def budget(density: jax.Array | float, size: int) -> jax.Array:
-    """`round(density * size)`, half to even, as int32; `density` may be traced."""
-    if isinstance(density, float):
-        return jnp.int32(round(density * size))
-    return jnp.round(density * size).astype(jnp.int32)
+    """Returns `round(density * size)`, half to even, as int32; `density` may be traced."""
+    rounded = round(density * size) if isinstance(density, float) else jnp.round(density * size)
+    return jnp.asarray(rounded).astype(jnp.int32)
 
 
 def project_top_k(
@@ -132,8 +126,16 @@ def project_top_k(
         # What optax.apply_updates will store, in the dtype it will be stored in.
         after = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)
         sparse = _matrices(after, rules)
+        stacks = [stack for stack, _ in sparse.values()]
         now: Any = density(state.count) if callable(density) else float(density)
-        selected = _select(sparse, now, min_per_neuron=min_per_neuron, replicated=replicated)
+        selections = select(
+            stacks,
+            [jnp.broadcast_to(budget(now, stack[0].size), stack.shape[:1]) for stack in stacks],
+            neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
+            min_per_neuron=min_per_neuron,
+            replicated=replicated,
+        )
+        selected = dict(zip(sparse, selections, strict=True))
 
         def project(path, p, u):
             if path not in selected:
@@ -151,36 +153,20 @@ def project_top_k(
     return optax.GradientTransformation(init, update)
 
 
-def _select(
-    sparse: dict[str, tuple[jax.Array, Sparse]], density: Any, *, min_per_neuron: int, replicated: bool
-) -> dict[str, Selection]:
-    """Returns the entries that stay of every stack of matrices, by path."""
-    stacks = [stack for stack, _ in sparse.values()]
-    selections = select(
-        stacks,
-        [jnp.broadcast_to(budget(density, stack[0].size), stack.shape[:1]) for stack in stacks],
-        neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
-        min_per_neuron=min_per_neuron,
-        whole=replicated,
-    )
-    return dict(zip(sparse, selections, strict=True))
-
-
 def l0(params: Any, rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES) -> dict[str, tuple[int, int]]:
     """Returns `(nonzeros, size)` of every projected matrix, by its path.
 
     The matrices of a stacked parameter have the layer's index after the path's first part:
     "blocks/3/mlp/fc/kernel".
     """
-    counts = {}
-    for path, (stack, rule) in _matrices(params, rules).items():
-        for layer, nonzeros in enumerate(np.asarray(_count_nonzero(stack))):
-            counts[matrix_path(path, layer, rule)] = (int(nonzeros), int(stack[0].size))
-    return counts
+    return {
+        _matrix_path(path, layer, rule): (int(nonzeros), int(stack[0].size))
+        for path, (stack, rule) in _matrices(params, rules).items()
+        for layer, nonzeros in enumerate(np.asarray(_count_nonzero(stack)))
+    }
 
 
-def matrix_path(path: str, layer: int, rule: Sparse) -> str:
-    """Returns the name of one matrix of a parameter."""
+def _matrix_path(path: str, layer: int, rule: Any) -> str:
     if not rule.stacked:
         return path
     root, _, name = path.partition("/")
@@ -191,20 +177,15 @@ def nonfinite_matrices(
     finite: dict[str, Any], rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES
 ) -> list[str]:
     """Returns the names of the matrices whose flag in `ProjectTopKState.finite` is false."""
-    names = []
-    for path, flags in finite.items():
-        rule = trees.match(rules, path)
-        assert isinstance(rule, Sparse)  # only projected parameters have flags
-        names += [matrix_path(path, int(i), rule) for i in np.flatnonzero(~np.asarray(flags))]
-    return names
+    return [
+        _matrix_path(path, int(i), trees.match(rules, path))
+        for path, flags in finite.items()
+        for i in np.flatnonzero(~np.asarray(flags))
+    ]
 
 
 def find_state(optimizer_state: Any) -> ProjectTopKState:
-    """Returns the projection's state inside the state of a chain.
-
-    Raises:
-      UserError: The state does not hold exactly one projection.
-    """
+    """Returns the projection's state inside the state of a chain, which must hold exactly one."""
     states = optax.tree_utils.tree_get_all_with_path(optimizer_state, ProjectTopKState.__name__)
     if len(states) != 1:
         raise UserError(f"the optimizer's state must hold one projection, got {len(states)}")

@@ -58,10 +58,8 @@ def scale_by_gradient_rms(form: Literal["normalize", "clip"]) -> optax.GradientT
     """Scale the whole gradient so that its root-mean-square over all parameters is 1.
 
     Unlike `optax.clip_by_global_norm` and `normalize_by_update_norm`, the scale does not depend on the number
-    of parameters, and the sum of squares is float32 whatever the gradient's dtype.
-
-    Args:
-      form: "normalize" always scales (an all-zero gradient stays zero); "clip" only scales down.
+    of parameters, and the sum of squares is float32 whatever the gradient's dtype. "normalize" always scales
+    (an all-zero gradient stays zero); "clip" only scales down.
     """
 
     def update(updates, state, params=None):

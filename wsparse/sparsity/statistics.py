@@ -11,12 +11,8 @@ import jax.numpy as jnp
 def alive_neurons(params: Any, fired_LF: jax.Array | None = None) -> jax.Array:
     """Returns the number of MLP neurons per layer that can have an effect, int32 `(n_layer,)`.
 
-    A neuron is dead when all its in-weights or all its out-weights are zero, or when `fired_LF` says that
-    it never fired.
-
-    Args:
-      params: Model parameters.
-      fired_LF: Bool `(n_layer, d_mlp)`, true where the neuron was nonzero at some token; None counts all.
+    A neuron is dead when all its in-weights or all its out-weights are zero, or when bool `(n_layer, d_mlp)`
+    `fired_LF` says that it was nonzero at no token.
     """
     mlp = params["blocks"]["mlp"]
     alive = jnp.any(mlp["fc"]["kernel"] != 0, axis=1) & jnp.any(mlp["proj"]["kernel"] != 0, axis=2)
