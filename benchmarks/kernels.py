@@ -73,7 +73,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     stack = ((8, 1024, 2048), jnp.float32)
 
     def project(w, k):
-        (selection,) = top_k.select([w], [k], neuron_axes=[1], min_per_neuron=4, replicated=True)
+        (selection,) = top_k.select([(w, k, 1)], min_per_neuron=4, replicated=True)
         return selection
 
     found = {

@@ -34,13 +34,13 @@ def installed(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: project["dependencies"])
 
 
-def examine(*checks: doctor.Check) -> tuple[bool, list[str]]:
+def examine(checks: dict[str, doctor.Check]) -> tuple[bool, list[str]]:
     with log_lines() as lines:
         return doctor.examine(checks), lines
 
 
 def examine_one(find) -> str:
-    healthy, (line,) = examine(doctor.Check("it", find))
+    healthy, (line,) = examine({"it": find})
     assert healthy == line.startswith("OK  ")
     return line
 
@@ -54,7 +54,7 @@ def fails(find) -> str:
 
 def test_on_a_sound_machine_every_check_is_ok_and_nothing_is_left_behind(tmp_path):
     workdir = tmp_path / "runs" / "new"
-    healthy, lines = examine(*doctor._checks(CONFIG, epath.Path(workdir)))
+    healthy, lines = examine(doctor._checks(CONFIG, epath.Path(workdir)))
     assert healthy, lines
     assert [line.split(":")[0] for line in lines] == [
         f"OK    {name}"
@@ -76,9 +76,7 @@ def test_a_check_that_breaks_does_not_keep_others_from_running():
     def refuses():
         raise UserError("batch_size must be even")
 
-    healthy, lines = examine(
-        doctor.Check("a", breaks), doctor.Check("b", lambda: "fine"), doctor.Check("c", refuses)
-    )
+    healthy, lines = examine({"a": breaks, "b": lambda: "fine", "c": refuses})
     assert not healthy
     assert lines == [
         "FAIL  a: ZeroDivisionError: division by zero",
@@ -89,7 +87,7 @@ def test_a_check_that_breaks_does_not_keep_others_from_running():
 
 def test_what_another_process_found_is_said_with_its_number(monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda text: [text, "OK fine", "FAIL no disk"])
-    healthy, lines = examine(doctor.Check("disk", lambda: "fine"))
+    healthy, lines = examine({"disk": lambda: "fine"})
     assert not healthy
     assert lines == ["FAIL  disk: no disk (process 2 of 3)"]
 

@@ -314,7 +314,7 @@ def test_any_width_compiles(compiled):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_a_whole_matrix_is_read_once_and_its_mask_written_once(compiled, dtype):
     def project(w, k):
-        (selection,) = top_k.select([w], [k], neuron_axes=[1], min_per_neuron=4, replicated=True)
+        (selection,) = top_k.select([(w, k, 1)], min_per_neuron=4, replicated=True)
         return selection
 
     shape = (4, 256, 512)

@@ -13,7 +13,7 @@ step (forward, and backward twice).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import importlib.util
 import logging
 import os
@@ -35,7 +35,9 @@ from wsparse.step import Program, make_program
 
 log = logging.getLogger(__name__)
 
-_GIB = 2**30
+# What memory is counted as -> the compiler's name for it.
+_MEMORY = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp",
+           "generated_code": "generated_code"}  # fmt: skip
 
 
 class Chip(NamedTuple):
@@ -139,9 +141,8 @@ def prune(
 ) -> tuple[Any, float]:
     """Returns the lowered call of a `Pruner` with a trial on each chip, and the model's own FLOPs."""
     trials, rows = len(devices), 2 * pairs_per_step
-    pruner = search.Pruner(
-        config, steps=steps, pairs_per_step=pairs_per_step, parallel=trials, devices=devices
-    )
+    options = {"steps": steps, "pairs_per_step": pairs_per_step, "parallel": trials}
+    pruner = search.Pruner(config, devices=devices, **options)
     shape = jax.ShapeDtypeStruct
     columns = [shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1)
     lowered = pruner.lower(
@@ -162,36 +163,27 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
       flops: The model's own FLOPs on all chips; 0 where they are not defined.
     """
     started = time.monotonic()
-    limit = target.chip.hbm_gib * _GIB
+    limit = int(target.chip.hbm_gib * 2**30)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = re.sub(r"\s+", " ", str(error).split("\n")[0])[:300]
-        return {"fits": False, "reason": reason, "hbm_bytes": int(limit)}
+        return {"fits": False, "reason": reason, "hbm_bytes": limit}
     seconds = time.monotonic() - started
     analysis = compiled.memory_analysis()
-    memory = {
-        name: getattr(analysis, f"{key}_size_in_bytes")
-        for name, key in {
-            "arguments": "argument",
-            "outputs": "output",
-            "aliased": "alias",
-            "temporaries": "temp",
-            "generated_code": "generated_code",
-        }.items()
-    }
+    memory = {name: getattr(analysis, f"{key}_size_in_bytes") for name, key in _MEMORY.items()}
     memory["total"] = sum(memory.values()) - 2 * memory["aliased"]
     program = hlo.parse(compiled.as_text())
     collectives = program.collectives()
-    inside = [collective for collective in collectives if not collective.between_slices]
-    between = [collective for collective in collectives if collective.between_slices]
+    inside = [c for c in collectives if not c.between_slices]
+    between = [c for c in collectives if c.between_slices]
     xla = compiled.cost_analysis() or {}
     report: dict[str, Any] = {
         "fits": memory["total"] <= limit,
         "memory": memory,
-        "hbm_bytes": int(limit),
+        "hbm_bytes": limit,
         "flops": program.matmul_flops(),
         "bytes_accessed": program.hbm_bytes(),
         "collectives": _by_kind(inside),
@@ -269,18 +261,17 @@ def run(config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per
         f"{target}: {len(target.devices)} chips of {target.chip.hbm_gib} GiB, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     )
-    jobs: dict[str, Callable[[], tuple[Any, float]]] = {}
+    jobs = {}
     if what in ("train", "all"):
         program = make_program(config, mesh)
-        jobs["train"] = lambda: train_step(config, program)
+        jobs["train"] = train_step(config, program)
         if config.sparsity.density < 1:
-            jobs["projection"] = lambda: (program.project.lower(program.abstract_state.params), 0.0)
+            jobs["projection"] = program.project.lower(program.abstract_state.params), 0.0
     if what in ("prune", "all"):
         options = {"steps": steps, "pairs_per_step": pairs_per_step}
-        jobs["prune"] = lambda: prune(config.model, target.devices, **options)
+        jobs["prune"] = prune(config.model, target.devices, **options)
     programs = {}
-    for name, job in jobs.items():
-        lowered, flops = job()
+    for name, (lowered, flops) in jobs.items():
         programs[name] = compile_report(lowered, target, flops=flops)
         log.info(describe(name, programs[name]))
     return {

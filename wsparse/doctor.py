@@ -8,7 +8,7 @@ several processes all of them run the checks together, and process 0 prints the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import importlib.metadata
 import logging
@@ -18,7 +18,7 @@ import platform
 import shutil
 import socket
 import time
-from typing import Any, NamedTuple
+from typing import Any
 import uuid
 
 from absl import flags
@@ -42,40 +42,28 @@ log = logging.getLogger(__name__)
 _SPARE_BYTES = 1e9
 
 
-class ProblemError(Exception):
-    """A failed check: what is wrong and what to do, in one line."""
+# Returns a description of the healthy state; raises `UserError` otherwise.
+Check = Callable[[], str]
 
 
-class Check(NamedTuple):
-    """A check, which gives one line of the report.
-
-    Attributes:
-      name: Name of the check, one word.
-      run: Returns a description of the healthy state; raises `ProblemError` or `UserError` otherwise.
-    """
-
-    name: str
-    run: Callable[[], str]
-
-
-def examine(checks: Sequence[Check]) -> bool:
+def examine(checks: Mapping[str, Check]) -> bool:
     """Runs checks in all processes together, logs the outcomes, and returns whether all passed in all."""
     healthy = True
-    for check in checks:
+    for name, check in checks.items():
         outcomes = processes.gather(_outcome(check))
         failed = [(p, line) for p, line in enumerate(outcomes) if not line.startswith("OK")]
         healthy &= not failed
         process, line = failed[0] if failed else (0, outcomes[0])
         where = f" (process {process} of {len(outcomes)})" if failed and len(outcomes) > 1 else ""
         status, text = line.split(" ", 1)
-        log.info(f"{status:<4}  {check.name}: {text}{where}")
+        log.info(f"{status:<4}  {name}: {text}{where}")
     return healthy
 
 
 def _outcome(check: Check) -> str:
     try:
-        return f"OK {check.run()}"
-    except (ProblemError, UserError) as problem:
+        return f"OK {check()}"
+    except UserError as problem:
         return f"FAIL {problem}"
     # A check that raises has found a problem too; the others still run.
     except Exception as error:
@@ -107,7 +95,7 @@ def versions() -> str:
     # Before an error is raised here, since all processes must take part.
     processes.require_same(str(sorted(installed)), "python and its packages")
     if wrong:
-        raise ProblemError(f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)")
+        raise UserError(f"wsparse needs {'; '.join(wrong)}: pip install -U -e '.[cpu]' (or tpu, cuda)")
     shown = ("python", "jax", "orbax-checkpoint")
     return ", ".join(package for package in installed if package.split()[0] in shown)
 
@@ -123,17 +111,17 @@ def devices() -> str:
     backend, local, total = jax.default_backend(), jax.local_device_count(), jax.device_count()
     missed = [kind for kind in processes.accelerators() if backend == "cpu"]
     if missed and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
-        raise ProblemError(
+        raise UserError(
             f"this machine has {missed[0]} devices, and jax uses the CPU: pip install 'wsparse[{missed[0]}]'"
         )
     if total != local * jax.process_count():
-        raise ProblemError(
+        raise UserError(
             f"{local} of {total} devices are on this one of {jax.process_count()} processes: give every "
             "process equally many"
         )
     kinds = {device.device_kind for device in jax.devices()}
     if len(kinds) > 1:
-        raise ProblemError(f"the devices differ: {', '.join(sorted(kinds))}")
+        raise UserError(f"the devices differ: {', '.join(sorted(kinds))}")
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     size = f", {memory / 2**30:.0f} GiB each" if memory else ""
     return f"{total} x {kinds.pop()} ({backend}), {local} a process{size}"
@@ -148,7 +136,7 @@ def collectives() -> str:
     start = time.monotonic()
     total = int(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(sharded))
     if total != count * (count - 1) // 2:
-        raise ProblemError(f"the devices' numbers 0 to {count - 1} sum to {total}: do not train here")
+        raise UserError(f"the devices' numbers 0 to {count - 1} sum to {total}: do not train here")
     return f"a sum over {count} devices is right ({time.monotonic() - start:.1f} s with compiling)"
 
 
@@ -177,9 +165,9 @@ def storage(workdir: epath.Path) -> str:
     blind = [] if reason else processes.blind_processes(probe)
     seconds = time.monotonic() - start
     if reason := reason or _failure(clean_up):
-        raise ProblemError(f"cannot use {workdir}: {reason}: check its permissions and the path")
+        raise UserError(f"cannot use {workdir}: {reason}: check its permissions and the path")
     if blind:
-        raise ProblemError(
+        raise UserError(
             f"{workdir} is not the same folder for all processes: process {blind[0]} does not see what "
             "process 0 wrote; use a network file system, or mount a bucket"
         )
@@ -211,7 +199,7 @@ def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
     # The oldest is deleted only after the newest is complete.
     need = (config.keep_checkpoints + 1) * one + _SPARE_BYTES
     if free < need:
-        raise ProblemError(
+        raise UserError(
             f"{free / 1e9:.1f} GB free under {existing}, {config.keep_checkpoints + 1} checkpoints need "
             f"{need / 1e9:.1f} GB: free some, or lower keep_checkpoints"
         )
@@ -236,7 +224,7 @@ def step(config: TrainConfig) -> str:
     loss = float(report["loss"])
     seconds = time.monotonic() - start
     if not math.isfinite(loss):
-        raise ProblemError(f"the loss of random tokens is {loss}: lower optimizer.learning_rate")
+        raise UserError(f"the loss of random tokens is {loss}: lower optimizer.learning_rate")
     axes = " x ".join(f"{axis} {length}" for axis, length in mesh.shape.items())
     memory = ""
     if analysis := compiled.memory_analysis():
@@ -249,18 +237,13 @@ def step(config: TrainConfig) -> str:
     )
 
 
-def _checks(config: TrainConfig | None, workdir: epath.Path | None) -> list[Check]:
-    checks = [
-        Check("versions", versions),
-        Check("processes", job),
-        Check("devices", devices),
-        Check("collectives", collectives),
-    ]
+def _checks(config: TrainConfig | None, workdir: epath.Path | None) -> dict[str, Check]:
+    checks = {"versions": versions, "processes": job, "devices": devices, "collectives": collectives}
     if workdir is not None:
-        checks.append(Check("storage", functools.partial(storage, workdir)))
-        checks.append(Check("disk", functools.partial(disk, workdir, config)))
+        checks["storage"] = functools.partial(storage, workdir)
+        checks["disk"] = functools.partial(disk, workdir, config)
     if config is not None:
-        checks.append(Check("step", functools.partial(step, config)))
+        checks["step"] = functools.partial(step, config)
     return checks
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
 
@@ -41,9 +41,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def make_optimizer(
-    config: TrainConfig, *, mesh: jax.sharding.Mesh | None = None
-) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.GradientTransformation:
     """Returns gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
 
     The projection needs to know whether the parameters are replicated over the mesh.
@@ -65,7 +63,7 @@ def make_optimizer(
 
 
 def _projection(
-    config: TrainConfig, density: float | optax.Schedule, mesh: jax.sharding.Mesh | None
+    config: TrainConfig, density: float | optax.Schedule, mesh: Mesh | None
 ) -> optax.GradientTransformation:
     sparse = config.sparsity.density < 1
     return sparsity.project_top_k(
@@ -84,7 +82,7 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def loss(
-    params: model.Params, window_BT: jax.Array, config: ModelConfig, *, mesh: jax.sharding.Mesh | None = None
+    params: model.Params, window_BT: jax.Array, config: ModelConfig, *, mesh: Mesh | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the mean next-token cross-entropy in nats of windows `(B, T+1)`, and the activations."""
     tap = None if mesh is None else sharding.activation_tap(mesh)
@@ -94,7 +92,7 @@ def loss(
 
 
 def train_step(
-    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
+    state: TrainState, batch_ABT: jax.Array, *, config: TrainConfig, mesh: Mesh | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """Make one optimizer step on `(accumulate, B, T+1)` windows, over the devices of a mesh or on one.
 
@@ -130,9 +128,7 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer), report
 
 
-def project(
-    params: model.Params, *, config: TrainConfig, mesh: jax.sharding.Mesh | None = None
-) -> model.Params:
+def project(params: model.Params, *, config: TrainConfig, mesh: Mesh | None = None) -> model.Params:
     """Returns updates that only project, at the final density; used to time the projection."""
     transform = _projection(config, config.sparsity.density, mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -141,7 +137,7 @@ def project(
 
 
 def eval_step(
-    params: model.Params, window_BT: jax.Array, *, config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+    params: model.Params, window_BT: jax.Array, *, config: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mean loss of windows `(B, T+1)`, and bool `(n_layer, d_mlp)`: which neurons fired."""
     value, acts = loss(params, window_BT, config, mesh=mesh)
@@ -162,7 +158,7 @@ class Program:
       alive: `(params, fired or None) -> alive neurons per layer`.
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     abstract_state: TrainState
     init: Callable[[], TrainState]
     step: jax.stages.Wrapped
@@ -171,7 +167,7 @@ class Program:
     alive: Callable[..., jax.Array]
 
 
-def make_program(config: TrainConfig, mesh: jax.sharding.Mesh) -> Program:
+def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     """Jit the functions of a run over a mesh; nothing is compiled yet.
 
     Raises:

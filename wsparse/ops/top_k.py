@@ -110,11 +110,13 @@ def keep_top_k(
     if neuron_axis is not None and not -w.ndim <= neuron_axis < w.ndim:
         raise UserError(f"neuron_axis must name an axis of an array of shape {w.shape}, got {neuron_axis}")
     axis = None if neuron_axis is None else neuron_axis % w.ndim
-    budget = jnp.asarray(k, jnp.int32)[None]
-    (selection,) = select([w[None]], [budget], neuron_axes=[axis], min_per_neuron=min_per_neuron)
-    finite = jnp.reshape(selection.finite, (1,) * w.ndim)
-    kept = jnp.where(selection.kept[0], w, jnp.zeros_like(w))
+    (found,) = select([(w[None], jnp.asarray(k, jnp.int32)[None], axis)], min_per_neuron=min_per_neuron)
+    finite = jnp.reshape(found.finite, (1,) * w.ndim)
+    kept = jnp.where(found.kept[0], w, jnp.zeros_like(w))
     return jnp.where(finite, kept, jnp.full_like(w, jnp.nan))
+
+
+Job = tuple[jax.Array, jax.Array, int | None]
 
 
 class Selection(NamedTuple):
@@ -131,29 +133,20 @@ class Selection(NamedTuple):
     finite: jax.Array
 
 
-def select(
-    stacks: Sequence[jax.Array],
-    k: Sequence[jax.Array],
-    *,
-    neuron_axes: Sequence[int | None],
-    min_per_neuron: int,
-    replicated: bool = False,
-) -> list[Selection]:
+def select(jobs: Sequence[Job], *, min_per_neuron: int, replicated: bool = False) -> list[Selection]:
     """Returns what `keep_top_k` keeps of every matrix of many stacks, all found in one search.
 
     On TPUs, replicated matrices that fit into a core's memory are each searched there instead.
 
     Args:
-      stacks: Floats `(G, ...)`, G matrices each.
-      k: int32 `(G,)` budgets for each stack.
-      neuron_axes: For each stack the axis of one matrix that indexes neurons, or None.
+      jobs: `(stack, k, neuron_axis)`: floats `(G, ...)`, int32 budgets `(G,)`, and the axis of a matrix that
+        indexes neurons, or None.
       min_per_neuron: Nonzeros protected per neuron.
       replicated: Whether every device holds all matrices.
     """
-    jobs = list(zip(stacks, k, neuron_axes, strict=True))
     by_kernel = [
         replicated and tpu.available() and tpu.fits_core(stack.shape) and stack.dtype.itemsize <= 4
-        for stack in stacks
+        for stack, *_ in jobs
     ]
     searched = [job for job, alone in zip(jobs, by_kernel, strict=True) if not alone]
     found = iter(_select_in_one_search(searched, min_per_neuron, replicated))
@@ -164,12 +157,9 @@ def select(
 
 
 def _select_in_one_search(
-    jobs: Sequence[tuple[jax.Array, jax.Array, int | None]],
-    min_per_neuron: int,
-    replicated: bool,
-    key_dtype: jnp.dtype | None = None,
+    jobs: Sequence[Job], min_per_neuron: int, replicated: bool, key_dtype: jnp.dtype | None = None
 ) -> list[Selection]:
-    """`select` without the kernel, of `(stack, k, neuron axis)`; for `key_dtype` see `magnitude_keys`."""
+    """`select` without the kernel; for `key_dtype` see `selection.magnitude_keys`."""
     keys, floors, free, budgets = [], [], [], []
     for stack, budget, axis in jobs:
         key = selection.magnitude_keys(stack, key_dtype)
@@ -196,9 +186,7 @@ def _largest_per_matrix(keys: list[jax.Array], k: list[jax.Array], replicated: b
     return plain(keys, k)
 
 
-def _select_by_kernel(
-    stack: jax.Array, k: jax.Array, neuron_axis: int | None, min_per_neuron: int
-) -> Selection:
+def _select_by_kernel(stack: jax.Array, k: jax.Array, neuron_axis: int | None, min_per_neuron: int):
     """`select` of one stack, each matrix read into a TPU core once and its mask written once."""
 
     def keep(k, matrices):

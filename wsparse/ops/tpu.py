@@ -29,9 +29,6 @@ _BLOCK = 1 << 18
 _MATRIX = 1 << 21
 _MATRIX_VMEM_BYTES = 96 << 20
 
-Select = Callable[..., jax.Array]
-SelectOfMatrix = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
-
 
 def available() -> bool:
     """Returns whether kernels are to be used in programs traced now."""
@@ -39,7 +36,7 @@ def available() -> bool:
     return setting != "0" and (setting == "1" or jax.default_backend() == "tpu")
 
 
-def by_rows(select: Select, *arrays: jax.Array, interpret: bool = False) -> jax.Array:
+def by_rows(select: Callable[..., jax.Array], *arrays: jax.Array, interpret: bool = False) -> jax.Array:
     """Returns `select(*blocks)` of blocks of rows: a function of each row by itself, like its last argument.
 
     Over the devices of the mesh in context (`jax.sharding.use_abstract_mesh`) rows are sharded by their
@@ -55,7 +52,7 @@ def by_rows(select: Select, *arrays: jax.Array, interpret: bool = False) -> jax.
     return over_mesh(call, (spec,) * len(arrays), spec)(*arrays)
 
 
-def _rows(select: Select, interpret: bool, *arrays: jax.Array) -> jax.Array:
+def _rows(select, interpret, *arrays):
     last = arrays[-1]
     width = last.shape[-1]
     flat = [jnp.reshape(array, (-1, width)) for array in arrays]
@@ -87,7 +84,7 @@ def fits_core(shape: tuple[int, ...]) -> bool:
 
 
 def by_matrix(
-    select: SelectOfMatrix, k: jax.Array, stack: jax.Array, *, interpret: bool = False
+    select: Callable[..., tuple[jax.Array, ...]], k: jax.Array, stack: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
     """Returns `select(k[g], stack[g])` of every matrix, each held as a whole in a core's memory.
 
@@ -101,9 +98,7 @@ def by_matrix(
     return over_mesh(call, (P(), P()), P())(k, stack)
 
 
-def _matrices(
-    select: SelectOfMatrix, interpret: bool, k: jax.Array, stack: jax.Array
-) -> tuple[jax.Array, ...]:
+def _matrices(select, interpret, k, stack):
     def body(k_ref, source, *targets):
         results = select(k_ref[pl.program_id(0)], source[...])
         for target, result in zip(targets, results, strict=True):

@@ -126,15 +126,12 @@ def project_top_k(
         # What optax.apply_updates will store, in the dtype it will be stored in.
         after = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)
         sparse = _matrices(after, rules)
-        stacks = [stack for stack, _ in sparse.values()]
         now: Any = density(state.count) if callable(density) else float(density)
-        selections = select(
-            stacks,
-            [jnp.broadcast_to(budget(now, stack[0].size), stack.shape[:1]) for stack in stacks],
-            neuron_axes=[rule.neuron_axis for _, rule in sparse.values()],
-            min_per_neuron=min_per_neuron,
-            replicated=replicated,
-        )
+        jobs = [
+            (stack, jnp.broadcast_to(budget(now, stack[0].size), stack.shape[:1]), rule.neuron_axis)
+            for stack, rule in sparse.values()
+        ]
+        selections = select(jobs, min_per_neuron=min_per_neuron, replicated=replicated)
         selected = dict(zip(sparse, selections, strict=True))
 
         def project(path, p, u):
