@@ -43,13 +43,9 @@ _MEMORY = {"arguments": "argument", "outputs": "output", "aliased": "alias", "te
 class Chip(NamedTuple):
     """A chip of a generation, from Google's published system architecture pages.
 
-    Attributes:
-      hbm_gib: Device memory.
-      tflops: Bfloat16 matrix products, 10^12 a second.
-      hbm_gbps: Bandwidth of the device memory, 10^9 bytes a second; those of all links to other chips
-        together (`ici`) and of the network between slices (`dcn`, 0 if not published) likewise.
-      cores: Units per chip in which slices of the generation are named; 2 where names count cores.
-      platform: Settings of libtpu that make a chip one device.
+    Bandwidths are in 10^9 bytes a second: of the device memory, of all links to other chips together (`ici`),
+    and of the network between slices (`dcn`; 0 if not published). `tflops` are of bfloat16 products. `cores`
+    is 2 where names of slices count cores. `platform` are settings of libtpu that make a chip one device.
     """
 
     hbm_gib: float

@@ -164,7 +164,8 @@ def storage(workdir: epath.Path) -> str:
     reason = processes.gather(_failure(write))[0]
     blind = [] if reason else processes.blind_processes(probe)
     seconds = time.monotonic() - start
-    if reason := reason or _failure(clean_up):
+    left = _failure(clean_up)
+    if reason := reason or left:
         raise UserError(f"cannot use {workdir}: {reason}: check its permissions and the path")
     if blind:
         raise UserError(

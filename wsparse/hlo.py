@@ -43,9 +43,8 @@ class Array(NamedTuple):
 class Instruction:
     """One line of a computation: `name = result op(operands), attributes`.
 
-    Attributes:
-      argument: What the parentheses hold: a constant's value, a parameter's number.
-      called: Names of the computations that it runs, by the attribute that has them.
+    `argument` is the text in the parentheses: a constant's value, a parameter's number. `called` are the
+    names of the computations that it runs, by attribute.
     """
 
     name: str
@@ -64,15 +63,10 @@ class Instruction:
 
 
 class Collective(NamedTuple):
-    """A collective, and how often it runs.
+    """A collective that runs `count` times, or at most so often if it is `in_search`.
 
-    Attributes:
-      kind: One of `COLLECTIVES`.
-      count: Executions in one call.
-      bytes: Bytes of one execution: the larger of a device's input and output.
-      group: Number of devices that take part together.
-      in_search: Whether it is in a loop whose length depends on data; `count` is then a bound.
-      between_slices: Whether it crosses the network between TPU slices; `group` then counts slices.
+    `bytes` are those of one execution, the larger of a device's input and output. `group` devices take part
+    together; slices, if it crosses the network between TPU slices.
     """
 
     kind: str
@@ -116,7 +110,12 @@ class Program:
         if test.op == "compare" and "direction=LT" in test.attributes and test.operands[1].op == "constant":
             counter, bound = test.operands
             index = int(counter.attribute(r"index=(\d+)", "0"))
-            span = int(bound.argument) - _start(loop, index)
+            # The counter does not start at 0 where XLA peeled the first iterations.
+            state = loop.operands[0]
+            start = state.operands[index] if state.op == "tuple" else state
+            while start.op in ("copy", "bitcast"):
+                start = start.operands[0]
+            span = int(bound.argument) - int(start.argument if start.op == "constant" else 0)
             return -(-span // self._step(loop, index)), False
         bounds = re.findall(r"at_most_(\d+)_passes", loop.attributes)
         return int(bounds[-1]) if bounds else 1, True
@@ -269,17 +268,6 @@ def _instruction(parts: re.Match[str], earlier: dict[str, Instruction]) -> Instr
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
-
-
-def _start(loop: Instruction, index: int) -> int:
-    """Returns the start of a loop's counter, which is not 0 where XLA peeled the first iterations."""
-    state = loop.operands[0]
-    if state.op != "tuple":
-        return 0
-    value = state.operands[index]
-    while value.op in ("copy", "bitcast"):
-        value = value.operands[0]
-    return int(value.argument) if value.op == "constant" else 0
 
 
 def _behind_bitcasts(instruction: Instruction) -> Instruction:

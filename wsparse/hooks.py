@@ -101,17 +101,10 @@ def run_with_cache(
     *,
     names_filter: NamesFilter | None = None,
 ) -> tuple[jax.Array, Activations]:
-    """Run the model and keep activations.
+    """Returns logits, and the activations that `names_filter` selects.
 
-    Args:
-      params: Model parameters.
-      tokens_BT: Int tokens.
-      config: Model config.
-      names_filter: A name, several, or a predicate on `names(config)`; None is all of ours. Other values
-        are not computed where nothing else needs them.
-
-    Returns:
-      `(logits_BTV, activations)`.
+    It is a name, several, or a predicate on `names(config)`; None is all of ours. Other values are not
+    computed where nothing else needs them.
 
     Raises:
       UserError: A name is unknown (the nearest valid one is given), or the tokens are not `(B, T)`.
@@ -122,7 +115,7 @@ def run_with_cache(
 def run_with_taps(
     params: model.Params, tokens_BT: jax.Array, config: ModelConfig, *, taps: Mapping[str, ValueTap]
 ) -> tuple[jax.Array, Activations]:
-    """Run the model with activations changed.
+    """Returns logits and activations of the model with activations changed, as they are after the taps.
 
     As under `jax.jit`, the same functions at the same names are compiled once. A new lambda is a new
     function; in a loop pass what varies through `set_node` or `jax.tree_util.Partial`, whose arguments
@@ -134,9 +127,6 @@ def run_with_taps(
       config: Model config.
       taps: Name -> function from the value there to its replacement, of the same shape. Under a name of all
         layers it is applied in each. Several at one place are applied in the given order.
-
-    Returns:
-      `(logits_BTV, activations)`, the activations as they are after the taps.
 
     Raises:
       UserError: As `run_with_cache`, or a function changes the shape.

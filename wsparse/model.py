@@ -73,9 +73,9 @@ def forward(
     """Run the model.
 
     Args:
-      params: Parameters from `init` or a checkpoint.
+      params: From `init` or a checkpoint.
       tokens_BT: Int tokens, T at most `config.context`.
-      config: Model config (static under jit).
+      config: Static under jit.
       tap: Function `(location, value) -> value`, called at every location of `wsparse.nodes` with the
         value of all tokens; what it returns is what later computation and the returned activations see.
       positions_BP: Int positions at which logits are computed; None is all of them. The unembedding of

@@ -71,14 +71,10 @@ OTHER_LOCATIONS = tuple(name for name in LOCATIONS if name not in NODES)
 
 
 class Connection(NamedTuple):
-    """A weight matrix `(in, out)` of a block, with the node locations at its two sides.
+    """A weight matrix `(in, out)` of a block, between the node locations `source` and `target`.
 
-    Attributes:
-      source: Location of the input side.
-      target: Location of the output side.
-      kernel: Parameter path of the matrix; layers are stacked on a leading axis there.
-      neuron_axis: Axis of one layer's matrix that indexes neurons or attention channels, the side that is
-        not the residual stream's.
+    `kernel` is its parameter path; layers are stacked on a leading axis there. `neuron_axis` is the axis of
+    one layer's matrix that indexes neurons or attention channels, the side that is not the residual stream's.
     """
 
     source: str

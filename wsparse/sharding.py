@@ -105,11 +105,6 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
     return trees.map_with_path(place, tree)
 
 
-def replicates(mesh: Mesh) -> bool:
-    """Returns whether every device of the mesh holds all parameters."""
-    return mesh.shape["fsdp"] * mesh.shape["tensor"] == 1
-
-
 def activation_tap(mesh: Mesh) -> Tap:
     """Returns a tap that changes no value: it keeps sequences sharded over the devices inside the model."""
 

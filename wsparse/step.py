@@ -71,7 +71,7 @@ def _projection(
         # At full density there is nothing to protect.
         min_per_neuron=config.sparsity.min_per_neuron if sparse else 0,
         rules=sparsity.MODEL_RULES,
-        replicated=mesh is None or sharding.replicates(mesh),
+        replicated=mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1,
     )
 
 
@@ -149,7 +149,6 @@ class Program:
     """The compiled functions of a run, and where their arrays live.
 
     Attributes:
-      mesh: Devices.
       abstract_state: Shapes, dtypes and shardings of the state.
       init: `() -> state`.
       step: `(state, batch) -> (state, metrics)`, donates the state.

@@ -21,10 +21,6 @@ def abs_top_k(x: jax.Array, k: int) -> jax.Array:
     Signs are kept. Equal magnitudes are broken by position, the lowest index first, so exactly `k` entries
     are kept. The gradient is that of the kept entries; the others receive none.
 
-    Args:
-      x: Floats `(..., width)`.
-      k: Number of channels to keep, at most `width`.
-
     Raises:
       UserError: `k` is out of range.
 
@@ -120,12 +116,9 @@ Job = tuple[jax.Array, jax.Array, int | None]
 
 
 class Selection(NamedTuple):
-    """What stays of a stack `(G, ...)` of matrices.
+    """What stays of a stack `(G, ...)` of matrices, and the number of entries in each.
 
-    Attributes:
-      kept: Bool `(G, ...)`.
-      nonzeros: int32 `(G,)`, the number of entries that stay.
-      finite: Bool `(G,)`, false where the matrix holds NaN or infinity, and `kept` means nothing.
+    `finite` is false for a matrix that holds NaN or infinity, for which `kept` means nothing.
     """
 
     kept: jax.Array
@@ -144,16 +137,14 @@ def select(jobs: Sequence[Job], *, min_per_neuron: int, replicated: bool = False
       min_per_neuron: Nonzeros protected per neuron.
       replicated: Whether every device holds all matrices.
     """
-    by_kernel = [
-        replicated and tpu.available() and tpu.fits_core(stack.shape) and stack.dtype.itemsize <= 4
-        for stack, *_ in jobs
-    ]
-    searched = [job for job, alone in zip(jobs, by_kernel, strict=True) if not alone]
+
+    def in_core(stack):
+        single = stack.dtype.itemsize <= 4
+        return replicated and single and tpu.available() and tpu.fits_core(stack.shape)
+
+    searched = [job for job in jobs if not in_core(job[0])]
     found = iter(_select_in_one_search(searched, min_per_neuron, replicated))
-    return [
-        _select_by_kernel(*job, min_per_neuron) if alone else next(found)
-        for job, alone in zip(jobs, by_kernel, strict=True)
-    ]
+    return [_select_by_kernel(*job, min_per_neuron) if in_core(job[0]) else next(found) for job in jobs]
 
 
 def _select_in_one_search(
