@@ -164,24 +164,10 @@ def local_rows(mesh: Mesh, batch_size: int, accumulate: int = 1) -> list[int]:
 
 
 def put_batch(local: np.ndarray, mesh: Mesh, spec: P = BATCH, *, size: int | None = None) -> jax.Array:
-    """Returns the global batch, given the rows that this process holds.
+    """Returns the global batch, given this process's `local_rows` on the axis that `spec` shards.
 
-    Args:
-      local: The process's `local_rows`, in their order, on the axis that `spec` shards over devices.
-      mesh: Devices.
-      spec: Sharding of the batch.
-      size: Rows on that axis over all processes; None where this process has them all.
+    `size` is the number of rows on that axis over all processes; None where this process has them all.
     """
     axis = tuple(spec).index(BATCH[1])
-    size = local.shape[axis] if size is None else size
-    held = local_rows(mesh, size)
-    shape = (*local.shape[:axis], size, *local.shape[axis + 1 :])
-
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        start, stop, _ = index[axis].indices(size)
-        first = held.index(start)
-        rows = slice(first, first + stop - start)
-        return local[(*index[:axis], rows, *index[axis + 1 :])]
-
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), shard)
+    shape = (*local.shape[:axis], size or local.shape[axis], *local.shape[axis + 1 :])
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), local, shape)

@@ -112,6 +112,7 @@ def keep_top_k(
     return jnp.where(finite, kept, jnp.full_like(w, jnp.nan))
 
 
+# A stack of matrices, their budgets, and the axis of their neurons: see `select`.
 Job = tuple[jax.Array, jax.Array, int | None]
 
 

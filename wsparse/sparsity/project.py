@@ -66,8 +66,9 @@ class ProjectTopKState(NamedTuple):
 
 def budget(density: jax.Array | float, size: int) -> jax.Array:
     """Returns `round(density * size)`, half to even, as int32; `density` may be traced."""
-    rounded = round(density * size) if isinstance(density, float) else jnp.round(density * size)
-    return jnp.asarray(rounded).astype(jnp.int32)
+    if isinstance(density, float):
+        return jnp.int32(round(density * size))
+    return jnp.round(density * size).astype(jnp.int32)
 
 
 def project_top_k(
