@@ -92,31 +92,28 @@ def forward(
     Raises:
       UserError: The sequence is longer than the context.
     """
-    if tokens_BT.shape[1] > config.context:
-        raise UserError(
-            f"the model's context is {config.context} tokens, got a sequence of {tokens_BT.shape[1]}"
-        )
+    time = tokens_BT.shape[1]
+    if time > config.context:
+        raise UserError(f"the model's context is {config.context} tokens, got a sequence of {time}")
     x_BTD, positions_TP = _apply(Embed(config), params["embed"], tokens_BT)
     block = Block(config)
 
-    def layer(x_BTD, block_params_and_index):
+    def layer(x_BTD, block_params_and_index, positions_BP=None):
         block_params, index = block_params_and_index
         node = functools.partial(_node, config, tap, index)
-        return _apply(block, block_params, x_BTD, positions_TP, node)
+        return _apply(block, block_params, x_BTD, positions_TP, node, positions_BP)
 
-    if config.remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
+    step = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
     blocks, n_scanned = params["blocks"], config.n_layer
     shortened = positions_BP is not None and not record and taps.is_position_wise(tap)
     if shortened:
         n_scanned -= 1
         blocks = jax.tree.map(lambda p: p[:-1], blocks)
     # Two layers are unrolled: stacking their activations for the backward pass costs more than a loop saves.
-    x_BTD, acts = lax.scan(layer, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2)
+    x_BTD, acts = lax.scan(step, x_BTD, (blocks, jnp.arange(n_scanned)), unroll=config.n_layer <= 2)
     if shortened:
         last_block = jax.tree.map(lambda p: p[-1], params["blocks"])
-        node = functools.partial(_node, config, tap, jnp.int32(n_scanned))
-        x_BTD, _ = _apply(block, last_block, x_BTD, positions_TP, node, positions_BP)
+        x_BTD, _ = layer(x_BTD, (last_block, jnp.int32(n_scanned)), positions_BP)
     x_BTD = _node(config, tap, None, "final_resid", x_BTD)
     acts = {**acts, "final_resid": x_BTD} if record else {}
     if positions_BP is not None:
@@ -164,8 +161,8 @@ def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.reshape(vector, (1,) * (like.ndim - 1) + vector.shape).astype(like.dtype)
 
 
-def _take_positions(x_BTD: jax.Array, positions_BP: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)
+def _take_positions(x_BTD: jax.Array, positions_BP: jax.Array | None) -> jax.Array:
+    return x_BTD if positions_BP is None else jnp.take_along_axis(x_BTD, positions_BP[..., None], axis=1)
 
 
 class Linear(nn.Module):
@@ -237,9 +234,8 @@ class Attention(nn.Module):
     def __call__(self, x_BTR, node: _Node, positions_BP=None):
         config, acts = self.config, {}
         x_BTR = acts["attn.act_in"] = node("attn.act_in", x_BTR)
-        x_BPR = x_BTR if positions_BP is None else _take_positions(x_BTR, positions_BP)
         heads = []
-        for name, read_BTR in (("q", x_BPR), ("k", x_BTR), ("v", x_BTR)):
+        for name, read_BTR in (("q", _take_positions(x_BTR, positions_BP)), ("k", x_BTR), ("v", x_BTR)):
             linear = Linear(config.attention_width, use_bias=config.bias, name=name)
             y_BTE = acts[f"attn.{name}"] = node(f"attn.{name}", linear(read_BTR))
             heads.append(jnp.reshape(y_BTE, (*y_BTE.shape[:2], config.n_head, config.d_head)))
@@ -301,9 +297,8 @@ class Block(nn.Module):
         acts = {}
         x_BTD = acts["attn.resid_in"] = node("attn.resid_in", x_BTD)
         delta_BTD, attention_acts = Attention(config, name="attn")(read("attn", x_BTD), node, positions_BP)
-        if positions_BP is not None:
-            x_BTD = _take_positions(x_BTD, positions_BP)
-        x_BTD = acts["mlp.resid_mid"] = node("mlp.resid_mid", add(x_BTD, delta_BTD, "resid_post_attn"))
+        x_BTD = add(_take_positions(x_BTD, positions_BP), delta_BTD, "resid_post_attn")
+        x_BTD = acts["mlp.resid_mid"] = node("mlp.resid_mid", x_BTD)
         delta_BTD, mlp_acts = MLP(config, name="mlp")(read("mlp", x_BTD, positions_BP), node)
         return add(x_BTD, delta_BTD, "resid_post_mlp"), acts | attention_acts | mlp_acts
 
