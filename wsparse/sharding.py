@@ -120,7 +120,7 @@ def _divisible(path: str, shape: Sequence[int], mesh: Mesh, spec: P) -> P:
     entries: list[str | tuple[str, ...] | None] = []
     for dimension, (size, entry) in enumerate(zip(shape, tuple(spec), strict=False)):
         kept: tuple[str, ...] = ()
-        for axis in () if entry is None else (entry,) if isinstance(entry, str) else entry:
+        for axis in (entry,) if isinstance(entry, str) else entry or ():
             count = math.prod(mesh.shape[name] for name in (*kept, axis))
             if size % count == 0:
                 kept += (axis,)

@@ -117,9 +117,9 @@ Job = tuple[jax.Array, jax.Array, int | None]
 
 
 class Selection(NamedTuple):
-    """What stays of a stack `(G, ...)` of matrices, and the number of entries in each.
+    """What stays of a stack of G matrices: a mask like the stack, and the int32 `(G,)` number of nonzeros.
 
-    `finite` is false for a matrix that holds NaN or infinity, for which `kept` means nothing.
+    `finite`, bool `(G,)`, is false for a matrix that holds NaN or infinity, for which `kept` means nothing.
     """
 
     kept: jax.Array
