@@ -255,8 +255,6 @@ def main(argv: Sequence[str]) -> int:
     config = None if options.config is None else recipes.from_flag()[1]
     workdir = None if options.workdir is None else epath.Path(options.workdir)
     processes.initialize_processes()
-    if jax.process_index() != 0:
-        log.setLevel(logging.WARNING)
     healthy = examine(_checks(config, workdir))
     log.info("ready" if healthy else "not ready: fix the checks marked FAIL")
     return 0 if healthy else 1
