@@ -9,14 +9,14 @@ folder is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
 import logging
 import os
 import pathlib
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from array_record.python import array_record_data_source
 import numpy as np
@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 
 # In schema 1 every record of a stream but the last was full; now every record of a shard but its last is.
 SCHEMA = 2
-READABLE_SCHEMAS = (1, 2)
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
-# Streams ----------------------------------------------------------------------------------------------
+_REMEDY = "copy it again, or prepare into an empty folder"
+
+# ---- Streams ----
 
 
 class TokenStream(Protocol):
@@ -48,12 +49,10 @@ class TokenStream(Protocol):
         """Hex sha256 that changes with the tokens."""
         ...
 
-    def __len__(self) -> int:
-        """Number of tokens."""
-        ...
+    def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), int32; `0 <= start <= stop <= len`."""
+        """Returns tokens [start, stop), int32; `0 <= start <= stop <= len`."""
         ...
 
 
@@ -63,11 +62,7 @@ Components = Sequence[tuple[float, TokenStream]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MemoryStream:
-    """Tokens in memory.
-
-    Attributes:
-      tokens: `(len,)` of the dtype that `token_dtype` gives.
-    """
+    """Tokens in memory, `(len,)` of the dtype that `token_dtype` gives."""
 
     tokens: np.ndarray
 
@@ -83,18 +78,13 @@ class MemoryStream:
         return self.tokens[start:stop].astype(np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One ArrayRecord file; also the file instruction that lets `array_record` open it lazily."""
+class _FileInstruction(NamedTuple):
+    """A shard as `array_record` takes it to open it lazily."""
 
     filename: str
     examples_in_shard: int
-    tokens: int
+    take: int
     skip: int = 0
-
-    @property
-    def take(self) -> int:
-        return self.examples_in_shard
 
 
 class ArrayRecordStream:
@@ -104,23 +94,26 @@ class ArrayRecordStream:
     longer than a record reads at most two records inside a file, and three where it crosses into the next.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, tokens_per_record: int, dtype: str, digest: str):
+    def __init__(
+        self, folder: pathlib.Path, shards: Sequence[ShardEntry], *, tokens_per_record: int, dtype: str
+    ):
         """Describes the files; none is opened.
 
         Args:
-          shards: Files in the order of the stream.
+          folder: Folder of the shards.
+          shards: Entries of the manifest, in the order of the stream.
           tokens_per_record: Tokens in every record of a file but its last.
           dtype: "uint16" or "uint32".
-          digest: Digest of the content, from the manifest.
         """
-        files_of_shards: Any = list(shards)  # Each is a FileInstruction by its fields.
-        self._records = array_record_data_source.ArrayRecordDataSource(files_of_shards)
+        self._records: Any = array_record_data_source.ArrayRecordDataSource(
+            [_FileInstruction(str(folder / shard.file), shard.records, shard.records) for shard in shards]
+        )
         # The first token and the first record of each shard; the last entry is the number of all.
         self._tokens = np.cumsum([0, *(shard.tokens for shard in shards)])
-        self._first_records = np.cumsum([0, *(shard.examples_in_shard for shard in shards)])
+        self._first_records = np.cumsum([0, *(shard.records for shard in shards)])
         self._tokens_per_record = tokens_per_record
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self.digest = digest
+        self.digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._tokens[-1])
@@ -141,7 +134,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-# Folders ----------------------------------------------------------------------------------------------
+# ---- Folders ----
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,9 +144,7 @@ class ShardEntry:
     Attributes:
       file: Name inside the folder.
       component: Index into `Manifest.components`.
-      split: "train" or "validation".
       records: Number of records, possibly 0.
-      tokens: Number of tokens.
       bytes: Size of the file.
       sha256: Hex digest of the file.
     """
@@ -169,15 +160,12 @@ class ShardEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Component:
-    """One source of the mix.
+    """One source of the mix, with the counts of its `sources.SourceReport`.
 
     Attributes:
-      source: Its name.
       weight: Weight in sampling.
-      documents, bytes: Text that was taken, in all.
       train_documents, validation_documents: Documents on each side of the split.
       train_tokens, validation_tokens: Tokens on each side, one end_of_text per document included.
-      skipped_undecodable, skipped_unreadable, skipped_empty: As in `sources.SourceReport`.
     """
 
     source: str
@@ -194,7 +182,6 @@ class Component:
 
     @property
     def report(self) -> sources.SourceReport:
-        """The counts of text alone."""
         names = [field.name for field in dataclasses.fields(sources.SourceReport)]
         return sources.SourceReport(**{name: getattr(self, name) for name in names})
 
@@ -206,7 +193,6 @@ class Manifest:
     Attributes:
       schema: Version of this layout.
       options: Options of `encode.write` that decide the content.
-      vocab_size: Size of the tokenizer.
       tokenizer_sha256: `Tokenizer.digest`.
       dtype: Type of the tokens in the records, little-endian.
       tokens_per_record: Tokens in every record of a shard but its last.
@@ -226,14 +212,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class TokenFolder:
-    """An opened folder; no token has been read.
-
-    Attributes:
-      manifest: Content of its `manifest.json`.
-      tokenizer: The folder's own.
-      train: Weight and training tokens of each component.
-      validation: Weight and held-out tokens of each component.
-    """
+    """An opened folder: its manifest, its tokenizer, and the streams of its components; no token was read."""
 
     manifest: Manifest
     tokenizer: tokenizer_lib.Tokenizer
@@ -257,12 +236,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise UserError(f"prepare has not finished in {folder}: run the same command again")
     values = files.read_json(path)
     schema = values.get("schema")
-    if schema not in READABLE_SCHEMAS:
+    if schema not in (1, SCHEMA):
         raise UserError(
-            f"{path} has schema {schema!r}, this version reads {READABLE_SCHEMAS[0]} to {SCHEMA}: "
-            "prepare the data again"
+            f"{path} has schema {schema!r}, this version reads 1 to {SCHEMA}: prepare the data again"
         )
-    return manifest_from_json(values)
+    try:
+        return config_lib.from_dict(Manifest, values)
+    except UserError as error:
+        raise UserError(f"{path} is malformed: {error}") from error
 
 
 def open_folder(folder: str | os.PathLike[str]) -> TokenFolder:
@@ -277,20 +258,23 @@ def open_folder(folder: str | os.PathLike[str]) -> TokenFolder:
     for shard in manifest.shards:
         path = folder / shard.file
         if not path.exists():
-            raise UserError(f"{path} is missing: copy it again, or prepare into an empty folder")
+            raise UserError(f"{path} is missing: {_REMEDY}")
         if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"{path} must have {shard.bytes} bytes, has {path.stat().st_size}: copy it again, "
-                "or prepare into an empty folder"
-            )
+            raise UserError(f"{path} must have {shard.bytes} bytes, has {path.stat().st_size}: {_REMEDY}")
     tokenizer = tokenizer_lib.load(folder / TOKENIZER)
     if tokenizer.digest != manifest.tokenizer_sha256:
         raise UserError(f"{folder / TOKENIZER} is not the tokenizer that the tokens beside it were made with")
+
+    def stream(index: int, split: Split) -> ArrayRecordStream:
+        return ArrayRecordStream(
+            folder,
+            [shard for shard in manifest.shards if (shard.component, shard.split) == (index, split)],
+            tokens_per_record=manifest.tokens_per_record,
+            dtype=manifest.dtype,
+        )
+
     train, validation = (
-        [
-            (component.weight, _stream(folder, manifest, index, split))
-            for index, component in enumerate(manifest.components)
-        ]
+        [(component.weight, stream(index, split)) for index, component in enumerate(manifest.components)]
         for split in SPLITS
     )
     return TokenFolder(manifest, tokenizer, train, validation)
@@ -307,34 +291,5 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
     for shard in manifest.shards:
         log.info("checking %s", shard.file)
         if files.sha256(folder / shard.file) != shard.sha256:
-            raise UserError(
-                f"{folder / shard.file} is damaged (sha256 differs from the manifest): copy it "
-                "again, or prepare into an empty folder"
-            )
+            raise UserError(f"{folder / shard.file} is damaged (sha256 differs from the manifest): {_REMEDY}")
     return manifest
-
-
-def manifest_from_json(values: Mapping[str, Any]) -> Manifest:
-    """Returns a manifest from parsed JSON; `dataclasses.asdict` is the way back."""
-    plain = {key: value for key, value in values.items() if key not in ("components", "shards")}
-    try:
-        return Manifest(
-            **plain,
-            components=tuple(
-                config_lib.from_dict(Component, component) for component in values["components"]
-            ),
-            shards=tuple(config_lib.from_dict(ShardEntry, shard) for shard in values["shards"]),
-        )
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{MANIFEST} is malformed: {error}") from error
-
-
-def _stream(folder: pathlib.Path, manifest: Manifest, component: int, split: Split) -> ArrayRecordStream:
-    entries = [s for s in manifest.shards if s.component == component and s.split == split]
-    digest = hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
-    return ArrayRecordStream(
-        [Shard(str(folder / entry.file), entry.records, entry.tokens) for entry in entries],
-        tokens_per_record=manifest.tokens_per_record,
-        dtype=manifest.dtype,
-        digest=digest,
-    )
