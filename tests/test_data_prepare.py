@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 
+from wsparse import locks
 from wsparse.config import DataConfig
 from wsparse.data import batches, dataset, encode, prepare, tokens
 from wsparse.errors import UserError
@@ -373,8 +374,8 @@ def test_bad_requests_are_one_line(source, finished, tmp_path):
     check("must be empty .* has 'thesis.tex'", lambda: prepare.prepare(options(source), out))
     (out / "thesis.tex").unlink()
     (out / "progress").mkdir()
-    with encode._locked(out / "progress" / "lock", out):
-        check("another process is preparing", lambda: prepare.prepare(options(source), out))
+    with locks.hold(out / "progress", "preparing tokens", name="lock"):
+        check("process .* is preparing tokens there", lambda: prepare.prepare(options(source), out))
 
 
 def test_help_names_every_option_and_importing_defines_no_flag():

@@ -1,8 +1,8 @@
 """Datasets and batches.
 
-A batch is a pure function of (seed, global step): a run that resumes at step s with any number of
-reader threads or processes sees the batches that an uninterrupted single process would have seen,
-so the step is the only state there is to save.
+A batch is a pure function of (seed, global step): a run that resumes at step s with any number of reader
+threads or processes sees the batches that an uninterrupted single process would have seen, so the step is the
+only state there is to save.
 """
 
 from __future__ import annotations
@@ -26,15 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """A stream as a sequence of windows, each `(T+1,)` int32.
+    """A stream as a sequence of windows `(T+1,)` int32, T the context.
 
     Window i covers the tokens [i*T, i*T + T], T inputs and T targets that overlap in all but one token, so
     that in an epoch every token after the first is predicted exactly once (at most T-1 tokens at the end are
     in no window).
-
-    Attributes:
-      stream: The tokens.
-      context: T.
     """
 
     stream: TokenStream
@@ -64,27 +60,26 @@ def train_batches(
     threads: int = 2,
     prefetch: int = 8,
 ) -> Iterator[np.ndarray]:
-    """Endless shuffled batches, from `start_step` on.
+    """Returns an iterator of endless shuffled batches, from `start_step` on.
 
-    The batch of step s is a pure function of (components, batch_size, context, seed, s), whatever
-    `start_step`, `threads` and `prefetch`; a process that wants some `rows` of it reads no others.
-    Each epoch of each component has its own shuffle. To resume, start at the step.
+    The batch of step s is a pure function of (components, batch_size, context, seed, s). Every epoch of a
+    component has its own shuffle; a smaller stream is repeated as often as its weight asks.
 
     Args:
-      components: (weight, stream) pairs; a smaller stream is repeated as often as its weight asks.
-      batch_size: B, rows of the global batch.
-      context: T.
-      seed: of the order, not negative.
-      start_step: the first batch that is returned.
-      rows: which rows of the global batch this process wants, R of them; None is all.
-      threads: threads that read ahead.
-      prefetch: batches they keep ready.
+      components: Weights and streams.
+      batch_size: Rows B of the global batch.
+      context: Context T.
+      seed: Seed of the order, not negative.
+      start_step: Step of the first batch.
+      rows: Rows of the global batch that this process wants, R of them, and reads alone; None is all.
+      threads: Threads that read ahead.
+      prefetch: Batches they keep ready.
 
     Returns:
       An iterator of (R, T+1) int32: inputs are `[:, :-1]`, targets `[:, 1:]`.
 
     Raises:
-      UserError: at once, when there is no such row or the seed is negative.
+      UserError: At once, when a row is out of range or the seed is negative.
     """
     wanted = _rows(batch_size, rows)
     if seed < 0:
@@ -104,36 +99,32 @@ def train_batches(
 def eval_batches(
     components: Components, *, batch_size: int, context: int, batches: int, rows: Sequence[int] | None = None
 ) -> list[np.ndarray]:
-    """The same held-out batches at each call, evenly spread over each stream, in mix proportion.
+    """Returns the same held-out batches at each call, evenly spread over each stream, in mix proportion.
 
-    There are as many batches as the windows of all streams fill, at most `batches`. A stream that
-    has fewer windows than its share of them repeats each about equally often; so does a single
-    stream that fills less than one batch. A line is logged when windows are repeated.
+    There are as many batches as the windows of all streams fill, at most `batches` and at least one. A stream
+    that has fewer windows than its share of them repeats them about equally often, and a line is logged.
 
     Args:
-      components: (weight, stream) pairs.
-      batch_size: B, rows of the global batch.
-      context: T.
-      batches: how many at most, at least 1.
-      rows: which rows of each global batch this process wants, R of them; None is all.
+      components: Weights and streams.
+      batch_size: Rows B of the global batch.
+      context: Context T.
+      batches: Number of batches, at most.
+      rows: Rows of the global batches that this process wants, R of them; None is all.
 
     Returns:
-      1 to `batches` arrays (R, T+1) int32.
+      Arrays (R, T+1) int32.
     """
     wanted = _rows(batch_size, rows)
     windows = [Windows(stream, context) for _, stream in components]
-    weights = _normalized([weight for weight, _ in components])
     count = min(batches, max(1, sum(map(len, windows)) // batch_size))
-    shares = _shares(weights, count * batch_size)
-    for (_, stream), each, share in zip(components, windows, shares, strict=True):
-        if share > len(each):
+    shares = _shares([weight for weight, _ in components], count * batch_size)
+    for stream, share in zip(windows, shares, strict=True):
+        if share > len(stream):
             log.info(
                 "evaluation repeats the %d windows of a stream of %d tokens to make %d",
-                len(each),
-                len(stream),
-                share,
-            )
-    # Each window's place in its own stream, from 0 to 1, orders the windows of all streams.
+                len(stream), len(stream.stream), share,
+            )  # fmt: skip
+    # A window's place in its own stream, from 0 to 1, orders the windows of all streams.
     plan = sorted(
         ((j + 0.5) / share, c, j * len(windows[c]) // share)
         for c, share in enumerate(shares)
@@ -149,9 +140,9 @@ def windows(components: Components, *, n: int, context: int, seed: int) -> np.nd
     """Returns different windows in mix proportion, the inputs of the first that training would draw.
 
     Args:
-      components: (weight, stream) pairs; streams that are shorter than a window are left out.
+      components: Weights and streams; streams that are shorter than a window are left out.
       n: Number of windows, at most; one that comes again is dropped.
-      context: T.
+      context: Context T.
       seed: Seed of the order, not negative.
 
     Returns:
@@ -180,13 +171,11 @@ def _rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
 class _EndlessShuffle:
     """The windows of a stream, epoch after epoch in new orders, with random access at any index.
 
-    Grain's own shuffle keeps nothing in memory, but takes milliseconds per index when there are few
-    windows, and its epoch e with seed s is its epoch e-1 with seed s+1. Here the orders of two
-    epochs are kept, 4 bytes a window.
+    Grain's own shuffle takes milliseconds per index when there are few windows, and its epoch e with seed s
+    is its epoch e-1 with seed s+1. Here the orders of two epochs are kept, 4 bytes a window.
     """
 
     def __init__(self, windows: Windows, seed: Sequence[int]):
-        """Shuffle `windows` by `seed`, numbers that no other shuffle has."""
         self._windows = windows
 
         @functools.lru_cache(maxsize=2)
@@ -206,7 +195,7 @@ class _EndlessShuffle:
 
 
 def _shuffled_windows(components: Components, context: int, seed: int) -> grain.MapDataset:
-    """Element i is the i-th window of an endless run, (T+1,) int32: random access at any i."""
+    """Returns the windows of an endless run, (T+1,) int32, with random access."""
     endless = [
         grain.MapDataset.source(_EndlessShuffle(Windows(stream, context), (seed, index)))
         for index, (_, stream) in enumerate(components)
@@ -214,14 +203,10 @@ def _shuffled_windows(components: Components, context: int, seed: int) -> grain.
     return grain.MapDataset.mix(endless, weights=[weight for weight, _ in components])
 
 
-def _normalized(weights: Sequence[float]) -> list[float]:
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
-
-
 def _shares(weights: Sequence[float], total: int) -> list[int]:
-    """`total` in whole parts nearest to the weights (largest remainder first)."""
-    exact = [weight * total for weight in weights]
+    """Returns `total` in whole parts nearest to the weights (largest remainder first)."""
+    whole = math.fsum(weights)
+    exact = [weight / whole * total for weight in weights]
     shares = [int(value) for value in exact]
     by_remainder = sorted(range(len(weights)), key=lambda c: shares[c] - exact[c])
     for c in by_remainder[: total - sum(shares)]:

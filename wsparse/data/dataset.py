@@ -8,7 +8,7 @@ made from and with, and its digest: the data that a run sees is what it saw firs
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import json
@@ -36,13 +36,7 @@ PROVENANCE = "provenance.json"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Counts of a dataset.
-
-    Attributes:
-      sources: Counts of text of each source, in the order of the mix.
-      train_tokens: Tokens to train on.
-      validation_tokens: Tokens held out.
-    """
+    """Counts of a dataset: text of each source, in the order of the mix, and tokens on each side."""
 
     sources: tuple[sources.SourceReport, ...]
     train_tokens: int
@@ -62,7 +56,6 @@ class Provenance:
       folders: Absolute paths of the `arrayrecord:` sources by name.
       digest: `Dataset.digest`.
       tokenizer_sha256: `Tokenizer.digest`.
-      train_tokens, validation_tokens: Tokens on each side.
       python: Version of the interpreter, whose library is the source `stdlib`.
       platform: Machine that read the sources.
     """
@@ -85,11 +78,7 @@ class Dataset:
     """A tokenizer and the token streams of each source of a mix.
 
     Attributes:
-      tokenizer: Tokenizer of the streams.
-      train: Weight and training tokens of each source; the weights sum to 1.
-      validation: Weight and held-out tokens of each source.
       digest: Hex sha256 over the tokenizer, the weights and all tokens.
-      report: Counts.
       provenance: Content of `provenance.json`; None while the folder is written.
     """
 
@@ -131,9 +120,16 @@ def open_dataset(
       UserError: A bad source, a tokenizer of another size, too little text on either side, or data that is
         not what it was when the folder was made.
     """
-    options = _options(data, vocab_size)
+    names = ("source", "megabytes", "tokenizer", "validation_fraction", "seed")
+    options = {name: getattr(data, name) for name in names} | {"vocab_size": vocab_size}
     if folder.exists():
-        provenance = _read_provenance(folder)
+        path = folder / PROVENANCE
+        if not path.exists():
+            raise UserError(f"{folder} is not the data of a run (no {PROVENANCE}): move it away")
+        try:
+            provenance = config_lib.from_dict(Provenance, files.read_json(path))
+        except UserError as error:
+            raise UserError(f"{path} is malformed: {error}") from error
         changed = config_lib.differences(provenance.options, options)
         if not changed:
             return _reopen(folder, provenance, context, tokenizer)
@@ -150,19 +146,7 @@ def open_dataset(
     documents = [term for term in mix if term.name not in paths]
     with files.new_folder(folder) as part:
         if documents:
-            encode.write(
-                encode.Options(
-                    source=data.source,
-                    vocab_size=vocab_size,
-                    megabytes=data.megabytes,
-                    validation_fraction=data.validation_fraction,
-                    seed=data.seed,
-                ),
-                part,
-                mix=documents,
-                tokenizer=tokenizer,
-                in_memory=True,
-            )
+            encode.write(encode.Options(**options), part, mix=documents, tokenizer=tokenizer, in_memory=True)
         dataset = _read(part, mix, paths, context)
         provenance = Provenance(
             options=options,
@@ -210,24 +194,9 @@ def other_text(
     return components
 
 
-def _options(data: DataConfig, vocab_size: int) -> dict:
-    names = ("source", "megabytes", "tokenizer", "validation_fraction", "seed")
-    return {name: getattr(data, name) for name in names} | {"vocab_size": vocab_size}
-
-
 def _arrayrecord_paths(mix: Sequence[sources.Term]) -> dict[str, pathlib.Path]:
     paths = {term.name: sources.arrayrecord_folder(term.name) for term in mix}
     return {name: path for name, path in paths.items() if path is not None}
-
-
-def _read_provenance(folder: pathlib.Path) -> Provenance:
-    path = folder / PROVENANCE
-    if not path.exists():
-        raise UserError(f"{folder} is not the data of a run (no {PROVENANCE}): move it away")
-    try:
-        return config_lib.from_dict(Provenance, files.read_json(path))
-    except TypeError as error:
-        raise UserError(f"{path} is malformed: {error}") from error
 
 
 def _reopen(
@@ -254,43 +223,53 @@ def _read(
     folder: pathlib.Path, mix: Sequence[sources.Term], paths: dict[str, pathlib.Path], context: int
 ) -> Dataset:
     """Reads the run's own tokens into memory, and opens the folders that it points at."""
-    own = tokens.open_folder(folder) if len(paths) < len({term.name for term in mix}) else None
     opened = {name: tokens.open_folder(path) for name, path in paths.items()}
-    tokenizer = own.tokenizer if own else next(iter(opened.values())).tokenizer
+    own = tokens.open_folder(folder) if any(term.name not in opened for term in mix) else None
+    tokenizer = (own or next(iter(opened.values()))).tokenizer
+    dtype = tokens.token_dtype(tokenizer.vocab_size)
+    own_rows = _rows(own) if own else iter(())
     reports: list[sources.SourceReport] = []
-    names: list[str] = []
-    sides: tuple[list, list] = ([], [])
-    index = 0
+    train: list[tuple[float, tokens.TokenStream]] = []
+    validation: list[tuple[float, tokens.TokenStream]] = []
     for term in mix:
-        if term.name in opened:
-            prepared = opened[term.name]
-            components = prepared.manifest.components
-            names += [f"{term.name} ({component.source})" for component in components]
-            reports += [component.report for component in components]
-            for side, streams in zip(sides, (prepared.train, prepared.validation), strict=True):
-                side += [(term.weight * weight, stream) for weight, stream in streams]
-        else:
-            assert own is not None
-            names.append(term.name)
-            reports.append(own.manifest.components[index].report)
-            for side, streams in zip(sides, (own.train, own.validation), strict=True):
-                side.append((term.weight, _in_memory(streams[index][1], tokenizer)))
-            index += 1
-    train, validation = sides
-    for name, (_, training), (_, held_out) in zip(names, train, validation, strict=True):
-        _require_window(training, name, context, "training")
-        _require_window(held_out, name, context, "held-out")
+        prepared = opened.get(term.name)
+        for component, *sides in _rows(prepared) if prepared else [next(own_rows)]:
+            reports.append(component.report)
+            name = f"{term.name} ({component.source})" if prepared else term.name
+            for components, (weight, stream) in zip((train, validation), sides, strict=True):
+                _require_window(stream, name, context, held_out=components is validation)
+                if prepared:
+                    components.append((term.weight * weight, stream))
+                else:
+                    ids = stream.read(0, len(stream)).astype(dtype)
+                    components.append((term.weight, tokens.MemoryStream(ids)))
     report = Report(
         tuple(reports),
         train_tokens=sum(len(stream) for _, stream in train),
         validation_tokens=sum(len(stream) for _, stream in validation),
     )
-    return Dataset(tokenizer, train, validation, _digest(tokenizer, train, validation), report)
+    content = [
+        tokenizer.digest,
+        *([[weight, len(stream), stream.digest] for weight, stream in side] for side in (train, validation)),
+    ]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return Dataset(tokenizer, train, validation, digest, report)
 
 
-def _in_memory(stream: tokens.TokenStream, tokenizer: tokenizer_lib.Tokenizer) -> tokens.MemoryStream:
-    ids = stream.read(0, len(stream))
-    return tokens.MemoryStream(ids.astype(tokens.token_dtype(tokenizer.vocab_size)))
+def _rows(folder: tokens.TokenFolder) -> Iterator[tuple]:
+    """Returns the components of a folder with their training and held-out streams."""
+    return zip(folder.manifest.components, folder.train, folder.validation, strict=True)
+
+
+def _require_window(stream: tokens.TokenStream, name: str, context: int, *, held_out: bool) -> None:
+    if window_count(len(stream), context) < 1:
+        side = "held-out" if held_out else "training"
+        raise UserError(
+            f"{name} has {len(stream)} {side} tokens, one window of model.context={context} needs "
+            f"{context + 1}: raise data.megabytes"
+            + (" or data.validation_fraction" if held_out else "")
+            + ", or give more documents; an arrayrecord: folder must be prepared again"
+        )
 
 
 def _given_tokenizer(
@@ -310,21 +289,3 @@ def _given_tokenizer(
                 "--tokenizer=<the tokenizer.json of the other>"
             )
     return given[0][1] if given else None
-
-
-def _require_window(stream: tokens.TokenStream, name: str, context: int, side: str) -> None:
-    if window_count(len(stream), context) < 1:
-        raise UserError(
-            f"{name} has {len(stream)} {side} tokens, one window of model.context={context} needs "
-            f"{context + 1}: raise data.megabytes"
-            + (" or data.validation_fraction" if side == "held-out" else "")
-            + ", or give more documents; an arrayrecord: folder must be prepared again"
-        )
-
-
-def _digest(tokenizer: tokenizer_lib.Tokenizer, *sides: Components) -> str:
-    content = [
-        tokenizer.digest,
-        *([[weight, len(stream), stream.digest] for weight, stream in side] for side in sides),
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -12,7 +12,6 @@ import collections
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import logging
@@ -24,7 +23,7 @@ from array_record.python import array_record_module
 import numpy as np
 
 from wsparse import config as config_lib
-from wsparse import files
+from wsparse import files, locks
 from wsparse.config import setting
 from wsparse.data import sources, split, tokens
 from wsparse.data import tokenizer as tokenizer_lib
@@ -135,9 +134,8 @@ def write(
     }
     state = out / _PROGRESS
     if (out / tokens.MANIFEST).exists():
-        manifest = tokens.read_manifest(out)
+        manifest = tokens.open_folder(out).manifest
         _require_same_options(manifest.options, identity, out)
-        tokens.open_folder(out)
         shutil.rmtree(state, ignore_errors=True)
         log.info("%s is already finished: nothing to do", out)
         return manifest
@@ -150,8 +148,12 @@ def write(
     limits = [
         math.inf if options.megabytes is None else options.megabytes * 1e6 * part.weight for part in mix
     ]
-    _make_folder(out)
-    with _locked(state / "lock", out):
+    files.make_folder(out)
+    others = [] if state.exists() else [path.name for path in out.iterdir()]
+    if others:
+        raise UserError(f"{out} must be empty or from an earlier run, has {min(others)!r}")
+    files.make_folder(state)
+    with locks.hold(state, "preparing tokens", name="lock"):
         plan = _read_plan(state / "plan.json", identity, out)
         if plan is None:
             plan = _plan(options, opened, limits, out, vocab_size, tokenizer)
@@ -210,26 +212,7 @@ def _require_same_options(old: dict, new: dict, out: pathlib.Path) -> None:
         )
 
 
-def _make_folder(out: pathlib.Path) -> None:
-    files.make_folder(out)
-    others = [path.name for path in out.iterdir()] if not (out / _PROGRESS).exists() else []
-    if others:
-        raise UserError(f"{out} must be empty or from an earlier run, has {min(others)!r}")
-    files.make_folder(out / _PROGRESS)
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process out; the system lets go of the lock when this one dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is preparing {out}: wait for it") from error
-        yield
-
-
-# First pass -------------------------------------------------------------------------------------------
+# ---- First pass ----
 
 
 def _read_plan(path: pathlib.Path, identity: dict, out: pathlib.Path) -> _Plan | None:
@@ -283,24 +266,20 @@ def _plan(
 
 def _cut(documents: Iterable[str], component: int, block_bytes: float, blocks: list[_Block]) -> Iterator[str]:
     """Passes documents on and appends to `blocks` where they are to be cut."""
-    number, size, digest = 0, 0, hashlib.sha256()
-
-    def block() -> _Block:
-        return _Block(component=component, documents=number, bytes=size, sha256=digest.hexdigest())
-
-    for text in documents:
-        yield text
-        number += 1
-        size += len(text.encode("utf-8"))
-        digest.update(split.text_digest(text))
-        if size >= block_bytes:
-            blocks.append(block())
-            number, size, digest = 0, 0, hashlib.sha256()
-    if number:
-        blocks.append(block())
+    documents = iter(documents)
+    while (first := next(documents, None)) is not None:
+        number, size, digest = 0, 0, hashlib.sha256()
+        for text in itertools.chain([first], documents):
+            yield text
+            number += 1
+            size += len(text.encode("utf-8"))
+            digest.update(split.text_digest(text))
+            if size >= block_bytes:
+                break
+        blocks.append(_Block(component=component, documents=number, bytes=size, sha256=digest.hexdigest()))
 
 
-# Second pass ------------------------------------------------------------------------------------------
+# ---- Second pass ----
 
 
 def _encode_blocks(
@@ -317,24 +296,24 @@ def _encode_blocks(
     holdout = split.Holdout(
         options.validation_fraction, frozenset(bytes.fromhex(digest) for digest in plan.held_out)
     )
+    streams = [
+        sources.documents(source, collections.Counter(), max_bytes=limit)
+        for source, limit in zip(opened, limits, strict=True)
+    ]
     encoded: list[_Encoded] = []
-    for component, blocks in itertools.groupby(
-        enumerate(plan.blocks), key=lambda numbered: numbered[1].component
-    ):
-        source = opened[component]
-        documents = sources.documents(source, collections.Counter(), max_bytes=limits[component])
-        for index, block in blocks:
-            texts = _checked(itertools.islice(documents, block.documents), block, source.name, out)
-            path = out / _PROGRESS / f"block-{index:05d}.json"
-            if path.exists():
-                collections.deque(texts, maxlen=0)  # To the next block, checking on the way.
-                encoded.append(config_lib.from_dict(_Encoded, files.read_json(path)))
-                continue
-            log.info("encoding shard %d of %d, from %s", index + 1, len(plan.blocks), source.name)
-            suffix = f"{index:05d}-of-{len(plan.blocks):05d}.array_record"
-            result = _encode_block(texts, out, suffix, component, options, holdout, tokenizer)
-            files.write_json(path, dataclasses.asdict(result), durable=True)
-            encoded.append(result)
+    for index, block in enumerate(plan.blocks):
+        name = opened[block.component].name
+        texts = _checked(itertools.islice(streams[block.component], block.documents), block, name, out)
+        path = out / _PROGRESS / f"block-{index:05d}.json"
+        if path.exists():
+            collections.deque(texts, maxlen=0)  # To the next block, checking on the way.
+            encoded.append(config_lib.from_dict(_Encoded, files.read_json(path)))
+            continue
+        log.info("encoding shard %d of %d, from %s", index + 1, len(plan.blocks), name)
+        suffix = f"{index:05d}-of-{len(plan.blocks):05d}.array_record"
+        result = _encode_block(texts, out, suffix, block.component, options, holdout, tokenizer)
+        files.write_json(path, dataclasses.asdict(result), durable=True)
+        encoded.append(result)
     return encoded
 
 
@@ -358,12 +337,14 @@ def _encode_block(
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> _Encoded:
     """Writes the two shards of a block, `train-SUFFIX` and `validation-SUFFIX`."""
-    paths = [out / f"{side}-{suffix}" for side in tokens.SPLITS]
     shards, counts = [], [0, 0]
     with contextlib.ExitStack() as stack:
-        parts = [out / _PROGRESS / f"{side}.part" for side in tokens.SPLITS]
-        for path, part in zip(paths, parts, strict=True):
-            stack.enter_context(files.replacing(path, durable=True, part=part))
+        parts = [
+            stack.enter_context(
+                files.replacing(out / f"{side}-{suffix}", durable=True, part=out / _PROGRESS / f"{side}.part")
+            )
+            for side in tokens.SPLITS
+        ]
         dtype = tokens.token_dtype(tokenizer.vocab_size)
         writers = [_RecordWriter(part, options.tokens_per_record, dtype) for part in parts]
         try:
@@ -375,10 +356,10 @@ def _encode_block(
         finally:
             for writer in writers:
                 writer.close()
-        for side, path, part, writer in zip(tokens.SPLITS, paths, parts, writers, strict=True):
+        for side, part, writer in zip(tokens.SPLITS, parts, writers, strict=True):
             shards.append(
                 tokens.ShardEntry(
-                    file=path.name,
+                    file=f"{side}-{suffix}",
                     component=component,
                     split=side,
                     records=writer.records,
@@ -399,8 +380,7 @@ class _RecordWriter:
         self._path = path
         self._size = tokens_per_record
         self._pending = np.empty(0, dtype.newbyteorder("<"))
-        self.records = 0
-        self.tokens = 0
+        self.records = self.tokens = 0
 
     def write(self, ids: np.ndarray) -> None:
         """Adds `(n,)` tokens; those that do not fill a record wait for more."""

@@ -11,11 +11,10 @@
 | `arrayrecord:DIR` | tokens written by `python -m wsparse.data.prepare` (`wsparse.data.tokens`) |
 
 The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own. A mix is
-`0.7*idioms+0.3*stdlib`; weights are normalized and a missing one counts as 1. A `+` inside a path
-belongs to the path unless what follows it is `NUMBER*` or the name of a source.
+`0.7*idioms+0.3*stdlib`; weights are normalized and a missing one counts as 1. A `+` inside a path belongs to
+the path unless what follows it is `NUMBER*` or the name of a source.
 
-Every source yields the same documents in the same order each time. Nothing is stripped or
-normalized.
+Every source yields the same documents in the same order each time. Nothing is stripped or normalized.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ _NUMBER = r"[0-9.][0-9.]*(?:[eE][-+]?[0-9]+)?"
 
 
 class Skip(enum.Enum):
-    """Why a source passed over what could have been a document."""
+    """Why a file, line or row is not a document: it cannot be opened, is not UTF-8, or is white space."""
 
     UNREADABLE = "skipped_unreadable"
     UNDECODABLE = "skipped_undecodable"
@@ -71,16 +70,7 @@ class Skip(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class SourceReport:
-    """What came out of one source.
-
-    Attributes:
-      source: its name in the mix.
-      documents: documents taken.
-      bytes: their size in UTF-8.
-      skipped_undecodable: files, lines or rows that are not UTF-8.
-      skipped_unreadable: files that could not be opened or read.
-      skipped_empty: files, lines or rows with nothing but whitespace.
-    """
+    """Counts of one source: documents taken, their bytes in UTF-8, and what was skipped (see `Skip`)."""
 
     source: str
     documents: int = 0
@@ -99,7 +89,7 @@ class SourceReport:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One term of a mix: its weight (the weights of a mix sum to 1) and the name of the source."""
+    """One source of a mix; the weights of a mix sum to 1."""
 
     weight: float
     name: str
@@ -110,10 +100,9 @@ class Source:
     """A source that was found and looks readable.
 
     Attributes:
-      name: as the user wrote it.
-      endless: it never runs out, so a limit on bytes is needed.
-      read: starts from the first document; yields each as text or as bytes to be decoded, or the
-        reason why there is none.
+      name: Name as the user wrote it.
+      endless: Whether it needs a limit on bytes, because it never runs out.
+      read: Starts from the first document; yields text, bytes to be decoded, or the reason to skip an item.
     """
 
     name: str
@@ -122,13 +111,12 @@ class Source:
 
 
 def parse_mix(text: str) -> tuple[Term, ...]:
-    """The parts of a mix such as `0.7*idioms+0.3*stdlib`, weights normalized.
+    """Returns the terms of a mix such as `0.7*idioms+0.3*stdlib`, weights normalized.
 
     Raises:
-      UserError: an empty part, a weight that is no positive number, an unknown kind of source or
-        option; the message quotes the part.
+      UserError: A term is empty, its weight is not a positive number, or its source or an option is unknown.
     """
-    parts = []
+    terms = []
     for piece in _split_mix(text):
         part = piece.strip()
         where = f" in the source {text!r}" if part != text.strip() else ""
@@ -145,60 +133,52 @@ def parse_mix(text: str) -> tuple[Term, ...]:
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(f"the weight of {part!r}{where} must be a positive number, got {match[1]!r}")
         _kind_path_options(name)
-        parts.append(Term(weight, name))
-    total = sum(part.weight for part in parts)
-    return tuple(dataclasses.replace(part, weight=part.weight / total) for part in parts)
+        terms.append(Term(weight, name))
+    total = sum(term.weight for term in terms)
+    return tuple(Term(term.weight / total, term.name) for term in terms)
 
 
 def open_source(name: str, *, seed: int = 0) -> Source:
-    """Find the source called `name` (one part of a mix, without its weight).
+    """Returns the source of a term.
 
     Args:
-      name: see the table above; not `arrayrecord:`, which holds tokens and no documents.
-      seed: seed of the generated documents of `idioms`.
+      name: See the table above; not `arrayrecord:`, which holds tokens and no documents.
+      seed: Seed of the generated documents of `idioms`.
 
     Raises:
-      UserError: unknown name, missing path, empty glob, missing package.
+      UserError: The name is unknown, a path is missing, a glob is empty, or a package is not installed.
     """
     kind, path, options = _kind_path_options(name)
-    match kind:
-        case "stdlib":
-            return Source(name, False, lambda: _read_files(_stdlib_files()))
-        case "idioms":
-            return Source(name, True, lambda: python_documents(seed))
-        case "files":
-            paths = _expand(name, path)
-            return Source(name, False, lambda: _read_files(paths))
-        case "jsonl":
-            paths = _expand(name, path)
-            return Source(name, False, lambda: _read_jsonl(paths, options["field"]))
-        case "parquet":
-            if importlib.util.find_spec("pyarrow") is None:
-                raise missing_extra("pyarrow", "parquet", f"the source {name!r}")
-            paths = _expand(name, path)
-            return Source(name, False, lambda: _read_parquet(paths, options["field"]))
-        case "tfds":
-            examples = _open_tfds(name, path, options["split"], options["data_dir"])
-            return Source(name, False, lambda: _read_tfds(name, examples, options["field"]))
-        case _:
-            raise UserError(
-                f"the source {name!r} holds tokens, not documents: name the source it was made from"
-            )
+    if kind == "arrayrecord":
+        raise UserError(f"the source {name!r} holds tokens, not documents: name the source it was made from")
+    if kind == "stdlib":
+        return Source(name, False, lambda: _read_files(_stdlib_files()))
+    if kind == "idioms":
+        return Source(name, True, lambda: python_documents(seed))
+    if kind == "tfds":
+        examples = _open_tfds(name, path, options["split"], options["data_dir"])
+        return Source(name, False, lambda: _read_tfds(name, examples, options["field"]))
+    if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise missing_extra("pyarrow", "parquet", f"the source {name!r}")
+    paths = _expand(name, path)
+    if kind == "files":
+        return Source(name, False, lambda: _read_files(paths))
+    read = _read_jsonl if kind == "jsonl" else _read_parquet
+    return Source(name, False, lambda: read(paths, options["field"]))
 
 
 def documents(
     source: Source, counts: collections.Counter[str], *, max_bytes: float = math.inf
 ) -> Iterator[str]:
-    """The documents of `source` until they hold `max_bytes` bytes; the last one may pass the limit.
+    """Yields the documents of a source until they hold `max_bytes` bytes; the last one may pass the limit.
 
     Args:
-      source: where from.
-      counts: is added to while documents are drawn; `SourceReport(source.name, **counts)` is the
-        report of what was drawn so far.
-      max_bytes: enough text, in bytes of UTF-8.
+      source: The source.
+      counts: Added to meanwhile; `SourceReport(source.name, **counts)` reports what was drawn so far.
+      max_bytes: Limit, in bytes of UTF-8.
 
     Raises:
-      UserError: the source has no document at all, or holds something malformed.
+      UserError: The source has no document at all, or holds something malformed.
     """
     if max_bytes <= 0:
         return
@@ -219,29 +199,24 @@ def documents(
 
 def remembered(source: Source) -> Source:
     """Returns the source with a memory: what was read once is not read again."""
-    items: list[str | bytes | Skip] = []
     stream = source.read()
 
     def read() -> Iterator[str | bytes | Skip]:
-        for index in itertools.count():
-            if index == len(items):
-                try:
-                    items.append(next(stream))
-                except StopIteration:
-                    return
-            yield items[index]
+        nonlocal stream
+        stream, copy = itertools.tee(stream)
+        return copy
 
     return dataclasses.replace(source, read=read)
 
 
 def arrayrecord_folder(name: str) -> pathlib.Path | None:
-    """The folder of an `arrayrecord:DIR` source; None for every other source."""
+    """Returns the folder of an `arrayrecord:DIR` source, None for other sources."""
     kind, path, _ = _kind_path_options(name)
     return pathlib.Path(path).expanduser() if kind == "arrayrecord" else None
 
 
 def _split_mix(text: str) -> list[str]:
-    """Cut a mix at its `+`, leaving those inside paths."""
+    """Cuts a mix at its `+`, leaving those inside paths."""
     starts_part = re.compile(rf"\s*(?:{_NUMBER}\s*\*|(?:{'|'.join(_OPTIONS)})(?=[:+\s]|$))")
     pieces = [""]
     for index, piece in enumerate(text.split("+")):
@@ -257,7 +232,7 @@ def _split_mix(text: str) -> list[str]:
 
 
 def _kind_path_options(name: str) -> tuple[str, str, dict[str, str]]:
-    """Take `jsonl:a.jsonl?field=code` apart, filling in default options."""
+    """Takes `jsonl:a.jsonl?field=code` apart, filling in default options."""
     kind, colon, path = name.partition(":")
     if kind not in _OPTIONS:
         raise UserError(f"unknown source {name!r}{closest(kind, _OPTIONS)}; sources are {_USAGE}")
@@ -270,12 +245,9 @@ def _kind_path_options(name: str) -> tuple[str, str, dict[str, str]]:
     if options and (match := re.search(r"\?(?=\w+=)", path)):
         given = dict(urllib.parse.parse_qsl(path[match.end() :], keep_blank_values=True))
         path = path[: match.start()]
-        for option in given:
-            if option not in options:
-                near = closest(option, options)
-                raise UserError(
-                    f"unknown option {option!r}{near} of {name!r}; options are {', '.join(options)}"
-                )
+        for option in sorted(given.keys() - options.keys()):
+            near = closest(option, options)
+            raise UserError(f"unknown option {option!r}{near} of {name!r}; options are {', '.join(options)}")
         options |= given
     if not path:
         raise UserError(f"the source {name!r} must be {kind}:{'NAME' if kind == 'tfds' else 'PATH'}")
@@ -283,7 +255,7 @@ def _kind_path_options(name: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _decode(item: str | bytes | Skip) -> tuple[str | Skip, int]:
-    """A document and its size in bytes, or the reason to skip it."""
+    """Returns a document and its size in bytes, or the reason to skip it."""
     if isinstance(item, Skip):
         return item, 0
     try:
@@ -297,7 +269,7 @@ def _decode(item: str | bytes | Skip) -> tuple[str | Skip, int]:
 
 
 def _expand(name: str, pattern: str) -> list[pathlib.Path]:
-    """The files of a path or glob in sorted order, at least one."""
+    """Returns the files of a path or glob in sorted order, at least one."""
     pattern = os.path.expanduser(pattern)
     # A name that exists is meant literally, even with `[` or `*` in it.
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -323,11 +295,9 @@ def _stdlib_files() -> list[pathlib.Path]:
 def _read_files(paths: list[pathlib.Path]) -> Iterator[bytes | Skip]:
     for file in paths:
         try:
-            content = file.read_bytes()
+            yield file.read_bytes()
         except OSError:
             yield Skip.UNREADABLE
-        else:
-            yield content
 
 
 def _read_jsonl(paths: list[pathlib.Path], field: str) -> Iterator[str | Skip]:
@@ -383,10 +353,8 @@ def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes
                 raise UserError(f"{file}: the field {field!r} must hold strings, got {column}")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 # As bytes, so that a value that is no UTF-8 is ours to count.
-                values = batch.column(0).cast(pyarrow.large_binary())
-                for value in values:
-                    content = value.as_py()
-                    yield Skip.EMPTY if content is None else content
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    yield Skip.EMPTY if value is None else value
 
 
 def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:

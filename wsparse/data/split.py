@@ -24,12 +24,7 @@ def text_digest(text: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Holdout:
-    """The documents that are held out for validation.
-
-    Attributes:
-      fraction: Fraction of documents, chosen by the first 8 bytes of their digest.
-      extra: Digests that are held out as well.
-    """
+    """The digests of held-out documents: a fraction by their first 8 bytes, and some extra ones."""
 
     fraction: float
     extra: frozenset[bytes] = frozenset()
@@ -40,12 +35,7 @@ class Holdout:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """The result of one pass over all documents.
-
-    Attributes:
-      holdout: The split, which leaves no source without a held-out document.
-      sample: Documents of the training side to learn a tokenizer from.
-    """
+    """The split, and documents of the training side to learn a tokenizer from."""
 
     holdout: Holdout
     sample: tuple[str, ...]
@@ -65,7 +55,7 @@ def scan(
     are the same whatever the order.
 
     Args:
-      components: Name and documents of each source of the mix.
+      components: Name and documents of every source of the mix.
       validation_fraction: Fraction of documents held out.
       sample_bytes: Limit of the sample.
 
@@ -100,8 +90,7 @@ def scan(
         if smallest is None or (smallest == largest and not held_out):
             raise UserError(
                 f"the source {name!r} must have a document to train on and another to hold out "
-                f"(validation_fraction={validation_fraction}): "
-                "raise megabytes or give more documents"
+                f"(validation_fraction={validation_fraction}): raise megabytes or give more documents"
             )
         if not held_out:
             extra.add(smallest)

@@ -1,8 +1,7 @@
-"""Byte-level BPE over Python code: one frozen wrapper around the `tokenizers` library.
+"""Byte-level BPE, a frozen wrapper around the `tokenizers` library.
 
-The vocabulary is the 256 bytes, then merges in the order they were learned, then `<|endoftext|>` as
-the last id. Special tokens are never recognized inside a text: a document that happens to contain
-the characters `<|endoftext|>` is encoded as those characters.
+The vocabulary is the 256 bytes, then merges in the order they were learned, then `<|endoftext|>` as the last
+id. Special tokens are never recognized inside a text: the characters `<|endoftext|>` are encoded one by one.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Tokenizer:
     """Text to token ids and back, without loss; two are equal when their `digest`s are.
 
     Attributes:
-      core: the library's tokenizer. It is not to be changed.
+      core: The library's tokenizer, not to be changed.
     """
 
     core: tokenizers.Tokenizer
@@ -47,12 +46,12 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of token ids, end_of_text included."""
+        """Number of tokens V, end_of_text included."""
         return self.core.get_vocab_size(with_added_tokens=True)
 
     @functools.cached_property
     def end_of_text(self) -> int:
-        """The id that separates documents; no text encodes to it."""
+        """Token that separates documents; no text encodes to it."""
         token = self.core.token_to_id(END_OF_TEXT)
         assert token is not None  # __post_init__ refuses such a tokenizer
         return token
@@ -63,49 +62,47 @@ class Tokenizer:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; `decode` returns the same text."""
+        """Returns the tokens of a text, of which `decode` returns the same text."""
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """Returns the tokens of every text, encoded on all cores."""
         encodings = self.core.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        """Returns the text of tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.core.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_id(self, text: str) -> int | None:
-        """The id of `text` when it encodes to exactly one token, else None."""
+        """Returns the token of a text that is exactly one token, else None."""
         ids = self.encode(text)
         return ids[0] if len(ids) == 1 else None
 
     def to_json(self) -> str:
-        """The contents of a `tokenizer.json`, which the `tokenizers` library loads too."""
+        """Returns the content of a `tokenizer.json`, which the `tokenizers` library loads too."""
         return self.core.to_str(pretty=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` to `path`, replacing it only when the write is complete."""
+        """Writes `to_json` to a file, which is replaced when the write is complete."""
         with files.replacing(path) as part:
             part.write_text(self.to_json(), encoding="utf-8")
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.json`.
+    """Returns the tokenizer of a `tokenizer.json`.
 
     Raises:
-      UserError: the file is missing, is not a tokenizer, or has no end-of-text token.
+      UserError: The file is missing, or as in `from_json`.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.json")
     try:
-        text = path.read_text(encoding="utf-8")
+        return from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{path} cannot be read: {reason}") from error
-    try:
-        return from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -132,22 +129,17 @@ def from_json(text: str) -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn merges from `texts`; the same texts always give the same tokenizer.
-
-    Args:
-      texts: what the merges are counted on.
-      vocab_size: number of ids V; V - 257 merges are learned.
+    """Returns a tokenizer with V - 257 merges learned from `texts`, always the same for the same texts.
 
     Raises:
-      UserError: `vocab_size` leaves no room for the bytes and end_of_text, or the texts hold too
-        few distinct pairs to fill it.
+      UserError: `vocab_size` leaves no room for the bytes and end_of_text, or the texts hold too few distinct
+        pairs to fill it.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
             f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes and {END_OF_TEXT}), got {vocab_size}"
         )
-    core = tokenizers.Tokenizer(models.BPE())
-    _set_byte_level(core)
+    core = _byte_level(models.BPE())
     seen = 0
 
     def counted() -> Iterable[str]:
@@ -162,36 +154,32 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     core.train_from_iterator(counted(), trainer)
-    _add_end_of_text(core)
-    reached = core.get_vocab_size()
-    if reached != vocab_size:
+    tokenizer = _with_end_of_text(core)
+    if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"a tokenizer of vocab_size={vocab_size} needs more text: {seen} characters gave only "
-            f"{reached} tokens; give more text or a smaller vocab_size"
+            f"{tokenizer.vocab_size} tokens; give more text or a smaller vocab_size"
         )
-    return Tokenizer(core)
+    return tokenizer
 
 
 def from_merges(ids: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
-    """A tokenizer whose merges are known; `<|endoftext|>` is the next id where `ids` lacks it.
-
-    From the ids and merges of a trained tokenizer this makes it again, with its digest.
+    """Returns a tokenizer of known merges; those of a trained one give it again, with its digest.
 
     Args:
-      ids: of each token, its bytes written as the `tokenizers` library writes them.
-      merges: pairs of tokens, the first to be merged first.
+      ids: Ids by token, whose bytes are written as the `tokenizers` library writes them; where
+        `<|endoftext|>` is missing, it is the next id.
+      merges: Pairs of tokens, the first to be merged first.
     """
     vocab = dict(ids)
     if vocab.get(END_OF_TEXT) == len(vocab) - 1:
-        del vocab[END_OF_TEXT]  # it is the next id then
-    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    _set_byte_level(core)
-    _add_end_of_text(core)
-    return Tokenizer(core)
+        del vocab[END_OF_TEXT]  # It is added as the next id.
+    return _with_end_of_text(_byte_level(models.BPE(vocab=vocab, merges=list(merges))))
 
 
-def _set_byte_level(core: tokenizers.Tokenizer) -> None:
-    """Split by the pattern, then into bytes; and the way back."""
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Returns a tokenizer that splits by the pattern, then into bytes."""
+    core = tokenizers.Tokenizer(model)
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
@@ -199,7 +187,9 @@ def _set_byte_level(core: tokenizers.Tokenizer) -> None:
         ]
     )
     core.decoder = decoders.ByteLevel()
+    return core
 
 
-def _add_end_of_text(core: tokenizers.Tokenizer) -> None:
+def _with_end_of_text(core: tokenizers.Tokenizer) -> Tokenizer:
     core.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return Tokenizer(core)

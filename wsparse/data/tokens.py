@@ -105,9 +105,10 @@ class ArrayRecordStream:
           tokens_per_record: Tokens in every record of a file but its last.
           dtype: "uint16" or "uint32".
         """
-        self._records: Any = array_record_data_source.ArrayRecordDataSource(
-            [_FileInstruction(str(folder / shard.file), shard.records, shard.records) for shard in shards]
-        )
+        instructions: list[Any] = [
+            _FileInstruction(str(folder / shard.file), shard.records, shard.records) for shard in shards
+        ]
+        self._records = array_record_data_source.ArrayRecordDataSource(instructions)
         # The first token and the first record of each shard; the last entry is the number of all.
         self._tokens = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._first_records = np.cumsum([0, *(shard.records for shard in shards)])
@@ -220,13 +221,7 @@ class TokenFolder:
     validation: Components
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """Returns the manifest of a finished folder.
-
-    Raises:
-      UserError: There is no folder, no manifest in it, or one of another schema.
-    """
-    folder = pathlib.Path(folder)
+def _read_manifest(folder: pathlib.Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(
             f"no folder {folder.absolute()}: python -m wsparse.data.prepare --out={folder} makes it"
@@ -254,7 +249,7 @@ def open_folder(folder: str | os.PathLike[str]) -> TokenFolder:
         the one that the tokens were made with.
     """
     folder = pathlib.Path(folder)
-    manifest = read_manifest(folder)
+    manifest = _read_manifest(folder)
     for shard in manifest.shards:
         path = folder / shard.file
         if not path.exists():
