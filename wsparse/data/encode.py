@@ -3,7 +3,7 @@
 Two passes over the documents, neither of which keeps them: the first counts, decides the split and draws the
 text that the tokenizer learns from; the second encodes block by block, one training and one held-out shard
 each. It may be interrupted at any moment; the same call continues after the last finished block and gives
-the same bytes as an uninterrupted one. Each file gets its name only when it is complete, the manifest last.
+the same bytes as an uninterrupted one. A file gets its name only when it is complete, the manifest last.
 """
 
 from __future__ import annotations
@@ -62,17 +62,16 @@ class Options:
     def __post_init__(self):
         for name in ("megabytes", "shard_megabytes", "tokens_per_record"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{name} must be positive and finite, got {value}")
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction must be in (0, 1), got {self.validation_fraction}")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative, got {self.seed}")
+            valid = value is None or (value > 0 and math.isfinite(value))
+            config_lib.require(valid, f"{name} must be positive and finite", value)
+        fraction = self.validation_fraction
+        config_lib.require(0 < fraction < 1, "validation_fraction must be in (0, 1)", fraction)
+        config_lib.require(self.seed >= 0, "seed must not be negative", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Consecutive documents of one source, from which one pair of shards is made."""
+    """Consecutive documents of one source, which make one pair of shards."""
 
     component: int
     documents: int
@@ -337,102 +336,57 @@ def _encode_block(
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> _Encoded:
     """Writes the two shards of a block, `train-SUFFIX` and `validation-SUFFIX`."""
-    shards, counts = [], [0, 0]
-    with contextlib.ExitStack() as stack:
-        parts = [
-            stack.enter_context(
-                files.replacing(out / f"{side}-{suffix}", durable=True, part=out / _PROGRESS / f"{side}.part")
+    dtype = tokens.token_dtype(tokenizer.vocab_size).newbyteorder("<")
+    ids: tuple[list[np.ndarray], ...] = ([np.empty(0, dtype)], [np.empty(0, dtype)])
+    counts = [0, 0]
+    for batch in _batched(documents):
+        for side, texts in enumerate(split.split(batch, holdout)):
+            counts[side] += len(texts)
+            ids[side].extend(encode(texts, tokenizer))
+    shards = []
+    for side, pieces in zip(tokens.SPLITS, ids, strict=True):
+        name, part, content = f"{side}-{suffix}", out / _PROGRESS / f"{side}.part", np.concatenate(pieces)
+        with files.replacing(out / name, durable=True, part=part):
+            records = _write_records(part, content.astype(dtype), options.tokens_per_record)
+            entry = tokens.ShardEntry(
+                file=name,
+                component=component,
+                split=side,
+                records=records,
+                tokens=len(content),
+                bytes=part.stat().st_size,
+                sha256=files.sha256(part),
             )
-            for side in tokens.SPLITS
-        ]
-        dtype = tokens.token_dtype(tokenizer.vocab_size)
-        writers = [_RecordWriter(part, options.tokens_per_record, dtype) for part in parts]
-        try:
-            for batch in _batched(documents):
-                for side, texts in enumerate(split.split(batch, holdout)):
-                    counts[side] += len(texts)
-                    for ids in encode(texts, tokenizer):
-                        writers[side].write(ids)
-        finally:
-            for writer in writers:
-                writer.close()
-        for side, part, writer in zip(tokens.SPLITS, parts, writers, strict=True):
-            shards.append(
-                tokens.ShardEntry(
-                    file=f"{side}-{suffix}",
-                    component=component,
-                    split=side,
-                    records=writer.records,
-                    tokens=writer.tokens,
-                    bytes=part.stat().st_size,
-                    sha256=files.sha256(part),
-                )
-            )
+        shards.append(entry)
     return _Encoded(shards=tuple(shards), documents=tuple(counts))
 
 
-class _RecordWriter:
-    """Cuts tokens into records of equal length; counts the `records` and `tokens` in the file."""
-
-    def __init__(self, path: pathlib.Path, tokens_per_record: int, dtype: np.dtype):
+def _write_records(path: pathlib.Path, ids: np.ndarray, tokens_per_record: int) -> int:
+    """Writes tokens in records of equal length but for the last, and returns the number of records."""
+    starts = range(0, len(ids), tokens_per_record)
+    try:
         # One record a group: each can be read without its neighbors.
-        self._file = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        self._path = path
-        self._size = tokens_per_record
-        self._pending = np.empty(0, dtype.newbyteorder("<"))
-        self.records = self.tokens = 0
-
-    def write(self, ids: np.ndarray) -> None:
-        """Adds `(n,)` tokens; those that do not fill a record wait for more."""
-        ids = np.concatenate([self._pending, ids.astype(self._pending.dtype)])
-        full = len(ids) - len(ids) % self._size
-        for start in range(0, full, self._size):
-            self._record(ids[start : start + self._size])
-        self._pending = ids[full:]
-
-    def close(self) -> None:
-        """Writes what is left as a shorter record, the last of the file."""
-        if len(self._pending):
-            self._record(self._pending)
-        with self._explained():
-            self._file.close()
-
-    def _record(self, ids: np.ndarray) -> None:
-        with self._explained():
-            self._file.write(ids.tobytes())
-        self.records += 1
-        self.tokens += len(ids)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        # The library raises errors of its own for a disk that is full.
-        except Exception as error:
-            raise files.cannot_write(self._path, error) from error
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        with contextlib.closing(writer):
+            for start in starts:
+                writer.write(ids[start : start + tokens_per_record].tobytes())
+    except Exception as error:  # The library raises errors of its own for a disk that is full.
+        raise files.cannot_write(path, error) from error
+    return len(starts)
 
 
 def _manifest(
     options: dict, vocab_size: int, mix: Sequence[sources.Term], plan: _Plan, encoded: Sequence[_Encoded]
 ) -> tokens.Manifest:
-    shards = [shard for block in encoded for shard in block.shards]
-    shards.sort(key=lambda shard: (shard.component, shard.split, shard.file))
     components = []
-    for i, (part, report) in enumerate(zip(mix, plan.reports, strict=True)):
-        documents = [block.documents for block in encoded if block.shards[0].component == i]
-        train, validation = (
-            sum(s.tokens for s in shards if s.component == i and s.split == side) for side in tokens.SPLITS
-        )
-        components.append(
-            tokens.Component(
-                **dataclasses.asdict(report),
-                weight=part.weight,
-                train_documents=sum(count for count, _ in documents),
-                validation_documents=sum(count for _, count in documents),
-                train_tokens=train,
-                validation_tokens=validation,
-            )
-        )
+    for i, (term, report) in enumerate(zip(mix, plan.reports, strict=True)):
+        blocks = [block for block in encoded if block.shards[0].component == i]
+        counts = {}
+        for number, side in enumerate(tokens.SPLITS):
+            counts[f"{side}_documents"] = sum(block.documents[number] for block in blocks)
+            counts[f"{side}_tokens"] = sum(block.shards[number].tokens for block in blocks)
+        components.append(tokens.Component(**dataclasses.asdict(report), weight=term.weight, **counts))
+    shards = [shard for block in encoded for shard in block.shards]
     return tokens.Manifest(
         schema=tokens.SCHEMA,
         options=options,
@@ -441,5 +395,5 @@ def _manifest(
         dtype=str(tokens.token_dtype(vocab_size)),
         tokens_per_record=int(options["tokens_per_record"]),
         components=tuple(components),
-        shards=tuple(shards),
+        shards=tuple(sorted(shards, key=lambda shard: (shard.component, shard.split, shard.file))),
     )
