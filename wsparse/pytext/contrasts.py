@@ -44,22 +44,20 @@ class Form:
         return f"{which}{after}{', their first tokens' if self.beginning else ''}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Contrast:
     """One decision.
 
     Attributes:
       summary: What is decided, and by what.
-      sides: Names of the two sides; documents show both equally often.
-      write: `(draw, side) -> snippet` of side 0 or 1.
-      forms: Surface forms of the two answers, best first.
+      write: `(draw, side) -> snippet` of side 0 or 1, which documents show equally often.
+      forms: Surface forms of the two sides' answers, best first.
       weight: How often documents show it, relative to the others.
       places: Where the snippet of a pair may stand.
       strings: Whether the text around the snippet of a pair may contain strings.
     """
 
     summary: str
-    sides: tuple[str, str]
     write: Callable[[Draw, int], Snippet]
     forms: tuple[Form, ...]
     weight: float = 1.0
@@ -346,143 +344,106 @@ _OWN = (Form(), Form(beginning=True))
 # document.
 CONTRASTS: dict[str, Contrast] = {
     "single_double_quote": Contrast(
-        summary="close a string by the quote that opened it",
-        sides=("single", "double"),
-        write=_quotes,
-        forms=(Form("')\n", '")\n'), Form("')", '")'), Form("'", '"')),
+        "close a string by the quote that opened it",
+        _quotes,
+        (Form("')\n", '")\n'), Form("')", '")'), Form("'", '"')),
         weight=2.5,
         # The string that is still open is the prompt's only one: nothing but its first quote decides.
         strings=False,
     ),
     "bracket_counting": Contrast(
-        summary="close a list by its depth",
-        sides=("flat", "nested"),
-        write=_list,
-        forms=(Form("]\n", "]]\n"), Form("]", "]]"), Form("]\n", "]")),
+        "close a list by its depth",
+        _list,
+        (Form("]\n", "]]\n"), Form("]", "]]"), Form("]\n", "]")),
         weight=1.5,
     ),
     "set_or_string": Contrast(
-        summary="let a variable grow by how it was initialized",
-        sides=("set", "string"),
-        write=_accumulate,
-        forms=(Form(".add", " +="), Form(".", " +=")),
+        "let a variable grow by how it was initialized",
+        _accumulate,
+        (Form(".add", " +="), Form(".", " +=")),
         weight=2.5,
     ),
     "set_or_string_fixedvarname": Contrast(
-        summary="let a variable grow by how it was initialized; it always has the same name",
-        sides=("set", "string"),
-        write=partial(_accumulate, name=words.FIXED_VARIABLE),
-        forms=(Form(".add", " +="), Form(".", " +=")),
+        "let a variable grow by how it was initialized; it always has the same name",
+        partial(_accumulate, name=words.FIXED_VARIABLE),
+        (Form(".add", " +="), Form(".", " +=")),
         weight=1.5,
     ),
     "final_kwarg": Contrast(
-        summary="give the last argument a default by whether the ones before it have one",
-        sides=("required", "default"),
-        write=_function,
-        forms=(Form("):\n", "=None"), Form("):\n", "="), Form(")", "=")),
+        "give the last argument a default by whether the ones before it have one",
+        _function,
+        (Form("):\n", "=None"), Form("):\n", "="), Form(")", "=")),
         places=("definition",),
     ),
     "class_init": Contrast(
-        summary="store the argument that the attribute is named after",
-        sides=("in_order", "reversed"),
-        write=_class,
-        forms=_OWN,
-        places=("definition",),
+        "store the argument that the attribute is named after", _class, _OWN, places=("definition",)
     ),
     "with_as": Contrast(
-        summary="go on with `as` after `with open(...)`, end the line after `f = open(...)`",
-        sides=("with", "assign"),
-        write=partial(_file, by_name=False),
-        forms=(Form(" as", "\n", given='")'), Form('")', '")\n'), Form('"', '")\n')),
+        "go on with `as` after `with open(...)`, end the line after `f = open(...)`",
+        partial(_file, by_name=False),
+        (Form(" as", "\n", given='")'), Form('")', '")\n'), Form('"', '")\n')),
     ),
     "with_open": Contrast(
-        summary="open a file for reading or writing by its name",
-        sides=("read", "write"),
-        write=partial(_file, by_name=True),
-        forms=(Form("r", "w"),),
+        "open a file for reading or writing by its name",
+        partial(_file, by_name=True),
+        (Form("r", "w"),),
         weight=1.5,
     ),
     "bracket_brace": Contrast(
-        summary="follow an element of a list or of a dict",
-        sides=("list", "dict"),
-        write=_display,
-        forms=(Form(",", ":"),),
-        weight=2.0,
+        "follow an element of a list or of a dict", _display, (Form(",", ":"),), weight=2.0
     ),
     "for_while": Contrast(
-        summary="follow the variable of `for` or of `while`",
-        sides=("for", "while"),
-        write=_loop,
-        forms=(Form(" in", ":\n"), Form(" in", ":")),
+        "follow the variable of `for` or of `while`", _loop, (Form(" in", ":\n"), Form(" in", ":"))
     ),
     "else_elif": Contrast(
-        summary="follow `else` or `elif`",
-        sides=("else", "elif"),
-        write=_else,
-        forms=(Form(":\n", " not"), Form(":", " not"), Form(":\n", " not", beginning=True)),
+        "follow `else` or `elif`",
+        _else,
+        (Form(":\n", " not"), Form(":", " not"), Form(":\n", " not", beginning=True)),
         weight=0.5,
     ),
     "fstring_brace": Contrast(
-        summary="insert a variable into an f-string, close a plain one",
-        sides=("formatted", "plain"),
-        write=_print_variable,
-        forms=(Form(" {", '")\n'), Form(" {", '")'), Form(" {", '"')),
+        "insert a variable into an f-string, close a plain one",
+        _print_variable,
+        (Form(" {", '")\n'), Form(" {", '")'), Form(" {", '"')),
         weight=1.5,
     ),
     "if_ternary": Contrast(
-        summary="follow the condition of a statement or of an expression",
-        sides=("statement", "ternary"),
-        write=_if,
-        forms=(Form(":\n", " else"), Form(":", " else")),
+        "follow the condition of a statement or of an expression",
+        _if,
+        (Form(":\n", " else"), Form(":", " else")),
         weight=1.5,
     ),
-    "var_swap": Contrast(
-        summary="complete the exchange of two variables",
-        sides=("in_order", "reversed"),
-        write=_swap,
-        forms=_OWN,
-    ),
+    "var_swap": Contrast("complete the exchange of two variables", _swap, _OWN),
     "indent_for": Contrast(
-        summary="indent the line after the head of a loop, not the line after a statement",
-        sides=("block", "plain"),
-        write=_indentation,
+        "indent the line after the head of a loop, not the line after a statement",
+        _indentation,
         # Inside a function; the last of the spaces belongs to the word that follows.
-        forms=(Form(" " * 7, " " * 3),),
+        (Form(" " * 7, " " * 3),),
         weight=0.25,
         places=("function",),
     ),
     "lambda_func": Contrast(
-        summary="follow the argument of a lambda or the name of a function",
-        sides=("lambda", "def"),
-        write=_lambda_or_def,
-        forms=(Form(":", "():\n"), Form(":", "()"), Form(":", "(")),
+        "follow the argument of a lambda or the name of a function",
+        _lambda_or_def,
+        (Form(":", "():\n"), Form(":", "()"), Form(":", "(")),
         places=("definition",),
     ),
     "if_equals": Contrast(
-        summary="compare in a condition, assign in a statement",
-        sides=("compare", "assign"),
-        write=_compare,
-        forms=(Form(" ==", " ="),),
-        weight=1.5,
+        "compare in a condition, assign in a statement", _compare, (Form(" ==", " ="),), weight=1.5
     ),
     "enumerate_range": Contrast(
-        summary="loop over what fits one or two variables",
-        sides=("enumerate", "range"),
-        write=_counted_loop,
-        forms=(Form(" enumerate", " range"), Form(" enumerate", " range", beginning=True)),
+        "loop over what fits one or two variables",
+        _counted_loop,
+        (Form(" enumerate", " range"), Form(" enumerate", " range", beginning=True)),
         weight=1.5,
     ),
     "var_if": Contrast(
-        summary="follow a truth value that is assigned or compared",
-        sides=("assign", "compare"),
-        write=_truth,
-        forms=(Form("\n", ":\n"), Form("\n", ":")),
+        "follow a truth value that is assigned or compared", _truth, (Form("\n", ":\n"), Form("\n", ":"))
     ),
     "while_return_true": Contrast(
-        summary="follow `while True` or `return True`",
-        sides=("while", "return"),
-        write=_while_or_return,
-        forms=(Form(":\n", "\n"), Form(":", "\n")),
+        "follow `while True` or `return True`",
+        _while_or_return,
+        (Form(":\n", "\n"), Form(":", "\n")),
         places=("function", "method"),
     ),
 }

@@ -1,9 +1,8 @@
 """Synthetic Python modules that show both sides of every contrast.
 
-Real code holds most of the contrasts behind the tasks (a list closed by `]` or `]]`, a variable updated by
-`.add` or `+=`), but too thinly for a model of two layers to learn them in minutes. The documents made here
-hold little else: each is a small module put together from snippets, and a snippet shows one side of one
-contrast.
+Real code holds most of the contrasts behind the tasks, but too thinly for a model of two layers to learn them
+in minutes. The documents made here hold little else: a document is a small module of snippets, and a snippet
+shows one side of one contrast.
 
 Every string draws its own quote style, so that the opening quote, not the habit of the file, decides how it
 closes; only one document in five keeps to a single style, as people do.
@@ -38,13 +37,9 @@ _CUMULATIVE = list(itertools.accumulate(contrast.weight for contrast in _CONTRAS
 
 
 def document(seed: int, index: int) -> str:
-    """Returns document number `index` of the stream `seed`: a module of some 300 to 1500 bytes.
+    """Returns document number `index`, 0 or more, of the stream that any integer `seed` names.
 
-    The text depends on nothing but the two arguments.
-
-    Args:
-      seed: Any integer; names the stream.
-      index: Position in the stream, from 0.
+    It is a module of some 300 to 1500 bytes, and depends on nothing but the two arguments.
     """
     if index < 0:
         raise UserError(f"a document's index must be 0 or more, got {index}")
@@ -60,21 +55,19 @@ def document(seed: int, index: int) -> str:
     size = 0
     # Every snippet drawn is used, whatever its length: dropping long ones would tip the balance.
     while size < enough or pending:
-        block = None
         if size < enough:
             snippet = _snippet(d.inside())
             needs |= snippet.needs
-            if snippet.definition:
-                block = snippet.lines
-            else:
-                pending.append(snippet)
-        if block is None and (len(pending) == length or size >= enough):
-            block = _block(d, pending)
-            pending = []
+            pending.append(snippet)
+        if pending[-1].definition:
+            block = pending.pop().lines
+        elif len(pending) == length or size >= enough:
+            block, pending = _block(d, pending), []
             length = d.between(1, 3)
-        if block is not None:
-            blocks.append(block)
-            size += sum(len(line) + 1 for line in block)
+        else:
+            continue
+        blocks.append(block)
+        size += sum(len(line) + 1 for line in block)
 
     style = d.rng.random()
     if style < 0.2:
@@ -113,13 +106,13 @@ def _block(d: Draw, snippets: Sequence[Snippet]) -> list[str]:
     place = d.rng.random()
     if place < 0.35:
         return [*assignments, *_body(d, snippets)]
-    arguments = list(needs)[:4]
+    arguments, others = list(needs)[:4], list(needs)[4:]
     signature = d.signature(arguments, defaults=d.chance(0.5))
     name = d.function()
     docstring = f'"""{name.replace("_", " the ").capitalize()}."""'
     body = [
         *([docstring] if d.chance(0.15) else []),
-        *(f"{name} = {d.value(name, needs[name])}" for name in list(needs)[4:]),
+        *(f"{name} = {d.value(name, needs[name])}" for name in others),
         *_body(d, snippets),
     ]
     results = [snippet.result for snippet in snippets if snippet.result]
@@ -136,7 +129,7 @@ def _block(d: Draw, snippets: Sequence[Snippet]) -> list[str]:
 
 def _header(d: Draw, needs: dict[str, Kind]) -> list[list[str]]:
     """Returns the docstring and the imports of a module, each a block of lines."""
-    blocks = []
+    blocks: list[list[str]] = []
     if d.chance(0.2):
         text = f"{d.one(words.VERBS, early=True)} the {d.phrase(1, 3)}".capitalize()
         blocks.append([f'"""{text}."""'])
@@ -174,17 +167,15 @@ def main(argv: Sequence[str]) -> None:
             print(f"{'=' * 20} seed {options.seed}, document {index}")
             print(document(options.seed, index))
         return
-    size, made, distinct = 0, 0, set()
-    start = time.perf_counter()
+    texts, size, start = [], 0, time.perf_counter()
     for text in documents(options.seed):
+        texts.append(text)
         size += len(text)
-        made += 1
-        distinct.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
         if size >= options.megabytes * 1e6:
             break
     seconds = time.perf_counter() - start
     print(
-        f"{made} documents ({len(distinct)} distinct, {size / made:.0f} bytes on average), "
+        f"{len(texts)} documents ({len(set(texts))} distinct, {size / len(texts):.0f} bytes on average), "
         f"{size / 1e6:.2f} MB in {seconds:.2f} s: {size / 1e6 / seconds:.2f} MB/s"
     )
 

@@ -26,9 +26,9 @@ class Snippet:
     """A few lines of code at indentation zero, for a module or for a function's body.
 
     Attributes:
-      lines: The code, without line ends.
-      needs: The names that the lines read before they assign them, with the kind of value expected.
-      result: A variable that a function around the lines could return, or "".
+      lines: Code without line ends.
+      needs: Names that the lines read before they assign them, with the kind of value expected.
+      result: Variable that a function around the lines could return, or "".
     """
 
     lines: list[str]
@@ -37,7 +37,7 @@ class Snippet:
 
     @property
     def definition(self) -> bool:
-        """Returns whether the lines are a function or a class, which belongs at module level."""
+        """Whether the lines are a function or a class, which belongs at module level."""
         return self.lines[0].startswith(("def ", "class "))
 
 
@@ -50,7 +50,6 @@ class Draw:
     """The random choices of one snippet, and its names: each is new, and those it needs are noted.
 
     Attributes:
-      rng: Source of the choices.
       split: Split whose words are used; None in documents, which use all of them.
       cut: Mark that ends the prompt in a snippet's lines; "" in documents.
       strings: Whether unrelated statements may contain strings.
@@ -86,7 +85,7 @@ class Draw:
 
     @property
     def paired(self) -> bool:
-        """Returns whether this draws a prompt, one side of a pair."""
+        """Whether this draws a prompt, one side of a pair."""
         return self.split is not None
 
     # ---- Choices ----
@@ -110,12 +109,7 @@ class Draw:
         return choices[int(self.rng.random() * len(choices))]
 
     def one(self, fillers: Sequence[T], *, early: bool = False) -> T:
-        """Returns one of the split's fillers.
-
-        Args:
-          fillers: A list of `words`.
-          early: Prefer the front, so that a tokenizer gives the common words one token.
-        """
+        """Returns one of the split's fillers; with `early`, often a common word, which is one token."""
         if self.split is not None:
             fillers = words.fillers_of(self.split, fillers)
         return fillers[int(self.rng.random() ** (2 if early else 1) * len(fillers))]
@@ -258,10 +252,7 @@ class Draw:
     # ---- Functions and classes ----
 
     def signature(self, arguments: Sequence[str], *, defaults: bool) -> str:
-        """Returns arguments without a default or, all of them or all but the first, with `=None`.
-
-        At least the last two have one, so that the last can be predicted from the one before it.
-        """
+        """Returns arguments without a default, or at least the last two with `=None`."""
         if not defaults or len(arguments) < 2:
             return ", ".join(arguments)
         required = int(len(arguments) > 2 and self.chance(0.4))

@@ -37,8 +37,7 @@ class Pair:
     """Two programs that differ only in what decides the token after their prompts.
 
     Attributes:
-      first: The side that the form's first candidate answers.
-      second: The side that the form's second candidate answers.
+      first, second: The sides that the form's first and second candidate answer.
       template: What the pair was made from.
     """
 
