@@ -229,7 +229,7 @@ def test_bad_tfds_requests_are_one_line(tfds_folder):
         return lambda: read(f"tfds:{name}?{query}&data_dir={tfds_folder}")
 
     check("no field 'txt'.*fields are path, size, text", request("field=txt"))
-    check("field 'size' must be text, got int", request("field=size"))
+    check("field 'size' must be a string, got int", request("field=size"))
     check("Unknown split 'validation'. Should be one of", request("split=validation"))
     check("Dataset tiny_kode not found", request("split=train", "tiny_kode"))
     check("folder /nowhere does not exist", lambda: read("tfds:tiny_code?data_dir=/nowhere"))

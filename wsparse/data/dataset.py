@@ -18,8 +18,6 @@ import pathlib
 import platform
 import shutil
 
-import numpy as np
-
 from wsparse import config as config_lib
 from wsparse import files
 from wsparse.config import DataConfig
@@ -181,16 +179,12 @@ def other_text(
     components: list[tuple[float, tokens.TokenStream]] = []
     for term in mix:
         if term.name in paths:
-            opened = tokens.open_folder(paths[term.name])
-            components += [(term.weight * weight, stream) for weight, stream in opened.validation]
+            held_out = tokens.open_folder(paths[term.name]).validation
+            components += [(term.weight * weight, stream) for weight, stream in held_out]
             continue
-        texts = sources.documents(
-            sources.open_source(term.name, seed=data.seed),
-            collections.Counter(),
-            max_bytes=max_bytes * term.weight,
-        )
-        ids = [*encode.encode(texts, tokenizer)]
-        components.append((term.weight, tokens.MemoryStream(np.concatenate(ids))))
+        opened = sources.open_source(term.name, seed=data.seed)
+        texts = sources.documents(opened, collections.Counter(), max_bytes=max_bytes * term.weight)
+        components.append((term.weight, tokens.MemoryStream(encode.encode(list(texts), tokenizer))))
     return components
 
 

@@ -131,22 +131,21 @@ def write(
         "vocab_size": vocab_size,
         "tokenizer": tokenizer.digest if tokenizer else "",
     }
-    state = out / _PROGRESS
     if (out / tokens.MANIFEST).exists():
         manifest = tokens.open_folder(out).manifest
         _require_same_options(manifest.options, identity, out)
-        shutil.rmtree(state, ignore_errors=True)
+        shutil.rmtree(out / _PROGRESS, ignore_errors=True)
         log.info("%s is already finished: nothing to do", out)
         return manifest
-    opened = [sources.open_source(part.name, seed=options.seed) for part in mix]
+    opened = [sources.open_source(term.name, seed=options.seed) for term in mix]
     for source in opened:
         if source.endless and options.megabytes is None:
             raise UserError(f"the source {source.name!r} never ends: say how much with --megabytes")
     if in_memory:
         opened = [sources.remembered(source) for source in opened]
-    limits = [
-        math.inf if options.megabytes is None else options.megabytes * 1e6 * part.weight for part in mix
-    ]
+    limit = math.inf if options.megabytes is None else options.megabytes * 1e6
+    limits = [limit * term.weight for term in mix]
+    state = out / _PROGRESS
     files.make_folder(out)
     others = [] if state.exists() else [path.name for path in out.iterdir()]
     if others:
@@ -166,20 +165,14 @@ def write(
     return manifest
 
 
-def encode(documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer) -> Iterator[np.ndarray]:
-    """Encodes documents, each followed by end_of_text.
-
-    Yields:
-      `(n,)` tokens of a few documents, of `tokens.token_dtype`; their concatenation is the stream.
-    """
-    dtype = tokens.token_dtype(tokenizer.vocab_size)
-    for batch in _batched(documents):
-        encodings = tokenizer.encode_batch(batch)
-        yield np.concatenate([np.array([*ids, tokenizer.end_of_text], dtype) for ids in encodings])
+def encode(documents: Sequence[str], tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
+    """Returns `(n,)` tokens of documents, each followed by end_of_text, of the dtype `tokens.token_dtype`."""
+    encoded = ([*ids, tokenizer.end_of_text] for ids in tokenizer.encode_batch(documents))
+    return np.fromiter(itertools.chain.from_iterable(encoded), tokens.token_dtype(tokenizer.vocab_size))
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yields documents in lists of limited size, so that what is worked on at once stays small."""
+    """Yields documents in lists of limited size."""
     batch: list[str] = []
     size = 0
     for text in documents:
@@ -249,8 +242,8 @@ def _plan(
     if tokenizer is None:
         log.info("training a tokenizer of %d tokens", vocab_size)
         tokenizer = tokenizer_lib.train(scan.sample, vocab_size)
-    part = out / _PROGRESS / "tokenizer.part"
-    with files.replacing(out / tokens.TOKENIZER, durable=True, part=part):
+    temporary = out / _PROGRESS / "tokenizer.part"
+    with files.replacing(out / tokens.TOKENIZER, durable=True, part=temporary) as part:
         part.write_text(tokenizer.to_json(), encoding="utf-8")
     return _Plan(
         schema=tokens.SCHEMA,
@@ -336,18 +329,17 @@ def _encode_block(
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> _Encoded:
     """Writes the two shards of a block, `train-SUFFIX` and `validation-SUFFIX`."""
-    dtype = tokens.token_dtype(tokenizer.vocab_size).newbyteorder("<")
-    ids: tuple[list[np.ndarray], ...] = ([np.empty(0, dtype)], [np.empty(0, dtype)])
+    ids: tuple[list[np.ndarray], ...] = ([], [])
     counts = [0, 0]
     for batch in _batched(documents):
         for side, texts in enumerate(split.split(batch, holdout)):
             counts[side] += len(texts)
-            ids[side].extend(encode(texts, tokenizer))
+            ids[side].append(encode(texts, tokenizer))
     shards = []
     for side, pieces in zip(tokens.SPLITS, ids, strict=True):
         name, part, content = f"{side}-{suffix}", out / _PROGRESS / f"{side}.part", np.concatenate(pieces)
         with files.replacing(out / name, durable=True, part=part):
-            records = _write_records(part, content.astype(dtype), options.tokens_per_record)
+            records = _write_records(part, content, options.tokens_per_record)
             entry = tokens.ShardEntry(
                 file=name,
                 component=component,
@@ -363,6 +355,7 @@ def _encode_block(
 
 def _write_records(path: pathlib.Path, ids: np.ndarray, tokens_per_record: int) -> int:
     """Writes tokens in records of equal length but for the last, and returns the number of records."""
+    ids = ids.astype(ids.dtype.newbyteorder("<"), copy=False)
     starts = range(0, len(ids), tokens_per_record)
     try:
         # One record a group: each can be read without its neighbors.

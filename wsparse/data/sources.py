@@ -81,9 +81,8 @@ class SourceReport:
 
     def __str__(self) -> str:
         line = f"{self.source}: {self.documents} documents, {self.bytes / 1e6:.2f} MB"
-        skipped = [
-            f"{getattr(self, skip.value)} {skip.name.lower()}" for skip in Skip if getattr(self, skip.value)
-        ]
+        counts = {skip.name.lower(): getattr(self, skip.value) for skip in Skip}
+        skipped = [f"{count} {name}" for name, count in counts.items() if count]
         return f"{line}, skipped {', '.join(skipped)}" if skipped else line
 
 
@@ -300,7 +299,7 @@ def _read_files(paths: list[pathlib.Path]) -> Iterator[bytes | Skip]:
             yield Skip.UNREADABLE
 
 
-def _read_jsonl(paths: list[pathlib.Path], field: str) -> Iterator[str | Skip]:
+def _read_jsonl(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes | Skip]:
     for file in paths:
         try:
             lines = file.open("rb")
@@ -312,22 +311,14 @@ def _read_jsonl(paths: list[pathlib.Path], field: str) -> Iterator[str | Skip]:
                 yield _jsonl_document(line, field, f"{file}:{number}")
 
 
-def _jsonl_document(line: bytes, field: str, where: str) -> str | Skip:
+def _jsonl_document(line: bytes, field: str, where: str) -> str | bytes | Skip:
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
         return Skip.UNDECODABLE
     if not text.strip():
         return Skip.EMPTY
-    record = files.parse_json(text, where)
-    if field not in record:
-        raise _wrong_field(field, record, where)
-    value = record[field]
-    if value is None:
-        return Skip.EMPTY
-    if not isinstance(value, str):
-        raise UserError(f"{where}: the field {field!r} must be a string, got {type(value).__name__}")
-    return value
+    return _text(files.parse_json(text, where), field, where)
 
 
 def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes | Skip]:
@@ -352,7 +343,7 @@ def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes
             if not any(check(column) for check in checks):
                 raise UserError(f"{file}: the field {field!r} must hold strings, got {column}")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                # As bytes, so that a value that is no UTF-8 is ours to count.
+                # As bytes, so that a value that is not UTF-8 is ours to count.
                 for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     yield Skip.EMPTY if value is None else value
 
@@ -375,17 +366,18 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:
         ) from error
 
 
-def _read_tfds(name: str, examples: Any, field: str) -> Iterator[str | bytes]:
+def _read_tfds(name: str, examples: Any, field: str) -> Iterator[str | bytes | Skip]:
     for index in range(len(examples)):
-        example = examples[index]
-        if field not in example:
-            raise _wrong_field(field, example, f"the source {name!r}")
-        value = example[field]
-        if not isinstance(value, (str, bytes)):
-            raise UserError(
-                f"the source {name!r}: the field {field!r} must be text, got {type(value).__name__}"
-            )
-        yield value
+        yield _text(examples[index], field, f"the source {name!r}")
+
+
+def _text(record: Mapping[str, Any], field: str, where: str) -> str | bytes | Skip:
+    if field not in record:
+        raise _wrong_field(field, record, where)
+    value = record[field]
+    if value is not None and not isinstance(value, str | bytes):
+        raise UserError(f"{where}: the field {field!r} must be a string, got {type(value).__name__}")
+    return Skip.EMPTY if value is None else value
 
 
 def _wrong_field(field: str, fields: Any, where: str) -> UserError:
