@@ -93,11 +93,11 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion():
         ),
         (
             lambda: ModelConfig(abs_top_k_fraction=0.0),
-            "model.abs_top_k_fraction must be in (0, 1] or None, got 0.0",
+            "model.abs_top_k_fraction must be in (0, 1], got 0.0",
         ),
         (
             lambda: ModelConfig(abs_top_k_fraction=1.1),
-            "model.abs_top_k_fraction must be in (0, 1] or None, got 1.1",
+            "model.abs_top_k_fraction must be in (0, 1], got 1.1",
         ),
         (
             lambda: ModelConfig(abs_top_k_sites=("mlp_neurons",)),
@@ -122,9 +122,9 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion():
         ),
         (lambda: OptimizerConfig(learning_rate=0.0), "optimizer.learning_rate must be positive, got 0.0"),
         (lambda: OptimizerConfig(warmup=1.0), "optimizer.warmup must be in [0, 1), got 1.0"),
-        (lambda: OptimizerConfig(b2=1.0), "optimizer.b1 and b2 must be in [0, 1), got (0.9, 1.0)"),
+        (lambda: OptimizerConfig(b2=1.0), "optimizer.b2 must be in [0, 1), got 1.0"),
         (lambda: OptimizerConfig(eps=0.0), "optimizer.eps must be positive, got 0.0"),
-        (lambda: OptimizerConfig(weight_decay=-0.1), "optimizer.weight_decay must not be negative, got -0.1"),
+        (lambda: OptimizerConfig(weight_decay=-0.1), "optimizer.weight_decay must be at least 0, got -0.1"),
         (lambda: DataConfig(source=" "), "data.source must name a source, got ' '"),
         (lambda: DataConfig(megabytes=0.0), "data.megabytes must be positive, got 0.0"),
         (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction must be in (0, 1), got 1.0"),
@@ -133,8 +133,8 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion():
         (lambda: MeshConfig(fsdp=0), "mesh: each axis must be at least 1, or -1, got (-1, 0, 1)"),
         (lambda: MeshConfig(fsdp=-1), "mesh: at most one axis may be -1, got (-1, -1, 1)"),
         (lambda: TrainConfig(steps=0), "steps must be at least 1, got 0"),
-        (lambda: TrainConfig(eval_every=-1), "eval_every must not be negative, got -1"),
-        (lambda: TrainConfig(checkpoint_every=-1), "checkpoint_every must not be negative, got -1"),
+        (lambda: TrainConfig(eval_every=-1), "eval_every must be at least 0, got -1"),
+        (lambda: TrainConfig(checkpoint_every=-1), "checkpoint_every must be at least 0, got -1"),
         (lambda: TrainConfig(keep_checkpoints=0), "keep_checkpoints must be at least 1, got 0"),
         (
             lambda: TrainConfig(batch_size=6, accumulate=4),
@@ -258,7 +258,7 @@ def test_every_field_has_a_help_text_and_describe_lists_it():
     "values", [{"norm_eps": value} for value in (float("nan"), -1e-6, 0.0, float("inf"))]
 )
 def test_an_epsilon_that_is_no_small_positive_number_is_refused(values):
-    refused("model.norm_eps must be between 0 and 1", lambda: ModelConfig(**values))
+    refused("model.norm_eps must be in (0, 1)", lambda: ModelConfig(**values))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 10**400])

@@ -7,7 +7,7 @@ and its result is what `config.json` stores. `describe` lists the fields with th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -38,26 +38,45 @@ ABS_TOP_K_SITES = (
 NODE_SITES = tuple(site for site in ABS_TOP_K_SITES if not site.startswith("resid"))
 
 
-def setting(default: Any, text: str) -> Any:
-    """Returns a dataclass field with a default value and a help text, which `describe` lists."""
-    return dataclasses.field(default=default, metadata={"help": text})
+# What a setting "must be".
+_RULES: dict[str, Callable[[Any], bool]] = {
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "positive": lambda value: value > 0,
+    "in (0, 1)": lambda value: 0 < value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def setting(default: Any, text: str, rule: str = "") -> Any:
+    """Returns a dataclass field with a help text and what its value must be, see `describe` and `check`."""
+    return dataclasses.field(default=default, metadata={"help": text, "rule": rule})
+
+
+def check(config: Any, where: str = "") -> None:
+    """Raises a UserError for a field that breaks its rule; `where` is a prefix of the name in the message."""
+    for field in dataclasses.fields(config):
+        rule, value = field.metadata.get("rule"), getattr(config, field.name)
+        if rule and value is not None:
+            require(_RULES[rule](value), f"{where}{field.name} must be {rule}", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A GPT-2 style pre-norm decoder: the variants of Gao et al. 2025 and of the published checkpoints."""
 
-    vocab_size: int = setting(2048, "Number of tokens V.")
-    context: int = setting(256, "Longest sequence T the model accepts.")
-    n_layer: int = setting(8, "Number of blocks L.")
-    d_model: int = setting(256, "Width D of the residual stream.")
-    n_head: int = setting(16, "Attention heads H; `n_head * d_head` may differ from `d_model`.")
-    d_head: int = setting(16, "Width K of one head.")
-    d_mlp: int | None = setting(None, "MLP neurons F; None means `4 * d_model`.")
+    vocab_size: int = setting(2048, "Number of tokens V.", "at least 1")
+    context: int = setting(256, "Longest sequence T the model accepts.", "at least 1")
+    n_layer: int = setting(8, "Number of blocks L.", "at least 1")
+    d_model: int = setting(256, "Width D of the residual stream.", "at least 1")
+    n_head: int = setting(16, "Attention heads H; `n_head * d_head` may differ from `d_model`.", "at least 1")
+    d_head: int = setting(16, "Width K of one head.", "at least 1")
+    d_mlp: int | None = setting(None, "MLP neurons F; None means `4 * d_model`.", "at least 1")
     norm: Literal["rms", "layer"] = setting("rms", '"rms" (gain only, no mean subtraction) or "layer".')
     norm_bias: bool = setting(True, 'A bias in layer norms (ignored by "rms").')
     norm_eps: float | None = setting(
-        None, 'None means float32 machine epsilon for "rms" and 1e-5 for "layer".'
+        None, 'None means float32 machine epsilon for "rms" and 1e-5 for "layer".', "in (0, 1)"
     )
     bias: bool = setting(True, "Biases in the linear layers (never on the unembedding).")
     activation: Literal["gelu", "relu"] = setting("gelu", 'MLP nonlinearity, exact (erf) "gelu" or "relu".')
@@ -80,7 +99,7 @@ class ModelConfig:
     sink: bool = setting(True, "One learned logit per head that joins the softmax denominator only.")
     logits_bias: bool = setting(False, "A bias added to the logits, as some published checkpoints have.")
     abs_top_k_fraction: float | None = setting(
-        0.25, "Fraction of each AbsTopK site's channels kept per token; None is off."
+        0.25, "Fraction of each AbsTopK site's channels kept per token; None is off.", "in (0, 1]"
     )
     abs_top_k_sites: tuple[str, ...] = setting(NODE_SITES, "Where AbsTopK acts, names of `ABS_TOP_K_SITES`.")
     compute_dtype: Literal["float32", "bfloat16", "float64"] = setting(
@@ -91,26 +110,13 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        for name in ("vocab_size", "context", "n_layer", "d_model", "n_head", "d_head"):
-            require(getattr(self, name) >= 1, f"model.{name} must be at least 1", getattr(self, name))
-        require(self.d_mlp is None or self.d_mlp >= 1, "model.d_mlp must be at least 1", self.d_mlp)
-        require(
-            self.norm_eps is None or 0 < self.norm_eps < 1,
-            "model.norm_eps must be between 0 and 1",
-            self.norm_eps,
-        )
+        check(self, "model.")
         if self.concatenates_positions:
-            require(
-                self.d_pos >= 1, f"model.d_pos must be at least 1 with position={self.position!r}", self.d_pos
-            )
+            fits, rule = self.d_pos >= 1, "at least 1"
         else:
-            require(self.d_pos == 0, f"model.d_pos must be 0 with position={self.position!r}", self.d_pos)
+            fits, rule = self.d_pos == 0, "0"
+        require(fits, f"model.d_pos must be {rule} with position={self.position!r}", self.d_pos)
         fraction = self.abs_top_k_fraction
-        require(
-            fraction is None or 0 < fraction <= 1,
-            "model.abs_top_k_fraction must be in (0, 1] or None",
-            fraction,
-        )
         for site in self.abs_top_k_sites:
             if site not in ABS_TOP_K_SITES:
                 raise UserError(
@@ -147,7 +153,7 @@ class ModelConfig:
         """The norms' epsilon with its default filled in."""
         if self.norm_eps is not None:
             return self.norm_eps
-        return 1.1920928955078125e-07 if self.norm == "rms" else 1e-5
+        return 2.0**-23 if self.norm == "rms" else 1e-5
 
     def site_width(self, site: str) -> int:
         """Number of channels at an AbsTopK site."""
@@ -163,10 +169,12 @@ class SparsityConfig:
     """How many weights survive, and when."""
 
     density: float = setting(
-        1 / 64, "Final fraction of nonzeros of every projected matrix, in (0, 1]; 1 trains densely."
+        1 / 64,
+        "Final fraction of nonzeros of every projected matrix, in (0, 1]; 1 trains densely.",
+        "in (0, 1]",
     )
     min_per_neuron: int = setting(
-        4, "Nonzeros that every MLP neuron and attention channel keeps in each of its matrices."
+        4, "Nonzeros that every MLP neuron and attention channel keeps in each of its matrices.", "at least 0"
     )
     anneal_start: float = setting(0.0, "Fraction of training at which the density starts to fall from 1.")
     anneal_end: float = setting(0.5, "Fraction of training at which it reaches `density`.")
@@ -175,8 +183,7 @@ class SparsityConfig:
     )
 
     def __post_init__(self):
-        require(0 < self.density <= 1, "sparsity.density must be in (0, 1]", self.density)
-        require(self.min_per_neuron >= 0, "sparsity.min_per_neuron must be at least 0", self.min_per_neuron)
+        check(self, "sparsity.")
         require(
             0 <= self.anneal_start < self.anneal_end <= 1,
             "sparsity: 0 <= anneal_start < anneal_end <= 1 must hold",
@@ -188,13 +195,13 @@ class SparsityConfig:
 class OptimizerConfig:
     """AdamW as in Gao et al. 2025, appendix on training."""
 
-    learning_rate: float = setting(2e-3, "Peak before the sharkfin factor.")
-    warmup: float = setting(0.01, "Fraction of training spent in linear warmup.")
+    learning_rate: float = setting(2e-3, "Peak before the sharkfin factor.", "positive")
+    warmup: float = setting(0.01, "Fraction of training spent in linear warmup.", "in [0, 1)")
     sharkfin: bool = setting(True, "Multiply the learning rate by `1/sqrt(density)`.")
-    b1: float = setting(0.9, "Decay of Adam's first moment.")
-    b2: float = setting(0.95, "Decay of Adam's second moment.")
-    eps: float = setting(0.1, "Adam's epsilon; large, because gradients are normalized first.")
-    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices and embeddings.")
+    b1: float = setting(0.9, "Decay of Adam's first moment.", "in [0, 1)")
+    b2: float = setting(0.95, "Decay of Adam's second moment.", "in [0, 1)")
+    eps: float = setting(0.1, "Adam's epsilon; large, because gradients are normalized first.", "positive")
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices and embeddings.", "at least 0")
     gradient_rms: Literal["normalize", "clip", "none"] = setting(
         "normalize",
         '"normalize" scales the gradient so that its root-mean-square over all parameters is 1, "clip" only '
@@ -202,13 +209,7 @@ class OptimizerConfig:
     )
 
     def __post_init__(self):
-        require(self.learning_rate > 0, "optimizer.learning_rate must be positive", self.learning_rate)
-        require(0 <= self.warmup < 1, "optimizer.warmup must be in [0, 1)", self.warmup)
-        require(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer.b1 and b2 must be in [0, 1)", (self.b1, self.b2)
-        )
-        require(self.eps > 0, "optimizer.eps must be positive", self.eps)
-        require(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
+        check(self, "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,25 +224,19 @@ class DataConfig:
         16.0,
         "Text taken from all sources together, in units of 10^6 bytes, before the split; a source that holds "
         "less than its part of the mix gives all it has.",
+        "positive",
     )
     tokenizer: str = setting("", 'Path of a `tokenizer.json` to use; "" trains one on the training text.')
     validation_fraction: float = setting(
-        0.02, "Fraction of documents held out, chosen by the hash of their content."
+        0.02, "Fraction of documents held out, chosen by the hash of their content.", "in (0, 1)"
     )
     seed: int = setting(0, "Seed of generated documents and of the order of training windows.")
-    threads: int = setting(2, "Threads that read batches ahead.")
-    prefetch: int = setting(8, "Batches read ahead.")
+    threads: int = setting(2, "Threads that read batches ahead.", "at least 1")
+    prefetch: int = setting(8, "Batches read ahead.", "at least 1")
 
     def __post_init__(self):
+        check(self, "data.")
         require(bool(self.source.strip()), "data.source must name a source", self.source)
-        require(self.megabytes > 0, "data.megabytes must be positive", self.megabytes)
-        require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction must be in (0, 1)",
-            self.validation_fraction,
-        )
-        require(self.threads >= 1, "data.threads must be at least 1", self.threads)
-        require(self.prefetch >= 1, "data.prefetch must be at least 1", self.prefetch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,25 +264,24 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    steps: int = setting(1000, "Optimizer steps.")
-    batch_size: int = setting(64, "Sequences per optimizer step, over all devices and accumulation steps.")
-    accumulate: int = setting(1, "Micro-batches per optimizer step.")
+    steps: int = setting(1000, "Optimizer steps.", "at least 1")
+    batch_size: int = setting(
+        64, "Sequences per optimizer step, over all devices and accumulation steps.", "at least 1"
+    )
+    accumulate: int = setting(1, "Micro-batches per optimizer step.", "at least 1")
     seed: int = setting(0, "Seed of the initial parameters.")
-    log_every: int = setting(10, "Steps between records in `metrics.jsonl`.")
+    log_every: int = setting(10, "Steps between records in `metrics.jsonl`.", "at least 1")
     eval_every: int = setting(
-        0, "Steps between evaluations on held-out documents; 0 evaluates only at the end."
+        0, "Steps between evaluations on held-out documents; 0 evaluates only at the end.", "at least 0"
     )
-    eval_batches: int = setting(16, "Batches of held-out text per evaluation.")
+    eval_batches: int = setting(16, "Batches of held-out text per evaluation.", "at least 1")
     checkpoint_every: int = setting(
-        0, "Steps between checkpoints; 0 saves only at the end (and when interrupted)."
+        0, "Steps between checkpoints; 0 saves only at the end (and when interrupted).", "at least 0"
     )
-    keep_checkpoints: int = setting(3, "How many of the newest checkpoints stay on disk.")
+    keep_checkpoints: int = setting(3, "How many of the newest checkpoints stay on disk.", "at least 1")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("eval_every", "checkpoint_every"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
+        check(self)
         require(
             self.batch_size % self.accumulate == 0,
             f"batch_size must be a multiple of accumulate={self.accumulate}",
@@ -312,17 +306,13 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
       values: Values by field name; other fields keep their defaults.
       where: Dotted prefix of the keys, for messages.
 
-    Returns:
-      An instance of `cls`.
-
     Raises:
       UserError: A key is unknown (the nearest valid name is given) or missing, or a value has the wrong
         type, is NaN or infinite, or breaks a rule of the dataclass.
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
-    if not isinstance(values, Mapping):
-        raise UserError(f"config key '{where.rstrip('.')}' must be a group of keys, got {_shown(values)}")
+    _check_type(values, Mapping, "a group of keys", where.rstrip("."))
     hints, required = _fields(cls)
     arguments = {}
     for key, value in values.items():
@@ -353,11 +343,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def describe(config: Any, *, where: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yields the dotted key, the value and the help text of every field of a config, groups flattened."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, help_text = getattr(config, field.name), field.metadata.get("help", "")
         if dataclasses.is_dataclass(value):
             yield from describe(value, where=f"{where}{field.name}.")
+        elif rule := field.metadata.get("rule"):
+            yield f"{where}{field.name}", value, f"{help_text} Must be {rule}."
         else:
-            yield f"{where}{field.name}", value, field.metadata.get("help", "")
+            yield f"{where}{field.name}", value, help_text
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = "") -> list[str]:
@@ -384,36 +376,40 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         return _choice(value, arguments, where)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(value, inner, where)
+        return None if value is None else _convert(value, _not_none(hint), where)
     if origin in (tuple, list):
-        if not isinstance(value, tuple | list):
-            raise UserError(f"config key '{where}' must be a list, got {_shown(value)}")
+        _check_type(value, (tuple, list), "a list", where)
         return origin(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"config key '{where}' must be a group of keys, got {_shown(value)}")
+        _check_type(value, Mapping, "a group of keys", where)
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
-    if type(value) is hint:
-        raise UserError(f"config key '{where}' must be a finite number, got {value}")
-    raise UserError(f"config key '{where}' must be of type {hint.__name__}, got {_shown(value)}")
+    # A bool is an int for `isinstance`.
+    require(type(value) is hint, f"config key '{where}' must be of type {hint.__name__}", value)
+    raise UserError(f"config key '{where}' must be a finite number, got {value}")
+
+
+def _check_type(value: Any, kind: Any, name: str, where: str) -> None:
+    require(isinstance(value, kind), f"config key '{where}' must be {name}", value)
 
 
 def _choice(value: Any, choices: tuple[Any, ...], where: str) -> Any:
-    if isinstance(value, str) and value not in choices:
-        value = _american(value)
-    if value in choices:
-        return value
+    for spelling in (value, _american(value)):
+        if spelling in choices:
+            return spelling
     near = closest(value, choices) if isinstance(value, str) else ""
     valid = ", ".join(map(repr, choices))
     raise UserError(f"config key '{where}' must be one of {valid}, got {_shown(value)}{near}")
 
 
-def _american(name: str) -> str:
+def _not_none(hint: Any) -> type:
+    """Returns T for the type `T | None`."""
+    (kind,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    return kind
+
+
+def _american(name: Any) -> str:
     """Returns a British spelling as its American one: normalise, discretise_pairs."""
     return str(name).replace("ise", "ize")
 
@@ -443,13 +439,12 @@ def recipe(**settings: Any) -> ml_collections.ConfigDict:
 
 def _config_dict(config: Any) -> ml_collections.ConfigDict:
     values = {}
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             value = _config_dict(value)
         elif value is None:
             # A bare None would accept no override.
-            (kind,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-            value = ml_collections.config_dict.placeholder(kind)
+            value = ml_collections.config_dict.placeholder(_not_none(hint))
         values[name] = value
     return ml_collections.ConfigDict(values)
