@@ -1,19 +1,19 @@
 """PyTorch files of tensors (`.pt`), read and written without PyTorch.
 
 Such a file is a zip archive: a pickle that lists the tensors, and beside it one uncompressed entry of raw
-bytes per storage. Pickles are programs, and this reader does not run them: it interprets the few instructions
-that a dict of tensors needs, over plain values of its own, and rejects a file with any other instruction or
-with a name other than tensors, storages and OrderedDict. Nothing is imported or called on behalf of a file.
+bytes per storage. Pickles are programs. Here the standard library's interpreter in Python runs the few
+instructions that a dict of tensors needs; it rejects a file with any other, with a call of anything but the
+two functions below, and with a key that is not a string (hashing a nested tuple can take for ever). The one
+in C would allocate a memo of gigabytes for a file of 30 bytes. Nothing is imported on behalf of a file.
 Tensors are views of the mapped file, so a file cannot cause large allocations.
-
-The standard library's `pickle.Unpickler` with a restricted `find_class` would be shorter, and not as safe: a
-file of 30 bytes makes it allocate a memo of gigabytes, and one of 300 makes it hash a tuple for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
+import io
 import math
 import mmap
 import os
@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import pickletools
 import struct
+import types
 from typing import Any
 import zipfile
 import zlib
@@ -31,7 +32,7 @@ import numpy as np
 from wsparse import files
 from wsparse.errors import UserError, quoted
 
-# Names of PyTorch's storage classes.
+# PyTorch's storage classes.
 _STORAGES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -47,46 +48,17 @@ _STORAGES = {
 _DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
-# The only names that a pickle may contain.
-_NAMES = frozenset([_DICT, _TENSOR, _PARAMETER, *(f"torch {name}" for name in _STORAGES)])
 
 # A list of 3,000 tensors takes about half a megabyte. Every byte may be an instruction that makes an object,
 # so the limit bounds memory and time as well.
 _MAX_PICKLE_BYTES = 1 << 19
 # NumPy's limit, and PyTorch's.
 _MAX_AXES = 64
-# Zip: encrypted, patched, strongly encrypted.
-_FORBIDDEN_FLAGS = 0x61
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_ALIGNMENT = 64
+_ALIGNMENT, _LOCAL_HEADER_SIZE = 64, 30
 
 
 class TorchFileError(UserError):
     """A `.pt` file that is damaged, or that contains more than a dict of tensors."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Name:
-    """A name outside the pickle that it refers to."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    dtype: np.dtype
-    key: str
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor as the pickle describes it: offset and strides in elements of the storage."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -126,183 +98,157 @@ def _read(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
         raise TorchFileError(f"it must have one entry NAME/data.pkl, it has {len(pickles)}")
     root = pickles[0].removesuffix("data.pkl")
 
+    @functools.cache
     def content(name: str) -> memoryview:
-        start, size, crc = entries[name]
-        view = memoryview(mapped)[start : start + size]
+        view, crc = entries[name]
         if zlib.crc32(view) != crc:
             raise TorchFileError(f"its entry {quoted(name)} is damaged (CRC)")
         return view
 
+    def storage(key: str, dtype: np.dtype, size: int) -> np.ndarray:
+        name, expected = f"{root}data/{key}", size * dtype.itemsize
+        if name not in entries:
+            raise TorchFileError(f"a tensor is stored in {quoted(name)}, which is missing")
+        if len(entries[name][0]) != expected:
+            raise TorchFileError(f"{quoted(name)} must have {expected} bytes, it has {len(entries[name][0])}")
+        return np.frombuffer(content(name), dtype)
+
     if f"{root}byteorder" in entries and bytes(content(f"{root}byteorder")) != b"little":
         raise TorchFileError("it was written on a big-endian machine")
-    if entries[pickles[0]][1] > _MAX_PICKLE_BYTES:
+    if len(entries[pickles[0]][0]) > _MAX_PICKLE_BYTES:
         raise TorchFileError(f"its list of tensors has more than {_MAX_PICKLE_BYTES} bytes")
-    tensors = _tensors(_interpret(bytes(content(pickles[0]))))
-
-    storages: dict[_Storage, np.ndarray] = {}
+    tensors = _of_type(_Interpreter(bytes(content(pickles[0])), storage).result(), dict)
     for name, tensor in tensors.items():
-        storage = tensor.storage
-        if storage not in storages:
-            entry = f"{root}data/{storage.key}"
-            if entry not in entries:
-                raise TorchFileError(f"{quoted(name)} is stored in {quoted(entry)}, which is missing")
-            expected = storage.size * storage.dtype.itemsize
-            if entries[entry][1] != expected:
-                raise TorchFileError(
-                    f"{quoted(entry)} must have {expected} bytes, it has {entries[entry][1]}"
-                )
-            storages[storage] = np.frombuffer(content(entry), storage.dtype)
-    return {name: _view(storages[tensor.storage], tensor) for name, tensor in tensors.items()}
+        if type(tensor) is not np.ndarray:
+            raise TorchFileError(f"it must hold a dict of tensors, but {quoted(name)} is not a tensor")
+    return tensors
 
 
-# The archive ---------------------------------------------------------------------------------------
-
-
-def _entries(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[int, int, int]]:
-    """Returns `(start, size, CRC)` of the bytes of every entry by name, all inside the file and disjoint."""
+def _entries(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
+    """Returns the bytes and the CRC of every entry by name; entries are inside the file and disjoint."""
+    entries: dict[str, tuple[memoryview, int]] = {}
+    free = 0
     try:
         with zipfile.ZipFile(path) as archive:
-            infos, directory = archive.infolist(), archive.start_dir
-    except Exception as error:  # What zipfile raises for a damaged directory is of many kinds.
-        raise TorchFileError(f"its zip directory is damaged ({quoted(str(error))})") from error
-    entries: dict[str, tuple[int, int, int]] = {}
-    free = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        name = info.filename
-        if name in entries:
-            raise TorchFileError(f"its entry {quoted(name)} occurs twice")
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise TorchFileError(f"its entry {quoted(name)} is compressed, which PyTorch never does")
-        if info.flag_bits & _FORBIDDEN_FLAGS:
-            raise TorchFileError(f"its entry {quoted(name)} is encrypted")
-        if info.header_offset < free:
-            raise TorchFileError(f"its entry {quoted(name)} overlaps the one before")
-        start = _data_start(info, mapped)
-        free = start + info.file_size
-        if free > directory:
-            raise TorchFileError(f"its entry {quoted(name)} reaches beyond the end of the data")
-        entries[name] = (start, info.file_size, info.CRC)
+            for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+                name = info.filename
+                if name in entries:
+                    raise TorchFileError(f"its entry {quoted(name)} occurs twice")
+                if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                    raise TorchFileError(f"its entry {quoted(name)} is compressed, which PyTorch never does")
+                if info.flag_bits & 1:
+                    raise TorchFileError(f"its entry {quoted(name)} is encrypted")
+                if info.header_offset < free:
+                    raise TorchFileError(f"its entry {quoted(name)} overlaps the one before")
+                # Reads its header, which must agree with the directory, up to where its bytes begin.
+                archive.open(info).close()
+                assert archive.fp is not None
+                start = archive.fp.tell()
+                free = start + info.file_size
+                if free > archive.start_dir:
+                    raise TorchFileError(f"its entry {quoted(name)} reaches beyond the end of the data")
+                entries[name] = memoryview(mapped)[start:free], info.CRC
+    except TorchFileError:
+        raise
+    except Exception as error:  # What zipfile raises for a damaged archive is of many kinds.
+        raise TorchFileError(f"its zip directory is damaged ({quoted(error)})") from error
     return entries
 
 
-def _data_start(info: zipfile.ZipInfo, mapped: mmap.mmap) -> int:
-    """Returns where the bytes of an entry start: after its header, which must agree with the directory."""
-    names = info.header_offset + _LOCAL_HEADER.size
-    if names > len(mapped):
-        raise TorchFileError(f"its entry {quoted(info.filename)} starts beyond the end of the file")
-    fields = _LOCAL_HEADER.unpack_from(mapped, info.header_offset)
-    signature, method, name_size, extra_size = fields[0], fields[3], fields[9], fields[10]
-    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
-    name = info.orig_filename.encode(encoding)
-    if signature != b"PK\3\4" or method != zipfile.ZIP_STORED or mapped[names : names + name_size] != name:
-        raise TorchFileError(f"its entry {quoted(info.filename)} has another header than in the directory")
-    return names + name_size + extra_size
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    array: np.ndarray
 
 
-# The pickle ----------------------------------------------------------------------------------------
+class _Instructions(dict):
+    """The instructions that are run, by code."""
+
+    def __missing__(self, code: int):
+        raise TorchFileError(f"its pickle has the instruction {bytes([code])!r}, which no tensor needs")
 
 
-def _instructions(pickled: bytes) -> Iterator[tuple[str, Any]]:
-    operations = pickletools.genops(pickled)
-    while True:
+class _Interpreter(pickle._Unpickler):
+    """Runs a pickle of dicts, tuples, strings, ints, and tensors in the storages that a function returns."""
+
+    stack: list[Any]
+    metastack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, pickled: bytes, storage: Callable[[str, np.dtype, int], np.ndarray]):
+        super().__init__(io.BytesIO(pickled))
+        self._storage = storage
+
+    def result(self) -> Any:
         try:
-            operation, argument, _ = next(operations)
-        except StopIteration:
-            return
-        except Exception as error:  # What pickletools raises for garbage is of many kinds.
-            raise TorchFileError(f"its pickle is damaged ({quoted(str(error))})") from error
-        yield operation.name, argument
+            value = self.load()
+        except TorchFileError:
+            raise
+        except Exception as error:  # What garbage raises is of many kinds.
+            reason = quoted(f"{type(error).__name__}: {error}")
+            raise TorchFileError(f"its pickle is damaged ({reason})") from error
+        if self.stack or self.metastack:
+            raise TorchFileError("its pickle leaves values over")
+        return value
 
-
-class _Stack(list):
-    """The values a pickle works on; `marks` are positions in it."""
-
-    def __init__(self):
-        super().__init__()
-        self.marks: list[int] = []
-
-    def take(self, count: int) -> list[Any]:
-        """Pops the last values; those below the last mark are out of reach."""
-        if len(self) - count < (self.marks[-1] if self.marks else 0):
-            raise TorchFileError("its pickle takes more values than it has")
-        taken = self[len(self) - count :]
-        del self[len(self) - count :]
-        return taken
-
-    def take_marked(self) -> list[Any]:
-        if not self.marks:
-            raise TorchFileError("its pickle has a tuple or dict without a beginning")
-        return self.take(len(self) - self.marks.pop())
-
-
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-
-
-def _interpret(pickled: bytes) -> Any:
-    """Returns the value of a pickle, in dicts, tuples, strings, ints, and the classes of this module."""
-    stack, memo = _Stack(), {}
-    for name, argument in _instructions(pickled):
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
-                stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append(_CONSTANTS[name])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(stack.take(_TUPLES[name])))
-            case "MARK":
-                stack.marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(stack.take_marked()))
-            case "SETITEM" | "SETITEMS":
-                items = stack.take(2) if name == "SETITEM" else stack.take_marked()
-                (target,) = stack.take(1)
-                _set_items(target, items)
-                stack.append(target)
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                (value,) = stack.take(1)
-                stack.append(value)
-                memo[len(memo) if argument is None else argument] = value
-            case "BINGET" | "LONG_BINGET":
-                if argument not in memo:
-                    raise TorchFileError("its pickle refers to a value that it does not have")
-                stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(_named(argument))
-            case "STACK_GLOBAL":
-                module, attribute = (_of_type(part, str) for part in stack.take(2))
-                stack.append(_named(f"{module} {attribute}"))
-            case "BINPERSID":
-                stack.append(_storage(*stack.take(1)))
-            case "REDUCE":
-                stack.append(_built(*stack.take(2)))
-            case "BUILD":
-                target, state = stack.take(2)
-                # A module's state dict carries the versions of its modules as an attribute.
-                if type(target) is not dict or set(_of_type(state, dict)) != {"_metadata"}:
-                    raise TorchFileError("its pickle sets attributes")
-                stack.append(target)
-            case "STOP":
-                (value,) = stack.take(1)
-                if stack or stack.marks:
-                    raise TorchFileError("its pickle leaves values over")
-                return value
-            case _:
-                raise TorchFileError(f"its pickle has the instruction {name}, which no tensor needs")
-    raise AssertionError("pickletools refuses a pickle without STOP")
-
-
-def _named(name: str) -> _Name:
-    if name not in _NAMES:
-        asked = quoted(name.replace(" ", ".", 1))
+    def find_class(self, module: str, name: str) -> Any:
+        functions = {_DICT: _empty_dict, _TENSOR: _tensor, _PARAMETER: _parameter}
+        if f"{module} {name}" in functions:
+            return functions[f"{module} {name}"]
+        if module == "torch" and name in _STORAGES:
+            return name
         raise TorchFileError(
-            f"its pickle asks for {asked}; only tensors, storages and OrderedDict are allowed"
+            f"its pickle asks for {quoted(f'{module}.{name}')}; only tensors, storages and OrderedDict are "
+            "allowed"
         )
-    return _Name(name)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, name, key, _, size = _of_type(pid, tuple)
+        dtype = _STORAGES.get(_of_type(name, str))
+        if _of_type(kind, str) != "storage" or dtype is None or _of_type(size, int) < 0:
+            raise TorchFileError("its pickle refers to something that is not a storage")
+        return _Storage(self._storage(_of_type(key, str), dtype, size))
+
+    def load_reduce(self) -> None:
+        arguments = _of_type(self.stack.pop(), tuple)
+        self.append(_of_type(self.stack.pop(), types.FunctionType)(*arguments))
+
+    def load_build(self) -> None:
+        # A module's state dict carries the versions of its modules as an attribute.
+        if set(_of_type(self.stack.pop(), dict)) != {"_metadata"}:
+            raise TorchFileError("its pickle sets attributes")
+        _of_type(self.stack[-1], dict)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _set_items(self, items: list[Any]) -> None:
+        if len(items) % 2:
+            raise TorchFileError("its pickle has a key without a value")
+        pairs = zip(items[::2], items[1::2], strict=True)
+        _of_type(self.stack[-1], dict).update((_of_type(key, str), value) for key, value in pairs)
+
+    _allowed = (
+        *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+        *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
+        *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+        *(pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+        *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+        *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+    )
+    dispatch = _Instructions(
+        {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _allowed}
+        | {
+            pickle.REDUCE[0]: load_reduce,
+            pickle.BUILD[0]: load_build,
+            pickle.SETITEM[0]: load_setitem,
+            pickle.SETITEMS[0]: load_setitems,
+        }
+    )
 
 
 def _of_type(value: Any, kind: type) -> Any:
@@ -312,51 +258,29 @@ def _of_type(value: Any, kind: type) -> Any:
     return value
 
 
-def _set_items(target: Any, items: list[Any]) -> None:
-    if len(items) % 2:
-        raise TorchFileError("its pickle has a key without a value")
-    pairs = zip(items[::2], items[1::2], strict=True)
-    _of_type(target, dict).update((_of_type(key, str), value) for key, value in pairs)
+def _empty_dict() -> dict[str, Any]:
+    return {}
 
 
-def _storage(identifier: Any) -> _Storage:
-    if len(_of_type(identifier, tuple)) != 5:
-        raise TorchFileError("its pickle refers to something that is not a storage")
-    kind, name, key, _, size = identifier
-    dtype = _STORAGES.get(_of_type(name, _Name).name.removeprefix("torch "))
-    if _of_type(kind, str) != "storage" or dtype is None or _of_type(size, int) < 0:
-        raise TorchFileError("its pickle refers to something that is not a storage")
-    return _Storage(dtype, _of_type(key, str), size)
+def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> np.ndarray:
+    del requires_grad, hooks
+    return _of_type(tensor, np.ndarray)
 
 
-def _built(function: Any, arguments: Any) -> Any:
-    """Returns the result of a call that a pickle describes, for the three that are known."""
-    name, arguments = _of_type(function, _Name).name, _of_type(arguments, tuple)
-    if name == _DICT and not arguments:
-        return {}
-    if name == _TENSOR and len(arguments) == 6:
-        storage, offset, shape, strides, _, _ = arguments
-        return _checked(
-            _Tensor(
-                _of_type(storage, _Storage),
-                _of_type(offset, int),
-                _of_type(shape, tuple),
-                _of_type(strides, tuple),
-            )
-        )
-    if name == _PARAMETER and len(arguments) == 3:
-        return _of_type(arguments[0], _Tensor)
-    raise TorchFileError(f"its pickle uses {name.replace(' ', '.', 1)} in an unknown way")
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
+) -> np.ndarray:
+    """Returns a view of a storage; offset and strides are in elements.
 
-
-def _checked(tensor: _Tensor) -> _Tensor:
-    """Rejects a tensor that leaves its storage, or in which two elements share a place."""
-    shape, strides = tensor.shape, tensor.strides
-    for number in (*shape, *strides):
+    Rejects a tensor that leaves its storage, or in which two elements share a place.
+    """
+    del requires_grad, hooks
+    array: np.ndarray = _of_type(storage, _Storage).array
+    for number in (_of_type(offset, int), *_of_type(shape, tuple), *_of_type(strides, tuple)):
         _of_type(number, int)
     if len(shape) != len(strides) or len(shape) > _MAX_AXES:
         raise TorchFileError(f"a tensor has {len(shape)} axes and {len(strides)} strides")
-    if min(tensor.offset, *shape, *strides, 0) < 0 or 0 in shape:
+    if min(offset, *shape, *strides, 0) < 0 or 0 in shape:
         raise TorchFileError("a tensor has a negative size, or none")
     reach = 0
     for stride, size in sorted(zip(strides, shape, strict=True)):
@@ -364,25 +288,11 @@ def _checked(tensor: _Tensor) -> _Tensor:
             if stride <= reach:
                 raise TorchFileError("a tensor overlaps itself")
             reach += stride * (size - 1)
-    if tensor.offset + reach >= tensor.storage.size:
-        raise TorchFileError(
-            f"a tensor reaches element {tensor.offset + reach} of a storage of {tensor.storage.size}"
-        )
-    return tensor
-
-
-def _tensors(value: Any) -> dict[str, _Tensor]:
-    for name, tensor in _of_type(value, dict).items():
-        if type(tensor) is not _Tensor:
-            raise TorchFileError(f"it must hold a dict of tensors, but {quoted(name)} is not a tensor")
-    return value
-
-
-def _view(storage: np.ndarray, tensor: _Tensor) -> np.ndarray:
-    size = storage.itemsize
+    if offset + reach >= array.size:
+        raise TorchFileError(f"a tensor reaches element {offset + reach} of a storage of {array.size}")
     # The stride of an axis of length 1 means nothing and may be any number.
-    strides = [s * size if n > 1 else size for s, n in zip(tensor.strides, tensor.shape, strict=True)]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
+    steps = [(s if n > 1 else 1) * array.itemsize for s, n in zip(strides, shape, strict=True)]
+    return np.lib.stride_tricks.as_strided(array[offset:], shape, steps, writeable=False)
 
 
 # Writing -------------------------------------------------------------------------------------------
@@ -428,30 +338,13 @@ def _plain(value: Any) -> bytes:
 
 
 def _pickled_tensor(array: np.ndarray, kind: str, number: int) -> list[bytes]:
-    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-    storage = [
-        pickle.MARK,
-        _plain("storage"),
-        _global(f"torch {kind}"),
-        _plain(str(number)),
-        _plain("cpu"),
-        _plain(array.size),
-        pickle.TUPLE,
-        pickle.BINPERSID,
-    ]
+    strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+    storage = [_plain("storage"), _global(f"torch {kind}"), *map(_plain, (str(number), "cpu", array.size))]
+    empty_dict = [_global(_DICT), pickle.EMPTY_TUPLE, pickle.REDUCE]
     return [
-        _global(_TENSOR),
-        pickle.MARK,
-        *storage,
-        _plain(0),
-        _plain(tuple(array.shape)),
-        _plain(tuple(strides)),
-        pickle.NEWFALSE,
-        _global(_DICT),
-        pickle.EMPTY_TUPLE,
-        pickle.REDUCE,
-        pickle.TUPLE,
-        pickle.REDUCE,
+        *(_global(_TENSOR), pickle.MARK, pickle.MARK, *storage, pickle.TUPLE, pickle.BINPERSID),
+        *map(_plain, (0, tuple(array.shape), strides, False)),
+        *(*empty_dict, pickle.TUPLE, pickle.REDUCE),
     ]
 
 
@@ -465,6 +358,6 @@ def _store(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     assert archive.fp is not None
     # A field of padding takes 4 bytes itself.
-    start = archive.fp.tell() + _LOCAL_HEADER.size + len(name.encode()) + 4
+    start = archive.fp.tell() + _LOCAL_HEADER_SIZE + len(name.encode()) + 4
     info.extra = struct.pack("<2sH", b"FB", -start % _ALIGNMENT) + bytes(-start % _ALIGNMENT)
     archive.writestr(info, content)
