@@ -292,7 +292,7 @@ def _tensor(
         raise TorchFileError(f"a tensor reaches element {offset + reach} of a storage of {array.size}")
     # The stride of an axis of length 1 means nothing and may be any number.
     steps = [(s if n > 1 else 1) * array.itemsize for s, n in zip(strides, shape, strict=True)]
-    return np.lib.stride_tricks.as_strided(array[offset:], shape, steps, writeable=False)
+    return np.ndarray(shape, array.dtype, array, offset * array.itemsize, steps)
 
 
 # Writing -------------------------------------------------------------------------------------------
