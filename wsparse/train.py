@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -64,7 +65,6 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
         fit the config; a weight became NaN or infinite; something could not be written.
     """
     started = time.monotonic()
-    _refuse_url(workdir)
     _refuse_unwritable(workdir)
     _refuse_other(workdir, config)
     summary = workdir / "summary.json"
@@ -83,9 +83,10 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
                 log.info("resuming at step %d of %d", step, config.steps)
             elif checkpoint.has_steps(workdir):
                 metrics.set_aside(workdir, workdir / checkpoint.SET_ASIDE)
-            with _writer(workdir, step) as writer:
-                loop = _Loop(config, program, dataset, checkpoints, writer, step, losses)
-                loop.started = started - seconds
+            # One process writes for all: what it writes is the same in all of them.
+            first = jax.process_index() == 0
+            with metrics.MetricsWriter(workdir, step) if first else contextlib.nullcontext() as writer:
+                loop = _Loop(config, program, dataset, checkpoints, writer, step, losses, started - seconds)
                 return loop.run(state)
 
 
@@ -110,14 +111,11 @@ def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
         )
 
 
-def _refuse_url(workdir: pathlib.Path) -> None:
-    """Refuse what would become a local folder of the name `gs:`."""
-    if workdir.parts[:1] and workdir.parts[0].endswith(":") and not workdir.drive:
-        raise UserError(f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it")
-
-
 def _refuse_unwritable(workdir: pathlib.Path) -> None:
     """Refuse a folder that could not be made, before any work is done for it."""
+    # It would become a local folder of the name `gs:`.
+    if workdir.parts[:1] and workdir.parts[0].endswith(":") and not workdir.drive:
+        raise UserError(f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it")
     parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to --workdir={workdir}: {parent} is not a writable directory")
@@ -125,20 +123,16 @@ def _refuse_unwritable(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the folder's lock in process 0, and let all processes know whether it does."""
+    """Hold the folder's lock in process 0; all processes fail where it cannot."""
     with contextlib.ExitStack() as stack:
-        reason = ""
-        if jax.process_index() == 0:
-            try:
-                if not workdir.exists():
-                    files.make_folder(workdir)
-                    stack.callback(_remove_empty, workdir)
-                stack.enter_context(locks.hold(workdir, "training"))
-            except UserError as error:
-                reason = str(error)
-        reason = processes.gather(reason)[0]
-        if reason:
-            raise UserError(reason)
+
+        def lock() -> None:
+            if not workdir.exists():
+                files.make_folder(workdir)
+                stack.callback(_remove_empty, workdir)
+            stack.enter_context(locks.hold(workdir, "training"))
+
+        _in_all_processes(lock if jax.process_index() == 0 else lambda: None)
         yield
 
 
@@ -203,8 +197,7 @@ def _claim(workdir: pathlib.Path, config: TrainConfig, dataset: Dataset) -> None
 
 def _require_shared(workdir: pathlib.Path, path: pathlib.Path) -> None:
     """Refuse a folder in which a process does not see the file that process 0 wrote."""
-    blind = processes.blind_processes(path)
-    if blind:
+    if blind := processes.blind_processes(path):
         raise UserError(
             f"--workdir={workdir} must be one folder for all processes, but process {blind[0]} does not see "
             "what process 0 wrote there: use a network's file system, or a bucket that is mounted"
@@ -219,8 +212,7 @@ def _restore(
     origin: str | None,
 ) -> tuple[TrainState, int, float, list[float]]:
     """Returns `(state, step, seconds so far, losses since the last record)` to go on from."""
-    restored = checkpoints.restore(program.abstract_state)
-    if restored is not None:
+    if restored := checkpoints.restore(program.abstract_state):
         step, state, metadata = restored
         if metadata["data_digest"] != dataset.digest:
             raise UserError(
@@ -240,14 +232,11 @@ def _restore(
 
 
 def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
-    folder, at, number = origin.rpartition("@")
-    if not at:
-        folder, number = origin, ""
-    elif not number.isdecimal():
+    folder, at, number = origin.rpartition("@") if "@" in origin else (origin, "", "")
+    if at and not number.isdecimal():
         raise UserError(f"--from={origin} must be RUN or RUN@STEP, with a number for STEP")
-    return checkpoint.read(
-        pathlib.Path(folder) / "checkpoints", program.abstract_state, step=int(number) if number else None
-    )
+    step = int(number) if at else None
+    return checkpoint.read(pathlib.Path(folder) / "checkpoints", program.abstract_state, step=step)
 
 
 def _metadata(config: TrainConfig, dataset: Dataset, seconds: float, losses: list[float]) -> dict[str, Any]:
@@ -264,45 +253,35 @@ def _metadata(config: TrainConfig, dataset: Dataset, seconds: float, losses: lis
     }
 
 
-def _writer(
-    workdir: pathlib.Path, step: int
-) -> contextlib.AbstractContextManager[metrics.MetricsWriter | None]:
-    # One process writes for all: what it writes is the same in all of them.
-    if jax.process_index() != 0:
-        return contextlib.nullcontext()
-    return metrics.MetricsWriter(workdir, step)
-
-
 # The loop ---------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
 class _Loop:
     """The training loop: everything around `Program.step`."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        program: Program,
-        dataset: Dataset,
-        checkpoints: checkpoint.Checkpointer,
-        writer: metrics.MetricsWriter | None,
-        step: int,
-        losses: list[float],
-    ):
-        self.config, self.program, self.dataset = config, program, dataset
-        self.checkpoints, self.writer = checkpoints, writer
-        # Losses are those of the steps since the last record; the report of a step waits to be read.
-        self.step, self.losses = step, losses
+    config: TrainConfig
+    program: Program
+    dataset: Dataset
+    checkpoints: checkpoint.Checkpointer
+    writer: metrics.MetricsWriter | None
+    step: int
+    # Of the steps since the last record.
+    losses: list[float]
+    # When the run would have begun, had it never been interrupted.
+    started: float
+
+    def __post_init__(self):
+        config = self.config
+        # The report of a step waits here to be read.
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.stop_signal = 0
-        self.started = self.clock_time = time.monotonic()
-        self.clock_step = step
         self.density = sparsity.density_schedule(config.sparsity, config.steps)
         self.rate = sparsity.learning_rate_schedule(config.optimizer, config.steps, density=self.density)
-        self.progress = progress(config.steps, "step", start=step, seconds_per_line=None)
+        self.progress = progress(config.steps, "step", start=self.step, seconds_per_line=None)
 
     def run(self, state: TrainState) -> int:
-        """Train from a state to the end or to a signal, and return the exit status."""
+        """Train to the end or to a signal, and return the exit status."""
         with self._signals(), self.progress:
             return self._steps(state)
 
@@ -404,21 +383,17 @@ class _Loop:
     def _advice(self) -> str:
         """Returns what to change after a weight became NaN or infinite, and where to go on from."""
         settings, saved = self.config.optimizer, self.checkpoints.latest_step()
-        peak = settings.learning_rate
-        if settings.sharkfin:
-            peak *= self.config.sparsity.density**-0.5
+        sharkfin = self.config.sparsity.density**-0.5 if settings.sharkfin else 1.0
+        peak, decay = settings.learning_rate * sharkfin, settings.weight_decay
+        change = "lower optimizer.learning_rate or raise optimizer.warmup"
         # A decay of more than the whole weight overshoots; the larger factor is the likely mistake.
-        change = (
-            "lower optimizer.weight_decay"
-            if peak * settings.weight_decay > 1 and settings.weight_decay > peak
-            else "lower optimizer.learning_rate or raise optimizer.warmup"
-        )
+        if peak * decay > 1 and decay > peak:
+            change = "lower optimizer.weight_decay"
         if saved is None:
             return f"{change}, in another --workdir; the last checkpoint is none"
-        workdir = self.checkpoints.folder.parent
         return (
-            f"{change}; the last checkpoint is step {saved}: go on from it with --from={workdir}@{saved} and "
-            "another --workdir"
+            f"{change}; the last checkpoint is step {saved}: go on from it with "
+            f"--from={self.checkpoints.folder.parent}@{saved} and another --workdir"
         )
 
     def _log(self, state: TrainState, report: dict[str, Any]) -> None:
@@ -522,8 +497,7 @@ def main(argv: Sequence[str]) -> int:
     name, config = recipes.from_flag()
     processes.initialize_processes()
     cpu.enable()
-    workdir = pathlib.Path(options.workdir or f"runs/{name}")
-    return run(config, workdir, origin=options["from"].value)
+    return run(config, pathlib.Path(options.workdir or f"runs/{name}"), origin=options["from"].value)
 
 
 def _define_flags() -> None:
@@ -539,8 +513,9 @@ def _define_flags() -> None:
 def config_help() -> str:
     """Returns the keys of a config with their defaults and meanings, as `--help` lists them."""
     lines = ["Keys of the config, with their defaults:"]
-    for key, default, text in describe(TrainConfig()):
-        lines.append(f"\n  --config.{key}={default!r}\n      {text}")
+    lines += [
+        f"\n  --config.{key}={default!r}\n      {text}" for key, default, text in describe(TrainConfig())
+    ]
     return "".join(lines)
 
 
