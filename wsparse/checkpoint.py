@@ -228,13 +228,12 @@ def has_steps(workdir: pathlib.Path) -> bool:
 
 def _check_fit(path: pathlib.Path, stored: Any, like: Any, *, partial: bool) -> None:
     """Refuse a step whose arrays are not those of `like`, by name; `partial` may leave some out."""
-    stored_shapes = _shapes(getattr(stored, "tree", stored))
-    shapes = _shapes(like)
-    for name in sorted(set(shapes) | (set() if partial else set(stored_shapes))):
-        if stored_shapes.get(name) != shapes.get(name):
+    there, here = _shapes(getattr(stored, "tree", stored)), _shapes(like)
+    for name in sorted(here if partial else here | there):
+        if there.get(name) != here.get(name):
             raise UserError(
                 f"checkpoint {path} does not fit this configuration: {name} has shape "
-                f"{stored_shapes.get(name, 'none')} there and {shapes.get(name, 'none')} here"
+                f"{there.get(name, 'none')} there and {here.get(name, 'none')} here"
             )
 
 
@@ -283,17 +282,12 @@ def _damage(path: pathlib.Path | None, step: int) -> str | None:
         return f"its files are those of step {number}"
     if not isinstance(expected, dict):
         return "its digests cannot be read"
-    digests = _digests(path)
-    wrong = sorted(
-        name for name in digests.keys() | expected.keys() if digests.get(name) != expected.get(name)
-    )
+    found = _digests(path)
+    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
     return f"{wrong[0]} is damaged ({len(wrong)} of {len(expected)} files)" if wrong else None
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
     """Returns the sha256 of every file below `folder` except the digests themselves, by relative path."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _DIGESTS:
-            digests[path.relative_to(folder).as_posix()] = files.sha256(path)
-    return digests
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _DIGESTS)
+    return {path.relative_to(folder).as_posix(): files.sha256(path) for path in paths}

@@ -24,16 +24,8 @@ T = TypeVar("T")
 
 # The AbsTopK locations, in the order of the forward pass.
 ABS_TOP_K_SITES = (
-    "attn_in",
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_out",
-    "resid_post_attn",
-    "mlp_in",
-    "mlp_neuron",
-    "mlp_out",
-    "resid_post_mlp",
+    *("attn_in", "attn_q", "attn_k", "attn_v", "attn_out", "resid_post_attn"),
+    *("mlp_in", "mlp_neuron", "mlp_out", "resid_post_mlp"),
 )
 NODE_SITES = tuple(site for site in ABS_TOP_K_SITES if not site.startswith("resid"))
 

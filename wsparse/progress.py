@@ -14,10 +14,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def progress(
-    work: Iterable[T] | int, label: str, *, start: int = 0, seconds_per_line: float | None = 30.0
-) -> Progress[T]:
-    """Show how far some work is: a bar in a terminal, elsewhere a log line now and then.
+class progress(Generic[T]):
+    """Shows how far some work is: a bar in a terminal, elsewhere a log line now and then.
 
     Nothing is shown where the package's log lines are hidden, as in all processes of a job but the first.
 
@@ -32,11 +30,6 @@ def progress(
       start: Items that were done before.
       seconds_per_line: Least time between two plain lines; None leaves them to `record`.
     """
-    return Progress(work, label, start=start, seconds_per_line=seconds_per_line)
-
-
-class Progress(Generic[T]):
-    """See `progress`; an iterator over the work, and a context manager."""
 
     def __init__(
         self, work: Iterable[T] | int, label: str, *, start: int = 0, seconds_per_line: float | None = 30.0
@@ -57,7 +50,7 @@ class Progress(Generic[T]):
                 yield item
                 self.advance()
 
-    def __enter__(self) -> Progress[T]:
+    def __enter__(self) -> progress[T]:
         return self
 
     def __exit__(self, *_) -> None:

@@ -83,8 +83,8 @@ def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> No
         raise UserError(f"{encoder}: the id of {quoted(wrong)} must be an integer, got {quoted(ids[wrong])}")
     if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(f"{encoder}: the ids must be 0 to {len(ids) - 1}, each of them once")
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(ids)
-    if missing:
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    if missing := alphabet - set(ids):
         raise UserError(f"{encoder}: {len(missing)} of the 256 bytes have no token")
     for left, right in merges:
         unknown = next((t for t in (left, right, left + right) if t not in ids), None)
@@ -93,7 +93,5 @@ def _check(folder: pathlib.Path, ids: dict, merges: list[tuple[str, str]]) -> No
                 f"{folder / MERGES_FILE}: the merge {quoted(left)} {quoted(right)} needs the token "
                 f"{quoted(unknown)}, which {ENCODER_FILE} does not have"
             )
-    extra = set(ids) - {left + right for left, right in merges} - {END_OF_TEXT}
-    extra -= set(pre_tokenizers.ByteLevel.alphabet())
-    if extra:
+    if extra := set(ids) - {left + right for left, right in merges} - {END_OF_TEXT} - alphabet:
         raise UserError(f"{encoder}: no merge in {MERGES_FILE} makes the token {quoted(min(extra))}")

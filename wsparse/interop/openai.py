@@ -36,41 +36,19 @@ CONFIG_FILE = "beeg_config.json"
 WEIGHTS_FILE = "final_model.pt"
 
 # Fields of the published config that do not change inference.
-_IGNORED_FIELDS = frozenset(
-    [
-        "dropout",
-        "debug_nans",
-        "tokenizer_name",
-        "grad_checkpointing",
-        "dropout_cat_pos_emb",
-        "enable_sparse_kernels",
-        "flash",
-        # What older files have beside the published code's fields: how the model was trained, widths that are
-        # given once more, and ranks of tables that are stored whole.
-        "n_embd",
-        "expansion_factor",
-        "expansion_factor_mlp",
-        "pfrac",
-        "bigram_table_rank",
-        "unembed_rank",
-        "afrac_ste",
-        "afrac_ste_only_non_neurons",
-        "debug_exact_topk",
-        "sparse_matmul_impl",
-    ]
-)
+_IGNORED_FIELDS = frozenset([
+    "dropout", "debug_nans", "tokenizer_name", "grad_checkpointing", "dropout_cat_pos_emb",
+    "enable_sparse_kernels", "flash",
+    # What older files have beside the published code's fields: how the model was trained, widths that are
+    # given once more, and ranks of tables that are stored whole.
+    "n_embd", "expansion_factor", "expansion_factor_mlp", "pfrac", "bigram_table_rank", "unembed_rank",
+    "afrac_ste", "afrac_ste_only_non_neurons", "debug_exact_topk", "sparse_matmul_impl",
+])  # fmt: skip
 # Fields of older files that would change inference if they were on.
-_FIELDS_OFF = frozenset(
-    [
-        "use_tied_aux_matrix",
-        "afrac_approx",
-        "rtopk",
-        "mup",
-        "mup_width_multiplier",
-        "enable_fp8_linear",
-        "scale_invariance",
-    ]
-)
+_FIELDS_OFF = frozenset([
+    "use_tied_aux_matrix", "afrac_approx", "rtopk", "mup", "mup_width_multiplier", "enable_fp8_linear",
+    "scale_invariance",
+])  # fmt: skip
 # The sites of files from before there was a choice.
 _DEFAULT_SITES = "attn_in,attn_out,mlp_in,mlp_out"
 _TOKENIZER_NAME = "tinypython_2k"
@@ -142,8 +120,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         value = remaining[name]
         off = value is None or (isinstance(value, bool | int | float) and not value)
         require(off, f"{name} must be off: there is no variant of the model for it", value)
-    unknown = sorted(set(remaining) - _IGNORED_FIELDS - _FIELDS_OFF)
-    if unknown:
+    if unknown := sorted(set(remaining) - _IGNORED_FIELDS - _FIELDS_OFF):
         raise UserError(
             f"the published config has an unknown field {quoted(unknown[0])}{closest(unknown[0], known)}: "
             "it may change what the model computes"
@@ -200,11 +177,9 @@ class _Entry:
     """A published array and the parameters that lie side by side in it.
 
     Attributes:
-      key: Name in the published state dict.
       paths: Paths of the parameters; several share the output axis.
       shape: Shape of the published array; weights are `(out, in)` there, and transposed here.
       layer: Index into the stacked parameters; None where there is no layer axis.
-      transposed: Whether the array is a weight, to be transposed.
     """
 
     key: str
@@ -294,10 +269,9 @@ def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> d
         if not np.array_equal(unembed, leaves["embed/tokens"]):
             raise UserError("the config ties the embeddings, but lm_head.weight and wte.weight differ")
     if remaining:
-        first = min(remaining)
         raise UserError(
             f"the checkpoint has {len(remaining)} keys that do not belong to the config, such as "
-            f"{quoted(first)}"
+            f"{quoted(min(remaining))}"
         )
     stacked = {p: np.stack(leaf) if isinstance(leaf, list) else leaf for p, leaf in leaves.items()}
     return trees.unflatten(stacked)
@@ -345,13 +319,12 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     except UserError as error:
         raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
     state = torch_file.read(folder / WEIGHTS_FILE)
-    for key, array in state.items():
-        if array.dtype not in _WEIGHT_TYPES and not _CAUSAL_MASK.fullmatch(key):
-            raise UserError(
-                f"{folder / WEIGHTS_FILE}: {quoted(key)} is of type {array.dtype}; weights must be "
-                "float32, float16 or bfloat16"
-            )
     try:
+        for key, array in state.items():
+            if array.dtype not in _WEIGHT_TYPES and not _CAUSAL_MASK.fullmatch(key):
+                raise UserError(
+                    f"{quoted(key)} is of type {array.dtype}; weights must be float32, float16 or bfloat16"
+                )
         params = params_from_state(config, state)
     except UserError as error:
         raise UserError(f"{folder / WEIGHTS_FILE}: {error}") from error
