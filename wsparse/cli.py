@@ -42,13 +42,8 @@ def main() -> None:
 
 def usage() -> str:
     """Returns the list of commands."""
-    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: wsparse COMMAND [--option=value ...]",
-            "",
-            *lines,
-            "",
-            "wsparse COMMAND --help lists the command's options.",
-        ]
+    lines = [f"  {name:<9} {text}\n" for name, (_, text) in COMMANDS.items()]
+    return (
+        f"usage: wsparse COMMAND [--option=value ...]\n\n{''.join(lines)}\n"
+        "wsparse COMMAND --help lists the command's options."
     )

@@ -111,7 +111,7 @@ def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, 
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
     expected = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
     given = {path: leaf.shape for path, leaf in leaves.items()}
-    for path in sorted(set(expected) | set(given)):
+    for path in sorted(expected | given):
         if expected.get(path) != given.get(path):
             raise UserError(
                 f"{what} does not fit its config: {quoted(path)} has shape {given.get(path, 'none')}, "
@@ -141,14 +141,13 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
         )
     except Exception as error:  # HTTP, name resolution and cache errors of several libraries.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failure = f"and could not be loaded from the Hugging Face Hub: {reason}"
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
-            raise UserError(
-                f"{repository} is not a folder here, was not downloaded before, and the Hugging Face Hub "
-                f"does not answer: is there a network? ({reason.removeprefix('Got: ')})"
-            ) from error
-        raise UserError(
-            f"{repository} is not a folder here, and could not be loaded from the Hugging Face Hub: {reason}"
-        ) from error
+            failure = (
+                "was not downloaded before, and the Hugging Face Hub does not answer: is there a network? "
+                f"({reason.removeprefix('Got: ')})"
+            )
+        raise UserError(f"{repository} is not a folder here, {failure}") from error
 
 
 def _card(title: str, config: ModelConfig, params: model.Params, val_loss: float | None) -> str:
