@@ -277,9 +277,9 @@ def _damage(path: pathlib.Path | None, step: int) -> str | None:
     except UserError:
         return "its digests cannot be read"
     # Before steps were part of them, digests were the whole file.
-    number, expected = stored.get("step", step), stored.get("files", stored)
-    if number != step:
-        return f"its files are those of step {number}"
+    expected = stored.get("files", stored)
+    if stored.get("step", step) != step:
+        return f"its files are those of step {stored['step']}"
     if not isinstance(expected, dict):
         return "its digests cannot be read"
     found = _digests(path)

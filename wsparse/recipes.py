@@ -70,10 +70,8 @@ def find(name: str, kind: str = "") -> str:
         log.info(f"--config={name} is --config={base}:{old_variant} now")
         return f"{root / base}.py:{old_variant}"
     known = list(names(kind))
-    raise UserError(
-        f"--config={name}: no such file, and not a recipe{closest(stem, known)}; "
-        f"recipes are {', '.join(known)}"
-    )
+    near = closest(stem, known)
+    raise UserError(f"--config={name}: no such file, and not a recipe{near}; recipes are {', '.join(known)}")
 
 
 def load(name: str, kind: str = "") -> ml_collections.ConfigDict:
@@ -109,8 +107,7 @@ def load(name: str, kind: str = "") -> ml_collections.ConfigDict:
 
 def define_flag(default: str | None = None, *, text: str = "Recipe to use", kind: str = "") -> None:
     """Defines `--config` and, for every key of the recipe, `--config.key`."""
-    about = f"{text}: a name, such as tiny, or a path."
-    holder = config_flags.DEFINE_config_file("config", None, about)
+    holder = config_flags.DEFINE_config_file("config", None, f"{text}: a name, such as tiny, or a path.")
     flags.FLAGS["config"].parser = _Parser(kind)
     flags.set_default(holder, default)
 
@@ -159,8 +156,7 @@ def _module(path: pathlib.Path) -> ModuleType:
 
 
 def _needs_variant(module: ModuleType) -> bool:
-    function = getattr(module, "get_config", None)
-    if function is None or not hasattr(module, "VARIANTS"):
+    if not (hasattr(module, "get_config") and hasattr(module, "VARIANTS")):
         return False
-    (parameter,) = inspect.signature(function).parameters.values()
+    (parameter,) = inspect.signature(module.get_config).parameters.values()
     return parameter.default is parameter.empty

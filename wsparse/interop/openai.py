@@ -87,8 +87,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         for name, value in (("d_model", d_model), ("n_head", n_head)):
             require(type(value) is int and value > 0, f"{name} must be a positive integer", value)
         d_head = d_model // n_head
-    d_mlp, older_d_mlp = take("d_mlp", None), take("n_mlp", None)
-    d_pos = take("d_pos_emb", None)
+    d_mlp, older_d_mlp, d_pos = take("d_mlp", None), take("n_mlp", None), take("d_pos_emb", None)
     sinusoid = take_flag("sinusoidal_cat_pos_emb", False)
     enabled = take_flag("enable_bigram_table", False)
     learnable = take_flag("learnable_bigram_table", False)
@@ -221,11 +220,9 @@ def _entries(config: ModelConfig) -> Iterator[_Entry]:
         yield from linear(f"{key}.attn.c_attn", qkv, config.read_width, 3 * width, i)
         yield from linear(f"{key}.attn.c_proj", ("blocks/attn/out",), width, d_model, i)
         if config.sink:
-            sink = f"{key}.attn.attn_imp.sink_logit"
-            yield _Entry(sink, ("blocks/attn/sink",), (config.n_head,), i)
-        read, neurons = config.read_width, config.mlp_width
-        yield from linear(f"{key}.mlp.c_fc", ("blocks/mlp/fc",), read, neurons, i)
-        yield from linear(f"{key}.mlp.c_proj", ("blocks/mlp/proj",), neurons, d_model, i)
+            yield _Entry(f"{key}.attn.attn_imp.sink_logit", ("blocks/attn/sink",), (config.n_head,), i)
+        yield from linear(f"{key}.mlp.c_fc", ("blocks/mlp/fc",), config.read_width, config.mlp_width, i)
+        yield from linear(f"{key}.mlp.c_proj", ("blocks/mlp/proj",), config.mlp_width, d_model, i)
     yield from norm("transformer.ln_f", "head/norm", d_model)
     if not config.tied_embeddings:
         yield _Entry(_UNEMBED, ("head/unembed",), (vocab, d_model), transposed=True)
