@@ -29,7 +29,6 @@ ABS_TOP_K_SITES = (
 )
 NODE_SITES = tuple(site for site in ABS_TOP_K_SITES if not site.startswith("resid"))
 
-
 # What a setting "must be".
 _RULES: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda value: value >= 0,
@@ -431,7 +430,7 @@ def recipe(**settings: Any) -> ml_collections.ConfigDict:
 
 def _config_dict(config: Any) -> ml_collections.ConfigDict:
     values = {}
-    for name, hint in _hints(type(config)).items():
+    for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             value = _config_dict(value)

@@ -25,7 +25,7 @@ from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
-from wsparse.config import ModelConfig, from_dict, require, setting
+from wsparse.config import ModelConfig, check, from_dict, setting
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.progress import progress
@@ -50,12 +50,13 @@ class Options:
     source: str = setting(
         "", "Text that excerpts are taken from, a mix as for training; empty is the run's own held-out text."
     )
-    pairs: int = setting(6, "Pairs of each task that are recorded token by token.")
-    max_nodes: int = setting(2000, "Nodes of a circuit to measure; the least important ones are left out.")
+    pairs: int = setting(6, "Pairs of each task that are recorded token by token.", "at least 1")
+    max_nodes: int = setting(
+        2000, "Nodes of a circuit to measure; the least important ones are left out.", "at least 1"
+    )
 
     def __post_init__(self):
-        for name in ("pairs", "max_nodes"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        check(self)
 
 
 class Text(NamedTuple):
