@@ -8,31 +8,29 @@ namespace wsparse {
 // Rows of one item; the gates' gradient is summed over as many at a time, whoever computes it.
 constexpr int64_t kRowsOfGates = 64;
 
-// Which lanes of keys, the ones from `first` on, a cut keeps: comparisons give -1.
-inline Ints Kept(Ints keys, int64_t first, Cut cut) {
-  Ints index;
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = int32_t(first) + lane;
-  return keys - (index < cut.end) > cut.least;
+inline void Blend(const float* __restrict x, const int32_t* __restrict keys, Cut cut, const float* __restrict gate,
+                  const float* __restrict closed, int64_t width, float* __restrict y) {
+  for (const auto [begin, end, below] : Stretches(cut, width)) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float value = keys[i] > below ? x[i] : 0;
+      y[i] = closed[i] + gate[i] * value;
+    }
+  }
 }
 
-inline void Blend(const float* x, const int32_t* keys, Cut cut, const float* gate, const float* closed,
-                  int64_t width, float* y) {
-  ForVectors(width, [&](int64_t i, int n) WSPARSE_INLINE {
-    const Floats value = Kept(Load<Ints>(keys + i, n), i, cut) ? Load<Floats>(x + i, n) : Floats{};
-    Store(Load<Floats>(closed + i, n) + Load<Floats>(gate + i, n) * value, y + i, n);
-  });
-}
-
-inline void BlendGradient(const float* x, const float* dy, Cut cut, const float* gate, int64_t width,
-                          float* by_value, float* plain, float* dx) {
-  ForVectors(width, [&](int64_t i, int n) WSPARSE_INLINE {
-    const Ints kept = Kept(Keys(Load<Ints>(x + i, n)), i, cut);
-    const Floats value = kept ? Load<Floats>(x + i, n) : Floats{};
-    const Floats tangent = Load<Floats>(dy + i, n);
-    Store(Load<Floats>(by_value + i, n) + tangent * value, by_value + i, n);
-    Store(Load<Floats>(plain + i, n) + tangent, plain + i, n);
-    Store(kept ? tangent * Load<Floats>(gate + i, n) : Floats{}, dx + i, n);
-  });
+inline void BlendGradient(const float* __restrict x, const float* __restrict dy, Cut cut,
+                          const float* __restrict gate, int64_t width, float* __restrict by_value,
+                          float* __restrict plain, float* __restrict dx) {
+  const auto* bits = reinterpret_cast<const int32_t*>(x);
+  for (const auto [begin, end, below] : Stretches(cut, width)) {
+    for (int64_t i = begin; i < end; ++i) {
+      const bool kept = Key(bits[i]) > below;
+      const float value = kept ? x[i] : 0, tangent = dy[i] * gate[i];
+      by_value[i] += dy[i] * value;
+      plain[i] += dy[i];
+      dx[i] = kept ? tangent : 0;
+    }
+  }
 }
 
 // `sets` sets of gates, each for `rows` rows; `cuts` gets two integers for every row.
@@ -73,58 +71,40 @@ bool AblateGradient(Pool& pool, const float* x, const float* gates, const Cut* c
   });
 }
 
-// Gates are (..., width) where the leading axes of x begin with their leading axes.
-inline int64_t SetsOf(const F32& gates) { return gates.element_count() / FromEnd(gates, 0); }
-
-ffi::Error AblateHandler(ffi::ThreadPool pool, F32 x, F32 gates, F32 means, ffi::Result<F32> y,
-                         ffi::Result<S32> cuts, int64_t k) {
-  WSPARSE_CHECK(HasRank(x, 1) && HasRank(gates, 1));
+// Sizes of operands (..., width), (..., width) and (..., 2): the axes before x's rows are those of the gates.
+inline ffi::Error FindSizes(const F32& x, const F32& gates, const S32& cuts, int64_t* sets, int64_t* rows) {
   const int64_t width = FromEnd(x, 0);
-  WSPARSE_CHECK(0 < k && k <= width);
-  WSPARSE_CHECK(FromEnd(gates, 0) == width && SameShape(gates, means) && SameShape(x, *y));
-  const int64_t rows = x.element_count() / width, sets = SetsOf(gates);
-  WSPARSE_CHECK(int64_t(cuts->element_count()) == 2 * rows);
-  if (rows == 0) return ffi::Error::Success();
-  WSPARSE_CHECK(rows % sets == 0);
-  return Status(Ablate(pool, x.typed_data(), gates.typed_data(), means.typed_data(), sets, rows / sets, width,
-                       k, y->typed_data(), reinterpret_cast<Cut*>(cuts->typed_data())));
+  WSPARSE_CHECK(width > 0 && FromEnd(gates, 0) == width);
+  *sets = std::max<int64_t>(Size(gates) / width, 1);
+  *rows = Size(x) / width / *sets;
+  WSPARSE_CHECK(*sets * *rows * width == Size(x) && Size(cuts) == 2 * *sets * *rows);
+  WSPARSE_CHECK(*rows == 0 || Size(gates) == *sets * width);
+  return ffi::Error::Success();
 }
 
-ffi::Error AblateGradientHandler(ffi::ThreadPool pool, F32 x, F32 gates, S32 cuts, F32 dy,
-                                 ffi::Result<F32> dx, ffi::Result<F32> sums) {
-  WSPARSE_CHECK(HasRank(x, 1) && HasRank(gates, 1));
+ffi::Error AblateHandler(Threads pool, F32 x, F32 gates, F32 means, ffi::Result<F32> y, ffi::Result<S32> cuts,
+                         Number k) {
+  int64_t sets, rows;
+  if (auto error = FindSizes(x, gates, *cuts, &sets, &rows); error.failure()) return error;
   const int64_t width = FromEnd(x, 0);
-  WSPARSE_CHECK(width > 0);
-  WSPARSE_CHECK(FromEnd(gates, 0) == width && SameShape(x, dy) && SameShape(x, *dx));
-  const int64_t rows = x.element_count() / width, sets = SetsOf(gates);
-  WSPARSE_CHECK(int64_t(cuts.element_count()) == 2 * rows);
-  if (rows == 0) return ffi::Error::Success();
-  WSPARSE_CHECK(rows % sets == 0);
-  const int64_t blocks = CeilDiv(rows / sets, kRowsOfGates);
-  WSPARSE_CHECK(int64_t(sums->element_count()) == sets * blocks * 2 * width);
+  WSPARSE_CHECK(0 < *k && *k <= width && SameShape(gates, means) && SameShape(x, *y));
+  return Status(Ablate(pool, x.typed_data(), gates.typed_data(), means.typed_data(), sets, rows, width, *k,
+                       y->typed_data(), reinterpret_cast<Cut*>(cuts->typed_data())));
+}
+
+ffi::Error AblateGradientHandler(Threads pool, F32 x, F32 gates, S32 cuts, F32 dy, ffi::Result<F32> dx,
+                                 ffi::Result<F32> sums) {
+  int64_t sets, rows;
+  if (auto error = FindSizes(x, gates, cuts, &sets, &rows); error.failure()) return error;
+  const int64_t width = FromEnd(x, 0);
+  WSPARSE_CHECK(SameShape(x, dy) && SameShape(x, *dx));
+  WSPARSE_CHECK(Size(*sums) == sets * CeilDiv(rows, kRowsOfGates) * 2 * width);
   return Status(AblateGradient(pool, x.typed_data(), gates.typed_data(),
-                               reinterpret_cast<const Cut*>(cuts.typed_data()), dy.typed_data(), sets,
-                               rows / sets, width, dx->typed_data(), sums->typed_data()));
+                               reinterpret_cast<const Cut*>(cuts.typed_data()), dy.typed_data(), sets, rows,
+                               width, dx->typed_data(), sums->typed_data()));
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_ablate, AblateHandler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<S32>()
-                                  .Attr<int64_t>("k"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_ablate_gradient, AblateGradientHandler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<S32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_ablate, AblateHandler);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_ablate_gradient, AblateGradientHandler);
 
 }  // namespace wsparse

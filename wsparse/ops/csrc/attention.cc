@@ -254,74 +254,43 @@ bool AttendGradient(Pool& pool, const AttentionSizes& sizes, const AttentionOper
   return ParallelFor(pool, sizes.batch * sizes.heads, cost, make_worker);
 }
 
-// Sizes of operands (..., T, H, K), (..., S, H, K) twice, (..., H) and (..., T).
+// Sizes of operands (..., T, H, K), (..., S, H, K) twice, (..., H) and (..., T), and of logarithms (..., T, H).
 inline ffi::Error FindSizes(const F32& q, const F32& k, const F32& v, const F32& sinks, const S32& positions,
-                            AttentionSizes* sizes) {
-  WSPARSE_CHECK(HasRank(q, 3) && HasRank(k, 3) && HasRank(sinks, 1) && HasRank(positions, 1));
-  sizes->time = FromEnd(q, 2), sizes->heads = FromEnd(q, 1), sizes->width = FromEnd(q, 0);
-  sizes->keys = FromEnd(k, 2);
-  WSPARSE_CHECK(q.element_count() > 0 && k.element_count() > 0);
-  sizes->batch = q.element_count() / (sizes->time * sizes->heads * sizes->width);
-  WSPARSE_CHECK(SameShape(k, v) && FromEnd(k, 1) == sizes->heads && FromEnd(k, 0) == sizes->width);
-  WSPARSE_CHECK(int64_t(k.element_count()) == sizes->batch * sizes->keys * sizes->heads * sizes->width);
-  WSPARSE_CHECK(int64_t(positions.element_count()) == sizes->batch * sizes->time);
-  WSPARSE_CHECK(FromEnd(sinks, 0) == sizes->heads && sinks.element_count() > 0);
-  sizes->sets = sinks.element_count() / sizes->heads;
-  WSPARSE_CHECK(sizes->batch % sizes->sets == 0);
+                            const F32& logs, AttentionSizes* sizes) {
+  WSPARSE_CHECK(FromEnd(q, 2) > 0 && Size(q) > 0 && FromEnd(k, 2) > 0 && Size(k) > 0 && Size(sinks) > 0);
+  const int64_t time = FromEnd(q, 2), heads = FromEnd(q, 1), width = FromEnd(q, 0), keys = FromEnd(k, 2);
+  const int64_t batch = Size(q) / (time * heads * width), sets = Size(sinks) / heads;
+  WSPARSE_CHECK(SameShape(k, v) && FromEnd(k, 1) == heads && Size(k) == batch * keys * heads * width);
+  WSPARSE_CHECK(FromEnd(k, 0) == width && FromEnd(sinks, 0) == heads && batch % sets == 0);
+  WSPARSE_CHECK(Size(positions) == batch * time && Size(logs) == batch * time * heads);
+  *sizes = {batch, time, keys, heads, width, sets};
   return ffi::Error::Success();
 }
 
-ffi::Error AttendHandler(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 sinks, S32 positions,
-                         ffi::Result<F32> y, ffi::Result<F32> logs) {
+ffi::Error AttendHandler(Threads pool, F32 q, F32 k, F32 v, F32 sinks, S32 positions, ffi::Result<F32> y,
+                         ffi::Result<F32> logs) {
   AttentionSizes sizes;
-  if (auto error = FindSizes(q, k, v, sinks, positions, &sizes); error.failure()) return error;
+  if (auto error = FindSizes(q, k, v, sinks, positions, *logs, &sizes); error.failure()) return error;
   WSPARSE_CHECK(SameShape(q, *y));
-  WSPARSE_CHECK(logs->element_count() * sizes.width == q.element_count());
   const AttentionOperands operands{q.typed_data(), k.typed_data(), v.typed_data(), sinks.typed_data(),
                                    positions.typed_data()};
   return Status(Attend(pool, sizes, operands, y->typed_data(), logs->typed_data()));
 }
 
-ffi::Error AttendGradientHandler(ffi::ThreadPool pool, F32 q, F32 k, F32 v, F32 sinks, S32 positions, F32 y,
-                                 F32 logs, F32 dy, ffi::Result<F32> dq, ffi::Result<F32> dk,
-                                 ffi::Result<F32> dv, ffi::Result<F32> d_sinks) {
+ffi::Error AttendGradientHandler(Threads pool, F32 q, F32 k, F32 v, F32 sinks, S32 positions, F32 y, F32 logs,
+                                 F32 dy, ffi::Result<F32> dq, ffi::Result<F32> dk, ffi::Result<F32> dv,
+                                 ffi::Result<F32> d_sinks) {
   AttentionSizes sizes;
-  if (auto error = FindSizes(q, k, v, sinks, positions, &sizes); error.failure()) return error;
+  if (auto error = FindSizes(q, k, v, sinks, positions, logs, &sizes); error.failure()) return error;
   WSPARSE_CHECK(SameShape(q, y) && SameShape(q, dy) && SameShape(q, *dq));
-  WSPARSE_CHECK(SameShape(k, *dk) && SameShape(v, *dv));
-  WSPARSE_CHECK(logs.element_count() * sizes.width == q.element_count());
-  WSPARSE_CHECK(int64_t(d_sinks->element_count()) == sizes.batch * sizes.heads);
+  WSPARSE_CHECK(SameShape(k, *dk) && SameShape(v, *dv) && Size(*d_sinks) == sizes.batch * sizes.heads);
   const AttentionOperands operands{q.typed_data(), k.typed_data(), v.typed_data(), sinks.typed_data(),
                                    positions.typed_data()};
   return Status(AttendGradient(pool, sizes, operands, y.typed_data(), logs.typed_data(), dy.typed_data(),
                                dq->typed_data(), dk->typed_data(), dv->typed_data(), d_sinks->typed_data()));
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_attend, AttendHandler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<S32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_attend_gradient, AttendGradientHandler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<S32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>()
-                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_attend, AttendHandler);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_attend_gradient, AttendGradientHandler);
 
 }  // namespace wsparse

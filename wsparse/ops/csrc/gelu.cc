@@ -48,21 +48,17 @@ bool GeluGradient(Pool& pool, const float* x, const float* dy, int64_t size, flo
   return Map(pool, size, dx, gradient, x, dy);
 }
 
-ffi::Error GeluHandler(ffi::ThreadPool pool, F32 x, ffi::Result<F32> y) {
+ffi::Error GeluHandler(Threads pool, F32 x, ffi::Result<F32> y) {
   WSPARSE_CHECK(SameShape(x, *y));
-  return Status(Gelu(pool, x.typed_data(), x.element_count(), y->typed_data()));
+  return Status(Gelu(pool, x.typed_data(), Size(x), y->typed_data()));
 }
 
-ffi::Error GeluGradientHandler(ffi::ThreadPool pool, F32 x, F32 dy, ffi::Result<F32> dx) {
+ffi::Error GeluGradientHandler(Threads pool, F32 x, F32 dy, ffi::Result<F32> dx) {
   WSPARSE_CHECK(SameShape(x, dy) && SameShape(x, *dx));
-  return Status(GeluGradient(pool, x.typed_data(), dy.typed_data(), x.element_count(), dx->typed_data()));
+  return Status(GeluGradient(pool, x.typed_data(), dy.typed_data(), Size(x), dx->typed_data()));
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_gelu, GeluHandler,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Ret<F32>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    wsparse_gelu_gradient, GeluGradientHandler,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_gelu, GeluHandler);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_gelu_gradient, GeluGradientHandler);
 
 }  // namespace wsparse

@@ -3,8 +3,8 @@
 #ifndef WSPARSE_OPS_CSRC_HANDLERS_H_
 #define WSPARSE_OPS_CSRC_HANDLERS_H_
 
+#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -20,30 +20,31 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using Pred = ffi::Buffer<ffi::PRED>;
 
-// The size of an axis counted from the end, 0 is the last.
-template <typename Buffer>
-int64_t FromEnd(const Buffer& x, size_t axis) {
-  return x.dimensions()[x.dimensions().size() - 1 - axis];
-}
+// XLA's header binds a handler by the types of its parameters, and lacks a type for the threads.
+struct Threads : ffi::ThreadPool {
+  Threads(ffi::ThreadPool pool) : ffi::ThreadPool(pool) {}  // NOLINT
+};
+
+inline constexpr char kNumber[] = "k", kTransposed[] = "transposed";
+using Number = ffi::Attr<int64_t, kNumber>;
+using Transposed = ffi::Attr<int64_t, kTransposed>;
 
 template <typename Buffer>
-bool HasRank(const Buffer& x, size_t least) {
-  return x.dimensions().size() >= least;
+int64_t Size(const Buffer& x) {
+  return x.element_count();
+}
+
+// The size of an axis counted from the end, 0 is the last; -1 where there is none.
+template <typename Buffer>
+int64_t FromEnd(const Buffer& x, size_t axis) {
+  const auto sizes = x.dimensions();
+  return axis < sizes.size() ? sizes[sizes.size() - 1 - axis] : -1;
 }
 
 template <typename A, typename B>
 bool SameShape(const A& a, const B& b) {
   const auto x = a.dimensions(), y = b.dimensions();
-  if (x.size() != y.size()) return false;
-  for (size_t i = 0; i < x.size(); ++i) {
-    if (x[i] != y[i]) return false;
-  }
-  return true;
-}
-
-template <typename Buffer>
-const int32_t* Bits(const Buffer& x) {
-  return reinterpret_cast<const int32_t*>(x.untyped_data());
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
 inline ffi::Error Status(bool succeeded) {
@@ -52,5 +53,10 @@ inline ffi::Error Status(bool succeeded) {
 }
 
 }  // namespace wsparse
+
+template <>
+struct xla::ffi::CtxBinding<wsparse::Threads> {
+  using Ctx = xla::ffi::ThreadPool;
+};
 
 #endif  // WSPARSE_OPS_CSRC_HANDLERS_H_

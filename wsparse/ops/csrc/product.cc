@@ -40,9 +40,11 @@ bool FindNonzeros(Pool& pool, const float* w, int64_t rows, int64_t columns,
         const auto* bits = reinterpret_cast<const uint32_t*>(w + row * columns);
         for (int64_t first = 0; first < columns; first += 16) {
           const int64_t end = std::min(first + 16, columns);
-          uint32_t any = 0;
+          uint32_t any = end < first + 16;
           // Shifted, both zeros are 0.
-          for (int64_t column = first; column < end; ++column) any |= bits[column] << 1;
+          if (!any) {
+            for (int i = 0; i < 16; ++i) any |= bits[first + i] << 1;
+          }
           if (any == 0) continue;
           for (int64_t column = first; column < end; ++column) {
             if (bits[column] << 1) entries.push_back({int32_t(row), int32_t(column)});
@@ -157,21 +159,14 @@ bool Product(Pool& pool, const float* x, const float* w, int64_t rows, int64_t w
   });
 }
 
-ffi::Error ProductHandler(ffi::ThreadPool pool, F32 x, F32 w, ffi::Result<F32> y, int64_t transposed) {
+ffi::Error ProductHandler(Threads pool, F32 x, F32 w, ffi::Result<F32> y, Transposed transposed) {
   WSPARSE_CHECK(x.dimensions().size() == 2 && w.dimensions().size() == 2 && y->dimensions().size() == 2);
-  const int64_t rows = FromEnd(x, 1), n_out = FromEnd(w, transposed ? 1 : 0);
-  WSPARSE_CHECK(FromEnd(x, 0) == FromEnd(w, transposed ? 0 : 1));
-  WSPARSE_CHECK(FromEnd(*y, 1) == rows && FromEnd(*y, 0) == n_out);
-  return Status(Product(pool, x.typed_data(), w.typed_data(), rows, FromEnd(w, 1), FromEnd(w, 0),
-                        transposed != 0, y->typed_data()));
+  WSPARSE_CHECK(FromEnd(x, 0) == FromEnd(w, *transposed ? 0 : 1));
+  WSPARSE_CHECK(FromEnd(*y, 1) == FromEnd(x, 1) && FromEnd(*y, 0) == FromEnd(w, *transposed ? 1 : 0));
+  return Status(Product(pool, x.typed_data(), w.typed_data(), FromEnd(x, 1), FromEnd(w, 1), FromEnd(w, 0),
+                        *transposed != 0, y->typed_data()));
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_product, ProductHandler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()
-                                  .Arg<F32>()
-                                  .Ret<F32>()
-                                  .Attr<int64_t>("transposed"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_product, ProductHandler);
 
 }  // namespace wsparse

@@ -31,35 +31,24 @@ bool Largest(Pool& pool, const int32_t* keys, const int32_t* budgets, int64_t sl
   });
 }
 
-ffi::Error TopKHandler(ffi::ThreadPool pool, F32 x, ffi::Result<Pred> kept, int64_t k) {
-  WSPARSE_CHECK(HasRank(x, 1));
-  WSPARSE_CHECK(SameShape(x, *kept));
+ffi::Error TopKHandler(Threads pool, F32 x, ffi::Result<Pred> kept, Number k) {
   const int64_t width = FromEnd(x, 0);
-  WSPARSE_CHECK(0 < k && k <= width);
+  WSPARSE_CHECK(0 < *k && *k <= width && SameShape(x, *kept));
+  const auto* bits = static_cast<const int32_t*>(x.untyped_data());
   auto* out = static_cast<uint8_t*>(kept->untyped_data());
-  return Status(TopK(pool, Bits(x), x.element_count() / width, width, k, out));
+  return Status(TopK(pool, bits, Size(x) / width, width, *k, out));
 }
 
-ffi::Error LargestHandler(ffi::ThreadPool pool, S32 keys, S32 budgets, ffi::Result<Pred> kept) {
-  WSPARSE_CHECK(SameShape(keys, *kept));
-  const int64_t slices = budgets.element_count();
+ffi::Error LargestHandler(Threads pool, S32 keys, S32 budgets, ffi::Result<Pred> kept) {
+  const int64_t slices = Size(budgets);
   if (slices == 0) return ffi::Error::Success();
-  WSPARSE_CHECK(keys.element_count() % slices == 0);
-  const int64_t size = keys.element_count() / slices;
-  WSPARSE_CHECK(size <= INT32_MAX);
+  const int64_t size = Size(keys) / slices;
+  WSPARSE_CHECK(SameShape(keys, *kept) && size * slices == Size(keys) && size <= INT32_MAX);
   auto* out = static_cast<uint8_t*>(kept->untyped_data());
   return Status(Largest(pool, keys.typed_data(), budgets.typed_data(), slices, size, out));
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_top_k, TopKHandler,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<F32>()
-                                  .Ret<Pred>()
-                                  .Attr<int64_t>("k"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    wsparse_largest, LargestHandler,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Arg<S32>().Ret<Pred>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_top_k, TopKHandler);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(wsparse_largest, LargestHandler);
 
 }  // namespace wsparse

@@ -3,6 +3,8 @@
 #ifndef WSPARSE_OPS_CSRC_TOP_K_H_
 #define WSPARSE_OPS_CSRC_TOP_K_H_
 
+#include <array>
+
 #include "common.h"
 
 namespace wsparse {
@@ -10,28 +12,11 @@ namespace wsparse {
 // Positive integers that order like magnitudes, from the bits of float32; NaN is one above infinity.
 inline int32_t Key(int32_t bits) { return std::min(bits & 0x7fffffff, 0x7f800001) + 1; }
 
-inline Ints Keys(Ints bits) {
-  const Ints magnitude = bits & 0x7fffffff, top = Ints{} + 0x7f800001;
-  return (magnitude < top ? magnitude : top) + 1;
-}
-
-// How many of n keys reach a threshold.
-inline int64_t Count(const int32_t* keys, int64_t n, int32_t threshold) {
-  // Comparisons give -1. Four sums hide the latency of adding, and none overflows in 2^20 turns.
-  int64_t count = 0, i = 0;
-  while (i + 4 * kLanes <= n) {
-    Ints a{}, b{}, c{}, d{};
-    const int64_t stop = std::min(n, i + (int64_t{4 * kLanes} << 20));
-    for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
-      a += Load<Ints>(keys + i) >= threshold;
-      b += Load<Ints>(keys + i + kLanes) >= threshold;
-      c += Load<Ints>(keys + i + 2 * kLanes) >= threshold;
-      d += Load<Ints>(keys + i + 3 * kLanes) >= threshold;
-    }
-    a += b + c + d;
-    for (int lane = 0; lane < kLanes; ++lane) count -= a[lane];
-  }
-  for (; i < n; ++i) count += keys[i] >= threshold;
+// How many of n keys, fewer than 2^31, reach a threshold above 0.
+inline int32_t Count(const int32_t* keys, int64_t n, int32_t threshold) {
+  const int32_t below = threshold - 1;  // "greater" is an instruction, "greater or equal" is two
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += keys[i] > below;
   return count;
 }
 
@@ -54,16 +39,21 @@ inline Cut FindCut(const int32_t* keys, int64_t n, int64_t k, int32_t top) {
   }
   int32_t high = top + 1;
   int64_t n_low = Count(keys, n, low), n_high = 0;
-  for (int pass = 0; n_low != k && high - low > 1; ++pass) {
-    int32_t middle = low + (high - low) / 2;
-    // Interpolation alone can creep; every third pass halves.
-    if (pass % 3 != 2) {
-      const float part = (n_low - k + 0.5f) / (n_low - n_high + 1);
-      middle = std::clamp<int32_t>(low + int32_t(part * (high - low)), low + 1, high - 1);
-    }
+  // Interpolation between the two counts; an end that stays weighs half as much each time (the Illinois rule).
+  bool low_moved = false;
+  float weight = 1;
+  for (int pass = 1; n_low != k && high - low > 1; ++pass) {
+    const float above = (n_low - k + 0.5f) * (low_moved ? 1 : weight);
+    const float beneath = (k - n_high + 0.5f) * (low_moved ? weight : 1);
+    // Whatever the counts are, one pass in eight halves.
+    const float part = pass % 8 == 0 ? 0.5f : above / (above + beneath);
+    const int32_t middle = std::clamp<int32_t>(low + int32_t(part * (high - low)), low + 1, high - 1);
     const int64_t count = Count(keys, n, middle);
-    (count >= k ? low : high) = middle;
-    (count >= k ? n_low : n_high) = count;
+    const bool enough = count >= k;
+    low = enough ? middle : low, high = enough ? high : middle;
+    n_low = enough ? count : n_low, n_high = enough ? n_high : count;
+    weight = enough == low_moved ? weight / 2 : 1;
+    low_moved = enough;
   }
   if (n_low == k) return {low, int32_t(n)};
   int32_t end = 0;
@@ -71,17 +61,21 @@ inline Cut FindCut(const int32_t* keys, int64_t n, int64_t k, int32_t top) {
   return {low, end};
 }
 
-// Calls `loop(begin, end, threshold)` for the two stretches of a row of n that a cut divides.
-template <typename Loop>
-inline void ForStretches(Cut cut, int64_t n, Loop loop) {
-  loop(int64_t{0}, int64_t{cut.end}, cut.least);
-  if (cut.end < n) loop(int64_t{cut.end}, n, cut.least + 1);
+// A part of a row of which keys above `below` are chosen.
+struct Stretch {
+  int64_t begin, end;
+  int32_t below;
+};
+
+// The two stretches of a row of n that a cut divides.
+inline std::array<Stretch, 2> Stretches(Cut cut, int64_t n) {
+  return {{{0, cut.end, cut.least - 1}, {cut.end, n, cut.least}}};
 }
 
 inline void Mark(const int32_t* __restrict keys, int64_t n, Cut cut, uint8_t* __restrict kept) {
-  ForStretches(cut, n, [&](int64_t begin, int64_t end, int32_t threshold) {
-    for (int64_t i = begin; i < end; ++i) kept[i] = keys[i] >= threshold;
-  });
+  for (const auto [begin, end, below] : Stretches(cut, n)) {
+    for (int64_t i = begin; i < end; ++i) kept[i] = keys[i] > below;
+  }
 }
 
 // The cut of a row of float32, of which `keys` gets the keys.
