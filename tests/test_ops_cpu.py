@@ -270,6 +270,70 @@ def test_selections_of_matrices_equal_the_plain_jax(keys, k):
     np.testing.assert_array_equal(got, (rank < k[:, None, None]) & (keys > 0))
 
 
+X, K = np.zeros((2, 5, 3, 8), np.float32), np.zeros((2, 7, 3, 8), np.float32)
+POSITIONS, SINKS = np.zeros((2, 5), np.int32), np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cpu.largest_per_row(X, 9),
+        lambda: cpu.largest_per_row(X, 0),
+        lambda: cpu.largest_per_row(X[0, 0, 0, 0], 1),
+        lambda: cpu.largest_of_each([POSITIONS], [np.zeros(3, np.int32)]),
+        lambda: cpu.ablate(X, X[0, 0, 0, :7], X[0, 0, 0, :7], k=2),
+        lambda: cpu.ablate(X, X[0, 0, 0], X[0, 0, 0, :7], k=2),
+        lambda: cpu.ablate(X, X[0, 0, 0], X[0, 0, 0], k=9),
+        lambda: cpu.ablate_gradient((X, X[0, 0, 0], X[0, 0, 0]), (POSITIONS,), X),
+        lambda: cpu.attend(X, K, K[:, :6], SINKS, POSITIONS),
+        lambda: cpu.attend(X, K[:1], K[:1], SINKS, POSITIONS),
+        lambda: cpu.attend(X, K, K, SINKS[:2], POSITIONS),
+        lambda: cpu.attend(X, K, K, SINKS, POSITIONS[:, :4]),
+        lambda: cpu.attend(X[..., 0, 0], K, K, SINKS, POSITIONS),
+        lambda: cpu.attend_gradient((X, K, K, SINKS, POSITIONS), (X, X[..., :2, 0]), X),
+        lambda: cpu.gelu_gradient((X,), (), K),
+        lambda: cpu.sparse_product(X[0, 0], K[0, 0]),
+        lambda: cpu.sparse_product_transposed(X[0, 0], K[0, 0, :, :7]),
+    ],
+)
+def test_wrong_shapes_at_the_border_of_a_kernel_are_an_error(call):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="wsparse: expected"):
+        jax.block_until_ready(call())
+
+
+# Digests of what every kernel gives, on rows enough for several threads.
+DIGESTS = """
+import hashlib
+import jax, numpy as np
+from wsparse.ops import cpu
+draw = lambda *shape: np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+x, gate, q = draw(700, 256), draw(256), draw(4, 64, 4, 16)
+attention = (q, q, q, draw(4), np.tile(np.arange(64, dtype=np.int32), (4, 1)))
+ablated, cuts = cpu.ablate(x, gate, gate, k=64)
+y, residuals = cpu.attend(*attention)
+w = np.where(draw(256, 300) > 1.5, draw(256, 300), 0)
+results = (
+    ablated, cpu.ablate_gradient((x, gate, gate), cuts, x), cpu.largest_per_row(x, 64), cpu.gelu(x),
+    y, cpu.attend_gradient(attention, residuals, q), cpu.sparse_product(x, w),
+)
+data = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(results))
+print(hashlib.sha256(data).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors cannot be chosen")
+def test_results_do_not_depend_on_the_number_of_threads():
+    digests = []
+    for processors in (1, 2):
+        # XLA makes a thread for every processor that it may use.
+        choice = f"import os\nos.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{processors}])\n"
+        environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPO)}
+        command = [sys.executable, "-c", choice + DIGESTS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        digests.append(done.stdout)
+    assert digests[0] == digests[1]
+
+
 # The loss and the gradient's norms of a model whose weights are sparse enough for every kernel.
 MODEL_GRADIENT = """
 from wsparse import model, sparsity, train, trees

@@ -22,6 +22,9 @@ import tempfile
 import jax
 import jaxlib
 
+from wsparse import files
+from wsparse.errors import UserError
+
 log = logging.getLogger(__name__)
 
 _SOURCES = pathlib.Path(__file__).parent / "csrc"
@@ -45,9 +48,9 @@ def library() -> pathlib.Path | None:
         target = _cache_folder() / f"kernels-{_key()}.so"
         if target.exists():
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(target.parent)
         return _compile(target)
-    except OSError as error:
+    except (OSError, UserError) as error:
         log.warning("CPU kernels are off: %s", error)
         return None
 

@@ -53,7 +53,9 @@ def enable() -> bool:
       Whether the kernels are on. Why not is logged in one line.
     """
     global _enabled
-    if not _enabled and _suits_process() and load():
+    wanted = os.environ.get("WSPARSE_CPU_KERNELS", "1") != "0"
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not _enabled and wanted and alone and load():
         _keep_freed_memory()
         _enabled = True
     return _enabled
@@ -67,12 +69,6 @@ def enabled() -> bool:
 def takes(x: jax.Array) -> bool:
     """Returns whether the kernels are on and take values like `x`."""
     return _enabled and x.dtype == jnp.float32
-
-
-def _suits_process() -> bool:
-    if os.environ.get("WSPARSE_CPU_KERNELS", "1") == "0":
-        return False
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 @functools.cache

@@ -39,8 +39,9 @@ def differentiable(plain: Function, forward: Function, backward: Function) -> Fu
     def _(primals, tangents):
         # Residuals are functions of the operands; the derivative of the plain form accounts for them.
         def gradients(operands, cotangent):
-            varied, merge = _floats(operands)
-            return jax.vjp(lambda *floats: plain(*merge(floats)), *varied)[1](cotangent)
+            places = _floats(operands)
+            chosen = lambda *floats: plain(*_replace(operands, places, floats))
+            return jax.vjp(chosen, *(operands[i] for i in places))[1](cotangent)
 
         (operands, residuals, cotangent), (d_operands, _, d_cotangent) = primals, tangents
         d_gradients = jax.jvp(gradients, (operands, cotangent), (d_operands, d_cotangent))[1]
@@ -61,8 +62,7 @@ def differentiable(plain: Function, forward: Function, backward: Function) -> Fu
 
         def transpose(saved, cotangent):
             operands, residuals = saved
-            numbers = [i for i, x in enumerate(operands) if jnp.issubdtype(x.dtype, jnp.floating)]
-            gradients = dict(zip(numbers, pull(operands, residuals, cotangent), strict=True))
+            gradients = dict(zip(_floats(operands), pull(operands, residuals, cotangent), strict=True))
             return tuple(gradients[i] for i in varied)
 
         directions = [tangents[i] for i in varied]
@@ -73,10 +73,9 @@ def differentiable(plain: Function, forward: Function, backward: Function) -> Fu
     return lambda *operands: call(*operands)[0]
 
 
-def _floats(operands: tuple[jax.Array, ...]) -> tuple[list[jax.Array], Callable[..., tuple]]:
-    """Returns the operands of floats, and a function that puts others in their places."""
-    places = [i for i, x in enumerate(operands) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return [operands[i] for i in places], lambda floats: _replace(operands, places, floats)
+def _floats(operands: tuple[jax.Array, ...]) -> list[int]:
+    """Returns the places of the operands of floats."""
+    return [i for i, x in enumerate(operands) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def _replace(operands, places, values):
@@ -96,10 +95,8 @@ def linear_map(
       *operands: Arrays of floats.
     """
     leaves, tree = jax.tree.flatten(residuals)
-    flat = _Flat(function, tree), _Flat(transpose, tree)
-    return tuple(
-        _linear_map.bind(*leaves, *operands, function=flat[0], transpose=flat[1], n_residuals=len(leaves))
-    )
+    flat = {"function": _Flat(function, tree), "transpose": _Flat(transpose, tree)}
+    return tuple(_linear_map.bind(*leaves, *operands, **flat, n_residuals=len(leaves)))
 
 
 @dataclasses.dataclass(frozen=True)

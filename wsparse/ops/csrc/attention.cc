@@ -69,14 +69,6 @@ inline void Pack(const float* source, int64_t stride, int64_t n, int64_t width, 
   }
 }
 
-inline void Transpose(const float* source, int64_t rows, int64_t columns, float* target) {
-  for (int64_t i = 0; i < rows; i += 4) {
-    for (int64_t j = 0; j < columns; j += 4) {
-      Transpose4x4(source + i * columns + j, columns, target + j * rows + i, rows);
-    }
-  }
-}
-
 // Sixteen queries of a sequence: how far each may look, and the keys that any of them sees.
 struct Window {
   int64_t n, clear, seen;  // queries; keys that all see; keys that any sees, filled up to tiles
@@ -147,12 +139,11 @@ struct AttentionOperands {
 template <typename Pool>
 bool Attend(Pool& pool, const AttentionSizes& sizes, const AttentionOperands& in, float* y, float* logs) {
   const int64_t width = sizes.width, padded = sizes.Padded(), keys = sizes.PaddedKeys();
-  const int64_t stride = sizes.heads * width;
+  const int64_t stride = sizes.heads * width, block = kQueries * padded;
   const auto make_worker = [=] {
-    Scratch q(kQueries * padded), q_T(kQueries * padded), y_T(kQueries * padded);
-    Scratch k(keys * padded), v(keys * padded), p(keys * kQueries);
-    return [=, q = std::move(q), q_T = std::move(q_T), y_T = std::move(y_T), k = std::move(k),
-            v = std::move(v), p = std::move(p)](int64_t item) {
+    return [=, of_queries = Scratch(3 * block), of_keys = Scratch(keys * (2 * padded + kQueries))](int64_t item) {
+      float *q = of_queries, *q_T = q + block, *y_T = q + 2 * block;
+      float *k = of_keys, *v = k + keys * padded, *p = v + keys * padded;
       const int64_t b = item / sizes.heads, h = item % sizes.heads, head = h * width;
       const float sink = in.sinks[b * sizes.sets / sizes.batch * sizes.heads + h];
       Pack(in.k + b * sizes.keys * stride + head, stride, sizes.keys, width, 1, keys, padded, k);
@@ -161,7 +152,7 @@ bool Attend(Pool& pool, const AttentionSizes& sizes, const AttentionOperands& in
         const Window window(sizes, in.positions + b * sizes.time, first);
         const int64_t at = (b * sizes.time + first) * stride + head;
         Pack(in.q + at, stride, window.n, width, 1 / std::sqrt(float(width)), kQueries, padded, q);
-        Transpose(q, kQueries, padded, q_T);
+        Transpose(q, padded, kQueries, padded, q_T, kQueries);
         Multiply<false>(k, padded, 1, q_T, kQueries, window.seen, padded, p, kQueries);
         window.Hide(p, kHidden);
         float most[kQueries], total[kQueries] = {};
@@ -169,7 +160,7 @@ bool Attend(Pool& pool, const AttentionSizes& sizes, const AttentionOperands& in
         Raise(p, window.seen, most);
         Exponentiate(p, window.seen, most, total);
         Multiply<false>(v, 1, padded, p, kQueries, padded, window.seen, y_T, kQueries);
-        Transpose(y_T, padded, kQueries, q);
+        Transpose(y_T, kQueries, padded, kQueries, q, padded);
         for (int64_t lane = 0; lane < window.n; ++lane) {
           const float sum = total[lane] + ExpOne(sink - most[lane]);
           logs[(b * sizes.time + first + lane) * sizes.heads + h] = most[lane] + std::log(sum);
@@ -207,11 +198,11 @@ bool AttendGradient(Pool& pool, const AttentionSizes& sizes, const AttentionOper
         const Window window(sizes, in.positions + b * sizes.time, first);
         const int64_t at = (b * sizes.time + first) * stride + head;
         Pack(y + at, stride, window.n, width, 1, kQueries, padded, q);
-        Transpose(q, kQueries, padded, y_T);
+        Transpose(q, padded, kQueries, padded, y_T, kQueries);
         Pack(dy + at, stride, window.n, width, 1, kQueries, padded, dy_rows);
-        Transpose(dy_rows, kQueries, padded, dy_T);
+        Transpose(dy_rows, padded, kQueries, padded, dy_T, kQueries);
         Pack(in.q + at, stride, window.n, width, scale, kQueries, padded, q);
-        Transpose(q, kQueries, padded, q_T);
+        Transpose(q, padded, kQueries, padded, q_T, kQueries);
         float overlap[kQueries] = {}, log[kQueries] = {}, ignored[kQueries] = {};
         for (int64_t c = 0; c < padded; ++c) {
           for (int64_t lane = 0; lane < kQueries; ++lane) {
@@ -238,7 +229,7 @@ bool AttendGradient(Pool& pool, const AttentionSizes& sizes, const AttentionOper
           Multiply<true>(ds, kQueries, 1, q + c, padded, window.seen, kQueries, dk_rows + c, padded);
           Multiply<true>(p, kQueries, 1, dy_rows + c, padded, window.seen, kQueries, dv_rows + c, padded);
         }
-        Transpose(dq_T, padded, kQueries, q);
+        Transpose(dq_T, kQueries, padded, kQueries, q, padded);
         for (int64_t lane = 0; lane < window.n; ++lane) {
           Pack(q + lane * padded, 0, 1, width, scale, 1, width, dq + at + lane * stride);
         }

@@ -41,17 +41,6 @@ inline void Store(Vector vector, Scalar* target, int count = sizeof(Vector) / 4)
   std::memcpy(target, &vector, 4 * count);
 }
 
-#define WSPARSE_INLINE __attribute__((always_inline))
-
-// Calls `body(i, count)` for vectors at 0, kLanes, ... of n elements; the last may have fewer than kLanes. The
-// body is to be declared WSPARSE_INLINE, so that `count` is known in all calls but the last.
-template <typename Body>
-inline void ForVectors(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
-  if (i < n) body(i, int(n - i));
-}
-
 // exp(x) for x <= 0, within 2 units in the last place; at least 1.6e-38. NaN stays NaN.
 inline Floats Exp(Floats x) {
   const Floats least = Floats{} - 87.0f;
@@ -90,6 +79,22 @@ inline void Transpose4x4(const float* source, int64_t stride, float* target, int
   Store(WSPARSE_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7), target + target_stride);
   Store(WSPARSE_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5), target + 2 * target_stride);
   Store(WSPARSE_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7), target + 3 * target_stride);
+}
+
+// target[j, i] = source[i, j] for i < rows, j < columns.
+inline void Transpose(const float* source, int64_t stride, int64_t rows, int64_t columns, float* target,
+                      int64_t target_stride) {
+  for (int64_t i = 0; i < rows; i += 4) {
+    for (int64_t j = 0; j < columns; j += 4) {
+      if (i + 4 <= rows && j + 4 <= columns) {
+        Transpose4x4(source + i * stride + j, stride, target + j * target_stride + i, target_stride);
+        continue;
+      }
+      for (int64_t a = i; a < std::min(i + 4, rows); ++a) {
+        for (int64_t b = j; b < std::min(j + 4, columns); ++b) target[b * target_stride + a] = source[a * stride + b];
+      }
+    }
+  }
 }
 
 // Floats on whole cache lines; not initialized.

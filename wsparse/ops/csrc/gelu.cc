@@ -25,10 +25,10 @@ bool Map(Pool& pool, int64_t size, float* y, Function f, Sources... x) {
   constexpr int64_t kItem = 4096;
   return ParallelFor(pool, CeilDiv(size, kItem), 4 * kItem, [=] {
     return [=](int64_t item) {
-      const int64_t first = item * kItem;
-      ForVectors(std::min(kItem, size - first), [&](int64_t i, int n) WSPARSE_INLINE {
-        Store(f(Load<Floats>(x + first + i, n)...), y + first + i, n);
-      });
+      const int64_t end = std::min((item + 1) * kItem, size);
+      int64_t i = item * kItem;
+      for (; i + kLanes <= end; i += kLanes) Store(f(Load<Floats>(x + i)...), y + i);
+      if (i < end) Store(f(Load<Floats>(x + i, end - i)...), y + i, end - i);
     };
   });
 }

@@ -1,6 +1,6 @@
 // Products of activations with a matrix of few nonzeros, or with its transpose: over the nonzeros alone.
 //
-// Rows are taken 64 at a time and transposed, so that they lie along the lanes of vectors; a nonzero then costs
+// Rows are taken 32 at a time and transposed, so that they lie along the lanes of vectors; a nonzero then costs
 // a multiply-add for each vector, and what was summed is transposed back.
 
 #include "common.h"
@@ -79,29 +79,7 @@ inline Nonzeros Compress(const float* w, int64_t columns, int64_t n_in, int64_t 
   return sparse;
 }
 
-// panel[i, :64] = rows of x, n of them, the others 0; only inputs that are used.
-inline void ReadPanel(const float* x, int64_t n, int64_t n_in, const std::vector<uint8_t>& used, float* panel) {
-  for (int64_t first = 0; first < kPanel; first += kLine) {
-    for (int64_t i = 0; i < n_in; i += kLine) {
-      if (!used[i / kLine]) continue;
-      if (first + kLine <= n && i + kLine <= n_in) {
-        for (int64_t row = first; row < first + kLine; row += 4) {
-          for (int64_t j = i; j < i + kLine; j += 4) {
-            Transpose4x4(x + row * n_in + j, n_in, panel + j * kPanel + row, kPanel);
-          }
-        }
-        continue;
-      }
-      for (int64_t j = i; j < std::min(i + kLine, n_in); ++j) {
-        for (int64_t row = first; row < first + kLine; ++row) {
-          panel[j * kPanel + row] = row < n ? x[row * n_in + j] : 0;
-        }
-      }
-    }
-  }
-}
-
-// out[:64] = sum of a nonzero's value times its input's row of the panel, over nonzeros `begin` to `end`.
+// out[:32] = sum of a nonzero's value times its input's row of the panel, over nonzeros `begin` to `end`.
 inline void SumPanel(const Nonzeros& sparse, int64_t begin, int64_t end, const float* panel, float* out) {
   Floats sums[kPanelVectors] = {};
   for (int64_t i = begin; i < end; ++i) {
@@ -112,25 +90,6 @@ inline void SumPanel(const Nonzeros& sparse, int64_t begin, int64_t end, const f
   }
 #pragma GCC unroll 16
   for (int j = 0; j < kPanelVectors; ++j) Store(sums[j], out + j * kLanes);
-}
-
-// y[row, o] = panel[o, row] for o < count and n rows; rows of y are n_out apart.
-inline void WritePanel(const float* panel, int64_t n, int64_t count, int64_t n_out, float* y) {
-  for (int64_t first = 0; first < n; first += kLine) {
-    for (int64_t o = 0; o < count; o += kLine) {
-      if (first + kLine <= n && o + kLine <= count) {
-        for (int64_t row = first; row < first + kLine; row += 4) {
-          for (int64_t j = o; j < o + kLine; j += 4) {
-            Transpose4x4(panel + j * kPanel + row, kPanel, y + row * n_out + j, n_out);
-          }
-        }
-        continue;
-      }
-      for (int64_t row = first; row < std::min(first + kLine, n); ++row) {
-        for (int64_t j = o; j < std::min(o + kLine, count); ++j) y[row * n_out + j] = panel[j * kPanel + row];
-      }
-    }
-  }
 }
 
 // y = x @ w, or x @ w.T; w is (w_rows, w_columns).
@@ -146,14 +105,27 @@ bool Product(Pool& pool, const float* x, const float* w, int64_t rows, int64_t w
     return [&, n_in, n_out, of_x = Scratch(n_in * kPanel),
             of_y = Scratch(std::min(n_out, kOutputs) * kPanel)](int64_t item) {
       const int64_t n = std::min(kPanel, rows - item * kPanel);
-      ReadPanel(x + item * kPanel * n_in, n, n_in, sparse.used, of_x);
-      float* target = y + item * kPanel * n_out;
+      const float* source = x + item * kPanel * n_in;
+      // Lanes beyond n hold anything: they are summed and not written.
+      for (int64_t row = 0; row < n; row += kLine) {
+        for (int64_t i = 0; i < n_in; i += kLine) {
+          if (!sparse.used[i / kLine]) continue;
+          Transpose(source + row * n_in + i, n_in, std::min(kLine, n - row), std::min(kLine, n_in - i),
+                    of_x + i * kPanel + row, kPanel);
+        }
+      }
       for (int64_t begin = 0; begin < n_out; begin += kOutputs) {
         const int64_t count = std::min(kOutputs, n_out - begin);
         for (int64_t o = 0; o < count; ++o) {
           SumPanel(sparse, sparse.starts[begin + o], sparse.starts[begin + o + 1], of_x, of_y + o * kPanel);
         }
-        WritePanel(of_y, n, count, n_out, target + begin);
+        float* target = y + item * kPanel * n_out + begin;
+        for (int64_t row = 0; row < n; row += kLine) {
+          for (int64_t o = 0; o < count; o += kLine) {
+            Transpose(of_y + o * kPanel + row, kPanel, std::min(kLine, count - o), std::min(kLine, n - row),
+                      target + row * n_out + o, n_out);
+          }
+        }
       }
     };
   });
