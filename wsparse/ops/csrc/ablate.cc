@@ -8,8 +8,9 @@ namespace wsparse {
 // Rows of one item; the gates' gradient is summed over as many at a time, whoever computes it.
 constexpr int64_t kRowsOfGates = 64;
 
-inline void Blend(const float* __restrict x, const int32_t* __restrict keys, Cut cut, const float* __restrict gate,
-                  const float* __restrict closed, int64_t width, float* __restrict y) {
+inline void Blend(const float* __restrict x, const int32_t* __restrict keys, Cut cut,
+                  const float* __restrict gate, const float* __restrict closed, int64_t width,
+                  float* __restrict y) {
   for (const auto [begin, end, below] : Stretches(cut, width)) {
     for (int64_t i = begin; i < end; ++i) {
       const float value = keys[i] > below ? x[i] : 0;

@@ -1,7 +1,7 @@
 // Causal attention with sinks for one head at a time: scores stay in the cache.
 //
-// Queries are taken sixteen at a time and lie along the lanes of vectors ("lanes" below: 16 floats, one for each
-// query), keys and channels along the rows of small matrices. Shapes: T query time, S key time, H head,
+// Queries are taken sixteen at a time and lie along the lanes of vectors ("lanes" below: 16 floats, one for
+// each query), keys and channels along the rows of small matrices. Shapes: T query time, S key time, H head,
 // K channels of a head, P channels padded to sixteens.
 
 #include <cmath>
@@ -141,7 +141,8 @@ bool Attend(Pool& pool, const AttentionSizes& sizes, const AttentionOperands& in
   const int64_t width = sizes.width, padded = sizes.Padded(), keys = sizes.PaddedKeys();
   const int64_t stride = sizes.heads * width, block = kQueries * padded;
   const auto make_worker = [=] {
-    return [=, of_queries = Scratch(3 * block), of_keys = Scratch(keys * (2 * padded + kQueries))](int64_t item) {
+    return [=, of_queries = Scratch(3 * block), of_keys = Scratch(keys * (2 * padded + kQueries))](
+               int64_t item) {
       float *q = of_queries, *q_T = q + block, *y_T = q + 2 * block;
       float *k = of_keys, *v = k + keys * padded, *p = v + keys * padded;
       const int64_t b = item / sizes.heads, h = item % sizes.heads, head = h * width;
@@ -245,7 +246,7 @@ bool AttendGradient(Pool& pool, const AttentionSizes& sizes, const AttentionOper
   return ParallelFor(pool, sizes.batch * sizes.heads, cost, make_worker);
 }
 
-// Sizes of operands (..., T, H, K), (..., S, H, K) twice, (..., H) and (..., T), and of logarithms (..., T, H).
+// Sizes of operands (..., T, H, K), (..., S, H, K) twice, (..., H), (..., T), and of logarithms (..., T, H).
 inline ffi::Error FindSizes(const F32& q, const F32& k, const F32& v, const F32& sinks, const S32& positions,
                             const F32& logs, AttentionSizes* sizes) {
   WSPARSE_CHECK(FromEnd(q, 2) > 0 && Size(q) > 0 && FromEnd(k, 2) > 0 && Size(k) > 0 && Size(sinks) > 0);

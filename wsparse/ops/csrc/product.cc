@@ -1,7 +1,7 @@
 // Products of activations with a matrix of few nonzeros, or with its transpose: over the nonzeros alone.
 //
-// Rows are taken 32 at a time and transposed, so that they lie along the lanes of vectors; a nonzero then costs
-// a multiply-add for each vector, and what was summed is transposed back.
+// Rows are taken 32 at a time and transposed, so that they lie along the lanes of vectors; a nonzero then
+// costs a multiply-add for each vector, and the sums are transposed back.
 
 #include "common.h"
 #include "handlers.h"
@@ -10,7 +10,7 @@ namespace wsparse {
 
 constexpr int64_t kPanel = 32;
 constexpr int kPanelVectors = kPanel / kLanes;
-// Floats of a cache line. As many rows are read or written together, a line of each: a prefetcher can follow them.
+// Floats of a cache line. As many rows are read or written together, a line of each, as prefetchers like.
 constexpr int64_t kLine = 16;
 // Outputs of a panel that are summed before they are written.
 constexpr int64_t kOutputs = 512;
@@ -79,6 +79,16 @@ inline Nonzeros Compress(const float* w, int64_t columns, int64_t n_in, int64_t 
   return sparse;
 }
 
+// Transposes what there is of a line of rows and columns.
+inline void TransposeLine(const float* source, int64_t stride, int64_t rows, int64_t columns, float* target,
+                          int64_t target_stride) {
+  if (rows >= kLine && columns >= kLine) {
+    Transpose(source, stride, kLine, kLine, target, target_stride);
+  } else {
+    Transpose(source, stride, std::min(rows, kLine), std::min(columns, kLine), target, target_stride);
+  }
+}
+
 // out[:32] = sum of a nonzero's value times its input's row of the panel, over nonzeros `begin` to `end`.
 inline void SumPanel(const Nonzeros& sparse, int64_t begin, int64_t end, const float* panel, float* out) {
   Floats sums[kPanelVectors] = {};
@@ -110,8 +120,7 @@ bool Product(Pool& pool, const float* x, const float* w, int64_t rows, int64_t w
       for (int64_t row = 0; row < n; row += kLine) {
         for (int64_t i = 0; i < n_in; i += kLine) {
           if (!sparse.used[i / kLine]) continue;
-          Transpose(source + row * n_in + i, n_in, std::min(kLine, n - row), std::min(kLine, n_in - i),
-                    of_x + i * kPanel + row, kPanel);
+          TransposeLine(source + row * n_in + i, n_in, n - row, n_in - i, of_x + i * kPanel + row, kPanel);
         }
       }
       for (int64_t begin = 0; begin < n_out; begin += kOutputs) {
@@ -122,8 +131,8 @@ bool Product(Pool& pool, const float* x, const float* w, int64_t rows, int64_t w
         float* target = y + item * kPanel * n_out + begin;
         for (int64_t row = 0; row < n; row += kLine) {
           for (int64_t o = 0; o < count; o += kLine) {
-            Transpose(of_y + o * kPanel + row, kPanel, std::min(kLine, count - o), std::min(kLine, n - row),
-                      target + row * n_out + o, n_out);
+            TransposeLine(of_y + o * kPanel + row, kPanel, count - o, n - row, target + row * n_out + o,
+                          n_out);
           }
         }
       }

@@ -39,7 +39,7 @@ inline Cut FindCut(const int32_t* keys, int64_t n, int64_t k, int32_t top) {
   }
   int32_t high = top + 1;
   int64_t n_low = Count(keys, n, low), n_high = 0;
-  // Interpolation between the two counts; an end that stays weighs half as much each time (the Illinois rule).
+  // Interpolation between two counts; an end that stays weighs half as much each time (the Illinois rule).
   bool low_moved = false;
   float weight = 1;
   for (int pass = 1; n_low != k && high - low > 1; ++pass) {
