@@ -148,8 +148,8 @@ void Work(Job& job, const Make& make_worker) {
 // Calls `make_worker()(item)` for every item on the pool's threads and this one; each makes a worker.
 //
 // An item's result must not depend on who computes it. The caller takes whatever helpers have not begun, so a
-// busy pool cannot block it, and sleeps while they finish. Returns whether nothing was thrown. `cost` is about
-// how many cycles an item takes.
+// busy pool cannot block it, and sleeps while they finish. Returns whether nothing was thrown. `cost` is
+// about how many cycles an item takes.
 template <typename Pool, typename Make>
 bool ParallelFor(Pool& pool, int64_t items, int64_t cost, const Make& make_worker) {
   if (items == 0) return true;
