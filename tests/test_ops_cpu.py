@@ -280,7 +280,7 @@ POSITIONS, SINKS = np.zeros((2, 5), np.int32), np.zeros(3, np.float32)
         lambda: cpu.largest_per_row(X, 9),
         lambda: cpu.largest_per_row(X, 0),
         lambda: cpu.largest_per_row(X[0, 0, 0, 0], 1),
-        lambda: cpu.largest_of_each([POSITIONS], [np.zeros(3, np.int32)]),
+        lambda: cpu.largest_per_matrix([POSITIONS], [np.zeros(3, np.int32)]),
         lambda: cpu.ablate(X, X[0, 0, 0, :7], X[0, 0, 0, :7], k=2),
         lambda: cpu.ablate(X, X[0, 0, 0], X[0, 0, 0, :7], k=2),
         lambda: cpu.ablate(X, X[0, 0, 0], X[0, 0, 0], k=9),
