@@ -172,6 +172,12 @@ class SparsityConfig:
     anneal: Literal["linear", "exponential"] = setting(
         "linear", '"linear" in the density or "exponential" (linear in its logarithm).'
     )
+    explore_every: int = setting(
+        1,
+        "Steps from one exploration step, in which weights can enter, to the next; in between only weights "
+        "that are not zero are trained. 1 explores in every step.",
+        "at least 1",
+    )
 
     def __post_init__(self):
         check(self, "sparsity.")

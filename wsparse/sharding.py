@@ -33,7 +33,7 @@ _NEURONS = ("tensor", "fsdp")
 # Matched against the end of a path, so that an optimizer's moments follow their parameters. Layers are
 # never sharded: a scan walks over them. Strict: a parameter of the model that is not mentioned is an error.
 RULES: trees.Rules[P] = (
-    (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step)", P()),
+    (r".*\b(nonzeros|finite)/.*|(.*/)?(count|step|rms)", P()),
     *(
         (f"(.*/)?{c.kernel}", P(None, None, _NEURONS) if c.neuron_axis else P(None, _NEURONS, None))
         for c in CONNECTIONS

@@ -42,17 +42,19 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Returns gradient scaling, AdamW and the projection, in that order (Gao et al. 2025).
+    """Returns gradient scaling, AdamW and the projection, in that order (Gao et al. 2025), in support phases.
 
     The projection needs to know whether the parameters are replicated over the mesh.
     """
-    settings = config.optimizer
+    settings, every = config.optimizer, config.sparsity.explore_every
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
-    scale = [] if settings.gradient_rms == "none" else [sparsity.scale_by_gradient_rms(settings.gradient_rms)]
-    return optax.chain(
+    scale, form = [], settings.gradient_rms
+    if form != "none":
+        scale = [sparsity.scale_by_gradient_rms(form, phases=every > 1)]
+    transform = optax.chain(
         *scale,
-        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
+        sparsity.resting_moments(optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps)),
         optax.add_decayed_weights(
             settings.weight_decay,
             mask=lambda params: trees.map_with_path(lambda path, _: trees.match(DECAY_RULES, path), params),
@@ -60,6 +62,9 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
         optax.scale_by_learning_rate(rate),
         _projection(config, density, mesh),
     )
+    if every == 1 or config.sparsity.density == 1:
+        return transform
+    return sparsity.support_phases(transform, every, rules=sparsity.MODEL_RULES)
 
 
 def _projection(

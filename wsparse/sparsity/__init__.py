@@ -1,6 +1,7 @@
 """Exact weight and activation sparsity: selection, projection, schedules, statistics."""
 
 from wsparse.ops.top_k import abs_top_k, keep_top_k
+from wsparse.sparsity.phases import SupportPhasesState, resting_moments, support_phases
 from wsparse.sparsity.project import (
     DEFAULT_RULES,
     MODEL_RULES,
@@ -22,7 +23,8 @@ from wsparse.sparsity.schedules import (
 from wsparse.sparsity.statistics import alive_neurons, kurtosis
 
 __all__ = [
-    "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "abs_top_k", "alive_neurons",
-    "budget", "density_schedule", "find_state", "gradient_rms", "keep_top_k", "kurtosis", "l0",
-    "learning_rate_schedule", "nonfinite_matrices", "project_top_k", "scale_by_gradient_rms",
+    "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "SupportPhasesState", "abs_top_k",
+    "alive_neurons", "budget", "density_schedule", "find_state", "gradient_rms", "keep_top_k", "kurtosis",
+    "l0", "learning_rate_schedule", "nonfinite_matrices", "project_top_k", "resting_moments",
+    "scale_by_gradient_rms", "support_phases",
 ]  # fmt: skip

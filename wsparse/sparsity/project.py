@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,7 +15,7 @@ from wsparse import trees
 from wsparse.errors import UserError
 from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
-from wsparse.ops.top_k import select
+from wsparse.ops.top_k import Selection, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def project_top_k(
     min_per_neuron: int = 4,
     rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES,
     replicated: bool = False,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Change updates so that `params + updates` is projected to the top-k entries of each matrix.
 
     With :math:`k = \mathrm{round}(\text{density} \cdot \text{size})` every matrix becomes
@@ -97,7 +98,8 @@ def project_top_k(
 
     Returns:
       A transform whose `update` needs `params`. It works inside `optax.chain`, `masked`,
-      `multi_transform` and `MultiSteps`, under jit, and on sharded arrays.
+      `multi_transform` and `MultiSteps`, under jit, and on sharded arrays. Inside `support_phases` it
+      searches in exploration steps only; between them the support stays, whatever the density.
 
     Raises:
       UserError: A fixed density is outside (0, 1], or no rule matches a parameter.
@@ -121,7 +123,8 @@ def project_top_k(
             finite={path: jnp.ones(stack.shape[:1], bool) for path, (stack, _) in sparse.items()},
         )
 
-    def update(updates: Any, state: Any, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None, *, explore: Any = None, **extra: Any):
+        del extra
         if params is None:
             raise UserError("project_top_k needs the parameters: call update(updates, state, params)")
         # What optax.apply_updates will store, in the dtype it will be stored in.
@@ -132,7 +135,16 @@ def project_top_k(
             (stack, jnp.broadcast_to(budget(now, stack[0].size), stack.shape[:1]), rule.neuron_axis)
             for stack, rule in sparse.values()
         ]
-        selections = select(jobs, min_per_neuron=min_per_neuron, replicated=replicated)
+
+        def searched():
+            return select(jobs, min_per_neuron=min_per_neuron, replicated=replicated)
+
+        def frozen():
+            before = _matrices(params, rules)
+            stacks = [(stack, before[path][0] != 0) for path, (stack, _) in sparse.items()]
+            return [_frozen(stack, support) for stack, support in stacks]
+
+        selections = searched() if explore is None else lax.cond(explore, searched, frozen)
         selected = dict(zip(sparse, selections, strict=True))
 
         def project(path, p, u):
@@ -148,7 +160,15 @@ def project_top_k(
             finite={path: selection.finite for path, selection in selected.items()},
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _frozen(stack: jax.Array, support: jax.Array) -> Selection:
+    """Returns the selection of the entries of `(G, ...)` that were there before, without a search."""
+    axes = range(1, stack.ndim)
+    kept = support & (selection.magnitude_keys(stack) > 0)
+    finite = jnp.all(jnp.isfinite(jnp.where(support, stack, 0)), axes)
+    return Selection(kept, jnp.sum(kept, axes, dtype=jnp.int32), finite)
 
 
 def l0(params: Any, rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,18 +54,38 @@ def gradient_rms(gradients: optax.Updates) -> jax.Array:
     return jnp.sqrt(total / float(sum(leaf.size for leaf in leaves)))
 
 
-def scale_by_gradient_rms(form: Literal["normalize", "clip"]) -> optax.GradientTransformation:
+class ScaleByGradientRmsState(NamedTuple):
+    """Root-mean-square that the last exploration step was scaled by, a float32 scalar."""
+
+    rms: jax.Array
+
+
+def scale_by_gradient_rms(
+    form: Literal["normalize", "clip"], *, phases: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Scale the whole gradient so that its root-mean-square over all parameters is 1.
 
     Unlike `optax.clip_by_global_norm` and `normalize_by_update_norm`, the scale does not depend on the number
     of parameters, and the sum of squares is float32 whatever the gradient's dtype. "normalize" always scales
     (an all-zero gradient stays zero); "clip" only scales down.
+
+    Args:
+      form: "normalize" or "clip".
+      phases: Whether `support_phases` is around it: between exploration steps the gradient is only known in
+        part, and the scale is that of the last exploration step.
     """
 
-    def update(updates, state, params=None):
+    def init(params):
         del params
+        return ScaleByGradientRmsState(jnp.ones((), jnp.float32)) if phases else optax.EmptyState()
+
+    def update(updates, state: Any, params=None, *, explore=True, **extra: Any):
+        del params, extra
         rms = gradient_rms(updates)
+        if phases:
+            rms = jnp.where(explore, rms, state.rms)
+            state = ScaleByGradientRmsState(rms)
         scale = 1.0 / jnp.maximum(rms, 1.0 if form == "clip" else jnp.finfo(jnp.float32).tiny)
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(init, update)
