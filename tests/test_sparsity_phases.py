@@ -9,7 +9,8 @@ import optax
 import pytest
 import train_case as case
 
-from wsparse import sparsity, train
+from wsparse import sharding, sparsity, train, trees
+from wsparse.config import MeshConfig
 from wsparse.sparsity import project_top_k, resting_moments, scale_by_gradient_rms, support_phases
 
 finished, one_device, source = case.finished, case.one_device, case.source
@@ -134,3 +135,20 @@ def test_a_run_in_phases_is_exact_compiles_once_and_resumes_bitwise(source, tmp_
     for path, (nonzeros, size) in counts.items():
         if path.endswith("kernel"):
             assert nonzeros == round(0.25 * size), path
+
+
+def test_phases_on_a_sharded_mesh_keep_the_counts_and_follow_one_device(source):
+    config = case.make_config(source, sparsity={"density": 0.25, "anneal_end": 0.1, "explore_every": 3})
+    windows = np.random.default_rng(0).integers(0, 300, (7, 1, 8, 17))
+    states = []
+    for shape, devices in ((MeshConfig(), jax.devices()[:1]), (MeshConfig(fsdp=2, tensor=2), None)):
+        program = case.train_make_program(config, sharding.make_mesh(shape, devices))
+        state = program.init()
+        for window in windows:
+            state, _ = program.step(state, sharding.put_batch(window, program.mesh))
+        states.append(jax.device_get(state))
+    one, sharded = (trees.flatten(state.params) for state in states)
+    counts = [sparsity.find_state(state.optimizer).nonzeros for state in states]
+    jax.tree.map(np.testing.assert_array_equal, *counts)
+    for path, leaf in one.items():
+        np.testing.assert_allclose(sharded[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
