@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from wsparse import trees
 from wsparse.errors import UserError
 from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
-from wsparse.ops.top_k import Selection, select
+from wsparse.ops.top_k import Job, Selection, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,29 +132,19 @@ def project_top_k(
         after = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)
         sparse = _matrices(after, rules)
         now: Any = density(state.count) if callable(density) else float(density)
-        jobs = [
-            (stack, jnp.broadcast_to(budget(now, stack[0].size), stack.shape[:1]), rule.neuron_axis)
-            for stack, rule in sparse.values()
-        ]
 
-        def searched():
+        def search():
+            jobs = [_job(stack, rule, now) for stack, rule in sparse.values()]
             return select(jobs, min_per_neuron=min_per_neuron, replicated=replicated)
 
-        def frozen():
+        def freeze():
             before = _matrices(params, rules)
-            stacks = [(stack, before[path][0] != 0) for path, (stack, _) in sparse.items()]
-            return [_frozen(stack, support) for stack, support in stacks]
+            return [_frozen(stack, before[path][0]) for path, (stack, _) in sparse.items()]
 
-        selections = searched() if explore is None else lax.cond(explore, searched, frozen)
+        selections = search() if explore is None else lax.cond(explore, search, freeze)
         selected = dict(zip(sparse, selections, strict=True))
 
-        def project(path, p, u):
-            if path not in selected:
-                return u
-            kept = jnp.reshape(selected[path].kept, p.shape)
-            # In the wider of the two dtypes, so that -p cancels p to the last bit.
-            return jnp.where(kept, u, -p)
-
+        project = functools.partial(_project, selected)
         return trees.map_with_path(project, params, updates), ProjectTopKState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             nonzeros={path: selection.nonzeros for path, selection in selected.items()},
@@ -163,12 +154,24 @@ def project_top_k(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _frozen(stack: jax.Array, support: jax.Array) -> Selection:
-    """Returns the selection of the entries of `(G, ...)` that were there before, without a search."""
-    axes = range(1, stack.ndim)
-    kept = support & (selection.magnitude_keys(stack) > 0)
-    finite = jnp.all(jnp.isfinite(jnp.where(support, stack, 0)), axes)
-    return Selection(kept, jnp.sum(kept, axes, dtype=jnp.int32), finite)
+def _project(selected: dict[str, Selection], path: str, p: jax.Array, u: jax.Array) -> jax.Array:
+    if path not in selected:
+        return u
+    kept = jnp.reshape(selected[path].kept, p.shape)
+    # In the wider of the two dtypes, so that -p cancels p to the last bit.
+    return jnp.where(kept, u, -p)
+
+
+def _job(stack: jax.Array, rule: Sparse, density: jax.Array | float) -> Job:
+    """Returns a stack of matrices as `select` takes it."""
+    return stack, jnp.broadcast_to(budget(density, stack[0].size), stack.shape[:1]), rule.neuron_axis
+
+
+def _frozen(stack: jax.Array, before: jax.Array) -> Selection:
+    """Returns the selection of the entries of `(G, ...)` that were nonzero before, without a search."""
+    kept = (before != 0) & (selection.magnitude_keys(stack) > 0)
+    finite = jnp.all(jnp.isfinite(stack), range(1, stack.ndim))
+    return Selection(kept, jnp.sum(kept, range(1, stack.ndim), dtype=jnp.int32), finite)
 
 
 def l0(params: Any, rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES) -> dict[str, tuple[int, int]]:
