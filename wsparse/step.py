@@ -47,11 +47,12 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
     The projection needs to know whether the parameters are replicated over the mesh.
     """
     settings, every = config.optimizer, config.sparsity.explore_every
+    in_phases = every > 1 and config.sparsity.density < 1
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
     scale, form = [], settings.gradient_rms
     if form != "none":
-        scale = [sparsity.scale_by_gradient_rms(form, phases=every > 1)]
+        scale = [sparsity.scale_by_gradient_rms(form, phases=in_phases)]
     transform = optax.chain(
         *scale,
         sparsity.resting_moments(optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps)),
@@ -62,7 +63,7 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
         optax.scale_by_learning_rate(rate),
         _projection(config, density, mesh),
     )
-    if every == 1 or config.sparsity.density == 1:
+    if not in_phases:
         return transform
     return sparsity.support_phases(transform, every, rules=sparsity.MODEL_RULES)
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from wsparse import files
 from wsparse.command import run_command
+from wsparse.config import describe
 from wsparse.errors import UserError
 from wsparse.viewer import contents, page
 
@@ -59,10 +60,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "The HTML file; report.html in the run's folder by default.")
     flags.DEFINE_list("task", list(defaults.task), "Names of tasks, or all: every task that has a circuit.")
     flags.DEFINE_string("source", None, "Is an option of the evidence: wsparse.prune --evidence --source=...")
-    flags.DEFINE_integer(
-        "pairs", defaults.pairs, "Pairs of a task to show token by token, at most as many as were measured."
-    )
-    flags.DEFINE_integer("max_nodes", defaults.max_nodes, "Most important nodes of a circuit to show.")
+    for key, default, text in describe(defaults):
+        if key != "task":
+            flags.DEFINE_integer(key, default, text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from wsparse.circuits import evidence_file, report
 from wsparse.circuits.circuit import Circuit, Status
 from wsparse.circuits.evidence_file import Evidence
-from wsparse.config import require, to_dict
+from wsparse.config import check, require, setting, to_dict
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.viewer.page import packed, raw, render
@@ -32,13 +32,14 @@ class Options:
     """What to show; see the flags of `wsparse.view`."""
 
     task: tuple[str, ...] = ("all",)
-    pairs: int = 6
-    max_nodes: int = 2000
+    pairs: int = setting(
+        6, "Pairs of a task to show token by token, at most as many as were measured.", "at least 1"
+    )
+    max_nodes: int = setting(2000, "Most important nodes of a circuit to show.", "at least 1")
 
     def __post_init__(self):
         require(bool(self.task), "task must name at least one task", self.task)
-        for name in ("pairs", "max_nodes"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        check(self)
 
 
 class Shown(NamedTuple):
