@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 import re
@@ -52,17 +53,42 @@ def test_report():
     )
     chosen = [tasks.TASKS[name] for name in ("bracket_brace", "for_while", "lambda_func")]
     text = command.report(run, chosen, n_pairs=8, n_examples=1)
-    # Fresh parameters know nothing.
-    rows = re.findall(r"^(\w+) +(\d\.\d{4}) +\d\.\d{3} +\d+-\d+  '", text, re.M)
+    # Fresh parameters know nothing, and probes stand beside them.
+    probed = r"[01]\.\d{3}  (?:presence|last three|length) +[01]\.\d{3}"
+    rows = re.findall(rf"^(\w+) +(\d\.\d{{4}}) +\d\.\d{{3}} +{probed} +\d+-\d+  '", text, re.M)
     assert [name for name, _ in rows] == ["bracket_brace", "lambda_func"]
     assert all(abs(float(loss) - math.log(2)) < 0.05 for _, loss in rows)
     assert "refused: task 'for_while' fits no form" in text
     # The table comes first, and the programs only where they are asked for.
     assert text.startswith("task ")
-    second = tasks.build("lambda_func", tokenizer, 8, 0, max_tokens=256).prompts[1]
+    second = tasks.build("lambda_func", tokenizer, 8, 0, split="report", max_tokens=256).prompts[1]
     assert text.index(second) > text.index("refused:")
     table = command.report(run, chosen, n_pairs=8)
     assert text.startswith(table) and len(table.splitlines()) == 4
+
+
+def test_a_users_task_is_probed_without_a_model(tmp_path):
+    """Names that stand for nothing decide, or every name stands for either answer."""
+    tokenizer = tokenizer_lib.train([document(0, 0)], 260)
+    lines = {"given": [], "hidden": [], "few": []}
+    for i in range(400):
+        one, other = (f"{place}{i}{place}" for place in ("yes", "no"))
+        lines["given"].append((f"q={one}:", f"q={other}:", "!", "?"))
+        lines["hidden"].append((f"q={i}-{i % 7}:", f"q={i}-{(i + 1) % 7}:", "!", "?"))
+    lines["few"] = lines["given"][:12]
+    texts = {}
+    for name, pairs in lines.items():
+        fields = ("prompt_a", "prompt_b", "answer_a", "answer_b")
+        jsonl = "".join(json.dumps(dict(zip(fields, pair, strict=True))) + "\n" for pair in pairs)
+        task = tasks.load(written(tmp_path / f"{name}.jsonl", jsonl))
+        texts[name] = command.report(tokenizer, [task], n_pairs=64 if name != "few" else 5, split="search")
+    assert re.search(r"^given +1\.000  (presence|last three) +1\.000 +\d+-\d+  ", texts["given"], re.M)
+    assert "warning: given: a single token" in texts["given"] and "(100.0% right" in texts["given"]
+    accuracy = re.search(r"^hidden +([01]\.\d{3})  ", texts["hidden"], re.M)
+    assert accuracy and float(accuracy[1]) < 0.65 and "warning" not in texts["hidden"]
+    assert re.search(r"^few +-  - +- ", texts["few"], re.M)
+    assert "no probe: task 'few' makes only 1 distinct pairs for split 'report'" in texts["few"]
+    assert all("loss" not in text for text in texts.values())
 
 
 def test_scores_do_not_depend_on_how_rows_are_grouped(monkeypatch):

@@ -1,56 +1,103 @@
-"""The command that shows how well a run's model does the tasks.
+"""The command that shows how well a run's model does the tasks, and how far shortcuts go in their prompts.
 
 python -m wsparse.tasks --run=runs/tiny [--task=for_while,my_task.jsonl] [--pairs=64]
 python -m wsparse.tasks --run=runs/tiny --task=for_while --examples=2
+python -m wsparse.tasks --tokenizer=runs/tiny/tokenizer.json --task=my_task.jsonl
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 import functools
+import sys
 
 from absl import flags
 import jax
 import numpy as np
 
 from wsparse import model, runs
-from wsparse.circuits import pairs, tasks
+from wsparse.circuits import pairs, probe, tasks
 from wsparse.circuits.mask_learning import answer_logits
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.data.tokenizer import Tokenizer
+from wsparse.errors import UserError
 
 # Rows scored at once. The last group is padded, so that all tasks share one compiled function.
 _ROWS = 128
 _MOST_PAIRS = 100_000
+# Pairs of each split that probes are fitted and scored on; --pairs where a file has fewer.
+_PROBE_PAIRS = 256
+# A probe of a user's task above this accuracy is worth a warning.
+_GIVEN_AWAY = 0.9
+_KEYS = {
+    "presence": "a single token, wherever it stands,",
+    "last three": "one of the last three tokens",
+    "length": "the length of the prompt",
+}
 
 
 def report(
-    run: runs.Run,
+    judged: runs.Run | Tokenizer,
     chosen: Iterable[pairs.Task],
     *,
     n_pairs: int = 64,
     seed: int = 0,
-    split: pairs.Split = "search",
+    split: pairs.Split = "report",
     n_examples: int = 0,
 ) -> str:
-    """Returns a table of how well a run's model does tasks, and `n_examples` pairs of each of them.
+    """Returns a table of how well a run's model does tasks, beside probes that need no model.
 
-    Tasks that the run's tokenizer or its context rules out are named after the table, with the reason.
+    `n_examples` pairs of each task follow. For a tokenizer alone there are no scores of a model. Tasks that
+    the tokenizer or the model's context rules out are named after the table, with the reason.
     """
-    config = run.config.model
-    built, refused = tasks.build_all(chosen, run.tokenizer, {split: n_pairs}, seed, max_tokens=config.context)
-    batches = [batches[split] for batches in built]
-    lines = [f"{'task':<28}{'loss':>8}{'accuracy':>10}{'tokens':>9}  candidates"] if batches else []
-    for batch in batches:
-        loss, accuracy = _score(run.params, config, batch)
+    run, tokenizer = (None, judged) if isinstance(judged, Tokenizer) else (judged, judged.tokenizer)
+    context = run.config.model.context if run else sys.maxsize
+    chosen = list(chosen)
+    built, refused = tasks.build_all(chosen, tokenizer, {split: n_pairs}, seed, max_tokens=context)
+    kept = [task for task in chosen if task.name not in refused]
+    header = f"{'loss':>8}{'accuracy':>10}" if run else ""
+    lines = [f"{'task':<28}{header}{'probe':>8}  {'by':<10}{'counts':>8}{'tokens':>9}  candidates"]
+    notes = [f"refused: {reason}" for reason in refused.values()]
+    for task, batches in zip(kept, built, strict=True):
+        batch = batches[split]
+        score = "{:8.4f}{:10.3f}".format(*_score(run.params, run.config.model, batch)) if run else ""
+        probed, note = _probed(task, tokenizer, n_pairs, seed, context)
         n_tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
-        lines.append(f"{batch.task:<28}{loss:8.4f}{accuracy:10.3f}{n_tokens:>9}  {batch.form}")
-    lines += [f"refused: {reason}" for reason in refused.values()]
-    for batch in batches if n_examples else ():
+        lines.append(f"{batch.task:<28}{score}{probed}{n_tokens:>9}  {batch.form}")
+        notes += note
+    lines = [*(lines if built else ()), *notes]
+    for batch in [batches[split] for batches in built] if n_examples else ():
         lines.append(f"\n==== {batch.task}")
         rows = range(2 * min(n_examples, batch.n_pairs))
         lines += [f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n" for row in rows]
     return "\n".join(lines)
+
+
+def _probed(
+    task: pairs.Task, tokenizer: Tokenizer, n_pairs: int, seed: int, context: int
+) -> tuple[str, list[str]]:
+    """Returns the probes' columns, fitted on the search split and scored on the report split, and notes."""
+
+    def shortcuts(n_pairs: int) -> dict[str, float]:
+        build = functools.partial(tasks.build, task, tokenizer, n_pairs, seed, max_tokens=context)
+        return probe.shortcuts(build(split="search"), build(split="report"))
+
+    try:
+        try:
+            accuracies = shortcuts(_PROBE_PAIRS)
+        except UserError:
+            accuracies = shortcuts(n_pairs)
+    except UserError as error:
+        return f"{'-':>8}  {'-':<10}{'-':>8}", [f"no probe: {error}"]
+    by, accuracy = probe.best(accuracies)
+    notes = []
+    if accuracy > _GIVEN_AWAY and task not in tasks.TASKS.values():
+        notes = [
+            f"warning: {task.name}: {_KEYS[by]} gives this task away ({accuracy:.1%} right without a model)"
+        ]
+    return f"{accuracy:8.3f}  {by:<10}{accuracies['counts']:8.3f}", notes
 
 
 def _score(params: model.Params, config: ModelConfig, batch: pairs.TaskBatch) -> tuple[float, float]:
@@ -76,15 +123,18 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     chosen = [tasks.find(name) for name in options.task or tasks.TASKS]
     which = {"n_pairs": options.pairs, "seed": options.seed, "split": options.split}
-    print(report(runs.load(options.run), chosen, n_examples=options.examples, **which))
+    judged = runs.load(options.run) if options.run else tokenizer_lib.load(options.tokenizer)
+    print(report(judged, chosen, n_examples=options.examples, **which))
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("run", None, "Folder of a training run.", required=True)
+    flags.DEFINE_string("run", None, "Folder of a training run.")
+    flags.DEFINE_string("tokenizer", None, "A tokenizer.json: the prompts and the probes, without a run.")
+    flags.mark_flags_as_mutual_exclusive(["run", "tokenizer"], required=True)
     flags.DEFINE_list("task", None, "Names, or .jsonl and .py files (default: all 20).")
     flags.DEFINE_integer("pairs", 64, "Pairs of each task.", lower_bound=1, upper_bound=_MOST_PAIRS)
     flags.DEFINE_integer("seed", 0, "Seed of the pairs.")
-    flags.DEFINE_enum("split", "search", pairs.SPLITS, "Which templates and fillers to use.")
+    flags.DEFINE_enum("split", "report", pairs.SPLITS, "Templates and words to score a model on.")
     flags.DEFINE_integer("examples", 0, "Pairs of each task to print after the table.", lower_bound=0)
 
 
