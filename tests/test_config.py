@@ -120,6 +120,15 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion():
             lambda: SparsityConfig(anneal_start=-0.1),
             "anneal_start < anneal_end <= 1 must hold, got (-0.1, 0.5)",
         ),
+        (
+            lambda: SparsityConfig(overrides="embed/tokens"),
+            "overrides must be PATH=DENSITY,..., such as 'embed/tokens=1/128', got 'embed/tokens'",
+        ),
+        (lambda: SparsityConfig(overrides="a=1/0"), "sparsity.overrides must be PATH=DENSITY,..."),
+        (lambda: SparsityConfig(overrides="a=0.5,(=0.5"), "such as 'embed/tokens=1/128', got '(=0.5'"),
+        (lambda: SparsityConfig(overrides="a=nan"), "sparsity.overrides must be PATH=DENSITY,..."),
+        (lambda: SparsityConfig(overrides="a=0.5,b=1.5"), "sparsity.overrides: b must be in (0, 1], got 1.5"),
+        (lambda: SparsityConfig(overrides="a=0"), "sparsity.overrides: a must be in (0, 1], got 0.0"),
         (lambda: OptimizerConfig(learning_rate=0.0), "optimizer.learning_rate must be positive, got 0.0"),
         (lambda: OptimizerConfig(warmup=1.0), "optimizer.warmup must be in [0, 1), got 1.0"),
         (lambda: OptimizerConfig(b2=1.0), "optimizer.b2 must be in [0, 1), got 1.0"),
@@ -144,6 +153,13 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion():
 )
 def test_each_rule_says_what_must_hold_and_what_arrived(make, message):
     refused(message, make)
+
+
+def test_overrides_are_read_as_fractions_or_decimals_and_may_change_what_is_dense():
+    config = SparsityConfig(density=1.0, overrides=" embed/tokens=1/128, blocks/(attn|mlp)/.*=2e-2,")
+    assert config.targets == (("embed/tokens", 1 / 128), ("blocks/(attn|mlp)/.*", 0.02))
+    assert config.sparse
+    assert not SparsityConfig(density=1.0, overrides="a=1").sparse
 
 
 def test_derived_sizes():

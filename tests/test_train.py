@@ -54,6 +54,7 @@ def test_every_record_has_every_number(finished):
         assert record["tokens"] == record["step"] * 8 * 16
         assert record["tokens_per_s"] > 0
         assert record["gradient_rms"] > 0
+        assert 0 <= record["turnover"] < 0.5
         assert len(record["alive_neurons"]) == 2
         assert all(0 <= n <= 64 for n in record["alive_neurons"])
         matrices = record["nonzeros_per_matrix"]

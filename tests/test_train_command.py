@@ -78,6 +78,10 @@ def test_mistakes_on_the_command_line_are_errors_of_one_line(recipe, tmp_path):
         "key": ([recipe, workdir, "--config.model.n_layr=1"], ["n_layr", "n_layer"]),
         "type": ([recipe, workdir, "--config.steps=abc"], ["steps", "abc"]),
         "value": ([recipe, workdir, "--config.model.n_layer=0"], ["model.n_layer", "at least 1", "0"]),
+        "override": (
+            [recipe, workdir, "--config.sparsity.overrides=embed/token=1/8"],
+            ["embed/token", "did you mean 'embed/tokens'"],
+        ),
         "top": ([recipe, workdir, "--config.zzzz=1"], ["unknown config key 'zzzz'"]),
         "nothing": ([workdir], ["--config"]),
         "file": ([f"--config={tmp_path}/none.py", workdir], ["none.py"]),

@@ -261,7 +261,7 @@ def run(config: TrainConfig, target: Target, what: str, *, steps: int, pairs_per
     if what in ("train", "all"):
         program = make_program(config, mesh)
         jobs["train"] = train_step(config, program)
-        if config.sparsity.density < 1:
+        if config.sparsity.sparse:
             jobs["projection"] = program.project.lower(program.abstract_state.params), 0.0
     if what in ("prune", "all"):
         options = {"steps": steps, "pairs_per_step": pairs_per_step}

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import fractions
 import functools
 import json
 import math
+import re
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -172,6 +174,11 @@ class SparsityConfig:
     anneal: Literal["linear", "exponential"] = setting(
         "linear", '"linear" in the density or "exponential" (linear in its logarithm).'
     )
+    overrides: str = setting(
+        "",
+        "Final densities of parameters that have their own, 'embed/tokens=1/128,blocks/mlp/.*/kernel=0.01': "
+        "regular expressions of whole parameter paths, of which the first that matches decides.",
+    )
     explore_every: int = setting(
         1,
         "Steps from one exploration step, in which weights can enter, to the next; in between only weights "
@@ -186,6 +193,27 @@ class SparsityConfig:
             "sparsity: 0 <= anneal_start < anneal_end <= 1 must hold",
             (self.anneal_start, self.anneal_end),
         )
+        for pattern, density in self.targets:
+            require(0 < density <= 1, f"sparsity.overrides: {pattern} must be in (0, 1]", density)
+
+    @property
+    def targets(self) -> tuple[tuple[str, float], ...]:
+        """The overrides as pairs of a regular expression and a final density."""
+        return tuple(_override(item) for item in self.overrides.split(",") if item.strip())
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any weight is removed."""
+        return self.density < 1 or any(density < 1 for _, density in self.targets)
+
+
+def _override(item: str) -> tuple[str, float]:
+    pattern, _, number = (part.strip() for part in item.rpartition("="))
+    try:
+        return re.compile(pattern).pattern, float(fractions.Fraction(number))
+    except (re.error, ValueError, ArithmeticError):
+        rule = "sparsity.overrides must be PATH=DENSITY,..., such as 'embed/tokens=1/128'"
+        raise UserError(f"{rule}, got {_shown(item)}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

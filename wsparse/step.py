@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from wsparse import model, sharding, sparsity, trees
-from wsparse.config import ModelConfig, TrainConfig
+from wsparse.config import ModelConfig, SparsityConfig, TrainConfig
 from wsparse.nodes import CONNECTIONS
 
 # The sharding of a batch of held-out windows.
@@ -47,7 +47,7 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
     The projection needs to know whether the parameters are replicated over the mesh.
     """
     settings, every = config.optimizer, config.sparsity.explore_every
-    in_phases = every > 1 and config.sparsity.density < 1
+    in_phases = every > 1 and config.sparsity.sparse
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
     scale, form = [], settings.gradient_rms
@@ -61,7 +61,7 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
             mask=lambda params: trees.map_with_path(lambda path, _: trees.match(DECAY_RULES, path), params),
         ),
         optax.scale_by_learning_rate(rate),
-        _projection(config, density, mesh),
+        _projection(config, mesh),
     )
     if not in_phases:
         return transform
@@ -69,13 +69,19 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
 
 
 def _projection(
-    config: TrainConfig, density: float | optax.Schedule, mesh: Mesh | None
+    config: TrainConfig, mesh: Mesh | None, *, final: bool = False
 ) -> optax.GradientTransformation:
-    sparse = config.sparsity.density < 1
+    """Returns the projection, to the densities of the schedule or to the final ones."""
+    settings = config.sparsity
+
+    def density(target: float) -> float | optax.Schedule:
+        return target if final else sparsity.density_schedule(settings, config.steps, target)
+
     return sparsity.project_top_k(
-        density if sparse else 1.0,
+        density(settings.density) if settings.sparse else 1.0,
         # At full density there is nothing to protect.
-        min_per_neuron=config.sparsity.min_per_neuron if sparse else 0,
+        min_per_neuron=settings.min_per_neuron if settings.sparse else 0,
+        overrides=[(pattern, density(target)) for pattern, target in settings.targets],
         rules=sparsity.MODEL_RULES,
         replicated=mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1,
     )
@@ -104,8 +110,8 @@ def train_step(
 
     Returns:
       The next state, and float32 scalars "loss", "gradient_rms", "kurtosis" (of the final residual,
-      averaged over tokens), and "finite": for each projected parameter a bool per matrix, false
-      where it holds NaN or infinity.
+      averaged over tokens), "turnover" (`sparsity.turnover`; 0 between exploration steps), and "finite":
+      for each projected parameter a bool per matrix, false where it holds NaN or infinity.
     """
 
     def microbatch(gradients, window_BT):
@@ -125,18 +131,33 @@ def train_step(
         gradients = jax.tree.map(lambda g: g / config.accumulate, total)
     updates, optimizer = make_optimizer(config, mesh=mesh).update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
+    projection = sparsity.find_state(optimizer)
     report = {
         "loss": jnp.mean(value),
         "kurtosis": jnp.mean(kurtosis),
         "gradient_rms": sparsity.gradient_rms(gradients),
-        "finite": sparsity.find_state(optimizer).finite,
+        "finite": projection.finite,
+        "turnover": _turnover(state, updates, projection.nonzeros, config.sparsity),
     }
     return TrainState(state.step + 1, params, optimizer), report
 
 
+def _turnover(
+    state: TrainState, updates: Any, nonzeros: dict[str, jax.Array], config: SparsityConfig
+) -> jax.Array:
+    def count():
+        return sparsity.turnover(state.params, updates, nonzeros)
+
+    if not config.sparse:
+        return jnp.float32(0)
+    if config.explore_every == 1:
+        return count()
+    return lax.cond(state.step % config.explore_every == 0, count, lambda: jnp.float32(0))
+
+
 def project(params: model.Params, *, config: TrainConfig, mesh: Mesh | None = None) -> model.Params:
     """Returns updates that only project, at the final density; used to time the projection."""
-    transform = _projection(config, config.sparsity.density, mesh)
+    transform = _projection(config, mesh, final=True)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates: Any = transform.update(zeros, transform.init(params), params)[0]
     return updates

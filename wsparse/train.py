@@ -73,12 +73,14 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
         log.info("%s is complete: %s", workdir, summary.read_text().strip())
         return 0
     program = make_program(config, sharding.make_mesh(config.mesh))
+    for line in sparsity.budget_warnings(config.sparsity, program.abstract_state.params):
+        log.warning(line)
     with _locked(workdir):
         dataset = _open_data(config, workdir)
         # Only now: a start that failed above leaves the folder free for the corrected command.
         _claim(workdir, config, dataset)
         with checkpoint.Checkpointer(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
-            state, step, seconds, losses = _restore(config, checkpoints, program, dataset, origin)
+            state, step, past = _restore(config, checkpoints, program, dataset, origin)
             if step:
                 log.info("resuming at step %d of %d", step, config.steps)
             elif checkpoint.has_steps(workdir):
@@ -86,8 +88,9 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
             # One process writes for all: what it writes is the same in all of them.
             first = jax.process_index() == 0
             with metrics.MetricsWriter(workdir, step) if first else contextlib.nullcontext() as writer:
-                loop = _Loop(config, program, dataset, checkpoints, writer, step, losses, started - seconds)
-                return loop.run(state)
+                # Checkpoints used to be without the turnover.
+                memory = past["losses"], past.get("turnover", 0.0), started - past["seconds"]
+                return _Loop(config, program, dataset, checkpoints, writer, step, *memory).run(state)
 
 
 # Folders ----------------------------------------------------------------------------------------------
@@ -210,8 +213,8 @@ def _restore(
     program: Program,
     dataset: Dataset,
     origin: str | None,
-) -> tuple[TrainState, int, float, list[float]]:
-    """Returns `(state, step, seconds so far, losses since the last record)` to go on from."""
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """Returns `(state, step, metadata)` to go on from, see `_metadata`."""
     if restored := checkpoints.restore(program.abstract_state):
         step, state, metadata = restored
         if metadata["data_digest"] != dataset.digest:
@@ -219,16 +222,17 @@ def _restore(
                 "the data is not what this run was trained on so far (its digest differs): restore the "
                 "original files and delete the run's folder data, or choose another --workdir"
             )
-        return state, step, metadata["seconds"], metadata["losses"]
+        return state, step, metadata
+    begun = _metadata(config, dataset, 0.0, [], 0.0)
     if origin is None:
-        return program.init(), 0, 0.0, []
+        return program.init(), 0, begun
     step, state = _read_origin(origin, program)
     if step >= config.steps:
         raise UserError(f"--from={origin} is at step {step}, and steps={config.steps} ends before")
     log.info("beginning from %s", origin)
     # From now on the folder knows where it began.
-    checkpoints.save(step, state, _metadata(config, dataset, 0.0, []))
-    return state, step, 0.0, []
+    checkpoints.save(step, state, begun)
+    return state, step, begun
 
 
 def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
@@ -239,10 +243,13 @@ def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
     return checkpoint.read(pathlib.Path(folder) / "checkpoints", program.abstract_state, step=step)
 
 
-def _metadata(config: TrainConfig, dataset: Dataset, seconds: float, losses: list[float]) -> dict[str, Any]:
+def _metadata(
+    config: TrainConfig, dataset: Dataset, seconds: float, losses: list[float], turnover: float
+) -> dict[str, Any]:
     """Returns what a checkpoint holds beside the state.
 
-    Losses are those of the steps since the last record, so that the next one is what it would have been.
+    Losses are those of the steps since the last record, and the turnover is that of the last exploration
+    step, so that the next record is what it would have been.
     """
     return {
         "config": to_dict(config),
@@ -250,6 +257,7 @@ def _metadata(config: TrainConfig, dataset: Dataset, seconds: float, losses: lis
         "tokenizer": dataset.tokenizer.to_json(),
         "seconds": seconds,
         "losses": losses,
+        "turnover": turnover,
     }
 
 
@@ -268,6 +276,8 @@ class _Loop:
     step: int
     # Of the steps since the last record.
     losses: list[float]
+    # Of the last exploration step.
+    turnover: float
     # When the run would have begun, had it never been interrupted.
     started: float
 
@@ -379,6 +389,8 @@ class _Loop:
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {self._advice()}"
             )
         self.losses.append(float(report["loss"]))
+        if (step - 1) % self.config.sparsity.explore_every == 0:
+            self.turnover = float(report["turnover"])
 
     def _advice(self) -> str:
         """Returns what to change after a weight became NaN or infinite, and where to go on from."""
@@ -411,6 +423,7 @@ class _Loop:
             "nonzeros": sum(int(np.sum(counts)) for counts in nonzeros.values()),
             "nonzeros_per_matrix": {path: counts.tolist() for path, counts in nonzeros.items()},
             "alive_neurons": alive.tolist(),
+            "turnover": self.turnover,
             "gradient_rms": float(report["gradient_rms"]),
             "kurtosis": float(report["kurtosis"]),
             "tokens_per_s": tokens_per_step / seconds_per_step,
@@ -457,7 +470,7 @@ class _Loop:
 
     def _save(self, state: TrainState) -> None:
         seconds = time.monotonic() - self.started
-        metadata = _metadata(self.config, self.dataset, seconds, self.losses)
+        metadata = _metadata(self.config, self.dataset, seconds, self.losses, self.turnover)
         self.checkpoints.save(self.step, state, metadata)
 
     def _summarize(self, state: TrainState, evaluation: dict[str, Any]) -> None:

@@ -20,11 +20,11 @@ from wsparse.sparsity.schedules import (
     learning_rate_schedule,
     scale_by_gradient_rms,
 )  # fmt: skip
-from wsparse.sparsity.statistics import alive_neurons, kurtosis
+from wsparse.sparsity.statistics import alive_neurons, budget_warnings, kurtosis, turnover
 
 __all__ = [
     "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "SupportPhasesState", "abs_top_k",
-    "alive_neurons", "budget", "density_schedule", "find_state", "gradient_rms", "keep_top_k", "kurtosis",
-    "l0", "learning_rate_schedule", "nonfinite_matrices", "project_top_k", "resting_moments",
-    "scale_by_gradient_rms", "support_phases",
+    "alive_neurons", "budget", "budget_warnings", "density_schedule", "find_state", "gradient_rms",
+    "keep_top_k", "kurtosis", "l0", "learning_rate_schedule", "nonfinite_matrices", "project_top_k",
+    "resting_moments", "scale_by_gradient_rms", "support_phases", "turnover",
 ]  # fmt: skip

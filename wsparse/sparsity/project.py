@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 import optax
 
 from wsparse import trees
-from wsparse.errors import UserError
+from wsparse.errors import UserError, closest
 from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
 from wsparse.ops.top_k import Job, Selection, select
@@ -77,6 +79,7 @@ def project_top_k(
     density: float | optax.Schedule,
     *,
     min_per_neuron: int = 4,
+    overrides: trees.Rules[float | optax.Schedule] = (),
     rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES,
     replicated: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -92,6 +95,7 @@ def project_top_k(
     Args:
       density: Fraction of entries that stay, or an optax schedule of it by the number of updates so far.
       min_per_neuron: Nonzeros that every neuron keeps in each of its matrices.
+      overrides: Table of the parameters that have a density of their own.
       rules: Table of the parameters that are projected, and the axes along which their neurons lie; the
         default fits models of this library and any other tree. `MODEL_RULES` refuses unknown parameters.
       replicated: Whether every device holds all parameters, so that a TPU's kernels may work on whole
@@ -103,7 +107,7 @@ def project_top_k(
       searches in exploration steps only; between them the support stays, whatever the density.
 
     Raises:
-      UserError: A fixed density is outside (0, 1], or no rule matches a parameter.
+      UserError: A fixed density is outside (0, 1], a parameter has no rule, or an override no parameter.
 
     >>> import optax
     >>> optimizer = optax.chain(optax.sgd(1.0), project_top_k(0.5))
@@ -113,11 +117,11 @@ def project_top_k(
     >>> optax.apply_updates(params, updates)
     {'w': Array([4., 0., 0., 4.], dtype=float32)}
     """
-    if not callable(density) and not 0 < density <= 1:
-        raise UserError(f"density must be in (0, 1], got {density}")
+    densities = _checked((*overrides, (r".*", density)))
 
     def init(params):
         sparse = _matrices(params, rules)
+        _check_overrides(overrides, sparse)
         return ProjectTopKState(
             count=jnp.zeros((), jnp.int32),
             nonzeros={path: _count_nonzero(stack) for path, (stack, _) in sparse.items()},
@@ -131,10 +135,9 @@ def project_top_k(
         # What optax.apply_updates will store, in the dtype it will be stored in.
         after = jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)
         sparse = _matrices(after, rules)
-        now: Any = density(state.count) if callable(density) else float(density)
 
         def search():
-            jobs = [_job(stack, rule, now) for stack, rule in sparse.values()]
+            jobs = _jobs(sparse, densities, state.count)
             return select(jobs, min_per_neuron=min_per_neuron, replicated=replicated)
 
         def freeze():
@@ -143,15 +146,30 @@ def project_top_k(
 
         selections = search() if explore is None else lax.cond(explore, search, freeze)
         selected = dict(zip(sparse, selections, strict=True))
-
-        project = functools.partial(_project, selected)
-        return trees.map_with_path(project, params, updates), ProjectTopKState(
+        projected = trees.map_with_path(functools.partial(_project, selected), params, updates)
+        return projected, ProjectTopKState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             nonzeros={path: selection.nonzeros for path, selection in selected.items()},
             finite={path: selection.finite for path, selection in selected.items()},
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked(densities: trees.Rules[float | optax.Schedule]) -> trees.Rules[float | optax.Schedule]:
+    for _, density in densities:
+        if not callable(density) and not 0 < density <= 1:
+            raise UserError(f"density must be in (0, 1], got {density}")
+    return densities
+
+
+def _check_overrides(overrides: trees.Rules[Any], sparse: Iterable[str]) -> None:
+    for pattern, _ in overrides:
+        if not any(re.fullmatch(pattern, path) for path in sparse):
+            raise UserError(
+                f"overrides: {pattern!r} matches no projected parameter{closest(pattern, sparse)}; "
+                f"they are {', '.join(sparse)}"
+            )
 
 
 def _project(selected: dict[str, Selection], path: str, p: jax.Array, u: jax.Array) -> jax.Array:
@@ -162,9 +180,18 @@ def _project(selected: dict[str, Selection], path: str, p: jax.Array, u: jax.Arr
     return jnp.where(kept, u, -p)
 
 
-def _job(stack: jax.Array, rule: Sparse, density: jax.Array | float) -> Job:
-    """Returns a stack of matrices as `select` takes it."""
-    return stack, jnp.broadcast_to(budget(density, stack[0].size), stack.shape[:1]), rule.neuron_axis
+def _jobs(
+    sparse: dict[str, tuple[jax.Array, Sparse]],
+    densities: trees.Rules[float | optax.Schedule],
+    count: jax.Array,
+) -> list[Job]:
+    """Returns stacks of matrices as `select` takes them, with the budgets of this update."""
+    now: Any = [(pattern, value(count) if callable(value) else float(value)) for pattern, value in densities]
+    jobs = []
+    for path, (stack, rule) in sparse.items():
+        k = jnp.broadcast_to(budget(trees.match(now, path), stack[0].size), stack.shape[:1])
+        jobs.append((stack, k, rule.neuron_axis))
+    return jobs
 
 
 def _frozen(stack: jax.Array, before: jax.Array) -> Selection:

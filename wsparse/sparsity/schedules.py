@@ -11,21 +11,22 @@ import optax
 from wsparse.config import OptimizerConfig, SparsityConfig
 
 
-def density_schedule(config: SparsityConfig, steps: int) -> optax.Schedule:
+def density_schedule(config: SparsityConfig, steps: int, target: float | None = None) -> optax.Schedule:
     """Returns a schedule of the density: 1 until `anneal_start`, the target from `anneal_end` on.
 
     Its value at step i is the density after that step, of a run of `steps`; the step that ends the anneal
-    already has exactly `config.density`.
+    already has exactly the target, which is `config.density` or that of an override.
     """
     start, stop = config.anneal_start * steps, max(config.anneal_end * steps, 1)
+    final = config.density if target is None else target
 
     def schedule(step):
         progress = jnp.clip((step + 1 - start) / (stop - start), 0.0, 1.0)
         if config.anneal == "linear":
-            density = 1.0 + (config.density - 1.0) * progress
+            density = 1.0 + (final - 1.0) * progress
         else:
-            density = jnp.exp(jnp.log(config.density) * progress)
-        return jnp.where(progress >= 1.0, jnp.float32(config.density), density.astype(jnp.float32))
+            density = jnp.exp(jnp.log(final) * progress)
+        return jnp.where(progress >= 1.0, jnp.float32(final), density.astype(jnp.float32))
 
     return schedule
 

@@ -1,11 +1,19 @@
-"""Statistics of sparse training."""
+"""Statistics of sparse training, and what its settings leave to be trained."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from wsparse import trees
+from wsparse.config import SparsityConfig
+from wsparse.sparsity.project import MODEL_RULES, Dense
+
+# The parameters that tell tokens apart, and the axis of the tokens.
+_TOKEN_AXES = {"embed/tokens": 0, "head/unembed": 1}
 
 
 def alive_neurons(params: Any, fired_LF: jax.Array | None = None) -> jax.Array:
@@ -19,6 +27,55 @@ def alive_neurons(params: Any, fired_LF: jax.Array | None = None) -> jax.Array:
     if fired_LF is not None:
         alive &= fired_LF
     return jnp.sum(alive, axis=1, dtype=jnp.int32)
+
+
+def turnover(params: Any, updates: Any, nonzeros: dict[str, jax.Array]) -> jax.Array:
+    """Returns the share of the projected weights after an update that were zero before it, a float32 scalar.
+
+    Args:
+      params: Parameters before the update.
+      updates: What is added to them, after the projection.
+      nonzeros: `ProjectTopKState.nonzeros` after the update.
+    """
+    before, change = trees.flatten(params), trees.flatten(updates)
+    entered = [jnp.sum((before[path] == 0) & (change[path] != 0), dtype=jnp.int32) for path in nonzeros]
+    total = lambda counts: sum(jnp.sum(count.astype(jnp.float32)) for count in counts)
+    return total(entered) / jnp.maximum(total(nonzeros.values()), 1.0)
+
+
+def budget_warnings(config: SparsityConfig, params: Any) -> list[str]:
+    """Returns a line for each way in which the final densities leave nothing to choose, or too little to use.
+
+    Args:
+      config: Densities and floor.
+      params: Parameters of a model, or their shapes.
+    """
+    targets = (*config.targets, (".*", config.density))
+    full, poor = [], []
+    for path, leaf in trees.flatten(params).items():
+        rule: Any = trees.match(MODEL_RULES, path)
+        if isinstance(rule, Dense):
+            continue
+        shape, density = leaf.shape[rule.stacked :], trees.match(targets, path)
+        k = round(density * math.prod(shape))
+        neurons = 0 if rule.neuron_axis is None else shape[rule.neuron_axis]
+        if density < 1 and neurons and config.min_per_neuron * neurons >= k:
+            full.append(path)
+        if path in _TOKEN_AXES and k < 2 * shape[_TOKEN_AXES[path]]:
+            poor.append(f"{path}=1/{max(shape[1 - _TOKEN_AXES[path]] // 2, 1)}")
+    lines = []
+    if full:
+        lines.append(
+            f"sparsity.min_per_neuron={config.min_per_neuron} takes the whole budget of {', '.join(full)}: "
+            "all neurons have equally many weights there; a lower one leaves a choice"
+        )
+    if poor:
+        overrides = ",".join([*poor, *filter(None, [config.overrides])])
+        lines.append(
+            "fewer than 2 weights a token remain, too few to tell tokens apart: "
+            f"--config.sparsity.overrides='{overrides}' leaves 2"
+        )
+    return lines
 
 
 def kurtosis(x: jax.Array) -> jax.Array:
