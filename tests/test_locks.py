@@ -66,6 +66,14 @@ def test_a_second_holder_is_refused_in_one_line_that_names_the_first(tmp_path, o
         pass
 
 
+def test_a_lock_is_seen_to_be_held_while_its_holder_lives(tmp_path, other):
+    assert locks.is_held(tmp_path)
+    assert not locks.is_held(tmp_path, name=".other")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert (tmp_path / ".lock").exists() and not locks.is_held(tmp_path)
+
+
 def test_the_lock_of_a_killed_process_is_free(tmp_path, other):
     other.send_signal(signal.SIGKILL)
     other.wait()

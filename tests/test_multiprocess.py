@@ -314,9 +314,9 @@ def test_other_processes_are_joined_where_the_environment_has_them(monkeypatch, 
 def test_a_run_may_go_on_with_another_mesh_and_nothing_else_changed(source, tmp_path):
     config = make_config(source)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    train._refuse_other(tmp_path, dataclasses.replace(config, mesh=MeshConfig(tensor=2)))
+    train.refuse_other(tmp_path, dataclasses.replace(config, mesh=MeshConfig(tensor=2)))
     with pytest.raises(UserError, match="seed: 0 -> 1"):
-        train._refuse_other(tmp_path, dataclasses.replace(config, seed=1))
+        train.refuse_other(tmp_path, dataclasses.replace(config, seed=1))
 
 
 def test_a_buckets_url_is_refused_instead_of_becoming_a_local_folder(source, tmp_path, monkeypatch):

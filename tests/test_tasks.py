@@ -101,7 +101,7 @@ def test_scores_do_not_depend_on_how_rows_are_grouped(monkeypatch):
     expected = (tasks.task_loss(*chosen), tasks.task_accuracy(*chosen))
     for rows in (4, 14, 32):
         monkeypatch.setattr(command, "_ROWS", rows)
-        np.testing.assert_allclose(command._score(params, config, batch), expected, rtol=1e-5)
+        np.testing.assert_allclose(command.score(params, config, batch), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("module", ["wsparse.tasks", "wsparse.circuits.tasks"])

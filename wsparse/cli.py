@@ -10,6 +10,7 @@ from wsparse.errors import closest
 
 COMMANDS = {
     "train": ("wsparse.train", "Train a model from a recipe."),
+    "sweep": ("wsparse.sweep", "Train a grid of models, and plot them."),
     "tasks": ("wsparse.tasks", "Measure how well a run does each task."),
     "prune": ("wsparse.prune", "Find the circuits of a run."),
     "view": ("wsparse.view", "Write a run's circuits as one HTML page."),

@@ -61,6 +61,23 @@ def hold(folder: pathlib.Path, work: str, *, name: str = ".lock") -> Iterator[No
         os.close(file)
 
 
+def is_held(folder: pathlib.Path, *, name: str = ".lock") -> bool:
+    """Returns whether a process is known to hold the lock of a folder; those of other machines may not be."""
+    try:
+        file = os.open(folder / name, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
 def _acquire(path: pathlib.Path) -> int:
     """Returns the open file of the lock."""
     while True:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import logging
 import os
+import pathlib
+import platform
 import time
 from typing import Any
 
@@ -83,6 +86,18 @@ def accelerators() -> list[str]:
     """Returns the accelerators that this machine seems to have, "tpu" or "cuda", without asking jax."""
     kinds = {"tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*",)}
     return [kind for kind, patterns in kinds.items() if any(map(glob.glob, patterns))]
+
+
+def machine() -> str:
+    """Returns what this job runs on, such as "2 cores of Intel(R) Xeon(R) Processor" or "8 x TPU v5e"."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    names = [platform.processor() or platform.machine()]
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return f"{len(affinity(0))} cores of {names[0]}"
 
 
 def _arguments_from_environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pathlib
 import re
 import traceback
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 import ml_collections
@@ -25,6 +25,7 @@ from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import UserError, closest
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def folder() -> pathlib.Path:
@@ -80,6 +81,11 @@ def load(name: str, kind: str = "") -> ml_collections.ConfigDict:
     Raises:
       UserError: There is no such recipe or variant, or its code does not return a ConfigDict.
     """
+    return load_as(ml_collections.ConfigDict, name, kind, "wsparse.config.recipe makes one")
+
+
+def load_as(cls: type[T], name: str, kind: str, hint: str) -> T:
+    """Returns what the recipe of a name or path says, which must be of a class; see `load`."""
     path, _, variant = find(name, kind).partition(":")
     module = _module(pathlib.Path(path))
     known = getattr(module, "VARIANTS", None)
@@ -97,10 +103,9 @@ def load(name: str, kind: str = "") -> ml_collections.ConfigDict:
         line = f"{path}:{frames[-1].lineno}" if frames else path
         kind_of_error = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{line}: {kind_of_error}{error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, cls):
         raise UserError(
-            f"{path}: get_config() must return a ConfigDict (wsparse.config.recipe makes one), "
-            f"got {type(config).__name__}"
+            f"{path}: get_config() must return a {cls.__name__} ({hint}), got {type(config).__name__}"
         )
     return config
 

@@ -62,10 +62,10 @@ def report(
     notes = [f"refused: {reason}" for reason in refused.values()]
     for task, batches in zip(kept, built, strict=True):
         batch = batches[split]
-        score = "{:8.4f}{:10.3f}".format(*_score(run.params, run.config.model, batch)) if run else ""
+        scored = "{:8.4f}{:10.3f}".format(*score(run.params, run.config.model, batch)) if run else ""
         probed, note = _probed(task, tokenizer, n_pairs, seed, context)
         n_tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
-        lines.append(f"{batch.task:<28}{score}{probed}{n_tokens:>9}  {batch.form}")
+        lines.append(f"{batch.task:<28}{scored}{probed}{n_tokens:>9}  {batch.form}")
         notes += note
     lines = [*(lines if built else ()), *notes]
     for batch in [batches[split] for batches in built] if n_examples else ():
@@ -100,7 +100,7 @@ def _probed(
     return f"{accuracy:8.3f}  {by:<10}{accuracies['counts']:8.3f}", notes
 
 
-def _score(params: model.Params, config: ModelConfig, batch: pairs.TaskBatch) -> tuple[float, float]:
+def score(params: model.Params, config: ModelConfig, batch: pairs.TaskBatch) -> tuple[float, float]:
     """Returns the model's loss and accuracy on a batch."""
     columns = (batch.tokens, batch.position, batch.answer, batch.other)
     n_rows, margins = len(batch.position), []

@@ -66,7 +66,7 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
     """
     started = time.monotonic()
     _refuse_unwritable(workdir)
-    _refuse_other(workdir, config)
+    refuse_other(workdir, config)
     summary = workdir / "summary.json"
     # Process 0 decides: a network's file system may show the file to others later.
     if processes.gather(str(summary.exists()))[0] == "True":
@@ -96,8 +96,12 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
 # Folders ----------------------------------------------------------------------------------------------
 
 
-def _refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
-    """Refuse a folder that holds the run of another config."""
+def refuse_other(workdir: pathlib.Path, config: TrainConfig) -> None:
+    """Refuse a folder that holds the run of another config.
+
+    Raises:
+      UserError: It does; the keys that differ are named.
+    """
     path, ours = workdir / "config.json", to_dict(config)
     if not path.exists():
         return
@@ -491,6 +495,7 @@ class _Loop:
             "tokens_per_s": statistics.median(rates),
             "steps": self.step,
             "seconds": round(time.monotonic() - self.started, 1),
+            "machine": processes.machine(),
         }
         metrics.plot_curves(records, workdir / "curves.png")
         files.write_json(workdir / "summary.json", metrics.strict(summary))
