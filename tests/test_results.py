@@ -1,0 +1,166 @@
+"""Results of runs are kept by recipe and seed, and the docs' tables are made of nothing else."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+from train_case import finished, source  # noqa: F401
+
+from wsparse import recipes, results
+from wsparse.config import TrainConfig, from_dict
+from wsparse.errors import UserError
+from wsparse.sweeps import records
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+def tiny(**changes) -> TrainConfig:
+    return dataclasses.replace(results._recipe("tiny"), **changes)
+
+
+def entry(name="tiny", seed=0, *, loss=2.5, edges=None, config=None, digest="a", machine="2 cores", **losses):
+    def circuit(n):
+        return {"status": "missed"} if n is None else {"status": "found", "nodes": 3, "edges": n, "loss": 0.1}
+
+    return {
+        "name": name, "seed": seed, "config": config or results._telling(results._recipe(name)),
+        "digest": digest, "prune": "results" if edges else "", "machine": machine, "pairs": 128,
+        "val_loss": loss, "nonzeros": 41104, "parameters": 9, "tokens_per_s": 1.0, "steps": 5,
+        "seconds": 150.0, "task_losses": losses, "refused": [],
+        "circuits": {task: circuit(n) for task, n in (edges or {}).items()},
+    }  # fmt: skip
+
+
+def table(kind, entries, *names) -> list[list[str]]:
+    text = f"before\n<!-- results: {kind} {' '.join(names)} -->\nold\n<!-- end of results -->\nafter\n"
+    text = results.rewritten(text, entries)
+    assert text.startswith("before\n<!--") and text.endswith("<!-- end of results -->\nafter\n")
+    assert "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+# ---- Names ----
+
+
+@pytest.mark.parametrize("name", list(recipes.names()))
+def test_a_run_of_a_recipe_has_its_name_whatever_the_seed_and_the_mesh(name):
+    config = dataclasses.replace(results._recipe(name), seed=7, log_every=3)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1))
+    assert results.name(config) == name
+
+
+def test_a_run_with_overrides_is_named_after_the_nearest_recipe():
+    config = tiny(steps=450)
+    assert results.name(config) == "tiny,steps=450"
+    dense = dataclasses.replace(config.sparsity, density=1.0)
+    assert results.name(dataclasses.replace(config, sparsity=dense)) == "tiny:dense,steps=450"
+
+
+# ---- Runs ----
+
+
+def test_a_complete_run_is_taken_in_with_what_its_folder_says(finished, monkeypatch):  # noqa: F811
+    two = {name: records.task_lib.TASKS[name] for name in ("for_while", "class_init")}
+    monkeypatch.setattr(records.task_lib, "TASKS", two)
+    run = results.entry(finished.workdir, pairs=8)
+    summary = json.loads((finished.workdir / "summary.json").read_text())
+    assert (run["val_loss"], run["nonzeros"]) == (summary["val_loss"], summary["nonzeros"])
+    assert run["machine"] == summary["machine"]
+    assert run["seed"] == finished.config.seed and run["circuits"] == {} and run["prune"] == ""
+    assert set(run["task_losses"]) | set(run["refused"]) == set(two)
+    assert from_dict(TrainConfig, run["config"]).model == finished.config.model
+    assert results.run_folders(finished.workdir.parent) == [finished.workdir]
+
+
+def test_runs_of_several_machines_come_together_and_survive_the_file(tmp_path):
+    path = tmp_path / "results.json"
+    assert results.read(path) == []
+    first = [entry(seed=0, edges={"x": 3}), entry(seed=1)]
+    results.write(path, first)
+    assert results.read(path) == first
+    assert len(path.read_text().splitlines()) == 4
+    same, other = entry(seed=0, loss=2.4), entry(seed=1, loss=2.3, digest="b")
+    found = results.merged(first, [other, same, entry("small")])
+    assert [(run["name"], run["seed"], run["val_loss"]) for run in found] == [
+        ("small", 0, 2.5), ("tiny", 0, 2.4), ("tiny", 1, 2.3),
+    ]  # fmt: skip
+    # The same model scored anew has the circuits that were found in it; another model has not.
+    assert found[1]["circuits"] == first[0]["circuits"] and found[1]["prune"] == "results"
+    assert results.merged([entry(edges={"x": 3})], [entry(digest="b")])[0]["circuits"] == {}
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no complete one"):
+        results.run_folders(tmp_path)
+
+
+# ---- Tables ----
+
+
+def test_a_table_of_models_has_medians_ranges_and_the_number_of_seeds():
+    entries = [
+        entry(seed=0, loss=2.6, x=0.1, y=0.2), entry(seed=1, loss=2.5, x=0.1, y=0.1),
+        entry(seed=2, loss=2.7, x=0.3, y=0.4),
+    ]  # fmt: skip
+    header, _, row, unmeasured = table("models", entries, "tiny", "tiny:dense")
+    assert header[2:] == ["held-out loss", "tasks below 0.15", "nonzero weights", "minutes", "seeds"]
+    assert row[0] == "`tiny`" and row[1].startswith("d_model 128, 2 layers, 1 weight in 16")
+    assert row[2:] == ["2.600 (2.500 to 2.700)", "1 (0 to 2) of 2", "41,104", "2.5", "3"]
+    assert unmeasured[0] == "`tiny:dense`" and unmeasured[2:] == ["not measured", "", "", "", ""]
+
+
+def test_a_table_of_circuits_counts_seeds_and_compares_tasks_that_both_have():
+    entries = [
+        entry(seed=0, edges={"x": 4, "y": None, "z": 100}), entry(seed=1, edges={"x": 8, "y": 1, "z": 100}),
+        entry("small", edges={"x": 24, "y": 16, "z": None}),
+    ]  # fmt: skip
+    header, _, x, y, z, mean = table("circuits", entries, "tiny", "small")
+    assert header[1:5] == ["`tiny`: seeds", "nodes", "edges", "loss"]
+    assert x == ["`x`", "2 of 2", "3", "6 (4 to 8)", "0.100", "1 of 1", "3", "24", "0.100", "4.0"]
+    assert y[1:4] == ["1 of 2", "3", "1"] and y[-1] == "16.0"
+    assert z[5:] == ["0 of 1", "-", "-", "-", "-"]
+    # x and y: the square roots of 6 * 1 and of 24 * 16.
+    assert mean[0] == "**geometric mean** of the medians of 2 tasks that all have"
+    assert (mean[3], mean[7], mean[-1]) == ("**2.4**", "**19.6**", "8.0")
+
+
+def test_a_table_of_tasks_has_every_task_and_what_was_not_scored_is_a_dash():
+    rows = table("tasks", [entry(a=0.1), entry(seed=1, a=0.3, b=0.2), entry("small", b=0.5)])
+    assert rows[2:] == [["`a`", "0.200 (0.100 to 0.300)", "-"], ["`b`", "0.200", "0.500"]]
+
+
+def test_commands_and_machines_are_told_below_and_so_is_a_recipe_that_has_changed():
+    old = results._telling(tiny(steps=1))
+    entries = [entry(edges={"x": 1}, config=old), entry("small", edges={"x": 1}, machine="1 x H100")]
+    text = results.rewritten("<!-- results: circuits -->\n<!-- end of results -->", entries)
+    commands = "--config.seed=SEED`, then `python -m wsparse.prune --run=RUN --task=all --config=results`"
+    assert commands in text
+    assert "on 2 cores (tiny); 1 x H100 (small)." in text
+    assert "`tiny`\\*" in text and "`small`\\*" not in text
+    assert "\\*: the recipe has changed since." in text
+    # A second time changes nothing.
+    assert results.rewritten(text, entries) == text
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("model", "no table 'model' (did you mean 'models'?)"),
+        ("models tinny", "'tinny' (did you mean 'tiny'?)"),
+    ],
+)
+def test_a_marker_that_says_something_unknown_is_refused_with_its_document(marker, message):
+    with pytest.raises(UserError) as error:
+        results.rewritten(f"<!-- results: {marker} -->\n<!-- end of results -->", [], "README.md")
+    assert str(error.value).startswith("README.md: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_the_tables_of_the_docs_are_those_of_the_stored_results(document):
+    stored = results.read(REPO / "docs" / "results.json")
+    text = (REPO / document).read_text()
+    if not stored:
+        pytest.skip("nothing is stored yet")
+    assert results.rewritten(text, stored) == text, "run python -m wsparse.results"

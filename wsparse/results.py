@@ -1,0 +1,328 @@
+"""Results of runs, kept as JSON, and the tables of the docs made of it: `python -m wsparse.results`.
+
+python -m wsparse.results --add=runs/sweeps/recipes   takes in every complete run of a folder, too
+python -m wsparse.results                             writes the tables
+
+A run is known by its recipe, with what its config changes, and by its seed; it replaces an earlier one of the
+same. So runs of several machines come together in one file, and their folders are not needed again. In the
+docs a table stands between `<!-- results: KIND NAME ... -->` and `<!-- end of results -->`:
+
+models NAME ...     held-out loss, tasks, nonzeros and minutes of recipes (all, where none is named)
+tasks NAME ...      loss of every task on the report split
+circuits NAME ...   nodes, edges and loss of every task's circuit, and the ratio of edges between two recipes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+import logging
+import pathlib
+import re
+import statistics
+from typing import Any
+
+from absl import flags
+
+from wsparse import files, recipes, runs
+from wsparse.circuits import report
+from wsparse.circuits.circuit import Status
+from wsparse.circuits.settings import Settings
+from wsparse.command import run_command
+from wsparse.config import TrainConfig, differences, from_dict, to_dict
+from wsparse.errors import UserError, closest
+from wsparse.sweeps import records
+from wsparse.sweeps.records import spread
+
+log = logging.getLogger(__name__)
+
+# The stored form of a run: `records.read`, with "name", "seed", "config" and "prune".
+Entry = dict[str, Any]
+
+_MARKED = re.compile(r"(<!-- results: (\w+)([^\n]*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+# Keys that change how a run is computed or logged, and not what comes out.
+_IDLE = ("seed", "mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+_IDLE_DATA = ("threads", "prefetch")
+# Beside the name of a recipe that has changed since.
+_CHANGED = "\\*"
+
+
+# Runs -------------------------------------------------------------------------------------------------
+
+
+def entry(folder: pathlib.Path, *, pairs: int) -> Entry:
+    """Returns the results of a run; its model is scored on `pairs` pairs of each task's report split."""
+    config = runs.read_config(folder)
+    record = records.read(folder, pairs=pairs)
+    return {
+        "name": name(config),
+        "seed": config.seed,
+        "config": _telling(config),
+        "prune": _prune_recipe(folder / "circuits"),
+        **record,
+    }
+
+
+def name(config: TrainConfig) -> str:
+    """Returns the recipe of a config, with the keys that differ: "tiny", "tiny,steps=450"."""
+    changes = {recipe: differences(_telling(_recipe(recipe)), _telling(config)) for recipe in recipes.names()}
+    nearest = min(changes, key=lambda recipe: len(changes[recipe]))
+    changed = (re.fullmatch(r"([\w.]+): .* -> (.*)", line, re.DOTALL) for line in changes[nearest])
+    return ",".join([nearest, *(f"{found[1]}={_plain(found[2])}" for found in changed if found)])
+
+
+def _plain(text: str) -> str:
+    """Returns a value as it may stand in a marker, without quotes and spaces."""
+    return re.sub(r"[\s'\"]", "", text)
+
+
+def _recipe(recipe: str) -> TrainConfig:
+    return from_dict(TrainConfig, recipes.load(recipe).to_dict())
+
+
+def _telling(config: TrainConfig) -> dict[str, Any]:
+    """Returns what a config says about the results."""
+    values = {key: value for key, value in to_dict(config).items() if key not in _IDLE}
+    values["data"] = {key: value for key, value in values["data"].items() if key not in _IDLE_DATA}
+    return values
+
+
+def _prune_recipe(circuits: pathlib.Path) -> str:
+    """Returns the name of the recipe by whose settings a run was pruned, "" for none or for others."""
+    made = [Status.load(path.parent).settings for path in sorted(circuits.glob("*/status.json"))]
+    for recipe in recipes.names("prune"):
+        settings = to_dict(from_dict(Settings, recipes.load(recipe, "prune").to_dict()))
+        if made and all(used == settings for used in made):
+            return recipe
+    return ""
+
+
+def read(path: pathlib.Path) -> list[Entry]:
+    """Returns the stored runs, none where there is no file yet."""
+    return files.read_json(path)["runs"] if path.exists() else []
+
+
+def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    """Returns the runs of both by name and seed; a new one inherits the circuits of the same model."""
+    found = {(run["name"], run["seed"]): run for run in old}
+    for run in new:
+        key = run["name"], run["seed"]
+        before = found.get(key)
+        if before and before["digest"] == run["digest"] and not run["circuits"]:
+            run = run | {"circuits": before["circuits"], "prune": before["prune"]}
+        found[key] = run
+    return [found[key] for key in sorted(found)]
+
+
+def write(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    """Writes runs, one in a line, so that a change of one is a change of its line."""
+    lines = ",\n".join(json.dumps(run) for run in entries)
+    with files.replacing(path) as part:
+        part.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def run_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folder, if it is a run, or the complete runs in it."""
+    if (folder / "config.json").exists():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("**/summary.json"))
+    if not found:
+        raise UserError(f"{folder} is not a run, and holds no complete one")
+    return found
+
+
+# Tables -----------------------------------------------------------------------------------------------
+
+
+def rewritten(text: str, entries: Sequence[Entry], where: str = "") -> str:
+    """Returns a document with the tables between its markers made anew.
+
+    Raises:
+      UserError: A marker names an unknown kind of table, or a run that is neither stored nor a recipe.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, kind, arguments, end = match.groups()
+        if kind not in _TABLES:
+            near = closest(kind, _TABLES)
+            raise UserError(f"{where}: no table {kind!r}{near}; known are {', '.join(_TABLES)}")
+        stored = list(dict.fromkeys(run["name"] for run in entries))
+        names = arguments.split() or stored
+        for wanted in names:
+            known = [*stored, *recipes.names()]
+            if wanted not in known:
+                raise UserError(f"{where}: no run or recipe {wanted!r}{closest(wanted, known)}")
+        groups = {wanted: [run for run in entries if run["name"] == wanted] for wanted in names}
+        return f"{begin}{_TABLES[kind](groups)}{_made_by(kind, groups)}{end}"
+
+    return _MARKED.sub(table, text)
+
+
+# Name -> its runs, in order of seeds.
+_Groups = Mapping[str, Sequence[Entry]]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _models(groups: _Groups) -> str:
+    header = ("recipe", "model", "held-out loss", f"tasks below {records.BAR}", "nonzero weights", "minutes")
+    rows = []
+    for wanted, entries in groups.items():
+        if not entries:
+            rows.append([f"`{wanted}`", _shape(_telling(_recipe(wanted))), "not measured", "", "", "", ""])
+            continue
+        metrics = [records.metrics(run) for run in entries]
+        n_tasks = max(len(run["task_losses"]) for run in entries)
+        columns = [
+            spread([m[key] for m in metrics], form)
+            for key, form in (("val_loss", ".3f"), ("tasks", "g"), ("nonzeros", ",.0f"), ("minutes", ".1f"))
+        ]
+        columns[1] += f" of {n_tasks}"
+        rows.append([_shown(wanted, entries), _shape(entries[0]["config"]), *columns, str(len(entries))])
+    return _table([*header, "seeds"], rows)
+
+
+def _shown(wanted: str, entries: Sequence[Entry]) -> str:
+    """Returns a name as tables show it; a star where its recipe has changed since."""
+    if wanted not in recipes.names() or all(_made_of(run) == _telling(_recipe(wanted)) for run in entries):
+        return f"`{wanted}`"
+    return f"`{wanted}`{_CHANGED}"
+
+
+def _made_of(run: Entry) -> dict[str, Any] | None:
+    """Returns what the config of a stored run says today; None where it is not one any more."""
+    try:
+        return _telling(from_dict(TrainConfig, run["config"]))
+    except UserError:
+        return None
+
+
+def _shape(config: Mapping[str, Any]) -> str:
+    model, density = config["model"], config["sparsity"]["density"]
+    sparse = "every weight" if density == 1 else f"1 weight in {1 / density:.4g}"
+    layers = f"{model['n_layer']} layer{'s' * (model['n_layer'] != 1)}"
+    return f"d_model {model['d_model']}, {layers}, {sparse}, {config['steps']:,} steps"
+
+
+def _task_names(groups: _Groups, key: str) -> list[str]:
+    return sorted({task for entries in groups.values() for run in entries for task in run[key]})
+
+
+def _tasks(groups: _Groups) -> str:
+    rows = []
+    for task in _task_names(groups, "task_losses"):
+        losses = [
+            [run["task_losses"][task] for run in entries if task in run["task_losses"]]
+            for entries in groups.values()
+        ]
+        rows.append([f"`{task}`", *(spread(values, ".3f") for values in losses)])
+    return _table(["task", *(_shown(*group) for group in groups.items())], rows)
+
+
+def _circuits(groups: _Groups) -> str:
+    header = ["task"]
+    for wanted, entries in groups.items():
+        header += [f"{_shown(wanted, entries)}: seeds", "nodes", "edges", "loss"]
+    rows, edges = [], {}
+    for task in _task_names(groups, "circuits"):
+        row, medians = [f"`{task}`"], []
+        for entries in groups.values():
+            tried = [run for run in entries if task in run["circuits"]]
+            held = [records.found(run)[task] for run in tried if task in records.found(run)]
+            columns = (spread([c[key] for c in held], f) for key, f in (("nodes", ",.0f"), ("edges", ",.0f")))
+            row += [f"{len(held)} of {len(tried)}", *columns, spread([c["loss"] for c in held], ".3f")]
+            medians += [statistics.median(c["edges"] for c in held)] if held else []
+        if len(medians) == len(groups):
+            edges[task] = medians
+        rows.append([*row, *_ratio(medians, groups)])
+    if edges:
+        means = [report.geometric_mean(list(column)) for column in zip(*edges.values(), strict=True)]
+        n_tasks = f"{len(edges)} task{'s' * (len(edges) != 1)}"
+        row = [f"**geometric mean** of the medians of {n_tasks} that all have"]
+        for mean in means:
+            row += ["", "", f"**{mean:,.1f}**", ""]
+        rows.append([*row, *_ratio(means, groups)])
+    return _table([*header, *(["ratio of edges"] if len(groups) == 2 else [])], rows)
+
+
+def _ratio(edges: Sequence[float], groups: _Groups) -> list[str]:
+    """Returns the column of ratios between two recipes: nothing for other numbers of them."""
+    if len(groups) != 2:
+        return []
+    return [f"{max(edges[1], 1) / max(edges[0], 1):.1f}" if len(edges) == 2 else "-"]
+
+
+_TABLES: dict[str, Callable[[_Groups], str]] = {"models": _models, "tasks": _tasks, "circuits": _circuits}
+
+
+def _made_by(kind: str, groups: _Groups) -> str:
+    """Returns what stands below a table: what its numbers are, the commands, and the machines."""
+    entries = [run for group in groups.values() for run in group]
+    if not entries:
+        return "\n"
+    machines: dict[str, list[str]] = {}
+    for run in entries:
+        machines.setdefault(run["machine"], []).append(run["name"])
+    on = "; ".join(
+        where if len(machines) == 1 else f"{where} ({', '.join(dict.fromkeys(names))})"
+        for where, names in machines.items()
+    )
+    pairs = " or ".join(map(str, sorted({run["pairs"] for run in entries})))
+    lines = [
+        f"Medians, with the range over seeds; tasks on {pairs} pairs each of the report split.",
+        "`python -m wsparse.train --config=NAME --config.seed=SEED`",
+    ]
+    if any("," in run["name"] for run in entries):
+        lines[-1] += ", where `KEY=VALUE` in a name is `--config.KEY=VALUE`"
+    if kind == "circuits":
+        lines[0] = "Medians, with the range over seeds whose circuit reaches the target on the report split."
+        used = sorted({run["prune"] or "other settings" for run in entries if run["circuits"]})
+        lines[-1] += f", then `python -m wsparse.prune --run=RUN --task=all --config={' or '.join(used)}`"
+    lines[-1] += f"; on {on}."
+    if any(_shown(*group).endswith(_CHANGED) for group in groups.items()):
+        lines.append(f"{_CHANGED}: the recipe has changed since.")
+    return "\n" + "\n".join(lines) + "\n"
+
+
+# The command ------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; see the module's docstring."""
+    del argv
+    options: Any = flags.FLAGS
+    path = pathlib.Path(options.json)
+    entries = read(path)
+    new = []
+    for folder in (found for given in options.add for found in run_folders(pathlib.Path(given))):
+        new.append(entry(folder, pairs=options.pairs))
+        log.info("%s: %s, seed %d", folder, new[-1]["name"], new[-1]["seed"])
+    entries = merged(entries, new)
+    texts = {}
+    for document in map(pathlib.Path, options.docs):
+        before = document.read_text(encoding="utf-8")
+        texts[document] = before, rewritten(before, entries, str(document))
+    if new:
+        write(path, entries)
+    for document, (before, after) in texts.items():
+        if before != after:
+            with files.replacing(document) as part:
+                part.write_text(after, encoding="utf-8")
+            log.info("%s: written", document)
+    return 0
+
+
+def define_flags() -> None:
+    """Define the flags of the command."""
+    flags.DEFINE_list("add", [], "Run folders, or folders with runs in them, whose results are taken in.")
+    flags.DEFINE_integer("pairs", 128, "Pairs of the report split to score added models on.", lower_bound=1)
+    flags.DEFINE_string("json", "docs/results.json", "Where results are kept.")
+    flags.DEFINE_list("docs", ["README.md", "docs/results.md"], "Documents whose tables are written.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_command(main)
