@@ -10,6 +10,7 @@ from wsparse.config import OptimizerConfig, SparsityConfig
 from wsparse.sparsity import (
     alive_neurons,
     density_schedule,
+    exploration_steps,
     gradient_rms,
     kurtosis,
     learning_rate_schedule,
@@ -64,6 +65,43 @@ def test_the_learning_rate_warms_up_decays_to_zero_and_follows_the_density(warmu
     factor = 1 / np.sqrt([float(density(i)) for i in range(steps + 1)])
     np.testing.assert_allclose(rates[True], plain * factor, rtol=1e-5)
     np.testing.assert_allclose(factor[-1], 8)
+
+
+# Exploration steps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [2, 8, 30])
+@pytest.mark.parametrize("settings", [
+    {"density": 1 / 16, "anneal_end": 0.4},
+    {"density": 1 / 1000, "anneal": "exponential", "anneal_start": 0.25, "anneal_end": 0.75},
+    {"density": 1 / 64, "anneal_end": 1.0, "overrides": "embed/tokens=1/512"},
+])  # fmt: skip
+def test_steps_explore_at_high_densities_and_when_due_or_a_density_falls_fast_or_is_reached(every, settings):
+    steps, config = 317, SparsityConfig(explore_every=every, **settings)
+    explores = exploration_steps(config, steps)
+    schedules = [density_schedule(config, steps, target) for target in (None, *dict(config.targets).values())]
+    densities = np.stack([np.asarray(jax.vmap(schedule)(jnp.arange(steps))) for schedule in schedules])
+    assert explores[0]
+    (numbers,) = np.nonzero(explores)
+    for last, following in zip(numbers, [*numbers[1:], steps], strict=True):
+        assert following - last <= every
+        # Between two of them little falls, at low densities, and what is reached is reached in one of them.
+        frozen = densities[:, last + 1 : following]
+        assert (frozen >= 0.95 * densities[:, [last]]).all()
+        assert (frozen[0] <= 1 / 16).all()
+        assert ((frozen > densities[:, [-1]]) | (densities[:, [last]] == densities[:, [-1]])).all()
+    if settings["anneal_end"] < 1:
+        after = numbers[numbers > settings["anneal_end"] * steps]
+        assert (np.diff(after) == every).all()
+        assert explores.mean() < 0.9
+    else:
+        assert explores[-1]
+
+
+def test_every_step_explores_without_phases_or_sparsity():
+    assert exploration_steps(SparsityConfig(explore_every=1), 50).all()
+    assert exploration_steps(SparsityConfig(explore_every=8, density=1.0), 50).all()
+    assert not exploration_steps(SparsityConfig(explore_every=8), 50).all()
 
 
 # Gradient scale ------------------------------------------------------------------------------------

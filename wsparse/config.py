@@ -181,8 +181,8 @@ class SparsityConfig:
     )
     explore_every: int = setting(
         1,
-        "Steps from one exploration step, in which weights can enter, to the next; in between only weights "
-        "that are not zero are trained. 1 explores in every step.",
+        "Steps from one exploration step, in which weights can enter, to the next, once the density is below "
+        "1/16 or final; in between only weights that are not zero are trained. 1 explores in every step.",
         "at least 1",
     )
 

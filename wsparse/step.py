@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from wsparse import model, sharding, sparsity, trees
-from wsparse.config import ModelConfig, SparsityConfig, TrainConfig
+from wsparse.config import ModelConfig, TrainConfig
 from wsparse.nodes import CONNECTIONS
 
 # The sharding of a batch of held-out windows.
@@ -46,8 +46,8 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
 
     The projection needs to know whether the parameters are replicated over the mesh.
     """
-    settings, every = config.optimizer, config.sparsity.explore_every
-    in_phases = every > 1 and config.sparsity.sparse
+    settings, explores = config.optimizer, sparsity.exploration_steps(config.sparsity, config.steps)
+    in_phases = not explores.all()
     density = sparsity.density_schedule(config.sparsity, config.steps)
     rate = sparsity.learning_rate_schedule(settings, config.steps, density=density)
     scale, form = [], settings.gradient_rms
@@ -65,6 +65,7 @@ def make_optimizer(config: TrainConfig, *, mesh: Mesh | None = None) -> optax.Gr
     )
     if not in_phases:
         return transform
+    every = lambda count: jnp.asarray(explores)[count]
     return sparsity.support_phases(transform, every, rules=sparsity.MODEL_RULES)
 
 
@@ -137,22 +138,23 @@ def train_step(
         "kurtosis": jnp.mean(kurtosis),
         "gradient_rms": sparsity.gradient_rms(gradients),
         "finite": projection.finite,
-        "turnover": _turnover(state, updates, projection.nonzeros, config.sparsity),
+        "turnover": _turnover(state, updates, projection.nonzeros, config),
     }
     return TrainState(state.step + 1, params, optimizer), report
 
 
 def _turnover(
-    state: TrainState, updates: Any, nonzeros: dict[str, jax.Array], config: SparsityConfig
+    state: TrainState, updates: Any, nonzeros: dict[str, jax.Array], config: TrainConfig
 ) -> jax.Array:
     def count():
         return sparsity.turnover(state.params, updates, nonzeros)
 
-    if not config.sparse:
+    explores = sparsity.exploration_steps(config.sparsity, config.steps)
+    if not config.sparsity.sparse:
         return jnp.float32(0)
-    if config.explore_every == 1:
+    if explores.all():
         return count()
-    return lax.cond(state.step % config.explore_every == 0, count, lambda: jnp.float32(0))
+    return lax.cond(jnp.asarray(explores)[state.step], count, lambda: jnp.float32(0))
 
 
 def project(params: model.Params, *, config: TrainConfig, mesh: Mesh | None = None) -> model.Params:

@@ -291,6 +291,7 @@ class _Loop:
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.stop_signal = 0
         self.density = sparsity.density_schedule(config.sparsity, config.steps)
+        self.explores = sparsity.exploration_steps(config.sparsity, config.steps)
         self.rate = sparsity.learning_rate_schedule(config.optimizer, config.steps, density=self.density)
         self.progress = progress(config.steps, "step", start=self.step, seconds_per_line=None)
 
@@ -393,7 +394,7 @@ class _Loop:
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {self._advice()}"
             )
         self.losses.append(float(report["loss"]))
-        if (step - 1) % self.config.sparsity.explore_every == 0:
+        if self.explores[step - 1]:
             self.turnover = float(report["turnover"])
 
     def _advice(self) -> str:

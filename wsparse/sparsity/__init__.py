@@ -16,6 +16,7 @@ from wsparse.sparsity.project import (
 )  # fmt: skip
 from wsparse.sparsity.schedules import (
     density_schedule,
+    exploration_steps,
     gradient_rms,
     learning_rate_schedule,
     scale_by_gradient_rms,
@@ -24,7 +25,7 @@ from wsparse.sparsity.statistics import alive_neurons, budget_warnings, kurtosis
 
 __all__ = [
     "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "SupportPhasesState", "abs_top_k",
-    "alive_neurons", "budget", "budget_warnings", "density_schedule", "find_state", "gradient_rms",
-    "keep_top_k", "kurtosis", "l0", "learning_rate_schedule", "nonfinite_matrices", "project_top_k",
-    "resting_moments", "scale_by_gradient_rms", "support_phases", "turnover",
+    "alive_neurons", "budget", "budget_warnings", "density_schedule", "exploration_steps", "find_state",
+    "gradient_rms", "keep_top_k", "kurtosis", "l0", "learning_rate_schedule", "nonfinite_matrices",
+    "project_top_k", "resting_moments", "scale_by_gradient_rms", "support_phases", "turnover",
 ]  # fmt: skip

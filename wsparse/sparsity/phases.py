@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +27,11 @@ class SupportPhasesState(NamedTuple):
 
 def support_phases(
     transform: optax.GradientTransformationExtraArgs,
-    every: int,
+    every: int | Callable[[jax.Array], jax.Array],
     *,
     rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES,
 ) -> optax.GradientTransformationExtraArgs:
-    """Freeze the support of projected parameters between exploration steps, one in `every`.
+    """Freeze the support of projected parameters between exploration steps.
 
     In an exploration step, the first of which is the first update, the transform sees all gradients, and
     weights can enter and leave. In between, an entry that is zero has no gradient and stays zero. The parts
@@ -44,7 +45,8 @@ def support_phases(
 
     Args:
       transform: Chain of transforms to wrap.
-      every: Updates from one exploration step to the next; with 1 every step explores.
+      every: Updates from one exploration step to the next, where 1 means that every step explores; or whether
+        an update explores, as a function of the number of those before it.
       rules: Table of the projected parameters; all entries of the others are trained in every step.
     """
 
@@ -52,7 +54,7 @@ def support_phases(
         return SupportPhasesState(jnp.zeros((), jnp.int32), transform.init(params))
 
     def update(updates, state, params=None, **extra: Any):
-        explore = state.count % every == 0
+        explore = every(state.count) if callable(every) else state.count % every == 0
 
         def trained(path, param):
             if isinstance(trees.match(rules, path), Dense):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from wsparse.config import OptimizerConfig, SparsityConfig
+
+# A support that loses many weights at once is chosen worse (docs/training.md). While the density is above the
+# first number every step explores, since steps over the nonzeros would not be cheaper; below it the density
+# falls by at most the second, as a part of itself, from one exploration step to the next.
+ALWAYS_ABOVE, LARGEST_DROP = 1 / 16, 0.05
 
 
 def density_schedule(config: SparsityConfig, steps: int, target: float | None = None) -> optax.Schedule:
@@ -29,6 +36,30 @@ def density_schedule(config: SparsityConfig, steps: int, target: float | None = 
         return jnp.where(progress >= 1.0, jnp.float32(final), density.astype(jnp.float32))
 
     return schedule
+
+
+@functools.cache
+def exploration_steps(config: SparsityConfig, steps: int) -> np.ndarray:
+    """Returns bool `(steps,)`: which steps of a run explore.
+
+    They are the steps above a density of `ALWAYS_ABOVE`; each that comes `config.explore_every` after the
+    last; and before that, each in which a density would have fallen by more than `LARGEST_DROP` of itself,
+    or reaches its target.
+    """
+    if config.explore_every == 1 or not config.sparse:
+        return np.ones(steps, bool)
+    targets = np.array([config.density, *(target for _, target in config.targets)], np.float32)
+    # A caller may be tracing.
+    with jax.ensure_compile_time_eval():
+        schedules = [density_schedule(config, steps, float(target)) for target in targets]
+        densities = np.stack([schedule(jnp.arange(steps)) for schedule in schedules], axis=1)
+    explores, last, before = densities[:, 0] > max(ALWAYS_ABOVE, config.density), -config.explore_every, 1.0
+    for step, now in enumerate(densities):
+        fallen = (now < (1 - LARGEST_DROP) * before) | ((now == targets) & (before != targets))
+        explores[step] |= step - last >= config.explore_every or fallen.any()
+        if explores[step]:
+            last, before = step, now
+    return explores
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int, *, density: optax.Schedule) -> optax.Schedule:
