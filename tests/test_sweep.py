@@ -221,7 +221,7 @@ def test_a_cell_that_another_worker_computes_is_waited_for(recipe, in_process, t
 
     monkeypatch.setattr(sweep.time, "sleep", other_worker)
     assert sweep.run(plan, folder) == 0
-    assert "1 cells are with other workers: waiting for them, in case one dies" in logged
+    assert "cells with other workers: 1; waiting for them, in case one dies" in logged
     assert not any(line.startswith("[1/1]") for line in logged)
 
 

@@ -57,16 +57,24 @@ def run(sweep: Sweep, folder: pathlib.Path, *, retry: bool = False) -> int:
         if retry:
             (folder / cell.name / _FAILURE).unlink(missing_ok=True)
     files.make_folder(folder)
-    # Those whose process was told to stop, though this one was not.
+    # Cells whose process was told to stop, though this one was not; and how many were last waited for.
     stopped: set[str] = set()
+    told = 0
     while left := [cell for cell in cells if cell.name not in stopped and _is_left(folder, cell)]:
-        statuses = [_begin(folder, cell, cells) for cell in left]
-        stopped |= {c.name for c, s in zip(left, statuses, strict=True) if s in _STOPPED}
-        if all(status == worker.BUSY for status in statuses):
-            log.info("%d cells are with other workers: waiting for them, in case one dies", len(left))
-            time.sleep(_POLL)
-        else:
+        n_busy = 0
+        for cell in left:
+            status = _begin(folder, cell, cells)
+            if status == worker.BUSY:
+                n_busy += 1
+                continue
+            if status in _STOPPED:
+                stopped.add(cell.name)
             report.write(folder, sweep, _results(folder, cells))
+        if n_busy == len(left):
+            if n_busy != told:
+                log.info("cells with other workers: %d; waiting for them, in case one dies", n_busy)
+            told = n_busy
+            time.sleep(_POLL)
     results = _results(folder, cells)
     log.info("%s\nwritten to %s", report.write(folder, sweep, results), folder)
     if missing := len(cells) - len(results):

@@ -42,9 +42,9 @@ def line(record: Mapping[str, Any]) -> str:
     values = records.metrics(record)
     text = f"held-out loss {values['val_loss']:.4f}, {values['nonzeros']:,} nonzero weights"
     if "tasks" in values:
-        text += f", {values['tasks']} tasks below {records.BAR}"
+        text += f", {values['tasks']} of {len(record['task_losses'])} tasks below {records.BAR}"
     if "edges" in values:
-        text += f", {values['circuits']} circuits of {values['edges']:.1f} edges"
+        text += f", circuits: {values['circuits']}, of {values['edges']:.1f} edges"
     return text
 
 
