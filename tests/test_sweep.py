@@ -92,6 +92,10 @@ def test_a_wrong_key_or_value_is_refused_with_the_name_of_its_cell(recipe, overr
     ("options", "message"),
     [
         ({"points": ()}, "at least one point"),
+        ({"tasks": "all"}, "tasks must be a tuple, such as (x,), got 'all'"),
+        ({"seeds": 3}, "seeds must be a tuple"),
+        ({"seeds": (0, "1")}, "width=1_seed=1: config key 'seed' must be of type int"),
+        ({"seeds": (0, 0)}, "two points of the sweep are width=1_seed=0"),
         ({"seeds": ()}, "at least one point and one seed"),
         ({"tasks": ("for_whale",)}, "did you mean 'for_while'?"),
         ({"tasks": ("all",), "prune": "quik"}, "did you mean 'quick'?"),

@@ -44,6 +44,9 @@ class Plot:
     y: str = "val_loss"
     lines: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        _require_tuples(self, "lines")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -62,6 +65,7 @@ class Sweep:
 
     def __post_init__(self):
         check(self)
+        _require_tuples(self, "points", "seeds", "tasks", "plots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,13 @@ class Cell:
     pairs: int
     tasks: tuple[str, ...] = ()
     settings: Settings | None = None
+
+
+def _require_tuples(value: Any, *names: str) -> None:
+    # ("all") is a string, and a string has letters.
+    for name in names:
+        given = getattr(value, name)
+        require(isinstance(given, (tuple, list)), f"{name} must be a tuple, such as (x,)", given)
 
 
 def cells(sweep: Sweep) -> list[Cell]:
