@@ -13,7 +13,7 @@ Shapes: B rows, T time, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import itertools
@@ -48,13 +48,17 @@ class Task:
       stream: `(seed, split) -> pairs`, always the same for the same arguments; may be endless.
       forms: The candidates' surface forms, best first.
       equal_lengths: Skip pairs whose prompts differ in length, where enough pairs do not.
+      local: Why one token decides, in a task where it does by its nature; else "".
+      has_knobs: Whether the stream takes `knobs=`, values of knobs that are not to be drawn.
     """
 
     name: str
     summary: str
-    stream: Callable[[int, Split], Iterator[Pair]]
+    stream: Callable[..., Iterator[Pair]]
     forms: tuple[Form, ...] = (Form(),)
     equal_lengths: bool = True
+    local: str = ""
+    has_knobs: bool = False
 
 
 class PairArrays(NamedTuple):
@@ -81,6 +85,7 @@ class TaskBatch:
       answers: Text of each row's answer.
       continuations: `prompts[i] + answers[i] + continuations[i]` is the program behind row i.
       templates: What each pair was made from.
+      knobs: What each pair was drawn with, by the names of `wsparse.pytext.draw`.
       form: Form of the candidates.
     """
 
@@ -92,6 +97,7 @@ class TaskBatch:
     answers: list[str]
     continuations: list[str]
     templates: list[str]
+    knobs: list[Mapping[str, int]]
     task: str
     form: str
     split: Split
@@ -119,6 +125,7 @@ def build(
     *,
     split: Split = "search",
     max_tokens: int | None = None,
+    knobs: Mapping[str, int] | None = None,
 ) -> TaskBatch:
     """Encodes the first `n_pairs` distinct pairs of a task that fit the tokenizer.
 
@@ -128,9 +135,10 @@ def build(
       tokenizer: Decides the form of the candidates, which all splits and seeds share.
       n_pairs: Number of pairs; the batch has twice as many rows.
       max_tokens: Longest prompt to use, the model's context for instance.
+      knobs: Knobs that are not drawn, of a built-in task.
 
     Raises:
-      UserError: The split does not exist, the tokenizer fits none of the task's forms, or the task cannot
+      UserError: The split does not exist, the task has no such knob or none with this value, the tokenizer fits none of the task's forms, or the task cannot
         make that many distinct pairs.
     """
     if split not in SPLITS:
@@ -139,8 +147,11 @@ def build(
         raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
     form, equal = _choose_form(task, tokenizer)
     encode = functools.partial(_encode, tokenizer, form=form, equal=equal, max_tokens=max_tokens)
-    sides, templates, skipped = _distinct(task.stream(seed, split), encode, n_pairs)
-    if (made := len(templates)) < n_pairs:
+    if knobs and not task.has_knobs:
+        raise UserError(f"task {task.name!r} has no knobs; those of the built-in tasks have")
+    stream = task.stream(seed, split, knobs=knobs) if knobs else task.stream(seed, split)
+    sides, drawn, skipped = _distinct(stream, encode, n_pairs)
+    if (made := len(drawn)) < n_pairs:
         raise UserError(
             f"task {task.name!r} makes only {made} distinct pairs for split {split!r} and seed {seed} with "
             f"this tokenizer, {n_pairs} were asked for{skipped}{f'; --pairs={made} would do' if made else ''}"
@@ -158,7 +169,8 @@ def build(
         prompts=[side.prompt for side in sides],
         answers=[side.text for side in sides],
         continuations=[side.continuation for side in sides],
-        templates=templates,
+        templates=[pair.template for pair in drawn],
+        knobs=[pair.knobs for pair in drawn],
         task=task.name,
         form=str(form),
         split=split,
@@ -195,10 +207,10 @@ class _Unfit(Exception):
 
 def _distinct(
     stream: Iterator[Pair], encode: Callable[[Pair], list[_Side]], n_pairs: int
-) -> tuple[list[_Side], list[str], str]:
-    """Returns the sides and templates of up to `n_pairs` pairs, and in words how many were skipped."""
+) -> tuple[list[_Side], list[Pair], str]:
+    """Returns the sides of up to `n_pairs` pairs, the pairs, and in words how many were skipped."""
     sides: list[_Side] = []
-    templates: list[str] = []
+    drawn: list[Pair] = []
     prompts: set[str] = set()
     n_skipped, in_vain, skipped = 0, 0, ""
     for pair in stream:
@@ -215,10 +227,10 @@ def _distinct(
         in_vain = 0
         prompts |= {side.prompt for side in encoded}
         sides += encoded
-        templates.append(pair.template)
-        if len(templates) == n_pairs:
+        drawn.append(pair)
+        if len(drawn) == n_pairs:
             break
-    return sides, templates, skipped
+    return sides, drawn, skipped
 
 
 def _encode(

@@ -46,7 +46,14 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TASKS: dict[str, Task] = {
-    name: Task(name=name, summary=contrast.summary, stream=partial(prompts.pairs, name), forms=contrast.forms)
+    name: Task(
+        name=name,
+        summary=contrast.summary,
+        stream=partial(prompts.pairs, name),
+        forms=contrast.forms,
+        local=contrast.local,
+        has_knobs=True,
+    )
     for name, contrast in CONTRASTS.items()
 }
 
@@ -59,10 +66,11 @@ def build(
     *,
     split: Split = "search",
     max_tokens: int | None = None,
+    knobs: Mapping[str, int] | None = None,
 ) -> TaskBatch:
     """Encodes `n_pairs` pairs of a task, or of the name of one in `TASKS`; see `pairs.build`."""
     task = _named(task) if isinstance(task, str) else task
-    return pairs.build(task, tokenizer, n_pairs, seed, split=split, max_tokens=max_tokens)
+    return pairs.build(task, tokenizer, n_pairs, seed, split=split, max_tokens=max_tokens, knobs=knobs)
 
 
 def build_all(

@@ -2,10 +2,18 @@
 
 Each contrast is one function that writes either side. Documents show the sides one by one, with everything
 that a `Draw` elaborates. A pair of prompts is the same draw written twice, once for each side, and cut
-where the sides part (`Draw.cut`). Two rules keep a contrast honest: both sides draw their names, numbers
-and words from the same lists, and up to the cut they make the same choices in the same order when they are
-drawn for a pair. Documents of a seed never change: whoever edits a function keeps its draws, or changes
-every run trained on `idioms`.
+where the sides part (`Draw.cut`). Three rules keep a contrast honest:
+
+- Both sides draw their names, numbers and words from the same lists, and up to the cut they make the same
+  choices in the same order when they are drawn for a pair.
+- No token of the prompt gives the side away alone. Finished statements of both sides stand before the one that
+  is cut (the knob `distractors`), so that every token of either is there; or both sides hold the same tokens in
+  another order.
+- What decides stands more than three tokens before the decision: a string's words, the rest of a list or a
+  name of several words (`Draw.long`) come between. Where that cannot be, `Contrast.local` says why.
+
+`wsparse.circuits.probe` measures how far that holds. Documents of a seed never change between versions without
+need: whoever edits a function changes every run trained on `idioms`.
 """
 
 from __future__ import annotations
@@ -13,13 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from wsparse.pytext import words
 from wsparse.pytext.draw import Draw, Snippet, indented
 
 Place = Literal["module", "function", "method", "definition"]
 """Where a pair's snippet stands; a definition stands alone."""
+
+Write = Callable[[Draw, int], Snippet]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Form:
         return f"{which}{after}{', their first tokens' if self.beginning else ''}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Contrast:
     """One decision.
 
@@ -54,96 +64,148 @@ class Contrast:
       forms: Surface forms of the two sides' answers, best first.
       weight: How often documents show it, relative to the others.
       places: Where the snippet of a pair may stand.
-      strings: Whether the text around the snippet of a pair may contain strings.
+      distractors: Choices of the knob: finished statements of the contrast before the one that is cut.
+      alike: Knobs whose value the distractors share with what is cut, where the values have tokens of their own.
+      local: Why one token decides, for a contrast where it does by its nature; else "".
     """
 
     summary: str
-    write: Callable[[Draw, int], Snippet]
+    write: Write
     forms: tuple[Form, ...]
     weight: float = 1.0
     places: tuple[Place, ...] = ("module", "function", "method")
-    strings: bool = True
+    distractors: tuple[int, ...] = (0, 1, *(2,) * 11, *(3,) * 5)
+    alike: tuple[str, ...] = ()
+    local: str = ""
+
+
+# The order is part of every document. Heavier are the contrasts that need the most practice (a decision many
+# tokens after what decides it) and appear nowhere else; lighter are those that other snippets exercise in
+# passing.
+CONTRASTS: dict[str, Contrast] = {}
+
+
+def _contrast(name: str, summary: str, *forms: Form, **options: Any) -> Callable[[Write], Write]:
+    """Enters a function that writes both sides of a contrast into the table."""
+
+    def enter(write: Write) -> Write:
+        CONTRASTS[name] = Contrast(summary=summary, write=write, forms=forms, **options)
+        return write
+
+    return enter
+
+
+# A name where names are one token, else what it begins with.
+_OWN = (Form(), Form(beginning=True))
 
 
 # ---- Strings and displays ----
 
 
+@_contrast(
+    "single_double_quote",
+    "close a string by the quote that opened it",
+    *(Form("')\n", '")\n'), Form("')", '")'), Form("'", '"')),
+    weight=2.5,
+    alike=("order", "nested"),
+)
 def _quotes(d: Draw, side: int) -> Snippet:
-    lines = [d.say(quote="'\""[side])]
-    if d.chance(0.6):
-        lines.append(d.statement())
-    return d.snippet(*lines)
+    quote, other = ("'\"", "\"'")[side]
+    callee, first = d.callee(), ""
+    if d.knob("order", (0, 0, 0, 0, 1), common=(0, 1)):
+        first = f"{d.given('number')}, " if d.chance(0.7) else f"{d.number()}, "
+    text = d.text()
+    if d.knob("nested", (0, 0, 0, 0, 1), common=(0,) * 15):
+        text = f"{d.phrase(1, 2)} {other}{d.phrase(1, 1)}{other} {text}"
+    return d.snippet(f"{callee}({first}{quote}{text}{d.cut}{quote})")
 
 
-def _print_variable(d: Draw, side: int) -> Snippet:
-    if d.chance(0.5):
-        variable = d.new()
-        change = f"{variable} = {d.number()}"
-    else:
-        variable = d.given("number")
-        change = f"{variable} += {d.number()}"
-    if side == 0:
-        return d.snippet(change, d.formatted(variable))
-    text = d.phrase(1, 2 if d.paired else 3)
-    return d.snippet(change, f"print({d.quoted(f'{text}{d.cut}', answer=True)})")
-
-
-def _rows(d: Draw, most: int) -> list[str]:
-    return [d.numbers(3) for _ in range(d.between(1, most))]
-
-
+@_contrast(
+    "bracket_counting",
+    "close a list by its depth",
+    *(Form("]\n", "]]\n"), Form("]", "]]"), Form("]\n", "]")),
+    weight=2.0,
+)
 def _list(d: Draw, side: int) -> Snippet:
-    """A flat list or a list of lists; in a pair both have the same numbers."""
-    if side == 0:
-        text = f"[{', '.join(_rows(d, 3) if d.paired else [d.numbers(7)])}{d.cut}]"
-    else:
-        rows = _rows(d, 3) if d.plain(0.9) else [f"[{'], ['.join(_rows(d, 2))}]" for _ in "ab"]
-        text = f"[[{'], ['.join(rows)}{d.cut}]]"
+    """A list whose last elements are numbers, or a row of them; rows and numbers stand before."""
     name = d.new(plural=True)
-    return d.snippet(f"{name} = {text}", d.statement(), result=name)
+    before = []
+    for _ in range(d.knob("length", (1, 2, 2, 3), common=(0,) * 4)):
+        row = d.numbers(1, 3)
+        # Mostly one kind, as people write them; which kind says nothing about the last elements.
+        before.append(f"[{row}]" if d.chance(0.6) else row)
+    last = d.numbers(3, 4) if d.paired else d.numbers(1, 4)
+    opening, closing = ("", "]") if side == 0 else ("[", "]]")
+    text = ", ".join([*before, f"{opening}{last}{d.cut}"])
+    return d.snippet(f"{name} = [{text}{closing}", result=name)
 
 
+@_contrast("bracket_brace", "follow an element of a list or of a dict", Form(",", ":"), weight=2.0, alike=("kind",))
 def _display(d: Draw, side: int) -> Snippet:
     """A list or a dict, on one line or on several; in a pair the list has the dict's keys and values."""
     name = d.new()
-    size = 2 if d.paired else d.between(2, 4)
-    draw = d.rng.random()
-    if draw < 0.6 and not d.paired:
-        elements = [d.quoted(d.new(words.WORDS)) for _ in range(size)]
-    elif draw < 0.8:
-        elements = [d.given("number") for _ in range(size)]
-    else:
-        elements = [d.number() for _ in range(size)]
+    size = d.knob("length", (3, 4), common=(1, 2, 2))
+    # Numbers, variables or strings.
+    kind = d.knob("kind", (0, 1, 2), common=(2, 2))
+    make = (d.number, lambda: d.given("number"), lambda: d.quoted(d.new(words.WORDS), answer=True))[kind]
+    keys = [make() for _ in range(size)]
+    values = [d.quoted(d.phrase(1, 1)) if d.embellish(0.2) else d.number() for _ in keys]
+    keys[d.between(min(2, size - 1), size - 1)] += d.cut
     mark, opening, closing = ((",", "[", "]"), (":", "{", "}"))[side]
-    if side == 1 or d.paired:
-        of_text = d.embellish(0.25)
-        values = [d.quoted(d.phrase(1, 1)) if of_text else d.number() for _ in elements]
-        elements[d.between(0, 1) if d.paired else 0] += d.cut
-        elements = [f"{key}{mark} {value}" for key, value in zip(elements, values, strict=True)]
+    elements = [f"{key}{mark} {value}" for key, value in zip(keys, values, strict=True)]
+    if side == 0 and d.embellish(0.5):
+        elements = keys
     if d.plain(0.65):
         return d.snippet(f"{name} = {opening}{', '.join(elements)}{closing}", result=name)
     body = indented([f"{element}," for element in elements])
     return d.snippet(f"{name} = {opening}", *body, closing, result=name)
 
 
+@_contrast(
+    "fstring_brace",
+    "insert a variable into an f-string, close a plain one",
+    *(Form(" {", '")\n'), Form(" {", '")'), Form(" {", '"')),
+    weight=1.5,
+)
+def _print_variable(d: Draw, side: int) -> Snippet:
+    if d.chance(0.5):
+        variable = d.new()
+        change = [f"{variable} = {d.number()}"]
+    else:
+        variable = d.given("number")
+        change = [f"{variable} += {d.number()}"] if d.chance(0.5) else []
+    text = d.formatted(variable) if side == 0 else f"print({d.quoted(f'{d.text()}{d.cut}', answer=True)})"
+    return d.snippet(*change, text)
+
+
 # ---- Variables ----
 
 
-def _accumulate(d: Draw, side: int, *, name: str = "") -> Snippet:
-    """A variable that starts as a set or a string and, some lines later, takes in values."""
-    if name:
+def _accumulate(d: Draw, side: int, *, fixed: bool) -> Snippet:
+    """A set and a string, one of which takes in values some lines later; in documents sometimes alone.
+
+    Side 0 lets the set grow, side 1 the string. With `fixed` it is always the variable of one name that grows.
+    """
+    starts = ["set()", '""']
+    if fixed:
+        name, other = words.FIXED_VARIABLE, d.new(plural=d.chance(0.5))
         d.taken.add(name)
+        lines = [f"{name} = {starts[side]}", f"{other} = {starts[1 - side]}"]
     else:
-        name = d.new(plural=d.chance(0.5))
-    init = ("set()", '""')[side]
-    update = (f"{name}{d.cut}.add({{}})", f"{name}{d.cut} += {{}}")[side]
-    count = d.between(0, 1 if d.paired else 2)
-    lines = [f"{name} = {init}", *(d.statement() for _ in range(count))]
+        both = [d.new(plural=d.chance(0.5)) for _ in starts]
+        name = both[side]
+        lines = [f"{variable} = {start}" for variable, start in zip(both, starts, strict=True)]
+    if d.knob("order", (0, 1)):
+        lines.reverse()
+    if d.embellish(0.4):
+        lines = [line for line in lines if line.startswith(f"{name} ")]
+    lines += d.statements((0, 1), common=(2,))
+    update = f"{name}{d.cut}.add({{}})" if side == 0 else f"{name}{d.cut} += {{}}"
     if d.embellish(0.2):
         return d.snippet(*lines, update.format(d.given("text")), result=name)
     item, items = d.items("words")
-    update = update.format(item)
     body = [d.statement()] if d.embellish(0.2) else []
+    update = update.format(item)
     body += [f"if {d.condition()}:", f"    {update}"] if d.embellish(0.25) else [update]
     if d.chance(0.5):
         lines.append(f"for {item} in {items}:")
@@ -152,11 +214,29 @@ def _accumulate(d: Draw, side: int, *, name: str = "") -> Snippet:
     return d.snippet(*lines, *indented(body), result=name)
 
 
+_GROWTH = (Form(".add", " +="), Form(".", " +="))
+_contrast(
+    "set_or_string",
+    "let a variable grow by how it was initialized, where another was initialized otherwise",
+    *_GROWTH,
+    weight=2.5,
+    distractors=(0,),
+)(partial(_accumulate, fixed=False))
+_contrast(
+    "set_or_string_fixedvarname",
+    "let a variable grow by how it was initialized; it always has the same name",
+    *_GROWTH,
+    weight=2.0,
+    distractors=(0,),
+)(partial(_accumulate, fixed=True))
+
+
+@_contrast("var_swap", "complete the exchange of two variables", *_OWN, distractors=(0,))
 def _swap(d: Draw, side: int) -> Snippet:
     """Two variables exchanged; which one is named first does not follow from the lines before."""
     source = words.LETTERS if d.chance(0.25) else words.NOUNS
     left, right = d.new(source), d.new(source)
-    lines = [f"{left} = {d.number()}", f"{right} = {d.number()}"]
+    lines = [f"{left} = {d.number()}", f"{right} = {d.number()}", *d.statements((0, 0, 1))]
     if side == 1:
         left, right = right, left
     swap = f"{left}, {right} = {right},{d.cut} {left}{d.cut}"
@@ -165,41 +245,65 @@ def _swap(d: Draw, side: int) -> Snippet:
     return d.snippet(*lines, swap, result=left)
 
 
+@_contrast("if_equals", "compare in a condition, assign in a statement", Form(" ==", " ="), weight=1.5)
 def _compare(d: Draw, side: int) -> Snippet:
-    number = d.chance(0.7)
-    value = d.number() if number else d.quoted(d.phrase(1, 1))
+    value = d.number() if d.chance(0.7) else d.quoted(d.phrase(1, 1))
+    name = d.long()
     if side == 0:
-        name = d.given("number" if number else "text")
+        d.expect(name, "number")
         return d.snippet(f"if {name}{d.cut} == {value}:", f"    {d.statement()}")
-    return d.snippet(f"{d.new()}{d.cut} = {value}", d.statement())
+    return d.snippet(f"{name}{d.cut} = {value}", *([d.statement()] if d.chance(0.3) else []))
 
 
+@_contrast(
+    "var_if", "follow a truth value that is assigned or compared", Form("\n", ":\n"), Form("\n", ":"), weight=1.5
+)
 def _truth(d: Draw, side: int) -> Snippet:
-    name = d.new(words.FLAGS)
+    """The end of `found = ready == True` or of `if ready == True:`; in documents also of `ready = True`."""
     value = "True" if d.chance(0.7) else "False"
+    if side == 0 and d.embellish(0.5):
+        name = d.new(words.FLAGS)
+        return d.snippet(f"{name} = {value}", d.statement(), result=name)
+    compared = d.expect(d.new(words.FLAGS), "flag")
+    name = d.new(words.FLAGS)
+    comparison = f"{compared} {d.either('==', '==', 'is')} {value}{d.cut}"
     if side == 0:
-        return d.snippet(f"{name} = {value}{d.cut}", d.statement(), result=name)
-    d.expect(name, "flag")
-    return d.snippet(f"if {name} == {value}{d.cut}:", f"    {d.statement()}")
+        return d.snippet(f"{name} = {comparison}", result=name)
+    return d.snippet(f"if {comparison}:", f"    {d.statement()}")
 
 
 # ---- Functions, classes and files ----
 
 
+@_contrast(
+    "final_kwarg",
+    "give the last argument a default by whether the ones before it have one",
+    *(Form("):\n", "=None"), Form("):\n", "="), Form(")", "=")),
+    places=("definition",),
+    distractors=(0, *(2,) * 9),
+)
 def _function(d: Draw, side: int) -> Snippet:
-    arguments = [d.new() for _ in range(d.between(2, 4))]
+    arguments = [d.new() for _ in range(d.knob("length", (2, 2, 3), common=(4,)) - 1)]
+    arguments.append(d.long())
     name = d.function()
     signature, default = d.signature(arguments, defaults=side == 1), "=None" * side
     inside = d.inside(arguments)
-    body = [inside.statement()] if d.chance(0.5) else []
+    body = [inside.statement()] if d.embellish(0.5) else []
     return inside.snippet(
         f"def {name}({signature.removesuffix(default)}{d.cut}{default}):",
         *indented([*body, f"return {d.either(*arguments)}"]),
     )
 
 
+@_contrast(
+    "class_init",
+    "store the argument that the attribute is named after",
+    *_OWN,
+    places=("definition",),
+    distractors=(0,),
+)
 def _class(d: Draw, side: int) -> Snippet:
-    attributes = [d.new() for _ in range(d.between(2, 3))]
+    attributes = [d.new() for _ in range(d.knob("length", (2, 3)))]
     lines = d.constructor(attributes, reverse=side == 1)
     if d.embellish(0.4):
         head = f"def {d.function()}(self):"
@@ -207,19 +311,27 @@ def _class(d: Draw, side: int) -> Snippet:
     return d.snippet(*lines)
 
 
+@_contrast(
+    "lambda_func",
+    "follow the arguments of a lambda or of a function",
+    *(Form(":", "):\n"), Form(":", "):"), Form(":", ")")),
+    # Inside a function: a name has a space before it on both sides.
+    places=("function", "method"),
+    weight=1.5,
+)
 def _lambda_or_def(d: Draw, side: int) -> Snippet:
-    argument = d.new(words.LETTERS if d.chance(0.4) else words.NOUNS)
+    name = d.function() if d.paired or side == 1 else d.new()
+    source = words.LETTERS if d.chance(0.3) else words.NOUNS
+    arguments = [d.new(source) for _ in range(d.knob("length", (1, 2, 2), common=(1,)) - 1)]
+    arguments.append(d.long())
+    result = d.arithmetic(d.either(*arguments))
+    arguments = ", ".join(arguments)
     if side == 0:
-        function = f"lambda {argument}{d.cut}: {d.arithmetic(argument)}"
-        name = d.new()
-        if not d.plain(0.6):
+        function = f"lambda {arguments}{d.cut}: {result}"
+        if not d.plain(0.7):
             function = f"sorted({d.given('numbers')}, key={function})"
         return d.snippet(f"{name} = {function}", result=name)
-    head = f"def {argument}{d.cut}"
-    if d.plain(0.4):
-        return d.snippet(f"{head}():", f"    return {d.number()}")
-    argument = d.inside().new()
-    return d.snippet(f"{head}({argument}):", f"    return {d.arithmetic(argument)}")
+    return d.snippet(f"def {name}({arguments}{d.cut}):", f"    return {result}")
 
 
 def _file(d: Draw, side: int, *, by_name: bool) -> Snippet:
@@ -254,31 +366,65 @@ def _file(d: Draw, side: int, *, by_name: bool) -> Snippet:
     return d.snippet(f"{handle} = open({path}{how})", *body, f"{handle}.close()", result=result)
 
 
+_contrast(
+    "with_as",
+    "go on with `as` after `with open(...)`, end the line after `f = open(...)`",
+    *(Form(" as", "\n", given='")'), Form('")', '")\n'), Form('"', '")\n')),
+    distractors=(0, 1, *(2,) * 16),
+)(partial(_file, by_name=False))
+_contrast(
+    "with_open",
+    "open a file for reading or writing by its name, where files of both kinds were opened before",
+    Form("r", "w"),
+    weight=1.5,
+    distractors=(0, 1, *(2,) * 16),
+    local="the file's name is the decision",
+)(partial(_file, by_name=True))
+
+
 # ---- Control flow ----
 
 
+@_contrast("for_while", "follow the variable of `for` or of `while`", Form(" in", ":\n"), Form(" in", ":"))
 def _loop(d: Draw, side: int) -> Snippet:
+    name = d.long()
     if side == 0:
-        name, items = d.items("numbers")
+        items = d.expect(d.new(plural=True), "numbers")
         head, end = f"for {name}{d.cut} in {items}:", []
     else:
-        name = d.given("number")
+        d.expect(name, "number")
         head, end = f"while {name}{d.cut}:", [f"{name} -= 1"]
     body = d.statement() if d.chance(0.5) else f"print({name})"
     return d.snippet(head, *indented([body, *end]))
 
 
+@_contrast(
+    "enumerate_range",
+    "loop over what fits one or two variables",
+    *(Form(" enumerate", " range"), Form(" enumerate", " range", beginning=True)),
+    weight=1.5,
+)
 def _counted_loop(d: Draw, side: int) -> Snippet:
-    index = d.new(words.INDICES)
+    # In prompts one index for each split, so that distractors have the same.
+    index, name = d.one(words.INDICES[:3] if d.paired else words.INDICES), d.long()
     if side == 0:
-        item, items = d.items("numbers")
-        head = f"for {index}, {item} in{d.cut} enumerate({items}):"
+        items = d.expect(d.new(plural=True), "numbers")
+        head = f"for {index}, {name} in{d.cut} enumerate({items}):"
     else:
-        item = d.number() if d.paired else d.either(d.number(), d.given("number"))
-        head = f"for {index} in{d.cut} range({item}):"
-    return d.snippet(head, f"    {d.statement() if d.chance(0.4) else f'print({index}, {item})'}")
+        name = name if d.paired or d.chance(0.5) else index
+        head = f"for {name} in{d.cut} range({d.number() if d.chance(0.7) else d.given('number')}):"
+    return d.snippet(head, f"    {d.statement() if d.chance(0.4) else f'print({name})'}")
 
 
+@_contrast(
+    "indent_for",
+    "indent the line after the head of a loop, not the line after a statement",
+    # Inside a function; the last of the spaces belongs to the word that follows.
+    Form(" " * 7, " " * 3),
+    weight=0.25,
+    places=("function",),
+    local="the token before, a colon and the line's end or only that, decides",
+)
 def _indentation(d: Draw, side: int) -> Snippet:
     """The line after the head of a loop, or after a plain statement."""
     item, items = d.items("numbers")
@@ -297,17 +443,32 @@ def _indentation(d: Draw, side: int) -> Snippet:
     return d.snippet(f"{item} = {value}", f"{d.cut}{first}", *others, result=item)
 
 
+@_contrast(
+    "else_elif",
+    "follow `else` or `elif`",
+    *(Form(":\n", " not"), Form(":", " not"), Form(":\n", " not", beginning=True)),
+    weight=0.5,
+    local="the token before, `else` or `elif`, decides",
+)
 def _else(d: Draw, side: int) -> Snippet:
     lines = [f"if {d.condition()}:", f"    {d.statement()}"]
+    if d.embellish(0.15):
+        lines += [f"elif {d.condition()}:", f"    {d.statement()}"]
     if side == 0:
         lines.append(f"else{d.cut}:")
     else:
         # The answer of a pair must be one and the same word.
-        condition = f"not {d.given('flag')}" if d.paired else d.condition()
+        condition = f"not {d.given('flag')}" if d.plain(0.4) else d.condition()
         lines.append(f"elif{d.cut} {condition}:")
     return d.snippet(*lines, f"    {d.statement()}")
 
 
+@_contrast(
+    "if_ternary",
+    "follow the condition of a statement or of an expression",
+    *(Form(":\n", " else"), Form(":", " else")),
+    weight=1.5,
+)
 def _if(d: Draw, side: int) -> Snippet:
     name = d.new()
     if side == 1:
@@ -315,135 +476,22 @@ def _if(d: Draw, side: int) -> Snippet:
     return d.snippet(f"if {d.condition()}{d.cut}:", f"    {name} = {d.number()}")
 
 
+@_contrast(
+    "while_return_true",
+    "follow the condition of `while` or what `return` gives back",
+    *(Form(":\n", "\n"), Form(":", "\n")),
+    places=("function", "method"),
+    weight=1.5,
+)
 def _while_or_return(d: Draw, side: int) -> Snippet:
-    if d.paired:
-        # The sides of a document share no line before the decision: a pair gives them one.
-        head = f"if {d.condition()}:"
-        if side == 0:
-            return d.snippet(head, f"    while True{d.cut}:", "        break", "return False")
-        return d.snippet(head, f"    return True{d.cut}", "return False")
+    """`while ready == True:` or `return ready == True`; in documents also `while True:` and `return True`."""
+    value = "True" if d.chance(0.7) else "False"
+    if d.embellish(0.5):
+        compared = value if side == 1 else "True"
+    else:
+        compared = f"{d.expect(d.new(words.FLAGS), 'flag')} {d.either('==', '==', 'is')} {value}"
+    head = f"if {d.condition()}:"
     if side == 0:
-        body = [d.statement()] if d.chance(0.6) else []
-        body += [f"if {d.condition()}:", "    break"]
-        return d.snippet("while True:", *indented(body))
-    arguments = [d.new() for _ in range(d.between(1, 2))]
-    inside = d.inside(arguments)
-    name = f"is_{d.one(words.FLAGS, early=True)}" if d.chance(0.6) else d.function()
-    value, otherwise = ("True", "False") if d.chance(0.7) else ("False", "True")
-    body = [f"if {inside.condition()}:", f"    return {value}", f"return {otherwise}"]
-    return inside.snippet(f"def {name}({', '.join(arguments)}):", *indented(body))
-
-
-# ---- The table ----
-
-# A name where names are one token, else what it begins with.
-_OWN = (Form(), Form(beginning=True))
-
-# Heavier are the contrasts that need the most practice (a decision many tokens after what decides it) and
-# appear nowhere else; lighter are those that other snippets exercise in passing. The order is part of every
-# document.
-CONTRASTS: dict[str, Contrast] = {
-    "single_double_quote": Contrast(
-        "close a string by the quote that opened it",
-        _quotes,
-        (Form("')\n", '")\n'), Form("')", '")'), Form("'", '"')),
-        weight=2.5,
-        # The string that is still open is the prompt's only one: nothing but its first quote decides.
-        strings=False,
-    ),
-    "bracket_counting": Contrast(
-        "close a list by its depth",
-        _list,
-        (Form("]\n", "]]\n"), Form("]", "]]"), Form("]\n", "]")),
-        weight=1.5,
-    ),
-    "set_or_string": Contrast(
-        "let a variable grow by how it was initialized",
-        _accumulate,
-        (Form(".add", " +="), Form(".", " +=")),
-        weight=2.5,
-    ),
-    "set_or_string_fixedvarname": Contrast(
-        "let a variable grow by how it was initialized; it always has the same name",
-        partial(_accumulate, name=words.FIXED_VARIABLE),
-        (Form(".add", " +="), Form(".", " +=")),
-        weight=1.5,
-    ),
-    "final_kwarg": Contrast(
-        "give the last argument a default by whether the ones before it have one",
-        _function,
-        (Form("):\n", "=None"), Form("):\n", "="), Form(")", "=")),
-        places=("definition",),
-    ),
-    "class_init": Contrast(
-        "store the argument that the attribute is named after", _class, _OWN, places=("definition",)
-    ),
-    "with_as": Contrast(
-        "go on with `as` after `with open(...)`, end the line after `f = open(...)`",
-        partial(_file, by_name=False),
-        (Form(" as", "\n", given='")'), Form('")', '")\n'), Form('"', '")\n')),
-    ),
-    "with_open": Contrast(
-        "open a file for reading or writing by its name",
-        partial(_file, by_name=True),
-        (Form("r", "w"),),
-        weight=1.5,
-    ),
-    "bracket_brace": Contrast(
-        "follow an element of a list or of a dict", _display, (Form(",", ":"),), weight=2.0
-    ),
-    "for_while": Contrast(
-        "follow the variable of `for` or of `while`", _loop, (Form(" in", ":\n"), Form(" in", ":"))
-    ),
-    "else_elif": Contrast(
-        "follow `else` or `elif`",
-        _else,
-        (Form(":\n", " not"), Form(":", " not"), Form(":\n", " not", beginning=True)),
-        weight=0.5,
-    ),
-    "fstring_brace": Contrast(
-        "insert a variable into an f-string, close a plain one",
-        _print_variable,
-        (Form(" {", '")\n'), Form(" {", '")'), Form(" {", '"')),
-        weight=1.5,
-    ),
-    "if_ternary": Contrast(
-        "follow the condition of a statement or of an expression",
-        _if,
-        (Form(":\n", " else"), Form(":", " else")),
-        weight=1.5,
-    ),
-    "var_swap": Contrast("complete the exchange of two variables", _swap, _OWN),
-    "indent_for": Contrast(
-        "indent the line after the head of a loop, not the line after a statement",
-        _indentation,
-        # Inside a function; the last of the spaces belongs to the word that follows.
-        (Form(" " * 7, " " * 3),),
-        weight=0.25,
-        places=("function",),
-    ),
-    "lambda_func": Contrast(
-        "follow the argument of a lambda or the name of a function",
-        _lambda_or_def,
-        (Form(":", "():\n"), Form(":", "()"), Form(":", "(")),
-        places=("definition",),
-    ),
-    "if_equals": Contrast(
-        "compare in a condition, assign in a statement", _compare, (Form(" ==", " ="),), weight=1.5
-    ),
-    "enumerate_range": Contrast(
-        "loop over what fits one or two variables",
-        _counted_loop,
-        (Form(" enumerate", " range"), Form(" enumerate", " range", beginning=True)),
-        weight=1.5,
-    ),
-    "var_if": Contrast(
-        "follow a truth value that is assigned or compared", _truth, (Form("\n", ":\n"), Form("\n", ":"))
-    ),
-    "while_return_true": Contrast(
-        "follow `while True` or `return True`",
-        _while_or_return,
-        (Form(":\n", "\n"), Form(":", "\n")),
-        places=("function", "method"),
-    ),
-}
+        lines = [f"while {compared}{d.cut}:", "    break"]
+        return d.snippet(head, *indented(lines)) if d.plain(0.5) else d.snippet(*lines)
+    return d.snippet(head, f"    return {compared}{d.cut}")

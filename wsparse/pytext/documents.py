@@ -27,13 +27,16 @@ from wsparse.command import run_command
 from wsparse.errors import UserError
 from wsparse.pytext import words
 from wsparse.pytext.contrasts import CONTRASTS
-from wsparse.pytext.draw import Draw, Kind, Snippet, indented
+from wsparse.pytext.draw import Draw, Kind, Snippet, imports, indented, joined
 
 SMALLEST, ENOUGH = 300, 800
 """A document gets further snippets until it has a number of bytes drawn from this range."""
 
-_CONTRASTS = tuple(CONTRASTS.values())
-_CUMULATIVE = list(itertools.accumulate(contrast.weight for contrast in _CONTRASTS))
+# How often a snippet shows the same contrast as the one before.
+_AGAIN = 0.4
+
+_NAMES = tuple(CONTRASTS)
+_CUMULATIVE = list(itertools.accumulate(contrast.weight for contrast in CONTRASTS.values()))
 
 
 def document(seed: int, index: int) -> str:
@@ -54,9 +57,12 @@ def document(seed: int, index: int) -> str:
     length = d.between(1, 3)
     size = 0
     # Every snippet drawn is used, whatever its length: dropping long ones would tip the balance.
+    name = ""
     while size < enough or pending:
         if size < enough:
-            snippet = _snippet(d.inside())
+            # Statements of one kind often stand together: what closed one says nothing about the next.
+            name = name if name and d.chance(_AGAIN) else _any_contrast(d)
+            snippet = CONTRASTS[name].write(d.inside(), d.either(0, 1))
             needs |= snippet.needs
             pending.append(snippet)
         if pending[-1].definition:
@@ -72,7 +78,7 @@ def document(seed: int, index: int) -> str:
     style = d.rng.random()
     if style < 0.2:
         blocks = [_one_style(block, "'" if style < 0.1 else '"') for block in blocks]
-    return _joined([*_header(d, needs), *blocks])
+    return joined([*_header(d, needs), *blocks])
 
 
 def documents(seed: int = 0, *, start: int = 0) -> Iterator[str]:
@@ -80,10 +86,9 @@ def documents(seed: int = 0, *, start: int = 0) -> Iterator[str]:
     return (document(seed, index) for index in itertools.count(start))
 
 
-def _snippet(d: Draw) -> Snippet:
-    """Returns one side of one contrast, chosen by weight."""
-    contrast = _CONTRASTS[bisect_right(_CUMULATIVE, d.rng.random() * _CUMULATIVE[-1])]
-    return contrast.write(d, d.either(0, 1))
+def _any_contrast(d: Draw) -> str:
+    """Returns the name of a contrast, chosen by weight."""
+    return _NAMES[bisect_right(_CUMULATIVE, d.rng.random() * _CUMULATIVE[-1])]
 
 
 def _body(d: Draw, snippets: Sequence[Snippet]) -> list[str]:
@@ -135,19 +140,7 @@ def _header(d: Draw, needs: dict[str, Kind]) -> list[list[str]]:
         blocks.append([f'"""{text}."""'])
     if d.chance(0.2):
         blocks.append([f"import {d.one(words.MODULES)}"])
-    calls = sorted(name for name, kind in needs.items() if kind == "call")
-    if calls:
-        blocks.append([f"from {d.either('helpers', 'tools')} import {', '.join(calls)}"])
-    return blocks
-
-
-def _joined(blocks: Sequence[list[str]]) -> str:
-    """Returns the text, with two blank lines around functions and classes, one between other blocks."""
-    lines = list(blocks[0])
-    for before, after in itertools.pairwise(blocks):
-        defines = any(block[0].startswith(("def ", "class ")) for block in (before, after))
-        lines += ["", "", *after] if defines else ["", *after]
-    return "\n".join(lines) + "\n"
+    return [*blocks, *imports(d, needs)]
 
 
 def _one_style(lines: list[str], quote: str) -> list[str]:

@@ -1,24 +1,39 @@
 """Drawing: every random choice about a program goes through one object.
 
 Text to train on and prompts of tasks are two readings of the same grammar. In documents (`split` is None) a
-draw uses all words and elaborates; in prompts it uses the words of one split and keeps to the plain form,
-so that the two sides of a pair, drawn with the same seed, differ only in what decides.
+draw uses all words and all forms; in prompts it uses the words of one split, so that the two sides of a pair,
+drawn with the same seed, differ only in what decides.
+
+What makes a prompt easy or hard is a *knob*: a whole number with a name, drawn like everything else, noted, and
+set from outside by whoever wants to see a model's loss by its value. The knobs of the grammar are
+
+- `distractors`: finished statements of the same contrast, of both its sides, before the one that is cut;
+- `distance`: statements between what decides and the decision, `depth`: indentation of the snippet in levels;
+- `length`: words of a string, elements of a list, arguments of a function;
+- `words`: words of the name before the decision; what decides stands before them;
+- `order`: what of two comes first; `callee`: `print` (0) or another function (1);
+- `nested`: whether a string holds the other quote; `kind`: of what a list or dict is (0 numbers, 1 variables, 2 strings).
 
 Only `random.Random.random` is called, the one method whose sequence Python promises to keep between versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import random
 from typing import Literal, TypeVar
 
+from wsparse.errors import UserError
 from wsparse.pytext import words
 from wsparse.pytext.words import NOUNS, Split
 
 T = TypeVar("T")
 Kind = Literal["number", "numbers", "words", "text", "flag", "path", "call"]
+
+# What decides is further from the decision than a few tokens, but for some prompts that show what that does.
+_WORDS_OF_NAME = (1, 2, *(3,) * 10)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +53,7 @@ class Snippet:
     @property
     def definition(self) -> bool:
         """Whether the lines are a function or a class, which belongs at module level."""
-        return self.lines[0].startswith(("def ", "class "))
+        return self.lines[0].startswith(("def ", "class ", "@"))
 
 
 def indented(lines: Sequence[str]) -> list[str]:
@@ -46,14 +61,30 @@ def indented(lines: Sequence[str]) -> list[str]:
     return [f"    {line}" if line else line for line in lines]
 
 
+def joined(blocks: Sequence[list[str]]) -> str:
+    """Returns the text, with two blank lines around functions and classes, one between other blocks."""
+    lines = list(blocks[0])
+    for before, after in itertools.pairwise(blocks):
+        defines = any(block[0].startswith(("def ", "class ", "@")) for block in (before, after))
+        lines += ["", "", *after] if defines else ["", *after]
+    return "\n".join(lines) + "\n"
+
+
+def imports(d: Draw, needs: Mapping[str, Kind]) -> list[list[str]]:
+    """Returns the import of the functions that are needed, as blocks of lines."""
+    calls = sorted(name for name, kind in needs.items() if kind == "call")
+    return [[f"from {d.either('helpers', 'tools')} import {', '.join(calls)}"]] if calls else []
+
+
 class Draw:
     """The random choices of one snippet, and its names: each is new, and those it needs are noted.
 
     Attributes:
       split: Split whose words are used; None in documents, which use all of them.
-      cut: Mark that ends the prompt in a snippet's lines; "" in documents.
-      strings: Whether unrelated statements may contain strings.
+      cut: Mark that ends the prompt in a snippet's lines; "" in documents and in distractors.
       arguments: Names that a definition reads instead of outer names.
+      fixed: Knobs that are set from outside.
+      knobs: Knobs with the values that were drawn.
       taken: Names that are in use.
       needs: Names that must exist before the snippet, with their kind of value.
     """
@@ -64,20 +95,23 @@ class Draw:
         split: Split | None = None,
         *,
         cut: str = "",
-        strings: bool = True,
         arguments: Sequence[str] = (),
+        fixed: Mapping[str, int] | None = None,
     ):
         self.rng = rng
         self.split = split
         self.cut = cut
-        self.strings = strings
         self.arguments = arguments
+        self.fixed = fixed or {}
+        self.knobs: dict[str, int] = {}
         self.taken = set(arguments)
         self.needs: dict[str, Kind] = {}
 
     def inside(self, arguments: Sequence[str] = ()) -> Draw:
         """Returns a scope of its own, for the inside of a function with these arguments."""
-        return Draw(self.rng, self.split, cut=self.cut, strings=self.strings, arguments=arguments)
+        draw = Draw(self.rng, self.split, cut=self.cut, arguments=arguments, fixed=self.fixed)
+        draw.knobs = self.knobs
+        return draw
 
     def snippet(self, *lines: str, result: str = "") -> Snippet:
         """Returns the lines with the names that they need."""
@@ -101,6 +135,21 @@ class Draw:
         """Returns whether to keep to the plain form: by chance in documents, always in prompts."""
         return self.paired or self.chance(probability)
 
+    def knob(self, name: str, choices: Sequence[int], *, common: Sequence[int] = ()) -> int:
+        """Returns a knob's value: one of the choices or, in documents, of those and the `common` ones.
+
+        Raises:
+          UserError: It is set from outside to a value that is not among the choices.
+        """
+        drawn = self.either(*choices) if self.paired else self.either(*choices, *common)
+        if name in self.fixed:
+            drawn = self.fixed[name]
+            if drawn not in choices:
+                known = ", ".join(str(choice) for choice in sorted(set(choices)))
+                raise UserError(f"the knob {name!r} must be one of {known} here, got {drawn}")
+        self.knobs[name] = drawn
+        return drawn
+
     def between(self, low: int, high: int) -> int:
         return low + int(self.rng.random() * (high - low + 1))
 
@@ -116,17 +165,23 @@ class Draw:
 
     # ---- Names ----
 
-    def new(self, source: Sequence[str] = NOUNS, *, plural: bool = False) -> str:
-        """Returns a name that is not in use, for the snippet to assign."""
+    def new(self, source: Sequence[str] = NOUNS, *, plural: bool = False, n_words: int = 0) -> str:
+        """Returns a name that is not in use, for the snippet to assign; of one or two words by default."""
         while True:
             name = self.one(source, early=True)
-            if source is NOUNS and self.embellish(0.12):
+            if n_words == 3:
+                name = f"{self.one(words.PREFIXES)}_{name}_{self.one(NOUNS, early=True)}"
+            elif n_words == 2 or (not n_words and source is NOUNS and self.embellish(0.12)):
                 name = f"{self.one(words.PREFIXES)}_{name}"
             if plural:
                 name = f"{name}s"
             if name not in self.taken:
                 self.taken.add(name)
                 return name
+
+    def long(self, source: Sequence[str] = NOUNS) -> str:
+        """Returns a new name of as many words as the knob `words` says, to stand before a decision."""
+        return self.new(source, n_words=self.knob("words", _WORDS_OF_NAME, common=(1,) * 30))
 
     def expect(self, name: str, kind: Kind) -> str:
         """Notes that `name` must exist before the snippet, and returns it."""
@@ -138,6 +193,9 @@ class Draw:
         """Returns a name that must exist before the snippet: an argument, or one not used so far."""
         if self.arguments:
             return self.either(*self.arguments)
+        known = [name for name, other in self.needs.items() if other == kind]
+        if known and self.chance(0.7 if self.paired else 0.2):
+            return self.either(*known)
         source = words.FLAGS if kind == "flag" else NOUNS
         return self.expect(self.new(source, plural=kind in ("numbers", "words")), kind)
 
@@ -160,14 +218,19 @@ class Draw:
     def number(self) -> str:
         return str(self.one(words.DIGITS if self.chance(0.8) else words.TENS))
 
-    def numbers(self, most: int) -> str:
-        """Returns up to `most` numbers, separated by commas."""
-        return ", ".join(self.number() for _ in range(self.between(1, most)))
+    def numbers(self, low: int, high: int) -> str:
+        """Returns so many numbers, separated by commas."""
+        return ", ".join(self.number() for _ in range(self.between(low, high)))
 
     def phrase(self, low: int, high: int) -> str:
         """Returns some words, separated by spaces."""
         count = self.between(low, high)
         return " ".join(self.one(words.WORDS, early=True) for _ in range(count))
+
+    def text(self) -> str:
+        """Returns as many words as the knob `length` says, to stand before the end of a string."""
+        length = self.knob("length", (1, 2, *(3, 4, 5) * 4), common=(1, 2) * 8)
+        return self.phrase(length, length)
 
     def quoted(self, text: str, *, answer: bool = False) -> str:
         """Returns a string literal; where its end is an `answer`, prompts always use double quotes."""
@@ -181,7 +244,7 @@ class Draw:
         if kind == "number":
             return self.number()
         if kind == "numbers":
-            return f"[{self.numbers(5)}]" if written_out else f"list(range({self.number()}))"
+            return f"[{self.numbers(1, 5)}]" if written_out else f"list(range({self.number()}))"
         if kind == "words":
             texts = [self.phrase(1, 1) for _ in range(self.between(2, 4))]
             listed = f"[{', '.join(self.quoted(text) for text in texts)}]"
@@ -195,30 +258,35 @@ class Draw:
     # ---- Expressions and statements ----
 
     def condition(self) -> str:
+        """Returns a condition; in prompts of three tokens or more."""
         draw = self.rng.random()
-        if draw < 0.45:
+        if draw < 0.3 and not self.paired:
             return self.given("flag")
+        if draw < 0.4:
+            return f"not {self.given('flag')} {self.either('and', 'or')} {self.given('flag')}"
+        if draw < 0.5:
+            return f"{self.given('flag')} {self.either('and', 'or')} {self.given('flag')}"
         if draw < 0.55:
-            return f"not {self.given('flag')}"
-        comparison = self.either(">", "<", "==", "==")
+            return f"not {self.expect(self.long(words.FLAGS), 'flag')}"
+        comparison = self.either(">", "<", ">=", "<=", "==", "==", "!=")
         return f"{self.given('number')} {comparison} {self.number()}"
 
     def arithmetic(self, name: str) -> str:
         """Returns an expression of a variable."""
         return f"{name} {self.either('+', '-', '*')} {self.number()}"
 
-    def say(self, *, quote: str = "") -> str:
-        """Returns a call that ends with a string; with a given `quote`, its end is what is decided."""
-        text = self.phrase(1, 4)
-        string = f"{quote}{text}{self.cut}{quote}" if quote else self.quoted(text)
-        callee = "print" if self.plain(0.6) else self.expect(self.one(words.CALLS), "call")
-        if self.embellish(0.15):
-            return f"{callee}({self.given('number')}, {string})"
-        return f"{callee}({string})"
+    def callee(self) -> str:
+        """Returns the name of a function that takes strings."""
+        return self.expect(self.one(words.CALLS), "call") if self.knob("callee", (0, 0, 1)) else "print"
+
+    def say(self) -> str:
+        """Returns a call that ends with a string."""
+        first = f"{self.given('number')}, " if self.chance(0.15) else ""
+        return f"{self.callee()}({first}{self.quoted(self.phrase(1, 4))})"
 
     def formatted(self, variable: str) -> str:
         """Returns a call that prints a variable inside a string."""
-        text = self.phrase(1, 2)
+        text = self.text()
         variable = f"{{{variable}}}"
         leads = self.embellish(0.15)
         text = f"{variable} {text}" if leads else f"{text}{self.cut} {variable}"
@@ -232,7 +300,7 @@ class Draw:
         """Returns one statement on one line; a prompt's has nothing to do with the task."""
         draw = self.rng.random()
         if self.paired:
-            if draw < 0.5 and self.strings:
+            if draw < 0.4:
                 return f"print({self.quoted(self.phrase(1, 2))})"
             return f"{self.new()} = {self.number()}"
         if draw < 0.3:
@@ -248,6 +316,10 @@ class Draw:
         if draw < 0.92:
             return f"{self.new()} = len({self.given('numbers')})"
         return f"{self.given('numbers')}.append({self.number()})"
+
+    def statements(self, choices: Sequence[int], *, common: Sequence[int] = ()) -> list[str]:
+        """Returns as many statements as the knob `distance` says."""
+        return [self.statement() for _ in range(self.knob("distance", choices, common=common))]
 
     # ---- Functions and classes ----
 

@@ -1,16 +1,22 @@
-"""Pairs of programs: one draw of a contrast written twice, once for each side, in the same surroundings."""
+"""Pairs of programs: one draw of a contrast written twice, once for each side, in the same surroundings.
+
+The surroundings hold *distractors*, finished statements of the same contrast of both its sides: the tokens of
+either side are in both prompts, and only their arrangement decides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import hashlib
 import itertools
 import random
+import re
 
+from wsparse.errors import UserError, closest
 from wsparse.pytext import words
-from wsparse.pytext.contrasts import CONTRASTS, Contrast, Place
-from wsparse.pytext.draw import Draw, Kind
+from wsparse.pytext.contrasts import CONTRASTS, Place
+from wsparse.pytext.draw import Draw, Kind, imports, indented, joined
 from wsparse.pytext.words import Split
 
 _CUT = "¦"
@@ -39,85 +45,108 @@ class Pair:
     Attributes:
       first, second: The sides that the form's first and second candidate answer.
       template: What the pair was made from.
+      knobs: What it was drawn with, see `wsparse.pytext.draw`.
     """
 
     first: Program
     second: Program
     template: str = ""
+    knobs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def pairs(name: str, seed: int, split: Split) -> Iterator[Pair]:
+def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None = None) -> Iterator[Pair]:
     """Yields pairs of a contrast without end, always the same for the same arguments.
 
     Args:
       name: A name in `CONTRASTS`.
       seed: Names the stream of pairs.
       split: Which templates and fillers to use; splits have neither in common.
+      knobs: Values of knobs that are not to be drawn.
+
+    Raises:
+      UserError: The contrast has no such knob, or not with this value.
     """
     for index in itertools.count():
         key = hashlib.blake2b(f"{name}/{split}/{seed}/{index}".encode(), digest_size=8).digest()
-        yield _pair(CONTRASTS[name], int.from_bytes(key, "big"), split)
+        yield _pair(name, int.from_bytes(key, "big"), split, knobs or {})
 
 
-def _pair(contrast: Contrast, key: int, split: Split) -> Pair:
-    draws = [Draw(random.Random(key), split, cut=_CUT, strings=contrast.strings) for _ in range(2)]
-    sides = [contrast.write(d, side) for side, d in enumerate(draws)]
-    # The surroundings know the names of both sides, and give both what either needs.
-    d = draws[0]
-    d.taken |= draws[1].taken
-    needs = sides[0].needs | sides[1].needs
+def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
+    contrast = CONTRASTS[name]
+    # The surroundings: everything that both programs share, their knobs apart from those of what is cut.
+    d = Draw(random.Random(key), split)
     place: Place = d.either(*contrast.places)
-    name, lead = d.either(*_LEADS[split].items())
+    template, lead = d.either(*_LEADS[split].items())
     beginning = lead(d)
-    opening, depth = _opening(d, place, needs)
-    # Two blank lines around functions and classes, one elsewhere.
-    gap = "\n" if place == "module" and name != "function" else "\n\n"
-    first, second = (_program(f"{beginning}{gap}{opening}", snippet.lines, depth) for snippet in sides)
-    return Pair(first=first, second=second, template=f"{place} after {name}")
+    outer = Draw(d.rng, split, fixed=fixed)
+    count = outer.knob("distractors", contrast.distractors)
+    sides = [*d.either((0, 1), (1, 0)), d.either(0, 1)] if count != 1 else [d.either(0, 1)]
+    distractors = []
+    d.fixed = {knob: fixed[knob] for knob in contrast.alike if knob in fixed}
+    for side in sides[:count]:
+        distractors.append(contrast.write(d, side).lines)
+        d.fixed = {knob: d.knobs[knob] for knob in contrast.alike}
+    statement = [d.statement()] if d.chance(0.3) else []
 
+    ends: list[list[str]] = []
+    needs = dict(d.needs)
+    knobs = dict(outer.knobs)
+    for side in (0, 1):
+        inner = Draw(random.Random(key + 1), split, cut=_CUT, fixed={**d.fixed, **fixed})
+        inner.taken, inner.needs = set(d.taken), dict(d.needs)
+        ends.append(contrast.write(inner, side).lines)
+        needs |= inner.needs
+        knobs |= inner.knobs
+    d.taken |= set(needs)
+    if unknown := sorted(fixed.keys() - knobs.keys()):
+        raise UserError(
+            f"task {name!r} has no knob {unknown[0]!r}{closest(unknown[0], knobs)}; it has {', '.join(sorted(knobs))}"
+        )
 
-def _program(context: str, lines: list[str], depth: int) -> Program:
-    """Returns a program from its context and a snippet that is still to be indented and cut."""
-    # A cut at the start of a line comes before that line's indentation.
-    indentation = " " * depth
-    body = "".join(
-        f"{_CUT}{indentation}{line[1:]}\n" if line.startswith(_CUT) else f"{indentation}{line}\n"
-        for line in lines
+    around = _surroundings(d, place, needs)
+    first, second = (
+        _program([beginning, *around([*distractors, statement, end])], imports(d, needs)) for end in ends
     )
-    prompt, answer, *others = (context + body).split(_CUT)
+    return Pair(first=first, second=second, template=f"{place} after {template}", knobs=knobs)
+
+
+def _program(blocks: list[list[str]], imported: list[list[str]]) -> Program:
+    """Returns a program from its blocks of lines, one of which is marked where it is to be cut."""
+    # A cut at the start of a line comes before that line's indentation.
+    text = re.sub(rf"^( +){_CUT}", rf"{_CUT}\1", joined([*imported, *blocks]), flags=re.MULTILINE)
+    prompt, answer, *others = text.split(_CUT)
     return Program(prompt=prompt, rest=answer + "".join(others), answer=answer if others else "")
 
 
 # ---- Surroundings ----
 
 
-def _lead_assignment(d: Draw) -> str:
-    return f"{d.new()} = {d.number()}\n{d.new()} = {d.number()}\n"
+def _lead_assignment(d: Draw) -> list[str]:
+    return [f"{d.new()} = {d.number()}"]
 
 
-def _lead_function(d: Draw) -> str:
+def _lead_function(d: Draw) -> list[str]:
     argument = d.new()
-    return f"def {d.function()}({argument}):\n    return {argument}\n"
+    return [f"def {d.function()}({argument}):", f"    return {argument}"]
 
 
-def _lead_import(d: Draw) -> str:
-    return f"import {d.one(words.MODULES)}\n\n{d.new()} = {d.number()}\n"
+def _lead_import(d: Draw) -> list[str]:
+    return [f"import {d.one(words.MODULES)}"]
 
 
-def _lead_print(d: Draw) -> str:
-    return f"print({d.quoted(d.phrase(1, 3)) if d.strings else d.number()})\n"
+def _lead_print(d: Draw) -> list[str]:
+    return [f"print({d.quoted(d.phrase(1, 3))})"]
 
 
-def _lead_from(d: Draw) -> str:
-    return f"from {d.either('helpers', 'tools')} import {d.one(words.CALLS)}\n"
+def _lead_from(d: Draw) -> list[str]:
+    return [f"from {d.one(words.MODULES)} import {d.one(words.VERBS)}"]
 
 
-def _lead_docstring(d: Draw) -> str:
-    text = f"{d.one(words.VERBS).capitalize()} the {d.phrase(1, 2)}."
-    return f'"""{text}"""\n' if d.strings else f"# {text}\n"
+def _lead_docstring(d: Draw) -> list[str]:
+    return [f'"""{d.one(words.VERBS).capitalize()} the {d.phrase(1, 2)}."""']
 
 
-_LEADS: dict[Split, dict[str, Callable[[Draw], str]]] = {
+_LEADS: dict[Split, dict[str, Callable[[Draw], list[str]]]] = {
     "search": {"assignment": _lead_assignment, "function": _lead_function},
     "discretize": {"import": _lead_import, "print": _lead_print},
     "report": {"from": _lead_from, "docstring": _lead_docstring},
@@ -125,21 +154,22 @@ _LEADS: dict[Split, dict[str, Callable[[Draw], str]]] = {
 """How a program begins; each split has its own ways."""
 
 
-def _opening(d: Draw, place: Place, needs: dict[str, Kind]) -> tuple[str, int]:
-    """Returns the lines between a program's beginning and the snippet, and the snippet's indentation."""
+def _surroundings(
+    d: Draw, place: Place, needs: Mapping[str, Kind]
+) -> Callable[[list[list[str]]], list[list[str]]]:
+    """Returns a function that puts snippets where they stand, and what they need before them."""
     if place == "definition":
-        return "", 0
-    arguments = ", ".join(needs)
+        return lambda snippets: [lines for lines in snippets if lines]
+    given = {name: kind for name, kind in needs.items() if kind != "call"}
     if place == "module":
-        lines, depth = [f"{name} = {d.value(name, kind)}" for name, kind in needs.items()], 0
-    elif place == "function":
-        lines, depth = [f"def {d.function()}({arguments}):"], 4
-    else:
-        kind = d.one(words.NOUNS).capitalize()
-        receiver = f"self, {arguments}" if arguments else "self"
-        lines, depth = [f"class {kind}:", f"    def {d.function()}({receiver}):"], 8
-    if d.chance(0.35):
-        lines.append(" " * depth + d.statement())
-    elif d.chance(0.1):
-        lines.append(f"{' ' * depth}# {d.one(words.VERBS)} the {d.phrase(1, 1)}")
-    return "".join(f"{line}\n" for line in lines), depth
+        lines = [f"{name} = {d.value(name, kind)}" for name, kind in given.items()]
+        return lambda snippets: [[*lines, *itertools.chain(*snippets)]]
+    receiver = ["self"] if place == "method" else []
+    head = f"def {d.function()}({', '.join([*receiver, *given])}):"
+    name = d.one(words.NOUNS).capitalize()
+
+    def block(snippets: list[list[str]]) -> list[list[str]]:
+        lines = [head, *indented(list(itertools.chain(*snippets)))]
+        return [lines] if place == "function" else [[f"class {name}:", *indented(lines)]]
+
+    return block
