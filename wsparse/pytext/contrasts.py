@@ -140,7 +140,9 @@ def _list(d: Draw, side: int) -> Snippet:
     return d.snippet(f"{name} = [{text}{closing}", result=name)
 
 
-@_contrast("bracket_brace", "follow an element of a list or of a dict", Form(",", ":"), weight=2.0, alike=("kind",))
+@_contrast(
+    "bracket_brace", "follow an element of a list or of a dict", Form(",", ":"), weight=2.0, alike=("kind",)
+)
 def _display(d: Draw, side: int) -> Snippet:
     """A list or a dict, on one line or on several; in a pair the list has the dict's keys and values."""
     name = d.new()
@@ -256,7 +258,11 @@ def _compare(d: Draw, side: int) -> Snippet:
 
 
 @_contrast(
-    "var_if", "follow a truth value that is assigned or compared", Form("\n", ":\n"), Form("\n", ":"), weight=1.5
+    "var_if",
+    "follow a truth value that is assigned or compared",
+    Form("\n", ":\n"),
+    Form("\n", ":"),
+    weight=1.5,
 )
 def _truth(d: Draw, side: int) -> Snippet:
     """The end of `found = ready == True` or of `if ready == True:`; in documents also of `ready = True`."""

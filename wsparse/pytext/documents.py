@@ -1,8 +1,8 @@
 """Synthetic Python modules that show both sides of every contrast.
 
 Real code holds most of the contrasts behind the tasks, but too thinly for a model of two layers to learn them
-in minutes. The documents made here hold little else: a document is a small module of snippets, and a snippet
-shows one side of one contrast.
+in minutes. A document made here is a small module of snippets; most snippets show one side of one contrast,
+the others what small programs have besides.
 
 Every string draws its own quote style, so that the opening quote, not the habit of the file, decides how it
 closes; only one document in five keeps to a single style, as people do.
@@ -28,12 +28,15 @@ from wsparse.errors import UserError
 from wsparse.pytext import words
 from wsparse.pytext.contrasts import CONTRASTS
 from wsparse.pytext.draw import Draw, Kind, Snippet, imports, indented, joined
+from wsparse.pytext.fillers import FILLERS
 
 SMALLEST, ENOUGH = 300, 800
 """A document gets further snippets until it has a number of bytes drawn from this range."""
 
 # How often a snippet shows the same contrast as the one before.
 _AGAIN = 0.4
+# How often it is something of which no task is made.
+_FILLED = 0.15
 
 _NAMES = tuple(CONTRASTS)
 _CUMULATIVE = list(itertools.accumulate(contrast.weight for contrast in CONTRASTS.values()))
@@ -62,7 +65,10 @@ def document(seed: int, index: int) -> str:
         if size < enough:
             # Statements of one kind often stand together: what closed one says nothing about the next.
             name = name if name and d.chance(_AGAIN) else _any_contrast(d)
-            snippet = CONTRASTS[name].write(d.inside(), d.either(0, 1))
+            if d.chance(_FILLED):
+                snippet = d.either(*FILLERS)(d.inside())
+            else:
+                snippet = CONTRASTS[name].write(d.inside(), d.either(0, 1))
             needs |= snippet.needs
             pending.append(snippet)
         if pending[-1].definition:
@@ -144,9 +150,9 @@ def _header(d: Draw, needs: dict[str, Kind]) -> list[list[str]]:
 
 
 def _one_style(lines: list[str], quote: str) -> list[str]:
-    """Returns the lines with every string but docstrings in one quote style; texts hold no quotes."""
+    """Returns the lines with the strings in one quote style, but for docstrings and lines with both."""
     other = "'" if quote == '"' else '"'
-    return [line if '"""' in line else line.replace(other, quote) for line in lines]
+    return [line if '"""' in line or quote in line else line.replace(other, quote) for line in lines]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -167,17 +167,19 @@ class Draw:
 
     def new(self, source: Sequence[str] = NOUNS, *, plural: bool = False, n_words: int = 0) -> str:
         """Returns a name that is not in use, for the snippet to assign; of one or two words by default."""
-        while True:
+        for attempt in itertools.count():
             name = self.one(source, early=True)
-            if n_words == 3:
+            # A split has few letters and flags; where all are taken, names get longer.
+            if n_words == 3 or attempt > 200:
                 name = f"{self.one(words.PREFIXES)}_{name}_{self.one(NOUNS, early=True)}"
-            elif n_words == 2 or (not n_words and source is NOUNS and self.embellish(0.12)):
+            elif n_words == 2 or attempt > 20 or (not n_words and source is NOUNS and self.embellish(0.12)):
                 name = f"{self.one(words.PREFIXES)}_{name}"
             if plural:
                 name = f"{name}s"
             if name not in self.taken:
-                self.taken.add(name)
-                return name
+                break
+        self.taken.add(name)
+        return name
 
     def long(self, source: Sequence[str] = NOUNS) -> str:
         """Returns a new name of as many words as the knob `words` says, to stand before a decision."""
