@@ -75,7 +75,7 @@ def row_ids(batch: tasks.TaskBatch) -> Iterator[list[int]]:
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_batches(tokenizers, name, vocab):
     tokenizer = tokenizers[vocab]
-    batch = tasks.build(name, tokenizer, 12, seed=3)
+    batch = tasks.build(name, tokenizer, 12, seed=3, max_tokens=128)
     rows = list(row_ids(batch))
 
     assert batch.n_pairs == 12
@@ -95,7 +95,7 @@ def test_batches(tokenizers, name, vocab):
 
     for row, ids in enumerate(rows):
         prompt, answer, rest = (texts[row] for texts in (batch.prompts, batch.answers, batch.continuations))
-        assert 8 <= len(ids) <= 72
+        assert 8 <= len(ids) <= 128
         assert tokenizer.encode(prompt) == ids
         assert np.all(batch.tokens[row, len(ids) :] == tokenizer.end_of_text)
         assert tokenizer.decode([batch.answer[row]]) == answer
@@ -200,9 +200,9 @@ def test_a_task_that_repeats_itself_is_refused(tokenizers):
 
 
 def test_padding_to_a_common_length(tokenizers):
-    batch = tasks.build("lambda_func", tokenizers[1024], 4, seed=0)
-    longer = tasks.padded(batch, 40)
-    assert longer.tokens.shape == (8, 40)
+    batch = tasks.build("lambda_func", tokenizers[1024], 4, seed=0, max_tokens=128)
+    longer = tasks.padded(batch, 140)
+    assert longer.tokens.shape == (8, 140)
     assert longer.tokens.dtype == np.int32
     assert list(row_ids(longer)) == list(row_ids(batch))
     assert np.all(longer.tokens[:, batch.tokens.shape[1] :] == tokenizers[1024].end_of_text)

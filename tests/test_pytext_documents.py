@@ -68,7 +68,7 @@ PATTERNS = {
     "if_equals": (r"if \w+ == ", r"\n *\w+ = "),
     "enumerate_range": (r"for \w+, \w+ in enumerate\(", r"for \w+ in range\("),
     "var_if": (r"\w+ = (True|False)\n", r"if \w+ == (True|False):\n"),
-    "while_return_true": (r"while True:\n", r"return True\n"),
+    "while_return_true": (r"while (\w+ (==|is) )?(True|False):\n", r"return (\w+ (==|is) )?(True|False)\n"),
 }
 
 # The least share of the rarer side, where one of the two sides is a line that all code is full of
@@ -210,7 +210,7 @@ def test_a_tenth_of_the_documents_show_each_task(texts):
 
 
 def test_the_counts_notice_a_missing_side(texts):
-    without = [text.replace("while True:\n", "while 1 > 0:\n") for text in texts[:50]]
+    without = [re.sub(r"while .*:\n", "while 1 > 0:\n", text) for text in texts[:50]]
     assert count_sides(without)["while_return_true"]["first"] == 0
     assert count_sides(without)["while_return_true"]["second"] > 0
 
@@ -242,7 +242,8 @@ def test_quotes_balance_and_mix_within_documents(texts):
     for text in texts[:100]:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                assert not set(node.value) & set("'\"\\\n")
+                assert not set(node.value) & set("\\\n")
+                assert len(set(node.value) & set("'\"")) <= 1
 
 
 def test_documents_are_distinct():

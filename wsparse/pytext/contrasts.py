@@ -130,7 +130,7 @@ def _list(d: Draw, side: int) -> Snippet:
     """A list whose last elements are numbers, or a row of them; rows and numbers stand before."""
     name = d.new(plural=True)
     before = []
-    for _ in range(d.knob("length", (1, 2, 2, 3), common=(0,) * 4)):
+    for _ in range(d.knob("length", (1, 1, 2), common=(0, 0, 0, 3))):
         row = d.numbers(1, 3)
         # Mostly one kind, as people write them; which kind says nothing about the last elements.
         before.append(f"[{row}]" if d.chance(0.6) else row)

@@ -104,16 +104,15 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
         )
 
     around = _surroundings(d, place, needs)
-    first, second = (
-        _program([beginning, *around([*distractors, statement, end])], imports(d, needs)) for end in ends
-    )
+    before = [*imports(d, needs), beginning]
+    first, second = (_program([*before, *around([*distractors, statement, end])]) for end in ends)
     return Pair(first=first, second=second, template=f"{place} after {template}", knobs=knobs)
 
 
-def _program(blocks: list[list[str]], imported: list[list[str]]) -> Program:
+def _program(blocks: list[list[str]]) -> Program:
     """Returns a program from its blocks of lines, one of which is marked where it is to be cut."""
     # A cut at the start of a line comes before that line's indentation.
-    text = re.sub(rf"^( +){_CUT}", rf"{_CUT}\1", joined([*imported, *blocks]), flags=re.MULTILINE)
+    text = re.sub(rf"^( +){_CUT}", rf"{_CUT}\1", joined(blocks), flags=re.MULTILINE)
     prompt, answer, *others = text.split(_CUT)
     return Program(prompt=prompt, rest=answer + "".join(others), answer=answer if others else "")
 
