@@ -31,6 +31,9 @@ VOCABS = (512, 1024, 2048)
 # Tasks whose sides the tokenizer of 1024 cuts into the same number of tokens.
 EQUAL_LENGTHS = {
     "single_double_quote",
+    "set_or_string",
+    "set_or_string_fixedvarname",
+    "lambda_func",
     "bracket_counting",
     "class_init",
     "with_open",

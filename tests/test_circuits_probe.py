@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsparse.circuits import probe
+from wsparse.circuits import probe, tasks
 from wsparse.circuits.pairs import PairArrays
 
 N_PAIRS, VOCAB = 256, 40
@@ -130,3 +130,18 @@ def test_the_regression_is_the_minimum_that_newtons_method_finds():
     weights, bias = probe._regression(x_BF)
     np.testing.assert_allclose([*weights, bias], expected, atol=2e-3)
     assert abs(weights[0]) > 0.5
+
+
+def test_shortcuts_do_not_solve_the_built_in_tasks(tokenizers):
+    """At most 0.65 on the report split, but where the task's row says that one token decides."""
+    for name, task in tasks.TASKS.items():
+        fitted, scored = (
+            tasks.build(task, tokenizers[1024], N_PAIRS, 0, split=split, max_tokens=128)
+            for split in ("search", "report")
+        )
+        by, accuracy = probe.best(probe.shortcuts(fitted, scored))
+        if task.local:
+            assert accuracy > 0.65, (name, by, "decided by one token, and yet not seen")
+        else:
+            assert accuracy <= 0.65, (name, by, accuracy)
+    assert sum(bool(task.local) for task in tasks.TASKS.values()) <= 4

@@ -53,7 +53,7 @@ TASKS = {
 # Two patterns a task. Each match is one place where the model has to tell the sides apart.
 PATTERNS = {
     "single_double_quote": (r"\('[^'\"\n]*'\)", r"\(\"[^'\"\n]*\"\)"),
-    "bracket_counting": (r"\w+ = \[[^]\[\n]*\d\]\n", r"\w+ = \[\[.*\]\]\n"),
+    "bracket_counting": (r"\w+ = \[.*\d\]\n", r"\w+ = \[.*\d\]\]\n"),
     "with_as": (r"with open\(.*\) as \w+:\n", r"\w+ = open\(.*\)\n"),
     "with_open": (r"open\(.*(['\"])r\1\)", r"open\(.*(['\"])w\1\)"),
     "bracket_brace": (
@@ -88,7 +88,7 @@ RARER = {
 BALANCED = 0.4
 
 # The first 20 documents of seed 0: whoever changes it changes every run trained on idioms.
-GOLDEN = "b6da13b943bafb5ae3a337fe0ef16f997f22a5dbf7ea6f5728018c61da3395e1"
+GOLDEN = "22d744bc657e2cb380b542a1e0c690a11d01a3807035498fae02f872ffe5526f"
 
 
 @pytest.fixture(scope="module")

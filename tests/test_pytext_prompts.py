@@ -10,17 +10,20 @@ from collections import Counter
 import hashlib
 import itertools
 import keyword
+import os
 import re
 
 from helpers import parses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import pytest
 
+from wsparse.errors import UserError
 from wsparse.pytext import prompts, words
 from wsparse.pytext.contrasts import CONTRASTS
 
 # The first pairs of every task, split and two seeds: whoever changes it changes every circuit.
-GOLDEN = "bb0dfefb0c636ce02cfec7a7b791e63d4aec0ee2659b5d2584d99ca2fe2836f3"
+GOLDEN = "21acfcfeee10d7ffef49e3a8e4e3f6169c5a43dee118dd525f8f4861204d4f01"
 
 
 def pairs_of(name: str, split: words.Split, count: int, seed: int = 0) -> list[prompts.Pair]:
@@ -88,3 +91,36 @@ def test_any_seed_makes_programs(name, seed, split):
             assert parses(side.prompt + side.rest)
             assert side.rest.startswith(side.answer)
             assert "¦" not in side.prompt + side.rest
+
+
+def test_knobs_are_noted_with_each_pair_and_can_be_set():
+    drawn = pairs_of("single_double_quote", "search", 100)
+    assert {pair.knobs["distractors"] for pair in drawn} >= {1, 2, 3}
+    for value in (0, 3):
+        fixed = list(
+            itertools.islice(prompts.pairs("for_while", 0, "search", knobs={"distractors": value}), 20)
+        )
+        for pair in fixed:
+            assert pair.knobs["distractors"] == value
+            loops = re.findall(r"^ *(?:for|while) ", pair.first.prompt, flags=re.MULTILINE)
+            assert len(loops) == value + 1
+    nested = next(prompts.pairs("single_double_quote", 0, "search", knobs={"nested": 1, "distractors": 0}))
+    assert re.search(r"'[a-z ]+ \"[a-z]+\" [a-z ]+$", nested.first.prompt)
+    assert re.search(r"\"[a-z ]+ '[a-z]+' [a-z ]+$", nested.second.prompt)
+
+
+def test_a_knob_that_a_task_lacks_is_refused():
+    with pytest.raises(UserError, match=r"no knob 'nestd' \(did you mean 'nested'\?\); it has .*distractors"):
+        next(prompts.pairs("single_double_quote", 0, "search", knobs={"nestd": 1}))
+    with pytest.raises(UserError, match="'distractors' must be one of 0, 1, 2, 3 here, got 7"):
+        next(prompts.pairs("single_double_quote", 0, "search", knobs={"distractors": 7}))
+
+
+def test_distractors_of_both_sides_stand_before_the_statement_that_is_cut():
+    for name, contrast in CONTRASTS.items():
+        if contrast.distractors == (0,):
+            continue
+        pair = next(prompts.pairs(name, 5, "report", knobs={"distractors": 2}))
+        shared = os.path.commonprefix([pair.first.prompt, pair.second.prompt])
+        lines = shared.splitlines()
+        assert len(lines) >= 4, name

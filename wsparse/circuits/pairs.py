@@ -138,8 +138,8 @@ def build(
       knobs: Knobs that are not drawn, of a built-in task.
 
     Raises:
-      UserError: The split does not exist, the task has no such knob or none with this value, the tokenizer fits none of the task's forms, or the task cannot
-        make that many distinct pairs.
+      UserError: The split does not exist, the task has no such knob or none with this value, the tokenizer
+        fits none of the task's forms, or the task cannot make that many distinct pairs.
     """
     if split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}{closest(split, SPLITS)}")

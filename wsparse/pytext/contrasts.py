@@ -6,14 +6,14 @@ where the sides part (`Draw.cut`). Three rules keep a contrast honest:
 
 - Both sides draw their names, numbers and words from the same lists, and up to the cut they make the same
   choices in the same order when they are drawn for a pair.
-- No token of the prompt gives the side away alone. Finished statements of both sides stand before the one that
-  is cut (the knob `distractors`), so that every token of either is there; or both sides hold the same tokens in
-  another order.
+- No token of the prompt gives the side away alone. Finished statements of both sides stand before the one
+  that is cut (the knob `distractors`), so that every token of either is there; or both sides hold the same
+  tokens in another order.
 - What decides stands more than three tokens before the decision: a string's words, the rest of a list or a
   name of several words (`Draw.long`) come between. Where that cannot be, `Contrast.local` says why.
 
-`wsparse.circuits.probe` measures how far that holds. Documents of a seed never change between versions without
-need: whoever edits a function changes every run trained on `idioms`.
+`wsparse.circuits.probe` measures how far that holds. Documents of a seed never change: whoever edits a
+function keeps its draws, or changes every run trained on `idioms`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Contrast:
       weight: How often documents show it, relative to the others.
       places: Where the snippet of a pair may stand.
       distractors: Choices of the knob: finished statements of the contrast before the one that is cut.
-      alike: Knobs whose value the distractors share with what is cut, where the values have tokens of their own.
+      alike: Knobs of which the distractors have the value of what is cut: each value has tokens of its own.
       local: Why one token decides, for a contrast where it does by its nature; else "".
     """
 
@@ -186,7 +186,7 @@ def _print_variable(d: Draw, side: int) -> Snippet:
 def _accumulate(d: Draw, side: int, *, fixed: bool) -> Snippet:
     """A set and a string, one of which takes in values some lines later; in documents sometimes alone.
 
-    Side 0 lets the set grow, side 1 the string. With `fixed` it is always the variable of one name that grows.
+    Side 0 lets the set grow, side 1 the string. With `fixed` the variable that grows has always one name.
     """
     starts = ["set()", '""']
     if fixed:

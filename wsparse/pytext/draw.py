@@ -4,15 +4,17 @@ Text to train on and prompts of tasks are two readings of the same grammar. In d
 draw uses all words and all forms; in prompts it uses the words of one split, so that the two sides of a pair,
 drawn with the same seed, differ only in what decides.
 
-What makes a prompt easy or hard is a *knob*: a whole number with a name, drawn like everything else, noted, and
-set from outside by whoever wants to see a model's loss by its value. The knobs of the grammar are
+What makes a prompt easy or hard is a *knob*: a whole number with a name, drawn like everything else, noted,
+and set from outside by whoever wants to see a model's loss by its value. The knobs of the grammar are
 
 - `distractors`: finished statements of the same contrast, of both its sides, before the one that is cut;
-- `distance`: statements between what decides and the decision, `depth`: indentation of the snippet in levels;
+- `distance`: statements between what decides and the decision;
+- `depth`: levels of indentation of the statement that is cut;
 - `length`: words of a string, elements of a list, arguments of a function;
 - `words`: words of the name before the decision; what decides stands before them;
 - `order`: what of two comes first; `callee`: `print` (0) or another function (1);
-- `nested`: whether a string holds the other quote; `kind`: of what a list or dict is (0 numbers, 1 variables, 2 strings).
+- `nested`: whether a string holds the other quote;
+- `kind`: of what a list or a dict is, numbers (0), variables (1) or strings (2).
 
 Only `random.Random.random` is called, the one method whose sequence Python promises to keep between versions.
 """

@@ -75,10 +75,11 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
     contrast = CONTRASTS[name]
     # The surroundings: everything that both programs share, their knobs apart from those of what is cut.
     d = Draw(random.Random(key), split)
-    place: Place = d.either(*contrast.places)
+    outer = Draw(d.rng, split, fixed=fixed)
+    places = {_DEPTHS[place]: place for place in contrast.places}
+    place = places[outer.knob("depth", list(places))]
     template, lead = d.either(*_LEADS[split].items())
     beginning = lead(d)
-    outer = Draw(d.rng, split, fixed=fixed)
     count = outer.knob("distractors", contrast.distractors)
     sides = [*d.either((0, 1), (1, 0)), d.either(0, 1)] if count != 1 else [d.either(0, 1)]
     distractors = []
@@ -99,9 +100,8 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
         knobs |= inner.knobs
     d.taken |= set(needs)
     if unknown := sorted(fixed.keys() - knobs.keys()):
-        raise UserError(
-            f"task {name!r} has no knob {unknown[0]!r}{closest(unknown[0], knobs)}; it has {', '.join(sorted(knobs))}"
-        )
+        near = closest(unknown[0], knobs)
+        raise UserError(f"task {name!r} has no knob {unknown[0]!r}{near}; it has {', '.join(sorted(knobs))}")
 
     around = _surroundings(d, place, needs)
     before = [*imports(d, needs), beginning]
@@ -144,6 +144,9 @@ def _lead_from(d: Draw) -> list[str]:
 def _lead_docstring(d: Draw) -> list[str]:
     return [f'"""{d.one(words.VERBS).capitalize()} the {d.phrase(1, 2)}."""']
 
+
+_DEPTHS: dict[Place, int] = {"module": 0, "definition": 0, "function": 1, "method": 2}
+"""Levels of indentation of a snippet."""
 
 _LEADS: dict[Split, dict[str, Callable[[Draw], list[str]]]] = {
     "search": {"assignment": _lead_assignment, "function": _lead_function},
