@@ -132,6 +132,7 @@ def test_the_regression_is_the_minimum_that_newtons_method_finds():
     assert abs(weights[0]) > 0.5
 
 
+@pytest.mark.slow
 def test_shortcuts_do_not_solve_the_built_in_tasks(tokenizers):
     """At most 0.65 on the report split, but where the task's row says that one token decides."""
     for name, task in tasks.TASKS.items():
