@@ -77,6 +77,7 @@ RARER = {
     "bracket_counting": 0.27,
     "bracket_brace": 0.2,
     "for_while": 0.28,
+    "enumerate_range": 0.3,
     "fstring_brace": 0.3,
     "if_ternary": 0.22,
     "lambda_func": 0.09,
