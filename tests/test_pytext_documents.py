@@ -64,7 +64,7 @@ PATTERNS = {
     "else_elif": (r"\n *else:\n", r"\n *elif \w"),
     "fstring_brace": (r"print\(f(['\"])[^'\"\n]*[{]\w+[}][^'\"\n]*\1\)", r"print\((['\"])[^'\"{}]*\1\)"),
     "if_ternary": (r"\n *if [^\n]+:\n", r"= \w+ if [^\n:]+ else \w+\n"),
-    "lambda_func": (r"lambda \w+:", r"def (\w|[a-z]+)\("),
+    "lambda_func": (r"lambda [\w, ]+:", r"def (\w|[a-z]+)\("),
     "if_equals": (r"if \w+ == ", r"\n *\w+ = "),
     "enumerate_range": (r"for \w+, \w+ in enumerate\(", r"for \w+ in range\("),
     "var_if": (r"\w+ = (True|False)\n", r"if \w+ == (True|False):\n"),
@@ -89,7 +89,7 @@ RARER = {
 BALANCED = 0.4
 
 # The first 20 documents of seed 0: whoever changes it changes every run trained on idioms.
-GOLDEN = "22d744bc657e2cb380b542a1e0c690a11d01a3807035498fae02f872ffe5526f"
+GOLDEN = "b2ba413ab3ef6d8387f6e722301a83f767a9eefc6faeaeebe2909ac7f7cee85f"
 
 
 @pytest.fixture(scope="module")

@@ -473,7 +473,7 @@ def _else(d: Draw, side: int) -> Snippet:
     "if_ternary",
     "follow the condition of a statement or of an expression",
     *(Form(":\n", " else"), Form(":", " else")),
-    weight=1.5,
+    weight=2.5,
 )
 def _if(d: Draw, side: int) -> Snippet:
     name = d.new()
