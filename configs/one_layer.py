@@ -18,10 +18,18 @@ from wsparse.config import recipe
 def get_config() -> ml_collections.ConfigDict:
     """Returns the recipe; every key can be overridden with `--config.key=value`."""
     return recipe(
-        model={"vocab_size": 1024, "context": 64, "n_layer": 1, "d_model": 128, "n_head": 8},
+        model={
+            "vocab_size": 1024,
+            "context": 128,
+            "n_layer": 1,
+            "d_model": 128,
+            "n_head": 8,
+            "position": "concat_sinusoid",
+            "d_pos": 16,
+        },
         sparsity={"density": 1 / 32, "anneal_end": 0.4},
         optimizer={"learning_rate": 6e-3},
-        data={"source": "0.7*idioms+0.3*stdlib", "megabytes": 10.0},
+        data={"source": "idioms", "megabytes": 10.0},
         steps=1800,
-        batch_size=40,
+        batch_size=20,
     )

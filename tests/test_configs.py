@@ -79,6 +79,8 @@ def test_the_docstring_says_what_to_expect_and_how_to_run_it(name):
         ("tiny", "tiny:dense", ()),
         ("small", "small:dense", ("steps",)),
         ("small", "small:dense_narrow", ("model.d_model", "model.n_head")),
+        ("small", "small:dense_plain", ("model.d_model", "model.n_head")),
+        ("small", "small:dense_equal", ("model.d_model", "model.n_head")),
     ],
 )
 def test_a_dense_twin_differs_only_as_said(sparse, dense, also):

@@ -242,7 +242,7 @@ class DataConfig:
     """Where text comes from."""
 
     source: str = setting(
-        "0.7*idioms+0.3*stdlib",
+        "idioms",
         'A source or a weighted mix of them, e.g. "0.7*idioms+0.3*stdlib" (`wsparse.data.sources`).',
     )
     megabytes: float = setting(
