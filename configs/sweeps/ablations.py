@@ -3,7 +3,7 @@
 Reproduces: the ablations of Gao et al. 2025 (warm-up, sinks, bigram table, AbsTopK fraction, learning rate,
     floor, gradient scaling), on a model that trains in minutes.
 Hardware: 2 CPU cores.
-Minutes: those of 51 runs of `tiny`; any number of workers share them.
+Minutes: those of 54 runs of `tiny`; any number of workers share them.
 Command: python -m wsparse.sweep --config=configs/sweeps/ablations.py
 """
 
@@ -15,6 +15,7 @@ ABLATIONS = {
     "no warm-up": {"optimizer.warmup": 0.0},
     "warm-up 10%": {"optimizer.warmup": 0.1},
     "no attention sinks": {"model.sink": False},
+    "no positions": {"model.position": "none", "model.d_pos": 0},
     "no bigram table": {"model.bigram": "none"},
     "AbsTopK 1/2": {"model.abs_top_k_fraction": 1 / 2},
     "AbsTopK 1/8": {"model.abs_top_k_fraction": 1 / 8},

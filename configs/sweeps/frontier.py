@@ -16,14 +16,14 @@ from typing import Any
 from wsparse.sweeps import Plot, Point, Sweep
 
 VARIANTS = ("quick",)
-LAYERS, VOCABULARY = 2, 1024
+LAYERS, VOCABULARY, POSITIONS = 2, 1024, 16
 
 
 def point(width: int, nonzeros: int, **changes: Any) -> Point:
     """Returns the model of a width whose projected matrices have a number of nonzeros in all."""
     embeddings = 2 * VOCABULARY * width
-    # Of each layer q, k, v, out, fc and proj, with their biases.
-    others = LAYERS * (12 * width**2 + 9 * width)
+    # Of each layer q, k, v, out, fc and proj, with their biases; positions are read by four of them.
+    others = LAYERS * (12 * width**2 + (9 + 7 * POSITIONS) * width)
     # At least two nonzeros for each token, in and out: with less, tokens cannot be told apart.
     embedded = max(nonzeros * embeddings / (embeddings + others), 4 * VOCABULARY)
     overrides = {
@@ -31,6 +31,8 @@ def point(width: int, nonzeros: int, **changes: Any) -> Point:
         "model.n_layer": LAYERS,
         "model.d_model": width,
         "model.n_head": width // 16,
+        "model.position": "concat_sinusoid",
+        "model.d_pos": POSITIONS,
         "sparsity.density": (nonzeros - embedded) / others,
         "sparsity.overrides": ",".join(
             f"{path}={embedded / embeddings}" for path in ("embed/tokens", "head/unembed")
