@@ -25,7 +25,7 @@ from wsparse.step import make_program
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     """The config with its parts switched off."""
     no_top_k = dataclasses.replace(config.model, abs_top_k_fraction=None)
-    dense = dataclasses.replace(config.sparsity, density=1.0)
+    dense = dataclasses.replace(config.sparsity, density=1.0, overrides="")
     return {
         "all": config,
         "no projection": dataclasses.replace(config, sparsity=dense),
