@@ -19,6 +19,8 @@ BASE = {
     "model.vocab_size": 1024,
     "model.context": 64,
     "model.n_layer": 2,
+    "model.position": "none",
+    "model.d_pos": 0,
     "model.d_model": 64,
     "model.n_head": 4,
     "sparsity.density": 1 / 16,
