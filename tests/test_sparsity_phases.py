@@ -53,7 +53,7 @@ def reference(gradients: list[np.ndarray], weights: np.ndarray, every: int) -> l
     first, second = np.zeros_like(weights), np.zeros_like(weights)
     scale, after = 1.0, []
     for count, gradient in enumerate(gradients):
-        explore = count % every == 0
+        explore, before = count % every == 0, weights.copy()
         if explore:
             scale = 1 / np.sqrt(np.mean(np.square(gradient.astype(np.float64))))
         for place in np.ndindex(weights.shape):
@@ -69,6 +69,9 @@ def reference(gradients: list[np.ndarray], weights: np.ndarray, every: int) -> l
             k = round(DENSITY * weights.size)
             threshold = np.sort(np.abs(weights), axis=None)[-k]
             weights[np.abs(weights) < threshold] = 0
+            if every > 1:
+                entered = (before == 0) & (weights != 0)
+                first[entered], second[entered] = 0, 0
         after.append(weights.copy())
     return after
 

@@ -41,7 +41,8 @@ def support_phases(
     - `support`: bools like the parameters, true for the entries that are trained in this step.
 
     `scale_by_gradient_rms` keeps the scale of the last exploration step, `resting_moments` the moments of
-    absent entries, and `project_top_k` the support.
+    absent entries, and `project_top_k` the support. Adam's moments of an entry that enters are set to zero:
+    they are those of exploration steps alone, some of them long past.
 
     Args:
       transform: Chain of transforms to wrap.
@@ -66,9 +67,27 @@ def support_phases(
         new, inner = transform.update(
             gradients, state.inner, params, explore=explore, support=support, **extra
         )
+
+        def enters(path, param, update):
+            if isinstance(trees.match(rules, path), Dense):
+                return jnp.zeros(param.shape, bool)
+            return explore & (param == 0) & (update != 0)
+
+        if every != 1:
+            inner = _without_moments(inner, trees.map_with_path(enters, params, new))
         return new, SupportPhasesState(jnp.asarray(optax.safe_increment(state.count)), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_moments(state: Any, entering: Any) -> Any:
+    """Returns the state of a chain with the moments of Adam, where it has any, zero where `entering`."""
+    for name in ("mu", "nu"):
+        moments = optax.tree_utils.tree_get(state, name)
+        if moments is not None:
+            fresh = jax.tree.map(lambda m, e: jnp.where(e, 0, m).astype(m.dtype), moments, entering)
+            state = optax.tree_utils.tree_set(state, **{name: fresh})
+    return state
 
 
 def resting_moments(adam: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
