@@ -37,11 +37,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "d_pos": 16,
         },
         sparsity={"density": 1 / 64, "anneal_end": 0.4, "min_per_neuron": 0, "explore_every": 4},
-        optimizer={"learning_rate": 6e-3},
+        optimizer={"learning_rate": 1.2e-2},
         data={"source": "idioms", "megabytes": 24.0, "validation_fraction": 0.05},
-        steps=2400,
+        steps=4800,
         batch_size=32,
-        checkpoint_every=600,
+        checkpoint_every=800,
     )
     if variant:
         config.sparsity.density = 1.0

@@ -34,9 +34,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "d_pos": 16,
         },
         sparsity={"density": 1 / 16, "anneal_end": 0.4},
-        optimizer={"learning_rate": 6e-3},
+        optimizer={"learning_rate": 2e-2},
         data={"source": "idioms", "megabytes": 10.0},
-        steps=900,
+        steps=1000,
         batch_size=20,
     )
     if variant == "dense":

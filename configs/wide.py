@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         },
         optimizer={"learning_rate": 4e-3},
         data={"source": "idioms", "megabytes": 24.0, "validation_fraction": 0.05},
-        steps=3000,
+        steps=3600,
         batch_size=16,
         checkpoint_every=500,
     )

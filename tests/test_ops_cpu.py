@@ -229,7 +229,7 @@ def test_a_matrix_with_few_nonzeros_is_multiplied_by_its_nonzeros_alone():
     np.testing.assert_array_equal(product(x, w), 3.0 * (np.arange(8) == 3) * np.ones((4, 1)))
     w[6] = 1.0
     assert np.count_nonzero(w) < (32 * 8) * cpu.DENSITY_LIMIT
-    w[7:12] = 1.0
+    w[7:15] = 1.0
     assert np.count_nonzero(w) > (32 * 8) * cpu.DENSITY_LIMIT
     assert np.isnan(product(x, w)).any()
 

@@ -14,6 +14,7 @@ import pytest
 import reference
 
 from wsparse.errors import UserError
+from wsparse.ops import selection
 from wsparse.sparsity import abs_top_k, keep_top_k
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -290,6 +291,14 @@ def test_exactly_k_channels_stay_and_only_they_have_gradient(x, k):
 @given(data=st.data())
 def test_other_dtypes_keep_exactly_k_channels(dtype, data):
     check_abs(data.draw(finite((3, 5), dtype)), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@given(data=st.data())
+def test_the_way_of_gpus_keeps_the_same_channels(dtype, data):
+    x = data.draw(finite((3, 7), dtype))
+    for k in (1, 3, 7):
+        np.testing.assert_array_equal(selection.largest_per_row_sorted(x, k), reference_mask(x, k))
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 2, 6)])

@@ -35,7 +35,7 @@ _KERNELS = (
 )
 
 # Fraction of nonzeros below which a product over them is faster than a dense one; benchmarks/products.py.
-DENSITY_LIMIT = 1 / 16
+DENSITY_LIMIT = 1 / 8
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

@@ -148,12 +148,12 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
     return lax.platform_dependent(
         lax.stop_gradient(x),
         cpu=functools.partial(cpu.largest_per_row if by_kernel else _largest_per_row_blocked, k=k),
-        cuda=functools.partial(_largest_per_row_sorted, k=k),
+        cuda=functools.partial(largest_per_row_sorted, k=k),
         default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),
     )
 
 
-def _largest_per_row_sorted(x: jax.Array, k: int) -> jax.Array:
+def largest_per_row_sorted(x: jax.Array, k: int) -> jax.Array:
     """Selects by the library's `top_k`: a GPU waits for the host after every pass of a bisection."""
     keys = magnitude_keys(x)
     threshold = lax.top_k(keys, k)[0][..., -1:]
