@@ -21,6 +21,8 @@ import optax
 from wsparse import model, sharding, sparsity, trees
 from wsparse.config import ModelConfig, TrainConfig
 from wsparse.nodes import CONNECTIONS
+from wsparse.ops import cpu
+from wsparse.sparsity import frozen
 
 # The sharding of a batch of held-out windows.
 EVAL_BATCH = P(sharding.BATCH[1], None)
@@ -115,32 +117,74 @@ def train_step(
       for each projected parameter a bool per matrix, false where it holds NaN or infinity.
     """
 
-    def microbatch(gradients, window_BT):
-        def objective(params):
-            value, acts = loss(params, window_BT, config.model, mesh=mesh)
-            return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
-
-        (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(state.params)
-        return jax.tree.map(jnp.add, gradients, new), (value, kurtosis)
-
-    if config.accumulate == 1:
-        gradients, (value, kurtosis) = microbatch(
-            jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params), batch_ABT[0]
-        )
-    else:
-        total, (value, kurtosis) = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, state.params), batch_ABT)
-        gradients = jax.tree.map(lambda g: g / config.accumulate, total)
+    gradients, value, kurtosis = _gradients(state.params, lambda params: params, batch_ABT, config, mesh)
     updates, optimizer = make_optimizer(config, mesh=mesh).update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     projection = sparsity.find_state(optimizer)
     report = {
-        "loss": jnp.mean(value),
-        "kurtosis": jnp.mean(kurtosis),
+        "loss": value,
+        "kurtosis": kurtosis,
         "gradient_rms": sparsity.gradient_rms(gradients),
         "finite": projection.finite,
         "turnover": _turnover(state, updates, projection.nonzeros, config),
     }
     return TrainState(state.step + 1, params, optimizer), report
+
+
+def frozen_step(
+    state: TrainState, places: frozen.Places, batch_ABT: jax.Array, *, config: TrainConfig
+) -> tuple[TrainState, dict[str, Any]]:
+    """`train_step` where the support rests, at the cost of the nonzeros; "gradient_rms" is over those.
+
+    Args:
+      state: As for `train_step`.
+      places: Where the nonzeros of its parameters are, from `frozen.find_places`.
+      batch_ABT: As for `train_step`.
+      config: Of a run for which `sparsity.frozen_steps` says that this is such a step.
+    """
+    packed = frozen.pack(state.params, places)
+    assemble = lambda packed: frozen.for_model(packed, state.params, places)
+    gradients, value, kurtosis = _gradients(packed, assemble, batch_ABT, config, None)
+    moments = frozen.pack_moments(state.optimizer, places)
+    optimizer: Any = make_optimizer(config)
+    updates, moments = optimizer.update(gradients, moments, packed, frozen=True)
+    packed = optax.apply_updates(packed, updates)
+    report = {
+        "loss": value,
+        "kurtosis": kurtosis,
+        "gradient_rms": sparsity.gradient_rms(gradients),
+        "finite": sparsity.find_state(moments).finite,
+        "turnover": jnp.float32(0),
+    }
+    params = frozen.unpack(packed, state.params, places)
+    optimizer_state = frozen.unpack_moments(moments, state.optimizer, places)
+    return TrainState(state.step + 1, params, optimizer_state), report
+
+
+def _gradients(
+    trained: Any,
+    assemble: Callable[[Any], model.Params],
+    batch_ABT: jax.Array,
+    config: TrainConfig,
+    mesh: Mesh | None,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Returns the gradients of what `assemble` makes parameters of, and the mean loss and kurtosis."""
+
+    def microbatch(gradients, window_BT):
+        def objective(trained):
+            value, acts = loss(assemble(trained), window_BT, config.model, mesh=mesh)
+            return value, sparsity.kurtosis(lax.stop_gradient(acts["final_resid"]))
+
+        (value, kurtosis), new = jax.value_and_grad(objective, has_aux=True)(trained)
+        return jax.tree.map(jnp.add, gradients, new), (value, kurtosis)
+
+    if config.accumulate == 1:
+        zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), trained)
+        gradients, (value, kurtosis) = microbatch(zeros, batch_ABT[0])
+        return gradients, value, kurtosis
+    total, (value, kurtosis) = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, trained), batch_ABT)
+    gradients = jax.tree.map(lambda g: g / config.accumulate, total)
+    return gradients, jnp.mean(value), jnp.mean(kurtosis)
 
 
 def _turnover(
@@ -181,6 +225,9 @@ class Program:
       abstract_state: Shapes, dtypes and shardings of the state.
       init: `() -> state`.
       step: `(state, batch) -> (state, metrics)`, donates the state.
+      frozen_step: `(state, places, batch) -> (state, metrics)`, the same for steps of `frozen_steps`; None
+        where the CPU kernels are off.
+      find_places: `params -> (places, whether all fit)`.
       evaluate: `(params, windows) -> (loss, fired)`.
       project: `params -> updates` that project them; part of `step`, here on its own to be timed.
       alive: `(params, fired or None) -> alive neurons per layer`.
@@ -190,9 +237,17 @@ class Program:
     abstract_state: TrainState
     init: Callable[[], TrainState]
     step: jax.stages.Wrapped
+    frozen_step: jax.stages.Wrapped | None
+    find_places: Callable[[model.Params], tuple[frozen.Places, jax.Array]]
     evaluate: Callable[[model.Params, jax.Array], tuple[jax.Array, jax.Array]]
     project: jax.stages.Wrapped
     alive: Callable[..., jax.Array]
+
+
+def _over_nonzeros(config: TrainConfig) -> bool:
+    """Returns whether frozen steps are computed over the nonzeros."""
+    in_phases = bool(sparsity.frozen_steps(config.sparsity, config.steps).any())
+    return in_phases and cpu.enabled() and config.model.compute_dtype == "float32"
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:
@@ -227,6 +282,14 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
             in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH)),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
+        ),
+        frozen_step=jax.jit(functools.partial(frozen_step, config=config), donate_argnums=0)
+        if _over_nonzeros(config)
+        else None,
+        find_places=jax.jit(
+            functools.partial(
+                frozen.find_places, capacities=frozen.capacities(config.sparsity, shapes.params)
+            )
         ),
         evaluate=jax.jit(
             on_mesh(eval_step, config.model),

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _PREFIX = "wsparse_"
 _KERNELS = (
     *("top_k", "largest", "ablate", "ablate_gradient", "gelu", "gelu_gradient"),
-    *("attend", "attend_gradient", "product"),
+    *("attend", "attend_gradient", "product", "places", "sampled_product"),
 )
 
 # Fraction of nonzeros below which a product over them is faster than a dense one; benchmarks/products.py.
@@ -215,6 +215,31 @@ def _make_sparse_product(transposed: bool) -> Any:
 
 # `x @ w` and `x @ w.T` over the nonzeros of `w`, float32.
 sparse_product, sparse_product_transposed = map(_make_sparse_product, (False, True))
+
+
+def places(w: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Finds the nonzeros of float32 matrices `(G, I, O)`.
+
+    Returns:
+      Their flat indices in each matrix in order, int32 `(G, capacity)`, filled up with the matrix's size; and
+      how many there are, int32 `(G,)`, which may be more than `capacity`.
+    """
+    shapes = (
+        jax.ShapeDtypeStruct((w.shape[0], capacity), jnp.int32),
+        jax.ShapeDtypeStruct(w.shape[:1], jnp.int32),
+    )
+    return _call("places", shapes, w)
+
+
+# Rows whose products the kernel sums in one go: `kRowsOfSums` of csrc/product.cc.
+_ROWS_OF_SUMS = 256
+
+
+def sampled_product(x_RI: jax.Array, dy_RO: jax.Array, places_N: jax.Array) -> jax.Array:
+    """Returns `(x.T @ dy)` at flat indices in increasing order, float32 `(N,)`; 0 for those out of range."""
+    blocks = -(-x_RI.shape[0] // _ROWS_OF_SUMS)
+    sums_BN = jax.ShapeDtypeStruct((blocks, places_N.shape[0]), jnp.float32)
+    return jnp.sum(_call("sampled_product", sums_BN, x_RI, dy_RO, places_N), axis=0)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -5,6 +5,7 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,9 +18,39 @@ from wsparse.ops import cpu
 from wsparse.ops.derivatives import differentiable, linear_map
 
 
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SupportedMatrix:
+    """A matrix whose gradient is wanted at listed places only, where it may be nonzero; CPU kernels only.
+
+    Attributes:
+      dense: float32 `(I, O)`; it has no gradient itself.
+      values: float32 `(N,)`, its entries at the places, which have.
+      places: int32 `(N,)`, flat indices in increasing order; what is I * O or more is no place.
+    """
+
+    dense: jax.Array
+    values: jax.Array
+    places: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.dense.shape
+
+    def astype(self, dtype: Any) -> SupportedMatrix:
+        """Returns the matrix itself: there is only float32."""
+        if dtype != jnp.float32:
+            raise TypeError(f"a SupportedMatrix is float32, got {dtype}")
+        return self
+
+
+def matmul(x: jax.Array, kernel: jax.Array | SupportedMatrix, dtype: Any = None) -> jax.Array:
     """`x @ kernel` with the leading axes of `x` as one: its gradient then needs no transposed copy."""
     rows = jnp.reshape(x, (-1, x.shape[-1]))
+    if isinstance(kernel, SupportedMatrix):
+        y = _supported_product(rows, kernel.dense, kernel.values, kernel.places)
+        return jnp.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
     plain = functools.partial(jnp.matmul, preferred_element_type=dtype)
     if cpu.takes(rows) and kernel.dtype == jnp.float32:
         y = lax.platform_dependent(rows, kernel, cpu=product, default=plain)
@@ -71,6 +102,26 @@ def _product_jvp(transposed, primals, tangents):
 
 
 product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _supported_product(
+    x_RI: jax.Array, w_IO: jax.Array, values_N: jax.Array, places_N: jax.Array
+) -> jax.Array:
+    del values_N, places_N
+    return cpu.sparse_product(x_RI, w_IO)
+
+
+def _supported_product_forward(x_RI, w_IO, values_N, places_N):
+    return cpu.sparse_product(x_RI, w_IO), (x_RI, w_IO, places_N)
+
+
+def _supported_product_backward(residuals, dy_RO):
+    x_RI, w_IO, places_N = residuals
+    return cpu.sparse_product_transposed(dy_RO, w_IO), None, cpu.sampled_product(x_RI, dy_RO, places_N), None
+
+
+_supported_product.defvjp(_supported_product_forward, _supported_product_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:

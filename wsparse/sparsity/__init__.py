@@ -17,6 +17,7 @@ from wsparse.sparsity.project import (
 from wsparse.sparsity.schedules import (
     density_schedule,
     exploration_steps,
+    frozen_steps,
     gradient_rms,
     learning_rate_schedule,
     scale_by_gradient_rms,
@@ -26,6 +27,6 @@ from wsparse.sparsity.statistics import alive_neurons, budget_warnings, kurtosis
 __all__ = [
     "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "SupportPhasesState", "abs_top_k",
     "alive_neurons", "budget", "budget_warnings", "density_schedule", "exploration_steps", "find_state",
-    "gradient_rms", "keep_top_k", "kurtosis", "l0", "learning_rate_schedule", "nonfinite_matrices",
-    "project_top_k", "resting_moments", "scale_by_gradient_rms", "support_phases", "turnover",
+    "frozen_steps", "gradient_rms", "keep_top_k", "kurtosis", "l0", "learning_rate_schedule",
+    "nonfinite_matrices", "project_top_k", "resting_moments", "scale_by_gradient_rms", "support_phases", "turnover",
 ]  # fmt: skip

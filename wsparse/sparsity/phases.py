@@ -44,6 +44,9 @@ def support_phases(
     absent entries, and `project_top_k` the support. Adam's moments of an entry that enters are set to zero:
     they are those of exploration steps alone, some of them long past.
 
+    `update` takes `frozen=True` where the caller knows that this is not an exploration step; parameters,
+    updates and moments may then be packed (`wsparse.sparsity.frozen`).
+
     Args:
       transform: Chain of transforms to wrap.
       every: Updates from one exploration step to the next, where 1 means that every step explores; or whether
@@ -54,8 +57,9 @@ def support_phases(
     def init(params):
         return SupportPhasesState(jnp.zeros((), jnp.int32), transform.init(params))
 
-    def update(updates, state, params=None, **extra: Any):
-        explore = every(state.count) if callable(every) else state.count % every == 0
+    def update(updates, state, params=None, *, frozen: bool = False, **extra: Any):
+        explores = every(state.count) if callable(every) else state.count % every == 0
+        explore = False if frozen else explores
 
         def trained(path, param):
             if isinstance(trees.match(rules, path), Dense):
@@ -73,7 +77,7 @@ def support_phases(
                 return jnp.zeros(param.shape, bool)
             return explore & (param == 0) & (update != 0)
 
-        if every != 1:
+        if every != 1 and not frozen:
             inner = _without_moments(inner, trees.map_with_path(enters, params, new))
         return new, SupportPhasesState(jnp.asarray(optax.safe_increment(state.count)), inner)
 

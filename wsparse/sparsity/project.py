@@ -144,7 +144,10 @@ def project_top_k(
             before = _matrices(params, rules)
             return [_frozen(stack, before[path][0]) for path, (stack, _) in sparse.items()]
 
-        selections = search() if explore is None else lax.cond(explore, search, freeze)
+        if explore is None or isinstance(explore, bool):
+            selections = freeze() if explore is False else search()
+        else:
+            selections = lax.cond(explore, search, freeze)
         selected = dict(zip(sparse, selections, strict=True))
         projected = trees.map_with_path(functools.partial(_project, selected), params, updates)
         return projected, ProjectTopKState(

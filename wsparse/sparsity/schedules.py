@@ -48,11 +48,7 @@ def exploration_steps(config: SparsityConfig, steps: int) -> np.ndarray:
     """
     if config.explore_every == 1 or not config.sparse:
         return np.ones(steps, bool)
-    targets = np.array([config.density, *(target for _, target in config.targets)], np.float32)
-    # A caller may be tracing.
-    with jax.ensure_compile_time_eval():
-        schedules = [density_schedule(config, steps, float(target)) for target in targets]
-        densities = np.stack([schedule(jnp.arange(steps)) for schedule in schedules], axis=1)
+    densities, targets = _densities(config, steps)
     explores, last, before = densities[:, 0] > max(ALWAYS_ABOVE, config.density), -config.explore_every, 1.0
     for step, now in enumerate(densities):
         fallen = (now < (1 - LARGEST_DROP) * before) | ((now == targets) & (before != targets))
@@ -60,6 +56,26 @@ def exploration_steps(config: SparsityConfig, steps: int) -> np.ndarray:
         if explores[step]:
             last, before = step, now
     return explores
+
+
+def frozen_steps(config: SparsityConfig, steps: int) -> np.ndarray:
+    """Returns which steps explore nothing and have the final density, bools `(steps,)`.
+
+    Where the CPU kernels are on, only the nonzeros are touched in these steps.
+    """
+    explores = exploration_steps(config, steps)
+    densities, targets = _densities(config, steps)
+    settled = explores & np.all(densities == targets, axis=1)
+    return ~explores & (np.cumsum(settled) > 0)
+
+
+def _densities(config: SparsityConfig, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the densities of every step, `(steps, n)`, and where they end, `(n,)`."""
+    targets = np.array([config.density, *(target for _, target in config.targets)], np.float32)
+    # A caller may be tracing.
+    with jax.ensure_compile_time_eval():
+        schedules = [density_schedule(config, steps, float(target)) for target in targets]
+        return np.stack([schedule(jnp.arange(steps)) for schedule in schedules], axis=1), targets
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int, *, density: optax.Schedule) -> optax.Schedule:
