@@ -246,8 +246,14 @@ class Program:
 
 def _over_nonzeros(config: TrainConfig) -> bool:
     """Returns whether frozen steps are computed over the nonzeros."""
-    in_phases = bool(sparsity.frozen_steps(config.sparsity, config.steps).any())
-    return in_phases and cpu.enabled() and config.model.compute_dtype == "float32"
+    few = (
+        max(config.sparsity.density, *(target for _, target in config.sparsity.targets), 0)
+        < cpu.DENSITY_LIMIT
+    )
+    single = config.model.compute_dtype == "float32"
+    return (
+        few and single and cpu.enabled() and bool(sparsity.frozen_steps(config.sparsity, config.steps).any())
+    )
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:
@@ -261,6 +267,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     shapes = jax.eval_shape(init)
     shardings = sharding.tree_shardings(shapes, mesh)
     replicated = NamedSharding(mesh, P())
+    capacities = frozen.capacities(config.sparsity, shapes.params)
 
     def on_mesh(function, config):
         # Kernels see in this context which devices their arrays are sharded over.
@@ -283,13 +290,18 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
-        frozen_step=jax.jit(functools.partial(frozen_step, config=config), donate_argnums=0)
+        frozen_step=jax.jit(
+            functools.partial(frozen_step, config=config),
+            in_shardings=(shardings, replicated, NamedSharding(mesh, sharding.BATCH)),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        )
         if _over_nonzeros(config)
         else None,
         find_places=jax.jit(
-            functools.partial(
-                frozen.find_places, capacities=frozen.capacities(config.sparsity, shapes.params)
-            )
+            functools.partial(frozen.find_places, capacities=capacities),
+            in_shardings=(shardings.params,),
+            out_shardings=replicated,
         ),
         evaluate=jax.jit(
             on_mesh(eval_step, config.model),

@@ -292,6 +292,10 @@ class _Loop:
         self.stop_signal = 0
         self.density = sparsity.density_schedule(config.sparsity, config.steps)
         self.explores = sparsity.exploration_steps(config.sparsity, config.steps)
+        self.frozen = sparsity.frozen_steps(config.sparsity, config.steps)
+        # Where the nonzeros are, found anew after each exploration, and whether there was room for them.
+        self.places: dict[str, jax.Array] | None = None
+        self.places_fit = False
         self.rate = sparsity.learning_rate_schedule(config.optimizer, config.steps, density=self.density)
         self.progress = progress(config.steps, "step", start=self.step, seconds_per_line=None)
 
@@ -335,7 +339,7 @@ class _Loop:
         )
         self._restart_clock()
         while self.step < config.steps and not self._must_stop():
-            state, report = self.program.step(state, self._put(next(stream)))
+            state, report = self._advance(state, self._put(next(stream)))
             self.step += 1
             # The device works on this step while the host reads the one before.
             self._read()
@@ -362,6 +366,19 @@ class _Loop:
         # A run that was killed between its last checkpoint and its summary has nothing evaluated yet.
         self._summarize(state, evaluation or self._evaluate(state))
         return 0
+
+    def _advance(self, state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        """Makes one step, over the nonzeros alone where that is possible."""
+        if self.program.frozen_step is None or not self.frozen[self.step]:
+            self.places = None
+            return self.program.step(state, batch)
+        if self.places is None:
+            self.places, fits = self.program.find_places(state.params)
+            # A state that another config left (--from) may have more nonzeros until the next exploration.
+            self.places_fit = bool(fits)
+        if not self.places_fit:
+            return self.program.step(state, batch)
+        return self.program.frozen_step(state, self.places, batch)
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)

@@ -28,5 +28,6 @@ __all__ = [
     "DEFAULT_RULES", "MODEL_RULES", "Dense", "ProjectTopKState", "Sparse", "SupportPhasesState", "abs_top_k",
     "alive_neurons", "budget", "budget_warnings", "density_schedule", "exploration_steps", "find_state",
     "frozen_steps", "gradient_rms", "keep_top_k", "kurtosis", "l0", "learning_rate_schedule",
-    "nonfinite_matrices", "project_top_k", "resting_moments", "scale_by_gradient_rms", "support_phases", "turnover",
+    "nonfinite_matrices", "project_top_k", "resting_moments", "scale_by_gradient_rms", "support_phases",
+    "turnover",
 ]  # fmt: skip

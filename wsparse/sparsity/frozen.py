@@ -81,11 +81,10 @@ def unpack(packed: Any, tree: Any, places: Places) -> Any:
             return values
         at_GN = places[path]
         rows_G1 = jnp.arange(at_GN.shape[0])[:, None]
-        flat_GS = jnp.reshape(leaf, (at_GN.shape[0], -1))
-        scatter = flat_GS.at[rows_G1, at_GN].set
+        flat_GS = jnp.reshape(jnp.asarray(leaf), (at_GN.shape[0], -1))
         values_GN = jnp.reshape(values, at_GN.shape)
         # Indices beyond the end, which are equal, are dropped.
-        flat_GS = scatter(values_GN, mode="drop", indices_are_sorted=True)
+        flat_GS = flat_GS.at[rows_G1, at_GN].set(values_GN, mode="drop", indices_are_sorted=True)
         return jnp.reshape(flat_GS, leaf.shape)
 
     return trees.map_with_path(unpacked, packed, tree)
