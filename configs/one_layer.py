@@ -1,12 +1,9 @@
-"""One layer, d_model 128, 1 weight in 32: the model with the smallest circuits.
+"""One layer, d_model 128, 1 weight in 32.
 
-Reproduces: `single_double_quote` in no more nodes and edges than in Gao et al. 2025 (12 and 9): one head, of
-    which one key and two values are needed. A model with a single layer can do the task in one way only, and
-    its attention reads the embedding itself.
+Reproduces: a model whose attention reads the embedding itself, so that a circuit is read in one step.
 Hardware: 2 CPU cores.
-Minutes: 15 on two cores of a 2.5 GHz Xeon that did other work beside it; 5.6 of processor time.
-Expected loss: 2.83 held out (seed 0). Expected L0: exactly round(size / 32) in every projected matrix,
-    14,372 nonzero weights in all.
+Minutes: not measured. Expected loss: not measured. Expected L0: exactly round(size / 32) in every projected
+    matrix.
 Command: python -m wsparse.train --config=configs/one_layer.py
 """
 

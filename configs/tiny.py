@@ -1,14 +1,12 @@
 """A first weight-sparse model of Python code: 2 layers, d_model 128, 1 weight in 16.
 
-Reproduces: on a laptop, the kind of model in which Gao et al. 2025 find circuits. It closes a string with
-    the quote that opened it in over 98% of the prompts of `single_double_quote`. Of the twenty tasks it does
-    nine below a loss of 0.15 on the report split, and eleven on the search split:
-    `python -m wsparse.tasks --run=runs/tiny`.
+Reproduces: on a laptop, the kind of model in which Gao et al. 2025 find circuits. `wsparse tasks
+    --run=runs/tiny` says which of the twenty tasks it does; docs/results.md has three seeds.
     The variant `dense` is its baseline: the same data, model and steps with every weight kept.
 Hardware: 2 CPU cores.
-Minutes: 2.7 on two cores of a 2.5 GHz Xeon with the extra `cpu`, the making of the data included.
-Expected loss: 2.59 held out, 2.33 for `dense` (seed 0). Expected L0: exactly round(size / 16) in every
-    projected matrix, 41,104 nonzero weights in all; 1 for `dense`.
+Minutes: 2.6 to 3.0 on two cores of a 2.5 GHz Xeon with the extra `cpu`, the making of the data included.
+Expected loss: 1.79 to 1.81 held out (seeds 0 to 2); `dense` is not measured. Expected L0: exactly
+    round(size / 16) in every projected matrix, 42,896 nonzero weights in all; 1 for `dense`.
 Command: python -m wsparse.train --config=configs/tiny.py
     python -m wsparse.train --config=configs/tiny.py:dense
 """
