@@ -3,7 +3,7 @@
     import wsparse
 
     run = wsparse.load("runs/tiny")
-    circuit = run.prune("single_double_quote")
+    circuit = run.prune("fstring_brace")
     circuit.show()
 
 The names below are imported when they are first used.

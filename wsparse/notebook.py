@@ -1,7 +1,7 @@
 """Runs and circuits as objects, for notebooks.
 
     run = wsparse.load("runs/tiny")
-    circuit = run.prune("single_double_quote")
+    circuit = run.prune("fstring_brace")
     circuit.show()
 
 Both are the dataclasses of `wsparse.runs` and `wsparse.circuits.circuit` with methods that call the pure

@@ -1,4 +1,4 @@
-"""Find circuits in a trained run: `python -m wsparse.prune --run=runs/tiny --task=single_double_quote`.
+"""Find circuits in a trained run: `python -m wsparse.prune --run=runs/tiny --task=fstring_brace`.
 
 For every task: a search over pruning runs, the smallest circuit of its best ones, and the evidence. Each
 task's result is a folder under `RUN/circuits/`; tasks that are done are not done again, and the trials of an

@@ -92,6 +92,28 @@ void TestProducts(Pool& pool) {
   }
 }
 
+void TestPlaces(Pool& pool) {
+  const int64_t shapes[][3] = {{1, 1, 1}, {40, 17, 33}, {600, 64, 48}};
+  for (const auto& [rows, n_in, n_out] : shapes) {
+    for (const float fraction : {0.0f, 0.1f, 1.0f}) {
+      const auto w = Draw(n_in * n_out, fraction), x = Draw(rows * n_in), dy = Draw(rows * n_out);
+      const int64_t capacity = n_in * n_out / 2 + 2, blocks = CeilDiv(rows, kRowsOfSums);
+      std::vector<int32_t> places(capacity);
+      int32_t count = 0;
+      Check(FindPlaces(pool, w.data(), n_in, n_out, capacity, places.data(), &count), "places");
+      std::vector<float> sums(blocks * capacity);
+      Check(SampledProduct(pool, x.data(), dy.data(), places.data(), rows, n_in, n_out, capacity, sums.data()),
+            "a sampled product");
+      if (count == 0) continue;
+      double expected = 0, found = 0;
+      const int64_t in = places[0] / n_out, out = places[0] % n_out;
+      for (int64_t row = 0; row < rows; ++row) expected += double(x[row * n_in + in]) * dy[row * n_out + out];
+      for (int64_t block = 0; block < blocks; ++block) found += sums[block * capacity];
+      Check(std::abs(expected - found) < 1e-3, "a sampled product's value");
+    }
+  }
+}
+
 void TestAttention(Pool& pool) {
   const AttentionSizes cases[] = {
       {2, 19, 19, 3, 16, 1}, {2, 3, 21, 3, 5, 2}, {2, 1, 9, 3, 8, 1}, {4, 37, 38, 3, 40, 2}};
@@ -134,6 +156,7 @@ int main() {
   Pool pool;
   TestSelections(pool);
   TestProducts(pool);
+  TestPlaces(pool);
   TestAttention(pool);
   TestGelu(pool);
   TestFailures(pool);
