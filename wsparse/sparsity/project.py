@@ -140,14 +140,8 @@ def project_top_k(
             jobs = _jobs(sparse, densities, state.count)
             return select(jobs, min_per_neuron=min_per_neuron, replicated=replicated)
 
-        def freeze():
-            before = _matrices(params, rules)
-            return [_frozen(stack, before[path][0]) for path, (stack, _) in sparse.items()]
-
-        if explore is None or isinstance(explore, bool):
-            selections = freeze() if explore is False else search()
-        else:
-            selections = lax.cond(explore, search, freeze)
+        freeze = functools.partial(_freeze, sparse, _matrices(params, rules))
+        selections = search() if explore is None else _either(explore, search, freeze)
         selected = dict(zip(sparse, selections, strict=True))
         projected = trees.map_with_path(functools.partial(_project, selected), params, updates)
         return projected, ProjectTopKState(
@@ -195,6 +189,19 @@ def _jobs(
         k = jnp.broadcast_to(budget(trees.match(now, path), stack[0].size), stack.shape[:1])
         jobs.append((stack, k, rule.neuron_axis))
     return jobs
+
+
+def _either(explore: jax.Array | bool, search: Any, freeze: Any) -> list[Selection]:
+    """Returns the selections of one of both: only that is traced where it is known which."""
+    if isinstance(explore, bool):
+        return search() if explore else freeze()
+    return lax.cond(explore, search, freeze)
+
+
+def _freeze(
+    sparse: dict[str, tuple[jax.Array, Sparse]], before: dict[str, tuple[jax.Array, Sparse]]
+) -> list[Selection]:
+    return [_frozen(stack, before[path][0]) for path, (stack, _) in sparse.items()]
 
 
 def _frozen(stack: jax.Array, before: jax.Array) -> Selection:
