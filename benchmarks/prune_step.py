@@ -2,11 +2,11 @@
 
 The model is that of the public PyTorch replication (d_model 256, 2 layers, vocabulary 2048, AbsTopK at every
 location, sinks, bigram table), with 64 pairs of 64 tokens a step; that replication takes 0.64 s a step on two
-CPU cores. In one process the step is timed beside the same step without AbsTopK, beside a forward and
-backward pass of the whole dense model, and beside its floors: the matrix products at the rate this machine
-reaches on a large product, and one selection of every AbsTopK site. Its parts are timed by themselves, each
-beside its own floor: reading what it needs and writing what it gives once, at the rate at which this machine
-negates an array of 8 MB, or its FLOPs at the rate of a large product.
+CPU cores. In one process the step is timed beside the same step with the other objectives and without
+AbsTopK, beside a forward and backward pass of the whole dense model, and beside its floors: the matrix
+products at the rate this machine reaches on a large product, and one selection of every AbsTopK site. Its
+parts are timed by themselves, each beside its own floor: reading what it needs and writing what it gives
+once, at the rate at which this machine negates an array of 8 MB, or its FLOPs at the rate of a large product.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import timing
 
 from wsparse import model, sparsity, trees
 from wsparse.circuits import HParams, PairArrays, masks, procedure, prune
+from wsparse.circuits.settings import Objective
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
 from wsparse.ops import cpu
@@ -58,11 +59,12 @@ def pairs(config: ModelConfig) -> PairArrays:
     )
 
 
-def stepper(config: ModelConfig, params: model.Params) -> Callable[[], object]:
+def stepper(config: ModelConfig, params: model.Params, objective: Objective = "mean") -> Callable[[], object]:
     """A call that runs `STEPS` steps of pruning."""
     windows = np.random.default_rng(1).integers(0, config.vocab_size, (32, TIME))
     subject = procedure.Subject(params, config, windows)
-    run = jax.jit(functools.partial(prune, config=config, steps=STEPS, pairs_per_step=PAIRS))
+    options = {"config": config, "steps": STEPS, "pairs_per_step": PAIRS, "objective": objective}
+    run = jax.jit(functools.partial(prune, **options))
     batch = pairs(config)
     return lambda: (
         run(
@@ -195,6 +197,8 @@ def main(argv) -> None:
     plain = dataclasses.replace(config, abs_top_k_fraction=None)
     calls = {
         "step": stepper(config, params),
+        "step, objective stochastic": stepper(config, params, "stochastic"),
+        "step, objective robust": stepper(config, params, "robust"),
         "step without AbsTopK": stepper(plain, params),
         "dense forward and backward": dense_pass(config, params),
     }
@@ -216,6 +220,8 @@ def main(argv) -> None:
         print(f"  {name:50}{medians[name]:8.3f} s, floor {floor:.3f}")
     for name, floor in floors.items():
         print(f"floor: {name:45}{floor:8.3f} s")
+    robust = medians["step, objective robust"] / medians["step"]
+    print(f"a step against an adversary takes {robust:.2f} times as long as one against means")
     print(f"at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.1f} GB/s")
     nonzeros = sum(n for n, _ in sparsity.l0(params).values())
     print(

@@ -123,9 +123,13 @@ def pairs() -> procedure.Pairs:
 
 
 @functools.cache
+def pruner() -> Pruner:
+    return Pruner(PLANTED, steps=120, pairs_per_step=8, parallel=2)
+
+
+@functools.cache
 def circuit() -> Circuit:
-    pruner = Pruner(PLANTED, steps=120, pairs_per_step=8, parallel=2)
-    search = procedure.CircuitSearch(subject(), pairs(), pruner, SETTINGS)
+    search = procedure.CircuitSearch(subject(), pairs(), pruner(), SETTINGS)
     found = search.circuit(search.trials(), started=time.monotonic())
     assert found is not None
     return found

@@ -10,7 +10,7 @@ import pytest
 import viewer_case as case
 
 from wsparse.circuits import procedure, report
-from wsparse.circuits.circuit import ABOVE_TARGET, FOUND, Circuit, Status
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, Circuit, Status
 from wsparse.config import from_dict
 from wsparse.errors import UserError
 
@@ -122,10 +122,10 @@ def test_older_files_with_british_keys_and_untyped_scores_still_load(folder):
 def test_a_circuit_above_its_target_on_the_report_split_is_marked(folder):
     edit(folder / "circuit.json", lambda values: values.update(loss=0.179, target=0.15))
     circuit = Circuit.load(folder)
-    assert circuit.status == ABOVE_TARGET and ABOVE_TARGET in repr(circuit)
-    assert "above target on the report split (0.15)" in report.summary(circuit)
+    assert circuit.status == NOT_CONFIRMED and NOT_CONFIRMED in repr(circuit)
+    assert "not confirmed: the target is 0.15" in report.summary(circuit)
     [row] = [r for r in report.collect(folder.parent) if r["task"] == case.TASK]
-    assert row["status"] == ABOVE_TARGET
+    assert row["status"] == NOT_CONFIRMED
     assert report.table([row]).splitlines()[1].endswith("  *")
     edit(folder / "circuit.json", lambda values: values.update(loss=0.15))
     assert Circuit.load(folder).status == FOUND

@@ -1,5 +1,7 @@
 """The search, the planted circuit that it finds, and its completion."""
 
+import dataclasses
+
 import circuits_case as case
 from circuits_case import PLANTED, PLANTED_EDGES, PLANTED_NODES, planted_pairs
 import numpy as np
@@ -41,6 +43,29 @@ def test_the_planted_circuit_is_necessary_and_its_controls_fail(circuit):
         assert control.least_loss > 0.4
 
 
+def test_a_circuit_that_misses_the_target_on_other_pairs_is_chosen_again_for_a_lower_loss(subject, logged):
+    settings = dataclasses.replace(
+        case.SETTINGS, target=0.2, margin=0.01, trials=2, necessity=0.0, controls=False, sweep=(0.3,)
+    )
+    alike = planted_pairs(16, 3)
+    # No circuit does these.
+    inverted = alike._replace(answer=alike.other, other=alike.answer)
+
+    def found(confirm):
+        pairs = dataclasses.replace(case.pairs(), confirm=confirm)
+        search = procedure.CircuitSearch(subject, pairs, case.pruner(), settings)
+        return search.circuit(search.trials(), started=0.0)
+
+    # One of the two neurons is enough for 0.2, and both are needed for half of it.
+    assert [len(found(confirm).nodes) for confirm in (None, alike)] == [6, 6]
+    assert not any("chosen again" in line for line in logged)
+    again = found(inverted)
+    assert {node.name for node in again.nodes} == PLANTED_NODES
+    assert again.scores.discretize_loss < 0.1
+    # For a fourth of it there is none, and the last one stands.
+    assert sum("chosen again" in line for line in logged) == 2
+
+
 def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):
     scorer, everything = subject.scorer, masks.names(PLANTED)
     one_neuron = np.array([name == "1.mlp.post_act.7" for name in everything])
@@ -72,9 +97,12 @@ def test_every_planted_node_matters_when_removed_alone(circuit):
 def test_the_curve_has_a_point_for_every_reachable_target(circuit):
     targets = [point.target for point in circuit.curve]
     assert targets == sorted(targets)
-    assert 0.12 in targets
+    # The model itself is near the target that was set, so that the circuit's is above it.
+    assert circuit.target > case.SETTINGS.target
+    assert circuit.target == pytest.approx(circuit.scores.model.loss + 0.05, abs=0.01)
+    assert circuit.target in targets and 0.3 in targets
     edges = [point.edges for point in circuit.curve]
-    assert edges[-1] <= edges[targets.index(0.12)]
+    assert edges[-1] <= edges[targets.index(circuit.target)]
 
 
 def test_edges_carry_the_models_weights(circuit, subject):

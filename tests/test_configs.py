@@ -115,7 +115,7 @@ def test_a_file_of_the_users_own_is_used_before_a_recipe_of_that_path(tmp_path, 
     (tmp_path / "configs" / "tiny.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     assert load("configs/tiny.py").steps == 7
-    assert load("tiny").steps == 1000
+    assert load("tiny").steps == 1250
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 READ = """
 from wsparse import prune
 from wsparse.circuits import evidence
-from wsparse.command import run_command
+from wsparse.command import given_fields, run_command
 def main(argv):
     print(prune.settings_from_flags())
-    print(evidence.Options(**prune._given(evidence.Options)))
+    print(evidence.Options(**given_fields(evidence.Options)))
 prune.define_flags()
 run_command(main)
 """

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 from train_case import finished, source  # noqa: F401
@@ -21,7 +22,9 @@ def tiny(**changes) -> TrainConfig:
 
 def entry(name="tiny", seed=0, *, loss=2.5, edges=None, config=None, digest="a", machine="2 cores", **losses):
     def circuit(n):
-        return {"status": "missed"} if n is None else {"status": "found", "nodes": 3, "edges": n, "loss": 0.1}
+        if n is None:
+            return {"status": "missed"}
+        return {"status": "found", "nodes": 3, "edges": n, "edges_between_nodes": 2 * n, "loss": 0.1}
 
     return {
         "name": name, "seed": seed, "config": config or results._telling(results._recipe(name)),
@@ -124,6 +127,42 @@ def test_a_table_of_circuits_counts_seeds_and_compares_tasks_that_both_have():
     # x and y: the square roots of 6 * 1 and of 24 * 16.
     assert mean[0] == "**geometric mean** of the medians of 2 tasks that all have"
     assert (mean[3], mean[7], mean[-1]) == ("**2.4**", "**19.6**", "8.0")
+
+
+def test_a_table_of_ratios_is_over_tasks_and_seeds_that_both_have():
+    sparse = [
+        entry(seed=0, edges={"x": 4, "y": 10, "z": 5}),
+        entry(seed=1, edges={"x": 9, "y": 10, "z": None}),
+    ]
+    dense = [entry("small", edges={"x": 24, "y": 90, "z": None}), entry("small", seed=1, edges={"x": 54})]
+    header, _, row = table("ratios", [*sparse, *dense], "tiny", "small")
+    assert header[:4] == ["ratio of", "nodes", "edges", "weights between nodes"]
+    # x: the square root of 24 * 54 over that of 4 * 9; y: 90 over 10; z is not one that both have.
+    value = (6.0 * 9.0) ** 0.5
+    assert row[0] == "`small` to `tiny`" and row[2] == row[3] and row[4:6] == ["2", "2 and 2"]
+    middle, low, high = (float(part) for part in re.findall(r"[\d.]+", row[2]))
+    assert middle == pytest.approx(value, abs=0.05)
+    # Intervals cover both tasks, and for x the seeds of both: 24 over 9 to 54 over 4.
+    assert 24 / 9 - 0.1 <= low < middle < high <= 54 / 4 + 0.1
+    assert row[1] == "1.0 (1.0 to 1.0)"
+    assert table("ratios", [*sparse, entry("small", edges={"w": 3})], "tiny", "small")[2][1:5] == [
+        *"---",
+        "0",
+    ]
+
+
+def test_circuits_of_other_settings_are_kept_beside_each_other_and_chosen_by_name():
+    mean, robust = entry(edges={"x": 4}, x=0.1), entry(edges={"x": 40}, x=0.1) | {"prune": "robust"}
+    both = results.merged([mean], [robust])
+    assert [run["prune"] for run in both] == ["results", "robust"]
+    for prune, edges in (("results", "4"), ("robust", "40")):
+        assert table("circuits", both, f"prune={prune}", "tiny")[2][3] == edges
+    # One row for the model, and a newer one has neither's circuits.
+    assert table("models", both, "tiny")[2][-1] == "1"
+    newer = results.merged(both, [entry(digest="b")])
+    assert [(run["digest"], run["circuits"]) for run in newer] == [("b", {})]
+    scored = results.merged(both, [entry(loss=2.0)])
+    assert [(run["prune"], run["val_loss"]) for run in scored] == [("results", 2.0), ("robust", 2.0)]
 
 
 def test_a_table_of_tasks_has_every_task_and_what_was_not_scored_is_a_dash():

@@ -266,13 +266,13 @@ def test_a_composition_with_a_mask_is_fused_and_short_only_where_both_allow_it(m
     mask = taps.mask(constant(0.25), constant(0.5))
     double = lambda location, value: 2 * value if location == "attn.v" else value
     fused = []
-    original = taps.MeanAblation.fused
+    original = taps.NodeAblation.fused
 
     def counted(self, location, value, k):
         fused.append(str(location))
         return original(self, location, value, k)
 
-    monkeypatch.setattr(taps.MeanAblation, "fused", counted)
+    monkeypatch.setattr(taps.NodeAblation, "fused", counted)
     composed = taps.compose(mask, double)
     got, _ = jax.jit(lambda p: model.forward(p, TOKENS, SMALL, tap=composed))(params)
     assert set(fused) == set(LOCATIONS)

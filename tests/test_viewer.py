@@ -14,6 +14,7 @@ import time
 import types
 
 from absl import flags
+import audit_case
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -24,7 +25,8 @@ import viewer_case as case
 
 from wsparse import view
 from wsparse.circuits import Circuit
-from wsparse.circuits.circuit import ABOVE_TARGET
+from wsparse.circuits.audits.claims import CLAIMS
+from wsparse.circuits.circuit import NOT_CONFIRMED
 from wsparse.circuits.evidence_file import Evidence
 from wsparse.errors import UserError
 from wsparse.viewer import contents, page
@@ -163,8 +165,8 @@ def test_a_circuit_above_its_target_says_so(copied):
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "loss": 0.179, "target": 0.15}))
     found = contents.read_run(copied, contents.Options())
-    assert found["circuits"][case.TASK]["status"] == ABOVE_TARGET
-    assert [row["status"] for row in found["tasks"]] == [ABOVE_TARGET, "not found"]
+    assert found["circuits"][case.TASK]["status"] == NOT_CONFIRMED
+    assert [row["status"] for row in found["tasks"]] == [NOT_CONFIRMED, "not found"]
 
 
 @pytest.mark.parametrize("loss", ["low", None, [], float("nan"), True])
@@ -192,6 +194,29 @@ def test_a_circuit_without_evidence_names_the_command_that_measures_it(copied, c
         contents.read_run(copied, contents.Options())
     with pytest.raises(UserError, match="no evidence of its circuit"):
         contents.circuit_page(where)
+
+
+def test_a_circuits_audit_is_on_its_page_with_marks_and_meanings(copied):
+    where = copied / "circuits" / case.TASK
+    circuit = Circuit.load(where)
+    assert contents.read_run(copied, contents.Options())["circuits"][case.TASK]["audit"] is None
+    tests = [
+        audit_case.result("sufficiency"),
+        audit_case.result("necessity", "failed"),
+        audit_case.result("shift", "not run", reason="it has no knobs"),
+    ]
+    audit_case.audit(*tests, circuit=circuit.digest).save(where)
+    shown = contents.read_run(copied, contents.Options())["circuits"][case.TASK]["audit"]
+    assert shown["file"] == "audit.html"
+    assert [tuple(test.values()) for test in shown["tests"]] == [
+        (CLAIMS["sufficiency"].title, "passed", "✓", CLAIMS["sufficiency"].passed),
+        (CLAIMS["necessity"].title, "failed", "✗", CLAIMS["necessity"].failed),
+        (CLAIMS["shift"].title, "not run", "○", "it has no knobs"),
+    ]
+    assert CLAIMS["necessity"].title in contents.circuit_page(where)
+    # The audit of another circuit is none.
+    audit_case.audit(*tests, circuit="0" * 64).save(where)
+    assert contents.read_run(copied, contents.Options())["circuits"][case.TASK]["audit"] is None
 
 
 def test_evidence_of_another_circuit_is_none(copied):

@@ -145,6 +145,26 @@ def test_a_row_opens_its_circuit_and_back_returns(open_page, data):
     assert page.locator("#overview").is_visible() and page.locator("#circuit").is_hidden()
 
 
+def test_an_audit_is_shown_by_its_verdicts_and_only_where_there_is_one(open_page, data, tmp_path):
+    page = open_page(f"#task={case.TASK}")
+    assert page.locator("#panel .audit").count() == 0
+    audited = copy.deepcopy(data)
+    test = {"title": HOSTILE[1], "verdict": "not run", "mark": "○", "meaning": HOSTILE[3]}
+    failed = test | {"title": "Attention", "verdict": "failed", "mark": "✗"}
+    audited["circuits"][case.TASK]["audit"] = {"file": "audit.html", "tests": [test, failed]}
+    file = tmp_path / "audited.html"
+    file.write_text(page_lib.render(audited, title="audited"), encoding="utf-8")
+    panel = open_page(f"#task={case.TASK}", file).locator("#panel")
+    rows = panel.locator(".audit tr")
+    assert rows.locator("th").all_text_contents() == [HOSTILE[1], "Attention"]
+    assert rows.locator("td").all_text_contents() == ["○ not run", "✗ failed"]
+    assert rows.first.get_attribute("title") == HOSTILE[3]
+    # Told apart by color as well, which the policy lets the page's own style give.
+    colors = rows.locator("td").evaluate_all("cells => cells.map((c) => getComputedStyle(c).color)")
+    assert len(set(colors)) == 2
+    assert panel.locator("a").count() == 0 and "audit.html" in panel.inner_text()
+
+
 def test_a_clicked_node_shows_its_numbers(open_page, data):
     page = open_page(f"#task={case.TASK}")
     shown = data["circuits"][case.TASK]

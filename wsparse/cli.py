@@ -13,6 +13,8 @@ COMMANDS = {
     "sweep": ("wsparse.sweep", "Train a grid of models, and plot them."),
     "tasks": ("wsparse.tasks", "Measure how well a run does each task."),
     "prune": ("wsparse.prune", "Find the circuits of a run."),
+    "audit": ("wsparse.audit", "Test a circuit, and write a report of it."),
+    "attack": ("wsparse.attack", "Mislead a model by what its circuit says."),
     "results": ("wsparse.results", "Write the tables of the docs from runs."),
     "view": ("wsparse.view", "Write a run's circuits as one HTML page."),
     "compare": ("wsparse.circuits.compare", "Set the circuits of two runs side by side."),

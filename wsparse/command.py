@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -16,7 +17,7 @@ import os
 import re
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 import absl.logging
@@ -49,6 +50,29 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         signals.leave(getattr(interrupt, "number", signal.SIGINT))
     finally:
         signals.handle(signals.leave)
+
+
+_DEFINE: dict[type, Callable[..., Any]] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
+
+
+def define_fields(cls: type, about: str = "") -> None:
+    """Defines a flag for every field of a dataclass that has a default and `config.setting`'s help."""
+    for field in dataclasses.fields(cls):
+        default = field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        _DEFINE[type(default)](field.name, None, f"{about}{field.metadata['help']} Default: {shown!r}.")
+
+
+def given_fields(cls: type) -> dict[str, Any]:
+    """Returns the values of the flags of `define_fields` that were given."""
+    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class _TqdmHandler(logging.Handler):

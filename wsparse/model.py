@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from wsparse import taps, trees
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
-from wsparse.nodes import LOCATIONS
+from wsparse.nodes import LOCATIONS, NORMS
 from wsparse.ops.attention import attend, attention_pattern
 from wsparse.ops.linear import gelu, matmul
 from wsparse.ops.top_k import abs_top_k
@@ -119,8 +119,14 @@ def forward(
     if positions_BP is not None:
         x_BTD = x_BTD if shortened else _take_positions(x_BTD, positions_BP)
         tokens_BT = jnp.take_along_axis(tokens_BT, positions_BP, axis=1)
-    logits_BTV = _apply(Head(config), params["head"], x_BTD, tokens_BT, params["embed"]["tokens"])
+    node = functools.partial(_node, config, tap, None)
+    logits_BTV = _apply(Head(config), params["head"], x_BTD, tokens_BT, params["embed"]["tokens"], node)
     return logits_BTV, acts
+
+
+def norm_scale(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns what a norm multiplies a (for layer norm, centered) stream by, `(..., 1)`."""
+    return _scale(_centered(x, config), config)
 
 
 def count_parameters(params: Params) -> int:
@@ -145,7 +151,9 @@ def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
 
 
 def _node(config: ModelConfig, tap: taps.Tap | None, layer: Any, name: str, value: jax.Array) -> jax.Array:
-    """Returns what later computation sees of a location's value: AbsTopK, then the tap."""
+    """Returns what later computation sees of a location's value (AbsTopK, then the tap) or a norm's scale."""
+    if name in NORMS:
+        return taps.rescaled(tap, taps.Location(name, layer), value)
     k = _n_kept(config, LOCATIONS[name].site, value)
     return taps.after_top_k(tap, taps.Location(name, layer), value, k)
 
@@ -182,19 +190,26 @@ class Linear(nn.Module):
         return y
 
 
+def _centered(x: jax.Array, config: ModelConfig) -> jax.Array:
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return y - jnp.mean(y, axis=-1, keepdims=True) if config.norm == "layer" else y
+
+
+def _scale(y: jax.Array, config: ModelConfig) -> jax.Array:
+    return lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.eps)
+
+
 class Norm(nn.Module):
     """RMS or layer norm over the last axis, computed in at least float32."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, rescaled: Callable[[jax.Array], jax.Array] = lambda scale: scale):
         config = self.config
         gain = self.param("gain", nn.initializers.ones, x.shape[-1:])
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if config.norm == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.eps)
+        y = _centered(x, config)
+        y = y * rescaled(_scale(y, config))
         y = y * _along_last(gain, y)
         if config.norm == "layer" and config.norm_bias:
             y = y + _along_last(self.param("bias", nn.initializers.zeros, x.shape[-1:]), y)
@@ -280,7 +295,8 @@ class Block(nn.Module):
         config = self.config
 
         def read(name, x_BTD, at_BP=None):
-            read_BTR = Norm(config, name=f"{name}_norm")(x_BTD)
+            norm = f"{name}_norm"
+            read_BTR = Norm(config, name=norm)(x_BTD, functools.partial(node, norm))
             if positions_TP is None:
                 return read_BTR
             position = Norm(config, name=f"{name}_pos_norm")(positions_TP)
@@ -309,9 +325,9 @@ class Head(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, tokens_BT, embedding_VD):
+    def __call__(self, x_BTD, tokens_BT, embedding_VD, node: _Node = lambda _, value: value):
         config = self.config
-        x_BTD = Norm(config, name="norm")(x_BTD)
+        x_BTD = Norm(config, name="norm")(x_BTD, functools.partial(node, "final_norm"))
         dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
         if config.tied_embeddings:
             kernel_DV = embedding_VD.T

@@ -69,6 +69,9 @@ LOCATIONS: dict[str, NodeKind] = {
 NODES = {name: kind for name, kind in LOCATIONS.items() if kind.site is not None}
 OTHER_LOCATIONS = tuple(name for name in LOCATIONS if name not in NODES)
 
+# Norms of the residual stream, in the order of the forward pass; see `wsparse.taps` for their scales.
+NORMS = ("attn_norm", "mlp_norm", "final_norm")
+
 
 class Connection(NamedTuple):
     """A weight matrix `(in, out)` of a block, between the node locations `source` and `target`.

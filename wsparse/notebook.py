@@ -10,7 +10,8 @@ functions and the commands, and store results in the run's folder as the command
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import html
@@ -24,6 +25,8 @@ import numpy as np
 
 from wsparse import hooks, model, runs, taps, trees
 from wsparse.circuits import circuit as circuit_file
+from wsparse.circuits.audits import record
+from wsparse.circuits.audits.report import render
 from wsparse.command import log_to_stdout
 from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest
@@ -169,6 +172,47 @@ class Circuit(circuit_file.Circuit):
         from wsparse.viewer import contents
 
         return Page(contents.circuit_page(self.run.folder / "circuits" / self.task))
+
+    def audit(self, *, tests: Sequence[str] | None = None, task: str = "", **options: Any) -> Audit:
+        """Tests this circuit, as `python -m wsparse.audit` does, and returns the audit.
+
+        Args:
+          tests: Names of tests to run, instead of all.
+          task: The .jsonl or .py file of the circuit's task, if it is not a built-in one.
+          **options: Fields of `wsparse.circuits.audits.context.Options` that differ from their defaults.
+
+        Raises:
+          UserError: An option or a test is unknown, the circuit in the run's folder is another one now, or
+            its task comes from a file that is not given.
+        """
+        from wsparse import audit
+        from wsparse.circuits.audits.context import Options
+        from wsparse.circuits.audits.tests import TESTS
+
+        known, names = from_dict(Options, options), list(TESTS) if tests is None else list(tests)
+        if task and pathlib.Path(task).stem != self.task:
+            raise UserError(f"task must be the file of {self.task!r}, got {task!r}")
+        if circuit_file.Circuit.load(self.run.folder / "circuits" / self.task).digest != self.digest:
+            raise UserError(f"another circuit of {self.task!r} was found since: run.circuits[...] reads it")
+        with log_to_stdout():
+            (done,) = audit.audit_run(self.run.folder, [task or self.task], known, names, run=self.run)
+        return Audit(**vars(done))
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Audit(record.Audit):
+    """The tests of a circuit, see `wsparse.circuits.audits.record.Audit`."""
+
+    def __repr__(self) -> str:
+        counts = collections.Counter(test.verdict for test in self.tests)
+        return f"Audit({self.task!r}, {', '.join(f'{n} {verdict}' for verdict, n in counts.items())})"
+
+    def show(self) -> Page:
+        """Returns the report, which a notebook shows inline."""
+        return Page(render(self))
 
     def _repr_html_(self) -> str:
         return self.show()._repr_html_()

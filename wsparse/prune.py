@@ -27,30 +27,21 @@ from optuna.storages import BaseStorage
 
 from wsparse import files, locks, recipes, runs, trees
 from wsparse.circuits import evidence, procedure, report, tasks
-from wsparse.circuits.circuit import Circuit, Score, Status
+from wsparse.circuits.circuit import FOUND, NOT_FOUND, Circuit, Score, Status
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.procedure import Settings
 from wsparse.circuits.search import Pruner, TrialStore
+from wsparse.circuits.subject import N_WINDOWS
 from wsparse.circuits.workers import WorkPending, open_storage
-from wsparse.command import run_command
+from wsparse.command import define_fields, given_fields, run_command
 from wsparse.config import from_dict, to_dict
 from wsparse.errors import UserError
 from wsparse.ops import cpu
 
 log = logging.getLogger(__name__)
 
-# Windows of training text for the means.
-_WINDOWS = 512
 # Seconds between looks at what other workers have left.
 _POLL = 10.0
-
-_DEFINE: dict[type, Callable[..., Any]] = {
-    bool: flags.DEFINE_bool,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-    tuple: flags.DEFINE_list,
-}
 
 
 def run(
@@ -101,7 +92,7 @@ def _jobs(
 ) -> list[_Job]:
     """Returns the work of every task that can be built."""
     config = trained.config.model
-    subject = procedure.Subject(trained.params, config, trained.windows("train", n=_WINDOWS))
+    subject = procedure.Subject(trained.params, config, trained.windows("train", n=N_WINDOWS))
     pairs, refused = procedure.build_pairs(chosen, trained.tokenizer, settings, context=config.context)
     for name, reason in refused.items():
         log.info("%s: refused: %s", name, reason)
@@ -112,6 +103,7 @@ def _jobs(
         steps=settings.steps,
         pairs_per_step=settings.pairs_per_step,
         tie_qk=settings.tie_qk,
+        objective=settings.objective,
         parallel=min(settings.parallel, settings.trials),
     )
     summaries = {task.name: task.summary for task in chosen}
@@ -171,7 +163,7 @@ class _Job:
             # Another worker may have finished it while we waited.
             if leased and not self._is_done():
                 circuit = self.search.circuit(trials, started=started)
-                self._finish(circuit, circuit.status if circuit else "not found")
+                self._finish(circuit, circuit.status if circuit else NOT_FOUND)
         self.store.close()
         return bool(leased)
 
@@ -188,8 +180,9 @@ class _Job:
         """Returns the status in the task's folder, if it is of this model and these settings."""
         try:
             status = Status.load(self.folder)
-            # Older results do not name the limit of tokens.
-            values = {"max_tokens": self.search.settings.max_tokens, **status.settings}
+            # Older results do not name the limit of tokens, the objective, nor pairs to confirm on.
+            added = {"max_tokens": self.search.settings.max_tokens, "objective": "mean", "confirm_pairs": 0}
+            values = added | {"robust_target": self.search.settings.robust_target} | status.settings
             made_with = status.digest, from_dict(Settings, values)
         except UserError:
             return None
@@ -251,7 +244,7 @@ def write_report(folder: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
@@ -259,17 +252,28 @@ def main(argv: Sequence[str]) -> None:
     if not names:
         raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     chosen = [tasks.find(name) for name in names]
-    settings, shown = settings_from_flags(), evidence.Options(**_given(evidence.Options))
+    settings, shown = settings_from_flags(), evidence.Options(**given_fields(evidence.Options))
     folder = pathlib.Path(options.run)
+    rows: list[dict[str, Any]] = []
     if options.report:
-        write_report(folder)
+        rows = write_report(folder)
     elif options.evidence:
         evidence.measure_run(folder, options.task, shown)
     else:
         storage = None if options.storage is None else open_storage(options.storage)
         cpu.enable()
         shown = shown if options.evidence is None else None
-        run(folder, chosen, settings, storage=storage, lease=options.lease, shown=shown)
+        rows = run(folder, chosen, settings, storage=storage, lease=options.lease, shown=shown)
+    return int(options.strict and not _all_confirmed(rows, [task.name for task in chosen]))
+
+
+def _all_confirmed(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:
+    """Returns whether every task has a confirmed circuit; logs which have not."""
+    status = {row["task"]: row["status"] for row in rows}
+    others = [f"{name} ({status.get(name, 'not tried')})" for name in names if status.get(name) != FOUND]
+    if others:
+        log.info("no confirmed circuit: %s", ", ".join(others))
+    return not others
 
 
 def settings_from_flags() -> Settings:
@@ -281,27 +285,13 @@ def settings_from_flags() -> Settings:
     if flags.FLAGS["discretise_pairs"].present:
         log.info("--discretise_pairs is --discretize_pairs now")
     config = flags.FLAGS["config"].value
-    values = ({} if config is None else config.to_dict()) | _given(Settings)
+    values = ({} if config is None else config.to_dict()) | given_fields(Settings)
     if "sweep" in values:
         try:
             values["sweep"] = [float(target) for target in values["sweep"]]
         except ValueError as error:
             raise UserError(f"--sweep must be numbers separated by commas: {error}") from error
     return from_dict(Settings, values)
-
-
-def _given(cls: type) -> dict[str, Any]:
-    """Returns the values of the flags that were given for the fields of a dataclass."""
-    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(cls)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _define_fields(cls: type, about: str = "") -> None:
-    """Define a flag for every field of a dataclass with defaults and help."""
-    for field in dataclasses.fields(cls):
-        default = field.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        _DEFINE[type(default)](field.name, None, f"{about}{field.metadata['help']} Default: {shown!r}.")
 
 
 def define_flags() -> None:
@@ -314,6 +304,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "lease", 600.0, "Seconds of silence after which other workers count a worker as dead.", lower_bound=1
     )
+    flags.DEFINE_bool("strict", False, "Exit with 1 unless every task has a confirmed circuit.")
     flags.DEFINE_bool("report", False, "Only write the table and curves of the tasks that are done.")
     flags.DEFINE_bool(
         "evidence",
@@ -322,8 +313,8 @@ def define_flags() -> None:
         "--evidence does nothing else, for circuits that were found before.",
     )
     recipes.define_flag(text="Recipe of the settings below", kind="prune")
-    _define_fields(Settings)
-    _define_fields(evidence.Options, "For the viewer: ")
+    define_fields(Settings)
+    define_fields(evidence.Options, "For the viewer: ")
     flags.DEFINE_alias("discretise_pairs", "discretize_pairs")
 
 

@@ -3,13 +3,17 @@
 python -m wsparse.results --add=runs/sweeps/recipes   takes in every complete run of a folder, too
 python -m wsparse.results                             writes the tables
 
-A run is known by its recipe, with what its config changes, and by its seed; it replaces an earlier one of the
-same. So runs of several machines come together in one file, and their folders are not needed again. In the
-docs a table stands between `<!-- results: KIND NAME ... -->` and `<!-- end of results -->`:
+A run is known by its recipe, with what its config changes, by its seed, and by the recipe of the settings
+that it was pruned with; it replaces an earlier one of the same. So runs of several machines come together in
+one file, and their folders are not needed again. In the docs a table stands between
+`<!-- results: KIND NAME ... -->` and `<!-- end of results -->`:
 
 models NAME ...     held-out loss, tasks, nonzeros and minutes of recipes (all, where none is named)
 tasks NAME ...      loss of every task on the report split
 circuits NAME ...   nodes, edges and loss of every task's circuit, and the ratio of edges between two recipes
+ratios NAME ...     how many times as large the circuits of other recipes are as those of the first
+
+With `prune=RECIPE` among the names, a table is of circuits that were found with the settings of that recipe.
 """
 
 from __future__ import annotations
@@ -103,15 +107,26 @@ def read(path: pathlib.Path) -> list[Entry]:
 
 
 def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
-    """Returns the runs of both by name and seed; a new one inherits the circuits of the same model."""
-    found = {(run["name"], run["seed"]): run for run in old}
+    """Returns the runs of both by name, seed and recipe of pruning; an older model gives way to a newer one.
+
+    A model that is scored anew keeps the circuits that were found in it before.
+    """
+    found = list(old)
     for run in new:
-        key = run["name"], run["seed"]
-        before = found.get(key)
-        if before and before["digest"] == run["digest"] and not run["circuits"]:
-            run = run | {"circuits": before["circuits"], "prune": before["prune"]}
-        found[key] = run
-    return [found[key] for key in sorted(found)]
+        before = [each for each in found if _key(each)[:2] == _key(run)[:2]]
+        kept = [
+            run | {"circuits": each["circuits"], "prune": each["prune"]}
+            for each in before
+            if each["digest"] == run["digest"] and each["circuits"] and each["prune"] != run["prune"]
+        ]
+        if run["circuits"] or not kept:
+            kept.append(run)
+        found = [each for each in found if each not in before] + kept
+    return sorted(found, key=_key)
+
+
+def _key(run: Entry) -> tuple[str, int, str]:
+    return run["name"], run["seed"], run["prune"]
 
 
 def write(path: pathlib.Path, entries: Sequence[Entry]) -> None:
@@ -147,12 +162,19 @@ def rewritten(text: str, entries: Sequence[Entry], where: str = "") -> str:
             near = closest(kind, _TABLES)
             raise UserError(f"{where}: no table {kind!r}{near}; known are {', '.join(_TABLES)}")
         stored = list(dict.fromkeys(run["name"] for run in entries))
-        names = arguments.split() or stored
+        given = arguments.split()
+        prunes = [argument.removeprefix("prune=") for argument in given if argument.startswith("prune=")]
+        names = [argument for argument in given if not argument.startswith("prune=")] or stored
         for wanted in names:
             known = [*stored, *recipes.names()]
             if wanted not in known:
                 raise UserError(f"{where}: no run or recipe {wanted!r}{closest(wanted, known)}")
-        groups = {wanted: [run for run in entries if run["name"] == wanted] for wanted in names}
+        # One for each seed, whatever it was pruned with.
+        chosen = [run for run in entries if not prunes or run["prune"] in prunes]
+        groups = {
+            wanted: list({run["seed"]: run for run in chosen if run["name"] == wanted}.values())
+            for wanted in names
+        }
         return f"{begin}{_TABLES[kind](groups)}{_made_by(kind, groups)}{end}"
 
     return _MARKED.sub(table, text)
@@ -255,7 +277,36 @@ def _ratio(edges: Sequence[float], groups: _Groups) -> list[str]:
     return [f"{max(edges[1], 1) / max(edges[0], 1):.1f}" if len(edges) == 2 else "-"]
 
 
-_TABLES: dict[str, Callable[[_Groups], str]] = {"models": _models, "tasks": _tasks, "circuits": _circuits}
+def _ratios(groups: _Groups) -> str:
+    (first, small), *others = groups.items()
+    counts = {"nodes": "nodes", "edges": "edges", "edges_between_nodes": "weights between nodes"}
+    held = [f"held-out loss of {_shown(first, small)}", "of the other"]
+    rows = []
+    for wanted, large in others:
+        ratios = [records.ratio(small, large, key) for key in counts]
+        losses = [spread([run["val_loss"] for run in group], ".3f") for group in (small, large)]
+        n_tasks = next((str(ratio.tasks) for ratio in ratios if ratio), "0")
+        cells = [f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f})" if r else "-" for r in ratios]
+        seeds = f"{len(small)} and {len(large)}"
+        rows.append([f"{_shown(wanted, large)} to {_shown(first, small)}", *cells, n_tasks, seeds, *losses])
+    return _table(["ratio of", *counts.values(), "tasks", "seeds", *held], rows)
+
+
+_TABLES: dict[str, Callable[[_Groups], str]] = {
+    "models": _models,
+    "tasks": _tasks,
+    "circuits": _circuits,
+    "ratios": _ratios,
+}
+
+
+# What the numbers of a table of circuits are.
+_ABOUT = {
+    "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split.",
+    "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
+    "report split; 95% bootstrap intervals over tasks and the seeds of each. Weights between nodes: all "
+    "nonzero ones, the count of Gao et al. 2025; edges: those that the clean-up left.",
+}
 
 
 def _made_by(kind: str, groups: _Groups) -> str:
@@ -277,8 +328,8 @@ def _made_by(kind: str, groups: _Groups) -> str:
     ]
     if any("," in run["name"] for run in entries):
         lines[-1] += ", where `KEY=VALUE` in a name is `--config.KEY=VALUE`"
-    if kind == "circuits":
-        lines[0] = "Medians, with the range over seeds whose circuit reaches the target on the report split."
+    if kind in _ABOUT:
+        lines[0] = _ABOUT[kind]
         used = sorted({run["prune"] or "other settings" for run in entries if run["circuits"]})
         lines[-1] += f", then `python -m wsparse.prune --run=RUN --task=all --config={' or '.join(used)}`"
     lines[-1] += f"; on {on}."

@@ -4,6 +4,9 @@ A tap is a function `(location, value) -> value` that the model calls at every l
 `wsparse.nodes.LOCATIONS`, once for all layers of a scan, with a value of shape `(B, T, N)`. What it returns
 is what later computation sees. Arrays that it closes over are differentiated and vmapped like any others.
 
+A tap with a method `rescaled(location, scale)` also says what the norms of `wsparse.nodes.NORMS` multiply the
+stream by, in place of `scale`, `(B, T, 1)`.
+
 Two optional attributes make a tap cheaper and never change a result:
 
 * `position_wise = True` promises that what happens at one token depends on the values at that token alone.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -56,6 +60,12 @@ def after_top_k(tap: Tap | None, location: Location, value: jax.Array, k: int) -
     return value if tap is None else tap(location, value)
 
 
+def rescaled(tap: Tap | None, location: Location, scale: jax.Array) -> jax.Array:
+    """Returns the scale of a norm that the tap wants, by default the stream's own."""
+    method = getattr(tap, "rescaled", None)
+    return scale if method is None else method(location, scale)
+
+
 def is_position_wise(tap: Tap | None) -> bool:
     """Returns whether the tap promises that tokens do not depend on each other."""
     return tap is None or getattr(tap, "position_wise", False)
@@ -78,6 +88,11 @@ class _Composition:
         first = self.taps[0] if self.taps else None
         return _Composition(self.taps[1:])(location, after_top_k(first, location, value, k))
 
+    def rescaled(self, location: Location, scale: jax.Array) -> jax.Array:
+        for tap in self.taps:
+            scale = rescaled(tap, location, scale)
+        return scale
+
 
 def compose(*taps: Tap) -> Tap:
     """Returns the tap that applies `taps` from the first to the last."""
@@ -85,37 +100,57 @@ def compose(*taps: Tap) -> Tap:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MeanAblation:
-    """The tap of mean ablation, `gate * value + (1 - gate) * mean` (Gao et al. 2025, pruning).
+class NodeAblation:
+    """The tap of ablation, `gate * value + (1 - gate) * constant` (Gao et al. 2025, pruning).
 
     Attributes:
-      gates: Location -> `(n_layer, N)`; locations without an entry are left alone.
-      means: Location -> `(n_layer, N)`, for at least the locations of `gates`.
+      gates: Location -> `(n_layer, N)`, or `(n_layer, B, N)` with a set of gates for every row; locations
+        without an entry are left alone. A gate between 0 and 1 ablates in part.
+      constants: Location -> `(n_layer, N)` or `(n_layer, B, T, N)`, for at least the locations of `gates`.
+      contenders: Location -> `(n_layer, N)`: nodes above 0 compete in AbsTopK among themselves alone; None
+        lets all compete.
+      scales: Norm -> `(n_layer, B, T, 1)`, `(B, P, 1)` for "final_norm": scales that norms are held at; None
+        leaves them to the ablated stream.
     """
 
     gates: Mapping[str, jax.Array]
-    means: Mapping[str, jax.Array]
-    position_wise = True
+    constants: Mapping[str, jax.Array]
+    contenders: Mapping[str, jax.Array] | None = None
+    scales: Mapping[str, jax.Array] | None = None
+
+    @property
+    def position_wise(self) -> bool:
+        return self.scales is None and all(array.ndim == 2 for array in self.constants.values())
 
     def __call__(self, location: Location, value: jax.Array) -> jax.Array:
         if location not in self.gates:
             return value
-        gate, mean = (at_layer(array[location], location, value) for array in (self.gates, self.means))
-        return ablate(value, gate, mean)
+        gate = at_layer(self.gates[location], location, value)
+        gate = gate[:, None] if gate.ndim == 2 else gate
+        return ablate(value, gate, at_layer(self.constants[location], location, value))
 
     def fused(self, location: Location, value: jax.Array, k: int) -> jax.Array:
         if location not in self.gates:
             return abs_top_k(value, k)
-        gate, mean = (at_layer(array[location], location) for array in (self.gates, self.means))
-        vectors = gate.size == mean.size == value.shape[-1]
-        if not vectors or not gate.dtype == mean.dtype == value.dtype:
+        if self.contenders is not None:
+            contends = at_layer(self.contenders[location], location) > 0
+            among_all, among_some = abs_top_k(value, k), abs_top_k(jnp.where(contends, value, 0), k)
+            return self(location, jnp.where(contends, among_some, among_all))
+        gate, constant = (at_layer(array[location], location) for array in (self.gates, self.constants))
+        if not (constant.size == value.shape[-1] and gate.dtype == constant.dtype == value.dtype):
             return self(location, abs_top_k(value, k))
-        return ablate_largest(value, jnp.ravel(gate), jnp.ravel(mean), k)
+        if gate.size == constant.size:
+            return ablate_largest(value, jnp.ravel(gate), jnp.ravel(constant), k)
+        ablate_row = functools.partial(ablate_largest, mean_N=jnp.ravel(constant), k=k)
+        return jax.vmap(ablate_row)(value, gate)
+
+    def rescaled(self, location: Location, scale: jax.Array) -> jax.Array:
+        return scale if self.scales is None else at_layer(self.scales[location], location, scale)
 
 
-def mask(gates: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> MeanAblation:
-    """Returns `MeanAblation(gates, means)`."""
-    return MeanAblation(gates, means)
+def mask(gates: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> NodeAblation:
+    """Returns the tap of mean ablation, `NodeAblation(gates, means)`."""
+    return NodeAblation(gates, means)
 
 
 def patch(values: Mapping[str, jax.Array], where: Mapping[str, jax.Array]) -> Tap:

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         finalists=1,
         max_tokens=44,
         discretize_pairs=32,
+        confirm_pairs=128,
         sweep=(0.3,),
         single_removals=64,
         necessity=0.0,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FOUND = "found"
-ABOVE_TARGET = "above target on the report split"
+NOT_CONFIRMED = "found, not confirmed on the report split"
+NOT_FOUND = "not found"
+# The words of older files.
+_FORMERLY = {"above target on the report split": NOT_CONFIRMED}
 
 _JSON, _ARRAYS, _STATUS = "circuit.json", "circuit.npz", "status.json"
 _ARRAY_FIELDS = ("means", "tau", "removed")
@@ -126,6 +130,9 @@ class Counts:
       embedding_edges: Nonzero embedding entries of the residual channels that kept nodes read.
       unembedding_edges: Nonzero unembedding entries of the residual channels that kept nodes write.
       biases: Nonzero biases of kept nodes.
+      constants: Nodes whose value is the same at every token of the report split's prompts.
+      answer_edges: Of the embedding's and unembedding's entries, those of tokens that tell the two sides of a
+        pair apart, and of answers.
     """
 
     nodes: int
@@ -134,6 +141,8 @@ class Counts:
     embedding_edges: int
     unembedding_edges: int
     biases: int
+    constants: int = 0
+    answer_edges: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,11 +152,14 @@ class Scores:
     Attributes:
       model: The whole model.
       sufficiency: The circuit alone, everything else at its mean.
-      calibrated: The same after a fitted scale and shift of the logits.
+      calibrated: The same after a fitted scale and shift of the logits; scale 1 and shift 0 where the fit
+        makes the loss larger.
       necessity: The circuit's nodes at their means, and everything else as it is.
       seconds_to_find: Time of search and clean-up.
       discretize_loss: Loss on the pairs that the circuit was chosen on.
       sufficient: Size of the circuit before it was completed until it is necessary.
+      strict: The circuit alone when nothing but its own edges carries what varies, see `ablation.Ablation`.
+      attacked: Largest loss that 20 steps of `adversary.ascend` find; None with the objective "mean".
     """
 
     model: Score
@@ -161,6 +173,8 @@ class Scores:
     discretize_loss: float | None = None
     sufficient: Size | None = None
     trials: tuple[TrialSize, ...] = ()
+    strict: Score | None = None
+    attacked: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +182,7 @@ class Status:
     """`status.json`: how the search for a task's circuit ended.
 
     Attributes:
-      status: `FOUND`, `ABOVE_TARGET`, or why there is no circuit.
+      status: `FOUND`, `NOT_CONFIRMED`, `NOT_FOUND`, or why none was looked for.
       model: Score of the whole model on the report split.
       digest: `trees.digest` of the model's parameters.
       settings: Settings of the procedure.
@@ -183,7 +197,7 @@ class Status:
     @property
     def has_circuit(self) -> bool:
         """Whether a circuit is beside it."""
-        return self.status in (FOUND, ABOVE_TARGET)
+        return self.status in (FOUND, NOT_CONFIRMED)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a circuit's folder."""
@@ -195,7 +209,8 @@ class Status:
         """Returns the status of a circuit's folder."""
         path = pathlib.Path(folder) / _STATUS
         try:
-            return from_dict(cls, files.read_json(path))
+            status = from_dict(cls, files.read_json(path))
+            return dataclasses.replace(status, status=_FORMERLY.get(status.status, status.status))
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}; remove it and prune the task again") from error
 
@@ -242,8 +257,10 @@ class Circuit:
 
     @property
     def status(self) -> str:
-        """`FOUND`, or `ABOVE_TARGET`: it is chosen on other pairs than its loss is reported on."""
-        return FOUND if self.loss <= self.target else ABOVE_TARGET
+        """`FOUND`, or `NOT_CONFIRMED`: it is chosen on other pairs than its loss is reported on."""
+        settings, attacked = self.hyperparameters.get("settings", {}), self.scores.attacked
+        holds = attacked is None or attacked <= settings.get("robust_target", math.inf)
+        return FOUND if self.loss <= self.target and holds else NOT_CONFIRMED
 
     @property
     def digest(self) -> str:

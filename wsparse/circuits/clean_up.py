@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 
 from wsparse.circuits import graph
+from wsparse.circuits.criterion import Criterion
 from wsparse.circuits.discretize import GRID, Subgraph, first_within, grid_between
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.scoring import Scorer
 
 # Passes of `clean_up`: nodes, edges, nodes again.
 PASSES = 3
+# Share of the nodes that may go between two attacks, at first; it shrinks to single nodes.
+_FIRST_SHARE = 1 / 6
 
 Advance = Callable[[int], Any]
 
 
 def clean_up(
-    scorer: Scorer,
+    criterion: Criterion,
     pairs: PairArrays,
     subgraph: Subgraph,
     target: float,
@@ -29,14 +32,48 @@ def clean_up(
 ) -> Subgraph:
     """Returns the subgraph without nodes, then single edges, then nodes again, that the target does not need.
 
-    A node is worth removing the more edges it takes with it and the less the loss grows.
+    A node is worth removing the more edges it takes with it and the less the loss grows. A pass whose result
+    adversaries refute is done again; where they refute every result, it removes nothing.
     `advance` is called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
     """
+    if criterion.is_adversarial:
+        subgraph = _shrunk(criterion, pairs, subgraph, target)
     for of_edges in (False, True, False):
-        removal = _Removal(scorer, pairs, subgraph, target, of_edges=of_edges)
-        removal.run(single_removals, advance)
-        subgraph = removal.subgraph
+        reports = iter([advance])
+
+        def removed(scorer: Scorer, start: Subgraph = subgraph, of_edges: bool = of_edges) -> Subgraph:
+            removal = _Removal(scorer, pairs, start, target, of_edges=of_edges)
+            removal.run(single_removals, next(reports, _nothing))  # noqa: B023 (called in this pass alone)
+            return removal.subgraph
+
+        subgraph = criterion.settle(removed, lambda result: result, target) or subgraph
     return subgraph
+
+
+def _shrunk(criterion: Criterion, pairs: PairArrays, subgraph: Subgraph, target: float) -> Subgraph:
+    """Returns the subgraph without the nodes that can go a few at a time, each time under attack.
+
+    What is removed up to the edge of a bank of adversaries falls to the next one.
+    """
+    share = _FIRST_SHARE
+    while subgraph.n_nodes * share >= 1:
+        limit = int(subgraph.n_nodes * share)
+
+        def removed(scorer: Scorer, start: Subgraph = subgraph, limit: int = limit) -> Subgraph:
+            removal = _Removal(scorer, pairs, start, target, of_edges=False)
+            removal.run_prefix(limit)
+            return removal.subgraph
+
+        smaller = criterion.settle(removed, lambda result: result, target)
+        if smaller is None or smaller.n_nodes == subgraph.n_nodes:
+            share /= 4
+        else:
+            subgraph = smaller
+    return subgraph
+
+
+def _nothing(count: int) -> None:
+    """Reports no progress."""
 
 
 def complete(
@@ -47,6 +84,7 @@ def complete(
     target: float,
     *,
     necessity: float,
+    sufficiency: Scorer | None = None,
     max_added: int = 128,
 ) -> Subgraph:
     """Returns the circuit with the nodes added without which the model without the circuit loses the task.
@@ -60,6 +98,7 @@ def complete(
       tau_U: Learned parameters of the nodes; of equal estimates the larger comes first.
       target: Largest loss that the circuit alone may have.
       necessity: Loss that the model without the circuit must have.
+      sufficiency: Scorer that the circuit alone is held to; `scorer` by default.
       max_added: Largest number of nodes to add.
 
     Returns:
@@ -97,7 +136,7 @@ def complete(
             added = fewer
     nodes_U = subgraph.nodes | _bools(size, added)
     edges = graph.between(nodes_U, remaining, scorer.config)
-    loss = scorer.mask(pairs, nodes_U, remaining).loss
+    loss = (sufficiency or scorer).mask(pairs, nodes_U, remaining).loss
     return Subgraph(nodes_U, edges, subgraph.removed, loss) if loss <= target else subgraph
 
 
@@ -132,6 +171,11 @@ class _Removal:
         while self._kept.size and changed:
             budget, changed = self._remove_singles(budget, advance)
         advance(budget)
+
+    def run_prefix(self, limit: int) -> None:
+        """Remove at most `limit` items, those that first-order estimates find the least worth."""
+        order, _ = self._by_worth()
+        self._remove_prefix(order[:limit])
 
     def _by_worth(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the items, the one most worth removing first, and how many edges each takes with it."""

@@ -23,7 +23,7 @@ from wsparse import model, runs, trees
 from wsparse.circuits import evidence_file, excerpts, graph, masks, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
-from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, margins
+from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, check, from_dict, setting
 from wsparse.errors import UserError
@@ -138,15 +138,8 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
 
     The tasks are given by name, or as "all" that have a circuit; those of the user's own by file as well.
     """
-    files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
-    known = tasks.TASKS | {task.name: task for task in files}
     _, circuits = report.select(folder, names)
-    for circuit in circuits:
-        if circuit.task not in known:
-            raise UserError(
-                f"the pairs of task {circuit.task!r} come from a file of yours: name it too, "
-                f"--task=all,{circuit.task}.jsonl"
-            )
+    known = known_tasks(names, circuits)
     run = runs.load(folder)
     for circuit in circuits:
         circuit.check(run.params)
@@ -163,6 +156,23 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
         evidence = measure(run, circuit, pairs, text, summary=task.summary, options=options)
         evidence.save(folder / "circuits" / circuit.task)
     return len(circuits)
+
+
+def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, Task]:
+    """Returns tasks by name: the built-in ones, and those of the files among `names`.
+
+    Raises:
+      UserError: The task of a circuit is not among them.
+    """
+    of_files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
+    known = tasks.TASKS | {task.name: task for task in of_files}
+    for circuit in circuits:
+        if circuit.task not in known:
+            raise UserError(
+                f"the pairs of task {circuit.task!r} come from a file of yours: name it too, "
+                f"--task=all,{circuit.task}.jsonl"
+            )
+    return known
 
 
 def _first(pairs: PairArrays, count: int) -> PairArrays:

@@ -12,6 +12,7 @@ import numpy as np
 from wsparse import model, trees
 from wsparse.circuits import masks
 from wsparse.circuits.circuit import Counts, Edge
+from wsparse.circuits.pairs import PairArrays
 from wsparse.config import ModelConfig
 from wsparse.nodes import CONNECTIONS, Node
 
@@ -74,8 +75,21 @@ def degrees(edges: EdgeMask, config: ModelConfig) -> np.ndarray:
     return np.asarray(masks.flatten(mask))
 
 
-def count_all(nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config: ModelConfig) -> Counts:
-    """Returns the sizes of a circuit."""
+def count_all(
+    nodes_U: np.ndarray,
+    edges: EdgeMask,
+    params: model.Params,
+    config: ModelConfig,
+    *,
+    pairs: PairArrays | None = None,
+    constants: int = 0,
+) -> Counts:
+    """Returns the sizes of a circuit.
+
+    Args:
+      pairs: Pairs of its task, of which `Counts.answer_edges` are counted; None counts none.
+      constants: See `Counts`.
+    """
     mask = masks.unflatten(np.asarray(nodes_U), config)
     flat = trees.flatten(params)
     read = np.any(mask["attn.act_in"] | mask["mlp.act_in"], axis=0)[: config.d_model]
@@ -90,7 +104,26 @@ def count_all(nodes_U: np.ndarray, edges: EdgeMask, params: model.Params, config
         embedding_edges=int(np.count_nonzero(embedding[:, read])),
         unembedding_edges=int(np.count_nonzero(unembedding[written])),
         biases=sum(int(np.count_nonzero(bias)) for bias in biases),
+        constants=constants,
+        answer_edges=0 if pairs is None else _answer_edges(pairs, embedding[:, read], unembedding[written]),
     )
+
+
+def _answer_edges(pairs: PairArrays, embedding_VD: np.ndarray, unembedding_DV: np.ndarray) -> int:
+    """Returns the nonzero entries of tokens that differ between the sides of pairs, and of answers."""
+    n_tokens = len(embedding_VD)
+    tokens_PST = np.asarray(pairs.tokens).reshape(-1, 2, pairs.tokens.shape[1])
+    length_P2 = np.asarray(pairs.position).reshape(-1, 2) + 1
+    deciding = set()
+    for sides_ST, lengths in zip(tokens_PST, length_P2, strict=True):
+        counts_SV = [
+            np.bincount(side_T[:length], minlength=n_tokens)
+            for side_T, length in zip(sides_ST, lengths, strict=True)
+        ]
+        deciding |= set(np.flatnonzero(counts_SV[0] != counts_SV[1]).tolist())
+    answers = np.unique(np.asarray(pairs.answer))
+    read = np.count_nonzero(embedding_VD[sorted(deciding)])
+    return int(read + np.count_nonzero(unembedding_DV[:, answers]))
 
 
 def cut(params: model.Params, kept: Mapping[str, jax.Array], means: Mapping[str, jax.Array]) -> model.Params:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wsparse.circuits import masks
+from wsparse.circuits import adversary, excerpts, graph, masks
+from wsparse.circuits.ablation import Background
 from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint
 from wsparse.circuits.clean_up import clean_up
+from wsparse.circuits.criterion import Criterion
 from wsparse.circuits.discretize import Subgraph, discretize
 from wsparse.circuits.mask_learning import HParams
 from wsparse.circuits.pairs import PairArrays
@@ -28,16 +30,47 @@ Advance = Callable[[int], Any]
 
 
 def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any]:
-    """Returns the fields model, sufficiency, calibrated and necessity of a circuit's `Scores`."""
+    """Returns the fields model, sufficiency, calibrated, necessity and strict of a circuit's `Scores`."""
     scorer, remaining = subject.scorer, subgraph.remaining(subject.scorer)
+    sufficiency = scorer.mask(pairs.report, subgraph.nodes, remaining)
     fit = calibrate(scorer.margins(pairs.discretize, subgraph.nodes, remaining))
     margins = scorer.margins(pairs.report, subgraph.nodes, remaining)
+    calibrated = Calibration(**fit, loss=float(calibrated_loss(margins, **fit)))
+    if calibrated.loss > sufficiency.loss:
+        calibrated = Calibration(scale=1.0, shift=0.0, loss=sufficiency.loss)
     return {
         "model": subject.score(pairs.report),
-        "sufficiency": scorer.mask(pairs.report, subgraph.nodes, remaining),
-        "calibrated": Calibration(**fit, loss=float(calibrated_loss(margins, **fit))),
+        "sufficiency": sufficiency,
+        "calibrated": calibrated,
         "necessity": scorer.mask(pairs.report, ~subgraph.nodes),
+        "strict": scorer.mask(pairs.report, subgraph.nodes, subgraph.edges),
     }
+
+
+def attacked(subject: Subject, pairs: PairArrays, subgraph: Subgraph, seed: int) -> float:
+    """Returns the largest loss of a circuit that an adversary finds, see `adversary.ascend`."""
+    scorer = subject.scorer
+    background = Background(scorer.means, scorer.means)
+    remaining = subgraph.remaining(scorer)
+    return adversary.ascend(
+        scorer.params, scorer.config, pairs, subgraph.nodes, remaining, background, seed=seed
+    ).loss
+
+
+def constants(subject: Subject, pairs: PairArrays, subgraph: Subgraph) -> int:
+    """Returns the number of a circuit's nodes whose value is the same at every token of the prompts."""
+    scorer, config = subject.scorer, subject.scorer.config
+    params = graph.cut(scorer.params, jax.tree.map(jnp.asarray, subgraph.remaining(scorer)), scorer.means)
+    gates = masks.unflatten(subgraph.nodes.astype(np.float32), config)
+    _, acts = excerpts.recorded(params, pairs.tokens, pairs.position, (gates, scorer.means), config=config)
+    inside_BT = np.arange(pairs.tokens.shape[1])[None] <= np.asarray(pairs.position)[:, None]
+    mask = masks.unflatten(subgraph.nodes, config)
+    varies = [
+        np.ptp(np.asarray(acts[name][layer])[inside_BT][:, kept_N], axis=0) > 1e-6
+        for name, kept_LN in mask.items()
+        for layer, kept_N in enumerate(kept_LN)
+    ]
+    return int(subgraph.nodes.sum() - np.concatenate(varies).sum())
 
 
 def calibrated_loss(margins_B: Any, *, scale: Any, shift: Any) -> jax.Array:
@@ -110,37 +143,40 @@ def importances(
 def curve(
     subject: Subject,
     pairs: Pairs,
+    criterion: Criterion,
     tau_U: np.ndarray,
     subgraph: Subgraph,
     settings: Settings,
+    target: float,
     advance: Advance = lambda count: None,
 ) -> list[CurvePoint]:
     """Returns the circuit's size at every target of the sweep that can be reached, sorted by target.
 
-    Looser targets go on from the circuit of the main target, `subgraph`, tighter ones from cuts of their own
-    through `tau_U`. `advance` is called with 1 for every target.
+    Cuts and clean-ups hold to the criterion. Looser targets go on from the circuit of the main `target`,
+    `subgraph`, tighter ones from cuts of their own through `tau_U`.
+    `advance` is called with 1 for every target.
     """
     scorer = subject.scorer
-    subgraphs = {settings.target: subgraph}
-    for target in sorted(t for t in settings.sweep if t > settings.target):
-        goal = target - settings.margin
-        subgraph = clean_up(scorer, pairs.discretize, subgraph, goal, single_removals=0)
-        subgraphs[target] = subgraph
+    subgraphs = {target: subgraph}
+    for looser in sorted(t for t in settings.sweep if t > target):
+        goal = looser - settings.margin
+        subgraph = clean_up(criterion, pairs.discretize, subgraph, goal, single_removals=0)
+        subgraphs[looser] = subgraph
         advance(1)
-    for target in sorted(t for t in settings.sweep if t < settings.target):
-        goal = target - settings.margin * target / settings.target
-        cut, _ = discretize(scorer, pairs.discretize, tau_U, goal)
+    for tighter in sorted(t for t in settings.sweep if t < target):
+        goal = tighter - settings.margin * tighter / target
+        cut, _ = discretize(criterion.scorer, pairs.discretize, tau_U, goal)
         if cut is not None:
-            subgraphs[target] = clean_up(scorer, pairs.discretize, cut, goal, single_removals=0)
+            subgraphs[tighter] = clean_up(criterion, pairs.discretize, cut, goal, single_removals=0)
         advance(1)
     return [
         CurvePoint(
-            target=target,
+            target=reached,
             nodes=point.n_nodes,
             edges=point.n_edges,
             loss=scorer.mask(pairs.report, point.nodes, point.remaining(scorer)).loss,
         )
-        for target, point in sorted(subgraphs.items())
+        for reached, point in sorted(subgraphs.items())
     ]
 
 

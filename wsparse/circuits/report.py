@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wsparse import files, plots
-from wsparse.circuits.circuit import ABOVE_TARGET, Circuit, Status
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, Circuit, Status
 from wsparse.errors import UserError, closest
 from wsparse.nodes import Node
 
@@ -33,6 +33,9 @@ def row(status: Status, circuit: Circuit | None) -> dict[str, Any]:
         "edges_before_clean_up": circuit.scores.edges_before_clean_up,
         "sufficiency": circuit.loss,
         "calibrated": circuit.scores.calibrated.loss,
+        "strict": circuit.scores.strict.loss if circuit.scores.strict else None,
+        "attacked": circuit.scores.attacked,
+        "constants": circuit.counts.constants,
         "necessity": circuit.scores.necessity.loss,
         "necessity_accuracy": circuit.scores.necessity.accuracy,
         "attribution_edges": circuit.scores.attribution_baseline.edges,
@@ -89,13 +92,17 @@ def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, A
 def summary(circuit: Circuit) -> str:
     """Returns one line about a circuit."""
     scores = circuit.scores
-    above = f"{ABOVE_TARGET} ({circuit.target:g}) " if circuit.status == ABOVE_TARGET else ""
+    strict = f", strict edges {scores.strict.loss:.3f}" if scores.strict else ""
+    if scores.attacked is not None:
+        strict += f", attacked {scores.attacked:.3f}"
+    above = f"(not confirmed: the target is {circuit.target:.3g}) " if circuit.status == NOT_CONFIRMED else ""
     controls = ", ".join(
         f"{name.replace('_', ' ')} {control.least_loss:.3f}" for name, control in circuit.controls.items()
     )
     return (
-        f"{circuit.counts.nodes} nodes, {circuit.counts.edges} edges; loss {circuit.loss:.3f} "
-        f"{above}(calibrated {scores.calibrated.loss:.3f}), without the circuit "
+        f"{circuit.counts.nodes} nodes ({circuit.counts.constants} constants), {circuit.counts.edges} edges; "
+        f"loss {circuit.loss:.3f} {above}(calibrated {scores.calibrated.loss:.3f}{strict}), without the "
+        "circuit "
         f"{scores.necessity.loss:.3f}; {'controls: ' + controls + '; ' if controls else ''}"
         f"{scores.seconds_to_find:.0f} s to find, {scores.seconds:.0f} s in all"
     )
@@ -123,29 +130,38 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(float(np.mean(np.log(np.maximum(values, 1)))))
 
 
-_ROW = "{:<28}{:>8}{:>7}{:>7}{:>7}{:>7}{:>8}{:>8}{:>9}{:>10}{:>8}{:>9}{:>9}"
-_HEADINGS = "task model nodes edges (all) (cut) loss calib. without shuffled random attrib. seconds"
+_ROW = "{:<28}{:>8}{:>7}{:>7}{:>7}{:>7}{:>7}{:>8}{:>8}{:>8}{:>8}{:>9}{:>10}{:>8}{:>9}{:>9}"
+_HEADINGS = (
+    *("task", "model", "nodes", "(const)", "edges", "(all)", "(cut)", "target", "loss", "strict", "calib."),
+    *("without", "shuffled", "random", "attrib.", "seconds"),
+)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as text, with the geometric mean of edges over the tasks of each target."""
-    lines: list[str] = [_ROW.format(*_HEADINGS.split())]
+    lines: list[str] = [_ROW.format(*_HEADINGS)]
     for r in rows:
         if "edges" not in r:
             lines.append(f"{r['task']:<28}{r['model_loss']:>8.3f}  {r['status']}")
             continue
-        counts = [r[key] for key in ("nodes", "edges", "edges_between_nodes", "edges_before_clean_up")]
-        losses = [r[key] for key in ("model_loss", "sufficiency", "calibrated", "necessity")]
+        sizes = ("nodes", "constants", "edges", "edges_between_nodes", "edges_before_clean_up")
+        counts = [r[key] for key in sizes]
+        losses = [
+            r[key] for key in ("model_loss", "target", "sufficiency", "strict", "calibrated", "necessity")
+        ]
         losses += [r["controls"].get(name) for name in ("shuffled_labels", "random_model")]
         model, *others = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
         attribution = "missed" if r["attribution_edges"] is None else r["attribution_edges"]
         line = _ROW.format(r["task"], model, *counts, *others, attribution, f"{r['seconds']:.0f}")
-        lines.append(f"{line}  *" if r["status"] == ABOVE_TARGET else line)
+        lines.append(f"{line}  *" if r["status"] == NOT_CONFIRMED else line)
+    found = [r for r in rows if "edges" in r]
+    confirmed = sum(r["status"] == FOUND for r in found)
+    lines.append(f"confirmed on the report split: {confirmed} of {len(found)} circuits, {len(rows)} tasks")
     targets = sorted({r["target"] for r in rows if "edges" in r})
     for target in targets:
         same = [r for r in rows if r.get("target") == target]
         means = [geometric_mean([r[key] for r in same]) for key in ("edges", "edges_between_nodes")]
-        at = f" with target {target:g}" if len(targets) > 1 else ""
+        at = f" with target {target:.3g}" if len(targets) > 1 else ""
         lines.append(
             f"geometric mean over {len(same)} tasks{at}: {means[0]:.1f} edges "
             f"({means[1]:.1f} with every weight between the kept nodes)"
@@ -156,10 +172,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 LEGEND = """
 model: task loss of the whole model on the report split. edges: weights left after single edges were cut;
 (all): every nonzero weight between the kept nodes; (cut): the same before the clean-up. loss: of the
-circuit alone, everything else at its mean; calib.: after a fitted scale and shift. without: loss when the
-circuit is removed and the rest stays (chance 0.693). shuffled, random: least loss of the controls.
-attrib.: edges of the circuit that gradient attribution finds. seconds: search and clean-up.
-*: its loss is above the target on the report split; circuits are chosen on other pairs.
+circuit alone, everything else at its mean; strict: when nothing but its edges carries what varies; calib.:
+after a fitted scale and shift, where that helps. without: loss when the circuit is removed and the rest stays
+(chance 0.693). shuffled, random: least loss of the controls. attrib.: edges of the circuit that gradient
+attribution finds. seconds: search and clean-up. (const): nodes that do not vary. target: follows the model
+where that is near it.
+*: found, and not confirmed on the report split; circuits are chosen on other pairs.
 """
 
 

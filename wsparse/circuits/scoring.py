@@ -6,6 +6,7 @@ layer, N nodes of a location, W windows of T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, nodes, taps, trees
-from wsparse.circuits import graph, masks
+from wsparse import model, nodes, trees
+from wsparse.circuits import graph
+from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.circuit import Score
-from wsparse.circuits.mask_learning import answer_logits
 from wsparse.circuits.pairs import PairArrays, margins, task_accuracy, task_loss
 from wsparse.config import ModelConfig
 
@@ -43,8 +44,23 @@ class _Ranks(NamedTuple):
     edges: dict[str, Any]
 
 
+class Bank(NamedTuple):
+    """Strengths of closed nodes under which a mask is scored too, see `ablation.circuit_logits`.
+
+    The pairs are dealt to groups, each with strengths of its own: drawn ones, or an adversary's. What counts
+    is the group in which the loss is largest.
+    """
+
+    strengths: Any
+    """float32 `(B, U)` in [0, 1]."""
+    groups: Any
+    """float32 `(G, B)`: the weights of each group's mean over its rows."""
+    weight: Any
+    """Scalar that the loss under the bank is multiplied by before it is compared with that without it."""
+
+
 class MaskScores(NamedTuple):
-    """`(M,)` losses and accuracies of masks; see `circuit.Score`."""
+    """`(M,)` losses and accuracies of masks, see `circuit.Score`; under a bank, the larger loss."""
 
     loss: Any
     accuracy: Any
@@ -76,12 +92,20 @@ class Scorer:
       config: Config of the model, with biases.
       params: Parameters of the model; where it has no biases, with zeros for them.
       weights: Which weights are not zero.
+      bank: Strengths under which masks must hold too; None for mean ablation alone.
     """
 
     def __init__(self, params: model.Params, config: ModelConfig, means: Means):
         self.config, self.params = with_biases(config, params)
         self.means = means
         self.weights = graph.nonzero(params)
+        self.bank: Bank | None = None
+
+    def against(self, bank: Bank | None) -> Scorer:
+        """Returns the scorer of the same model whose masks must hold under a bank made for the same pairs."""
+        scorer = copy.copy(self)
+        scorer.bank = bank
+        return scorer
 
     def mask(self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None) -> Score:
         """Returns the score of one mask."""
@@ -126,7 +150,15 @@ class Scorer:
             # One shape, so that one program is compiled; what fills it up is not computed.
             filled, n = np.resize(part, (_MASKS, 2)), np.int32(len(part))
             score = _score_spans(
-                self.params, self.means, pairs, ranks, filled, n, np.float32(until), config=self.config
+                self.params,
+                self.means,
+                pairs,
+                ranks,
+                self.bank,
+                filled,
+                n,
+                np.float32(until),
+                config=self.config,
             )
             scores_2M[:, start : start + n] = np.asarray(score)[:, :n]
             if np.any(scores_2M[0, start : start + n] <= until):
@@ -152,7 +184,7 @@ class Scorer:
           `(U,)`, and kernel path -> `(L, in, out)`; both 0 for what is not in the circuit.
         """
         ranks = self._ranks(nodes_U, edges)
-        estimates = _attributions(self.params, self.means, pairs, ranks, config=self.config)
+        estimates = _attributions(self.params, self.means, pairs, ranks, self.bank, config=self.config)
         return jax.tree.map(np.asarray, tuple(estimates))
 
     def margins(
@@ -183,14 +215,19 @@ def _kept(ranks: _Ranks, span_2: Any = (0, 0)) -> _Ranks:
     return jax.tree.map(kept, ranks)
 
 
-def _logits(params, means, pairs: PairArrays, kept: _Ranks, config) -> jax.Array:
-    gates = masks.unflatten(kept.nodes, config)
-    cut = graph.cut(params, kept.edges, means)
-    return answer_logits(cut, config, pairs, taps.mask(gates, means))
+def _logits(params, means, pairs: PairArrays, kept: _Ranks, config, strengths: Any = 0.0) -> jax.Array:
+    background = Background(means, means)
+    return circuit_logits(params, config, pairs, kept.nodes, kept.edges, background, strengths=strengths)
+
+
+def _bank_losses(params, means, pairs: PairArrays, kept: _Ranks, config, bank: Bank) -> jax.Array:
+    """Returns the weighted loss of each group of a bank, `(G,)`."""
+    logits_BV = _logits(params, means, pairs, kept, config, bank.strengths)
+    return bank.weight * (bank.groups @ jax.nn.softplus(-margins(logits_BV, pairs.answer, pairs.other)))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, config) -> MaskScores:
+def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, *, config) -> MaskScores:
     """Returns scores of the first `n` spans, up to one whose loss is at most `until`; NaN after it."""
 
     def goes_on(carry):
@@ -200,9 +237,12 @@ def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, con
 
     def score(carry):
         i, scores = carry
-        logits_BV = _logits(params, means, pairs, _kept(ranks, spans_M2[i]), config)
-        chosen = (logits_BV, pairs.answer, pairs.other)
-        new = MaskScores(task_loss(*chosen), task_accuracy(*chosen))
+        kept = _kept(ranks, spans_M2[i])
+        chosen = (_logits(params, means, pairs, kept, config), pairs.answer, pairs.other)
+        loss = task_loss(*chosen)
+        if bank is not None:
+            loss = jnp.maximum(loss, jnp.max(_bank_losses(params, means, pairs, kept, config, bank)))
+        new = MaskScores(loss, task_accuracy(*chosen))
         return i + 1, jax.tree.map(lambda all_M, value: all_M.at[i].set(value), scores, new)
 
     unscored = MaskScores(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
@@ -210,10 +250,14 @@ def _score_spans(params, means, pairs, ranks: _Ranks, spans_M2, n, until, *, con
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _attributions(params, means, pairs, ranks: _Ranks, *, config) -> _Ranks:
+def _attributions(params, means, pairs, ranks: _Ranks, bank, *, config) -> _Ranks:
     def loss(kept):
         logits_BV = _logits(params, means, pairs, kept, config)
-        return task_loss(logits_BV, pairs.answer, pairs.other)
+        loss = task_loss(logits_BV, pairs.answer, pairs.other)
+        # The largest alone would say nothing of the others, which removals may make the largest.
+        return (
+            loss if bank is None else loss + jnp.mean(_bank_losses(params, means, pairs, kept, config, bank))
+        )
 
     kept = _kept(ranks)
     return jax.tree.map(lambda slope, gate: -slope * gate, jax.grad(loss)(kept), kept)

@@ -22,7 +22,7 @@ from wsparse import files, model
 from wsparse.circuits import masks
 from wsparse.circuits.mask_learning import HParams, prune
 from wsparse.circuits.pairs import PairArrays
-from wsparse.circuits.settings import Sampler
+from wsparse.circuits.settings import Objective, Sampler
 from wsparse.circuits.workers import WorkItems, WorkPending
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
@@ -44,6 +44,8 @@ _BETWEEN = HParams(
 
 # Where a search starts beside the paper's centers: for runs of a hundred steps instead of thousands.
 FAST = HParams(k_coef=1e-3, learning_rate=1e-2)
+# The same where closed nodes are let through: gates that close at once never open again in time.
+GENTLE = HParams(k_coef=2e-4, learning_rate=5e-3)
 # With fewer trials than this the paper's centers are not tried.
 _FEW = 8
 
@@ -52,7 +54,7 @@ class Trial(NamedTuple):
     """One pruning run of a search."""
 
     number: int
-    """From 0; the first is at `FAST`, in longer searches the second at the paper's centers."""
+    """From 0; the first is at `search`'s start, in longer searches the second at the paper's centers."""
     hparams: HParams
     tau: np.ndarray
     """float32 `(U,)`."""
@@ -79,16 +81,20 @@ class Pruner:
         steps: int,
         pairs_per_step: int,
         tie_qk: bool = True,
+        objective: Objective = "mean",
         parallel: int = 4,
         devices: Sequence[jax.Device] | None = None,
     ):
         """Make a pruner with the settings of `prune`; `devices` are all by default."""
         self.parallel = parallel
-        settings = {"steps": steps, "pairs_per_step": pairs_per_step, "tie_qk": tie_qk}
+        self._n_nodes = masks.n_nodes(config)
+        settings: dict[str, Any] = {"steps": steps, "pairs_per_step": pairs_per_step}
+        settings |= {"tie_qk": tie_qk, "objective": objective}
 
-        def trials(params, pairs, means, hparams, keys):
+        def trials(params, pairs, means, forbidden_U, hparams, keys):
             def trial(hparams, key):
-                return masks.flatten(prune(params, config, pairs, means, hparams, key, **settings).tau)
+                found = prune(params, config, pairs, means, hparams, key, forbidden_U=forbidden_U, **settings)
+                return masks.flatten(found.tau)
 
             return jax.vmap(trial)(hparams, keys)
 
@@ -99,7 +105,7 @@ class Pruner:
             mesh = jax.sharding.Mesh(np.asarray(available[: self.devices]), ("trials",))
             self._sharding = NamedSharding(mesh, P("trials")), NamedSharding(mesh, P())
             # Trials are independent: each device runs its own, kernels included.
-            in_specs = (P(), P(), P(), P("trials"), P("trials"))
+            in_specs = (P(), P(), P(), P(), P("trials"), P("trials"))
             trials = jax.shard_map(
                 trials, mesh=mesh, in_specs=in_specs, out_specs=P("trials"), check_vma=False
             )
@@ -112,14 +118,20 @@ class Pruner:
         means: dict[str, jax.Array],
         hparams: Sequence[HParams],
         seeds: Sequence[int],
+        forbidden_U: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Returns tau of every trial, `(trials, U)`; fewer than `parallel` are padded with the first."""
+        """Returns tau of every trial, `(trials, U)`; fewer than `parallel` are padded with the first.
+
+        Nodes of which `forbidden_U` is true stay closed.
+        """
+        if forbidden_U is None:
+            forbidden_U = np.zeros(self._n_nodes, bool)
         padding = self.parallel - len(hparams)
         rows = [*hparams, *[hparams[0]] * padding]
         columns = HParams(*(np.asarray(column, np.float32) for column in zip(*rows, strict=True)))
         seeds = [seed % 2**32 for seed in [*seeds, *[seeds[0]] * padding]]
         keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-        common = (params, pairs, means)
+        common = (params, pairs, means, np.asarray(forbidden_U, np.float32))
         if self._sharding is not None:
             sharded, replicated = self._sharding
             columns, keys = jax.device_put((columns, keys), sharded)
@@ -138,7 +150,9 @@ class Pruner:
         number = jax.ShapeDtypeStruct((self.parallel,), np.float32)
         keys = jax.eval_shape(jax.vmap(jax.random.key), np.zeros(self.parallel, np.uint32))
         of_trials = HParams(*[number] * len(HParams._fields)), keys
-        return self._run.lower(*place((params, pairs, means), replicated), *place(of_trials, sharded))
+        forbidden_U = jax.ShapeDtypeStruct((self._n_nodes,), np.float32)
+        common = place((params, pairs, means, forbidden_U), replicated)
+        return self._run.lower(*common, *place(of_trials, sharded))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,6 +227,7 @@ def search(
     *,
     trials: int,
     sampler: Sampler = "tpe",
+    start: HParams = FAST,
     seed: int = 0,
     store: TrialStore | None = None,
 ) -> list[Trial]:
@@ -224,6 +239,7 @@ def search(
     Args:
       objective: Pure function `tau_U -> (value to minimize, result)`; the result's `str` is logged.
       sampler: "tpe" (Optuna's tree-structured Parzen estimator) or "random" (the same ranges).
+      start: Hyperparameters of the first trial.
       seed: Seed of the sampler and of the trials; the sampler of a shared search is seeded at random.
       store: Where trials are kept and shared; by default they are not.
 
@@ -232,7 +248,7 @@ def search(
     """
     store = store or TrialStore()
     scored = store.scored
-    starts = (FAST, HParams()) if trials >= _FEW else (FAST,)
+    starts = (start, HParams()) if trials >= _FEW else (start,)
     items = store.items(
         trials,
         sampler=_sampler(sampler, pruner.parallel, trials, seed if store.storage is None else None),

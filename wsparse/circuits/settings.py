@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ml_collections
 
 from wsparse.config import check, require, setting
 
 Sampler = Literal["tpe", "random"]
+Objective = Literal["mean", "stochastic", "robust"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,7 @@ class Settings:
     margin: float = setting(
         0.07,
         "Nats below the target that a circuit must have on the pairs it is chosen on, where the model itself "
-        "allows it: other templates are a little harder. A task whose model is further above the target than "
-        "this is not tried.",
+        "allows it: other templates are a little harder.",
     )
     sweep: tuple[float, ...] = setting(
         (0.05, 0.1, 0.3, 0.5), "Further targets, for the loss-against-edges curve."
@@ -35,6 +36,12 @@ class Settings:
     search_pairs: int = setting(256, "Pairs that steps draw from.", "at least 1")
     discretize_pairs: int = setting(
         48, "Pairs of the second split that circuits are chosen on, with as many of the first.", "at least 1"
+    )
+    confirm_pairs: int = setting(
+        48,
+        "More pairs of the second split, on which the chosen circuit is tried: where it misses the target, "
+        "one is chosen again, for a lower loss. 0 tries none.",
+        "at least 0",
     )
     report_pairs: int = setting(96, "Pairs that numbers are reported on.", "at least 1")
     finalists: int = setting(2, "Trials whose circuits are cleaned up.", "at least 1")
@@ -49,6 +56,14 @@ class Settings:
         "estimates lead no further. 0 relies on the estimates alone and takes a tenth of the time.",
         "at least 0",
     )
+    objective: Objective = setting(  # noqa: RUF009
+        "mean",
+        'Ablation that masks are learned against and circuits are held to: "mean"; "stochastic", with closed '
+        'nodes let through in part, at random; or "robust", by an adversary too.',
+    )
+    robust_target: float = setting(
+        0.3, "Task loss, in nats, that a circuit must keep under random and adversarial strengths."
+    )
     tie_qk: bool = setting(True, "Whether a channel's query and key share a gate.")
     controls: bool = setting(True, "Whether to run the controls.")
     seed: int = setting(0, "Seed of pairs, trials and the sampler.")
@@ -57,6 +72,13 @@ class Settings:
     def __post_init__(self):
         check(self)
         require(0 <= self.necessity < math.inf, "necessity must be at least 0, and finite", self.necessity)
+        known = ", ".join(OBJECTIVES)
+        require(self.objective in OBJECTIVES, f"objective must be one of {known}", self.objective)
+        require(
+            self.objective == "mean" or self.target <= self.robust_target < math.log(2),
+            f"robust_target must be at least the target, {self.target}, and below ln 2",
+            self.robust_target,
+        )
         require(0 <= self.seed < 2**31, "seed must be at least 0 and below 2**31", self.seed)
         for target in (self.target, *self.sweep):
             require(0 < target < math.log(2), "a target must be between 0 and ln 2", target)

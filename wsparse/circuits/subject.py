@@ -23,6 +23,9 @@ from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig
 from wsparse.data.tokenizer import Tokenizer
 
+# Windows of training text that mean activations are taken over.
+N_WINDOWS = 512
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pairs:
@@ -32,6 +35,7 @@ class Pairs:
       search: Pairs that masks are learned on.
       discretize: Pairs that circuits are chosen on: of the second split, and as many of the first. The
         templates of one split are too alike: a circuit that only just does them fails on others.
+      confirm: Pairs of the second split that circuits are not chosen on; None where there are none.
       report: Pairs that numbers are reported on.
     """
 
@@ -40,6 +44,7 @@ class Pairs:
     search: PairArrays
     discretize: PairArrays
     report: PairArrays
+    confirm: PairArrays | None = None
 
 
 class Subject:
@@ -97,7 +102,7 @@ def build_pairs(
     """Returns the pairs of every task, all of one length, and why other tasks are refused."""
     n_pairs: dict[tasks.Split, int] = {
         "search": settings.search_pairs,
-        "discretize": settings.discretize_pairs,
+        "discretize": settings.discretize_pairs + settings.confirm_pairs,
         "report": settings.report_pairs,
     }
     max_tokens = min(settings.max_tokens, context)
@@ -105,8 +110,23 @@ def build_pairs(
     pairs = []
     for batches in built:
         search, discretize, report = (arrays(batches[split]) for split in tasks.SPLITS)
-        first_split = jax.tree.map(lambda array: array[: 2 * settings.discretize_pairs], search)
-        both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, discretize)
-        task, form = batches["search"].task, batches["search"].form
-        pairs.append(Pairs(task=task, form=form, search=search, discretize=both, report=report))
+        first_split, _ = _divided(search, settings.discretize_pairs)
+        second_split, confirm = _divided(discretize, settings.discretize_pairs)
+        both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, second_split)
+        pairs.append(
+            Pairs(
+                task=batches["search"].task,
+                form=batches["search"].form,
+                search=search,
+                discretize=both,
+                confirm=confirm if settings.confirm_pairs else None,
+                report=report,
+            )
+        )
     return pairs, refused
+
+
+def _divided(pairs: PairArrays, n_pairs: int) -> tuple[PairArrays, PairArrays]:
+    """Returns the first pairs, and the others."""
+    first = jax.tree.map(lambda array: array[: 2 * n_pairs], pairs)
+    return first, jax.tree.map(lambda array: array[2 * n_pairs :], pairs)

@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import shutil
+from typing import Any
 
 from wsparse import config as config_lib
 from wsparse import files
@@ -119,7 +120,7 @@ def open_dataset(
         not what it was when the folder was made.
     """
     names = ("source", "megabytes", "tokenizer", "validation_fraction", "seed")
-    options = {name: getattr(data, name) for name in names} | {"vocab_size": vocab_size}
+    options: dict[str, Any] = {name: getattr(data, name) for name in names} | {"vocab_size": vocab_size}
     if folder.exists():
         path = folder / PROVENANCE
         if not path.exists():

@@ -179,9 +179,9 @@ class Draw:
             if plural:
                 name = f"{name}s"
             if name not in self.taken:
-                break
-        self.taken.add(name)
-        return name
+                self.taken.add(name)
+                return name
+        raise AssertionError("attempts have no end")
 
     def long(self, source: Sequence[str] = NOUNS) -> str:
         """Returns a new name of as many words as the knob `words` says, to stand before a decision."""

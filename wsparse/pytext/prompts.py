@@ -71,6 +71,20 @@ def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None
         yield _pair(name, int.from_bytes(key, "big"), split, knobs or {})
 
 
+def statements(name: str, side: int | None, seed: int, split: Split) -> Iterator[str]:
+    """Yields finished statements of one side of a contrast, lines of code without end.
+
+    They are what may stand before a prompt. Where `side` is None they show no contrast: numbers are assigned
+    to names.
+    """
+    key = hashlib.blake2b(f"{name}/{split}/{seed}/{side}/statements".encode(), digest_size=8).digest()
+    rng = random.Random(int.from_bytes(key, "big"))
+    while True:
+        d = Draw(rng, split)
+        lines = [f"{d.new()} = {d.number()}"] if side is None else CONTRASTS[name].write(d, side).lines
+        yield "".join(f"{line}\n" for line in lines)
+
+
 def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
     contrast = CONTRASTS[name]
     # The surroundings: everything that both programs share, their knobs apart from those of what is cut.

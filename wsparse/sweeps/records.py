@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
 import pathlib
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from wsparse import processes, runs, tasks, trees
 from wsparse.circuits import report
@@ -72,7 +75,7 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = ()) -> dic
 def _circuit(row: Mapping[str, Any]) -> dict[str, Any]:
     if "edges" not in row:
         return {"status": row["status"]}
-    kept = {key: row[key] for key in ("status", "nodes", "edges", "target", "seconds")}
+    kept = {key: row[key] for key in ("status", "nodes", "edges", "edges_between_nodes", "target", "seconds")}
     return kept | {"loss": row["sufficiency"], "without": row["necessity"], "controls": row["controls"]}
 
 
@@ -103,6 +106,63 @@ def metrics(record: Mapping[str, Any], shared: Collection[str] = ()) -> dict[str
     if shared and set(shared) <= set(circuits):
         values["edges_shared"] = report.geometric_mean([circuits[task]["edges"] for task in shared])
     return values
+
+
+class Ratio(NamedTuple):
+    """How many times as large the circuits of one kind of model are, a geometric mean over tasks and seeds.
+
+    Attributes:
+      low, high: 95% bootstrap interval over tasks, and over the seeds of each task.
+      tasks: Number of tasks that some run of either kind has a circuit for.
+    """
+
+    value: float
+    low: float
+    high: float
+    tasks: int
+
+
+def ratio(
+    small: Iterable[Mapping[str, Any]],
+    large: Iterable[Mapping[str, Any]],
+    key: str,
+    *,
+    resamples: int = 2000,
+) -> Ratio | None:
+    """Returns how many times as large the circuits of the records `large` are; None without a shared task.
+
+    Args:
+      small: Records of one kind of model, one for each seed.
+      large: Records of the other.
+      key: What is counted: "nodes", "edges" or "edges_between_nodes".
+      resamples: Bootstrap resamples.
+    """
+    logs = [_log_sizes(records, key) for records in (small, large)]
+    shared = sorted(set(logs[0]) & set(logs[1]))
+    if not shared:
+        return None
+    rng = np.random.default_rng(0)
+
+    def drawn(values: list[float]) -> float:
+        return float(np.mean(rng.choice(values, len(values))))
+
+    means = [
+        np.mean([drawn(logs[1][task]) - drawn(logs[0][task]) for task in rng.choice(shared, len(shared))])
+        for _ in range(resamples)
+    ]
+    value = np.mean([np.mean(logs[1][task]) - np.mean(logs[0][task]) for task in shared])
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Ratio(math.exp(value), math.exp(low), math.exp(high), len(shared))
+
+
+def _log_sizes(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, list[float]]:
+    """Returns the logarithms of the sizes of the circuits of each task, one for each seed that has one."""
+    sizes: dict[str, list[float]] = {}
+    for record in records:
+        for task, circuit in found(record).items():
+            # A task may need nothing but the constants.
+            sizes.setdefault(task, []).append(math.log(max(circuit[key], 1)))
+    return sizes
 
 
 def spread(values: Sequence[float], form: str = ",.3g") -> str:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsparse.circuits import evidence_file, report
+from wsparse.circuits.audits import report as audit_report
+from wsparse.circuits.audits.record import Audit
 from wsparse.circuits.circuit import Circuit, Status
 from wsparse.circuits.evidence_file import Evidence
 from wsparse.config import check, require, setting, to_dict
@@ -43,17 +45,22 @@ class Options:
 
 
 class Shown(NamedTuple):
-    """A circuit and what was measured of it."""
+    """A circuit, what was measured of it, and its audit if it has one."""
 
     circuit: Circuit
     evidence: Evidence
+    audit: Audit | None = None
 
 
 def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
     """Returns the data of a run's page."""
     rows, circuits = report.select(folder, options.task)
     evidence = {c.task: Evidence.load(folder / "circuits" / c.task, c) for c in circuits}
-    shown = [Shown(c, found) for c in circuits if (found := evidence[c.task]) is not None]
+    shown = [
+        Shown(c, found, Audit.load(folder / "circuits" / c.task, circuit=c.digest))
+        for c in circuits
+        if (found := evidence[c.task]) is not None
+    ]
     if without := [task for task, found in evidence.items() if found is None]:
         command = f"python -m wsparse.prune --run={folder} --evidence"
         missing = f"no evidence of {', '.join(without)}: {command} measures it"
@@ -74,7 +81,8 @@ def circuit_page(folder: str | os.PathLike[str]) -> str:
         raise UserError(f"{folder} has no evidence of its circuit: {command} measures it")
     name = folder.parent.parent.name
     rows = [report.row(Status.load(folder), circuit)]
-    data = contents(name, rows, [Shown(circuit, evidence)], {}, Options())
+    shown = Shown(circuit, evidence, Audit.load(folder, circuit=circuit.digest))
+    data = contents(name, rows, [shown], {}, Options())
     return render(data | {"opens": circuit.task}, title=f"{circuit.task} in {name}")
 
 
@@ -126,7 +134,7 @@ def _number(value: Any) -> float | None:
 
 def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
     """Returns what the page says about one circuit; its nodes on text are added to `texts`."""
-    circuit, evidence = shown
+    circuit, evidence, audit = shown
     nodes = evidence.nodes[: options.max_nodes]
     total = len(circuit.nodes)
     note = f"{len(nodes)} of {total} nodes are shown, the most important ones"
@@ -143,6 +151,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "scores": to_dict(circuit.scores),
         "counts": to_dict(circuit.counts),
         "controls": {name: to_dict(control) for name, control in circuit.controls.items()},
+        "audit": None if audit is None else _audit(audit),
         "notes": [note] if len(nodes) < total else [],
         "total_nodes": total,
         "nodes": [learned[node.name] | {"from_model": node.from_model, "mean": node.mean} for node in nodes],
@@ -152,6 +161,22 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "answer_weights": {"tokens": evidence.answers, "weights": weights} if evidence.answers else None,
         "text": _text(evidence, len(nodes), texts),
         **_prompts(evidence, list(index), options.pairs),
+    }
+
+
+def _audit(audit: Audit) -> dict[str, Any]:
+    """Returns the verdicts of an audit."""
+    return {
+        "file": audit_report.FILE,
+        "tests": [
+            {
+                "title": test.title,
+                "verdict": test.verdict,
+                "mark": audit_report.MARKS[test.verdict],
+                "meaning": audit_report.meaning(test),
+            }
+            for test in audit.tests
+        ],
     }
 
 

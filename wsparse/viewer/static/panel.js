@@ -60,6 +60,7 @@ function circuitPanel(circuit, state, change) {
         'least loss of the same search where there is nothing to find, on the pairs that circuits are chosen on',
       ]),
     ])),
+    circuit.audit ? section('Audit', auditTable(circuit.audit)) : null,
     section('Size', facts([
       ['nodes', counts.nodes], ['edges', counts.edges],
       ['all weights between its nodes', counts.edges_between_nodes],
@@ -72,6 +73,13 @@ function circuitPanel(circuit, state, change) {
       link(node, change), el('span', { class: 'quiet' }, ` ${signed(node.importance)}`))))),
   ].filter(Boolean);
 }
+
+/** The verdicts of an audit; what each says is told when it is pointed at, and in the report. */
+const auditTable = ({ tests, file }) => el('div', {},
+  el('table', { class: 'audit' }, el('tbody', {}, ...tests.map((test) => el('tr', { title: test.meaning },
+    el('th', { scope: 'row' }, test.title),
+    el('td', { class: test.verdict.replace(' ', '-') }, `${test.mark} ${test.verdict}`))))),
+  el('p', { class: 'quiet' }, 'What these verdicts do and do not support is in ', el('code', {}, file), ' in the circuit’s folder.'));
 
 const link = (node, change) => el('button', {
   type: 'button', class: 'link', title: describe(node), click: () => change({ node: node.name }, true),

@@ -1,0 +1,1 @@
+"""Predictions of when a model fails, read from a circuit, and whether they come true."""

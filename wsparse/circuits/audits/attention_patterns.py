@@ -1,0 +1,113 @@
+"""Do the circuit's heads look where the model's do?
+
+Shapes: B rows of pairs, T query time, S key time, H head, K channel of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse import model, trees
+from wsparse.circuits import masks
+from wsparse.circuits.audits import statistics
+from wsparse.circuits.audits.context import Context
+from wsparse.circuits.audits.record import Measurement, TestResult
+from wsparse.errors import UserError
+
+# Largest mean distance that passes.
+_MOST = 0.25
+
+_patterns = jax.jit(model.attention_pattern)
+
+
+def attention_patterns(context: Context) -> TestResult:
+    """Returns distances between the attention of circuit and model at the last token."""
+    heads, constant = _used_heads(context)
+    if not heads:
+        raise UserError("the circuit keeps no value channel of any head: it uses no attention")
+    rng, resamples = context.rng("attention_patterns"), context.options.resamples
+    measurements, distances = [], []
+    for layer, head in heads:
+        circuit_BS, model_BS = (
+            _pattern(acts, context, layer)[:, head] for acts in (context.acts, context.model_acts)
+        )
+        uniform_BS = _uniform(context)
+        distance_B = _distance(circuit_BS, model_BS)
+        distances.append(distance_B)
+        note = ", no query or key kept" if (layer, head) in constant else ""
+        measurements.append(
+            statistics.of_rows(
+                f"layer {layer}, head {head}{note}",
+                distance_B,
+                rng,
+                resamples,
+                control=float(_distance(uniform_BS, model_BS).mean()),
+                unit="total variation",
+            )
+        )
+    mean = statistics.of_rows(
+        "mean over heads", np.mean(distances, axis=0), rng, resamples, unit="total variation"
+    )
+    fixed = Measurement(
+        name="heads with values but without a query or key",
+        value=len(constant) / len(heads),
+        unit="share",
+    )
+    assert mean.value is not None
+    return TestResult(
+        name="attention_patterns",
+        title="Attention",
+        question="Do the heads of the circuit look where they look in the model?",
+        procedure=f"{context.n_pairs} pairs of the report split; total variation distance, between circuit "
+        "and "
+        "model, of the attention from the prompt's last token, the sink counted as a place, for every head "
+        "of "
+        "which the circuit keeps a value channel.",
+        control="The distance of uniform attention from the model's.",
+        criterion=f"The mean over heads is at most {_MOST:g}.",
+        verdict="passed" if mean.value <= _MOST else "failed",
+        measurements=[mean, fixed, *measurements],
+    )
+
+
+def _used_heads(context: Context) -> tuple[list[tuple[int, int]], set[tuple[int, int]]]:
+    """Returns the heads with a kept value channel, and those of them without a kept query or key."""
+    mask, config = masks.unflatten(context.nodes_U, context.config), context.config
+
+    def heads(name: str) -> set[tuple[int, int]]:
+        by_head_LHK = mask[name].reshape(config.n_layer, config.n_head, config.d_head)
+        return {(int(layer), int(head)) for layer, head in np.argwhere(by_head_LHK.any(axis=2))}
+
+    used = heads("attn.v")
+    return sorted(used), used - (heads("attn.q") | heads("attn.k"))
+
+
+def _pattern(acts: dict[str, Any], context: Context, layer: int) -> np.ndarray:
+    """Returns attention from the last tokens, `(B, H, S + 1)`; what is left for the sink comes last."""
+    config, report = context.config, context.pairs.report
+    q_BTHK, k_BSHK = (
+        jnp.reshape(acts[name][layer], (*report.tokens.shape, config.n_head, config.d_head))
+        for name in ("attn.q", "attn.k")
+    )
+    sink_LH = trees.flatten(context.subject.params).get("blocks/attn/sink")
+    pattern_BHTS = _patterns(q_BTHK, k_BSHK, None if sink_LH is None else sink_LH[layer])
+    position_B = jnp.asarray(report.position)[:, None, None, None]
+    pattern_BHS = np.asarray(jnp.take_along_axis(pattern_BHTS, position_B, axis=2))[:, :, 0]
+    return np.concatenate([pattern_BHS, 1 - pattern_BHS.sum(2, keepdims=True)], axis=2)
+
+
+def _uniform(context: Context) -> np.ndarray:
+    """Returns uniform attention over the tokens of prompts and the sink, `(B, S + 1)`."""
+    report = context.pairs.report
+    inside_BS = np.arange(report.tokens.shape[1] + 1)[None] <= np.asarray(report.position)[:, None]
+    inside_BS[:, -1] = context.config.sink
+    return inside_BS / inside_BS.sum(1, keepdims=True)
+
+
+def _distance(a_BS: np.ndarray, b_BS: np.ndarray) -> np.ndarray:
+    """Returns the total variation distance of each row's two distributions, `(B,)`."""
+    return np.abs(a_BS - b_BS).sum(axis=1) / 2

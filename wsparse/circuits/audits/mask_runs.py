@@ -1,0 +1,86 @@
+"""Masks learned anew for an audit: the circuit's own procedure, from many seeds, in one compiled function.
+
+Shapes: U nodes of the model in one vector, M runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+
+import numpy as np
+
+from wsparse.circuits.audits.context import Context
+from wsparse.circuits.discretize import Subgraph, discretize
+from wsparse.circuits.mask_learning import HParams
+from wsparse.circuits.search import Pruner
+from wsparse.circuits.subject import Pairs, Subject
+from wsparse.errors import UserError
+
+# Runs in one vmapped call.
+_PARALLEL = 4
+
+
+def require_seeds(context: Context) -> int:
+    """Returns the number of seeds.
+
+    Raises:
+      UserError: It is 0.
+    """
+    if not context.options.seeds:
+        raise UserError("it learns masks anew: --seeds=8 runs it")
+    return context.options.seeds
+
+
+def goal(context: Context) -> float:
+    """Returns the loss that runs must reach, on the pairs that circuits are chosen on: the circuit's own."""
+    found = context.circuit.scores.discretize_loss
+    return context.circuit.target if found is None else max(found, context.circuit.target / 2)
+
+
+def subgraphs(
+    context: Context,
+    seeds: Sequence[int],
+    *,
+    subject: Subject | None = None,
+    pairs: Pairs | None = None,
+    forbidden_U: np.ndarray | None = None,
+) -> tuple[list[Subgraph | None], float]:
+    """Returns the cut of every seed, None where the goal is missed, and the least loss that was seen.
+
+    Args:
+      seeds: Seeds of the runs; hyperparameters are those of the circuit's own trial.
+      subject: Another model.
+      pairs: Other pairs, in the shape of the task's.
+      forbidden_U: Nodes that stay closed.
+    """
+    subject, pairs = subject or context.subject, pairs or context.pairs
+    known = context.circuit.hyperparameters
+    hparams = HParams(**{name: known[name] for name in HParams._fields if name in known})
+    run = _pruner(context)
+    taus = []
+    for start in range(0, len(seeds), _PARALLEL):
+        part = list(seeds[start : start + _PARALLEL])
+        means = subject.node_means
+        taus += list(run(subject.params, pairs.search, means, [hparams] * len(part), part, forbidden_U))
+    cuts = [discretize(subject.scorer, pairs.discretize, tau_U, goal(context)) for tau_U in taus]
+    if forbidden_U is not None:
+        # The cut's order ends with forbidden nodes: a set that needs them is none.
+        cuts = [
+            cut._replace(subgraph=None) if cut.subgraph and np.any(cut.subgraph.nodes & forbidden_U) else cut
+            for cut in cuts
+        ]
+    return [cut.subgraph for cut in cuts], min(cut.least_loss for cut in cuts)
+
+
+@functools.lru_cache(maxsize=1)
+def _pruner(context: Context) -> Pruner:
+    settings = context.settings
+    return Pruner(
+        context.subject.config,
+        steps=settings.steps,
+        pairs_per_step=settings.pairs_per_step,
+        tie_qk=settings.tie_qk,
+        objective=settings.objective,
+        parallel=min(_PARALLEL, context.options.seeds),
+    )

@@ -1,0 +1,135 @@
+"""What candidates are held to while a circuit is cut and cleaned up: a loss under one ablation, or many.
+
+With the objective "mean" that is the loss under mean ablation. With the others it is the largest of that and
+of the losses under a bank of strengths of closed nodes: drawn ones and, for "robust", those that adversaries
+found against earlier candidates. A candidate that passes is attacked anew; if that succeeds, the adversary
+joins the bank and the search goes on from where it was.
+
+Shapes: U nodes of the model in one vector, B rows of pairs, G groups of a bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wsparse.circuits import adversary
+from wsparse.circuits.ablation import Background
+from wsparse.circuits.discretize import Subgraph
+from wsparse.circuits.pairs import PairArrays
+from wsparse.circuits.scoring import Bank, Scorer
+from wsparse.circuits.settings import Objective
+
+# Groups of the bank: one of drawn strengths, the others of the latest adversaries.
+_GROUPS = 4
+# Candidates that one stage may propose before it gives up; pairs that an adversary sees.
+_ROUNDS, _ATTACKED_PAIRS = 6, 32
+# What losses under the bank are multiplied by after each candidate that was refuted: a candidate at the very
+# edge of the bank is beyond that of the next adversary.
+_STRICTER = 1.3
+
+T = TypeVar("T")
+
+
+class Criterion:
+    """What candidates are held to, on the pairs that circuits are chosen on.
+
+    Attributes:
+      scorer: Scorer whose losses are compared with a goal; a new one after each adversary.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        pairs: PairArrays,
+        *,
+        objective: Objective = "mean",
+        weight: float = 1.0,
+        seed: int = 0,
+    ):
+        """Make the criterion of an objective.
+
+        Args:
+          scorer: Scorer of mean ablation.
+          pairs: Pairs that circuits are chosen on.
+          objective: See `mask_learning`.
+          weight: What losses under the bank are multiplied by: the target under mean ablation divided by
+            that under the bank.
+          seed: Seed of the bank's draws and of the adversaries' starts.
+        """
+        self._plain, self._pairs, self._objective, self._weight = scorer, pairs, objective, weight
+        self._rng = np.random.default_rng(seed)
+        self._adversaries: list[np.ndarray] = []
+        self._strictness = 1.0
+        n_pairs = len(pairs.position) // 2
+        step = max(1, n_pairs // _ATTACKED_PAIRS)
+        rows = np.arange(n_pairs)[::step][:_ATTACKED_PAIRS]
+        attacked = (2 * rows[:, None] + np.arange(2)).ravel()
+        self._attacked = jax.tree.map(lambda array: array[attacked], pairs)
+        self.scorer = scorer.against(self._bank())
+
+    def settle(
+        self, propose: Callable[[Scorer], T], subgraph: Callable[[T], Subgraph | None], goal: float
+    ) -> T | None:
+        """Returns the first proposal that no adversary refutes, or has no subgraph; None if all are refuted.
+
+        Args:
+          propose: Returns a proposal under the scorer, whose bank grows from call to call.
+          subgraph: Returns the subgraph of a proposal.
+          goal: Loss that a subgraph must keep under attack.
+        """
+        for _ in range(_ROUNDS):
+            proposal = propose(self.scorer)
+            candidate = subgraph(proposal)
+            if candidate is None or not self._refutes(candidate, goal):
+                self._strictness = max(1.0, self._strictness / _STRICTER)
+                return proposal
+        return None
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether candidates are attacked."""
+        return self._objective == "robust"
+
+    def _refutes(self, candidate: Subgraph, goal: float) -> bool:
+        """Returns whether an adversary breaks a candidate; it joins the bank then."""
+        if not self.is_adversarial:
+            return False
+        attack = adversary.ascend(
+            self._plain.params,
+            self._plain.config,
+            self._attacked,
+            candidate.nodes,
+            candidate.remaining(self._plain),
+            Background(self._plain.means, self._plain.means),
+            seed=int(self._rng.integers(2**31)),
+        )
+        if self._weight * attack.loss <= goal:
+            return False
+        self._strictness *= _STRICTER
+        self._adversaries = [*self._adversaries, attack.strengths][1 - _GROUPS :]
+        self.scorer = self._plain.against(self._bank())
+        return True
+
+    @functools.cached_property
+    def _drawn(self) -> np.ndarray:
+        size = sum(mean_LN.size for name, mean_LN in self._plain.means.items() if name != "attn.y")
+        return self._rng.random((len(self._pairs.position), size), np.float32)
+
+    def _bank(self) -> Bank | None:
+        if self._objective == "mean":
+            return None
+        strengths_BU = self._drawn.copy()
+        # Without adversaries every group has drawn strengths.
+        group_B = np.repeat(np.arange(len(strengths_BU) // 2) % _GROUPS, 2)
+        for i, adversary_U in enumerate(self._adversaries, start=1):
+            strengths_BU[group_B == i] = adversary_U
+        members_GB = np.equal(np.arange(_GROUPS)[:, None], group_B).astype(np.float32)
+        groups_GB = members_GB / np.maximum(members_GB.sum(1, keepdims=True), 1)
+        weight = jnp.float32(self._weight * self._strictness)
+        return Bank(jnp.asarray(strengths_BU), jnp.asarray(groups_GB), weight)
