@@ -130,7 +130,8 @@ def _jobs(
         key = json.dumps([subject.digest, to_dict(settings), splits]).encode()
         name = f"{of_task.task}-{hashlib.sha256(key).hexdigest()[:16]}"
         store = TrialStore(task_folder / "trials" / name, storage, name, lease)
-        task_search = procedure.CircuitSearch(subject, of_task, pruner, settings)
+        held = subject.held(of_task, settings.held_to)
+        task_search = procedure.CircuitSearch(subject, held, pruner, settings)
         return _Job(task_search, task_folder, store, measure)
 
     return list(map(job, pairs))
@@ -180,8 +181,9 @@ class _Job:
         """Returns the status in the task's folder, if it is of this model and these settings."""
         try:
             status = Status.load(self.folder)
-            # Older results do not name the limit of tokens, the objective, nor pairs to confirm on.
-            added = {"max_tokens": self.search.settings.max_tokens, "objective": "mean", "confirm_pairs": 0}
+            # Older results do not name these.
+            added = {"objective": "mean", "held_to": "labels", "confirm_pairs": 0}
+            added |= {"max_tokens": self.search.settings.max_tokens}
             values = added | {"robust_target": self.search.settings.robust_target} | status.settings
             made_with = status.digest, from_dict(Settings, values)
         except UserError:

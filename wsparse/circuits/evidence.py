@@ -176,7 +176,7 @@ def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, 
 
 
 def _first(pairs: PairArrays, count: int) -> PairArrays:
-    return PairArrays(*(array[: 2 * count] for array in pairs))
+    return jax.tree.map(lambda array: array[: 2 * count], pairs)
 
 
 def _ablations(

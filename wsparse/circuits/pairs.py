@@ -72,6 +72,8 @@ class PairArrays(NamedTuple):
     """int32 `(B,)`, the right candidate."""
     other: Any
     """int32 `(B,)`, the wrong candidate: the answer of the row's partner."""
+    certainty: Any = None
+    """float32 `(B,)`, how probable the answer is of the two, in what a loss is against; None stands for 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +113,9 @@ class TaskBatch:
 
 def arrays(batch: TaskBatch | PairArrays) -> PairArrays:
     """Returns the arrays of a batch of pairs, on the device."""
-    return PairArrays(*(jnp.asarray(getattr(batch, name)) for name in PairArrays._fields))
+    if isinstance(batch, PairArrays):
+        return jax.tree.map(jnp.asarray, batch)
+    return PairArrays(*map(jnp.asarray, (batch.tokens, batch.position, batch.answer, batch.other)))
 
 
 # ---- Building batches ----
@@ -310,6 +314,17 @@ def _choose_form(task: Task, tokenizer: Tokenizer) -> tuple[Form, bool]:
 def task_loss(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy restricted to the two candidates, float32; ln 2 is chance."""
     return jnp.mean(jax.nn.softplus(-margins(logits_BV, answer_B, other_B)))
+
+
+def row_losses(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:
+    """Returns the cross-entropy of every row restricted to the two candidates, float32 `(B,)`.
+
+    Where the answer is not certain, the cross-entropy is that against both candidates' probabilities, which
+    is least, and the entropy of those, where the logits give the same.
+    """
+    margins_B = margins(logits_BV, pairs.answer, pairs.other)
+    losses_B = jax.nn.softplus(-margins_B)
+    return losses_B if pairs.certainty is None else losses_B + (1 - pairs.certainty) * margins_B
 
 
 def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from wsparse import model, nodes, trees
 from wsparse.circuits import graph
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.circuit import Score
-from wsparse.circuits.pairs import PairArrays, margins, task_accuracy, task_loss
+from wsparse.circuits.pairs import PairArrays, margins, row_losses, task_accuracy
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `_Ranks`.
@@ -223,7 +223,7 @@ def _logits(params, means, pairs: PairArrays, kept: _Ranks, config, strengths: A
 def _bank_losses(params, means, pairs: PairArrays, kept: _Ranks, config, bank: Bank) -> jax.Array:
     """Returns the weighted loss of each group of a bank, `(G,)`."""
     logits_BV = _logits(params, means, pairs, kept, config, bank.strengths)
-    return bank.weight * (bank.groups @ jax.nn.softplus(-margins(logits_BV, pairs.answer, pairs.other)))
+    return bank.weight * (bank.groups @ row_losses(logits_BV, pairs))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -238,11 +238,11 @@ def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, 
     def score(carry):
         i, scores = carry
         kept = _kept(ranks, spans_M2[i])
-        chosen = (_logits(params, means, pairs, kept, config), pairs.answer, pairs.other)
-        loss = task_loss(*chosen)
+        logits_BV = _logits(params, means, pairs, kept, config)
+        loss = jnp.mean(row_losses(logits_BV, pairs))
         if bank is not None:
             loss = jnp.maximum(loss, jnp.max(_bank_losses(params, means, pairs, kept, config, bank)))
-        new = MaskScores(loss, task_accuracy(*chosen))
+        new = MaskScores(loss, task_accuracy(logits_BV, pairs.answer, pairs.other))
         return i + 1, jax.tree.map(lambda all_M, value: all_M.at[i].set(value), scores, new)
 
     unscored = MaskScores(*[jnp.full(len(spans_M2), jnp.nan)] * 2)
@@ -253,7 +253,7 @@ def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, 
 def _attributions(params, means, pairs, ranks: _Ranks, bank, *, config) -> _Ranks:
     def loss(kept):
         logits_BV = _logits(params, means, pairs, kept, config)
-        loss = task_loss(logits_BV, pairs.answer, pairs.other)
+        loss = jnp.mean(row_losses(logits_BV, pairs))
         # The largest alone would say nothing of the others, which removals may make the largest.
         return (
             loss if bank is None else loss + jnp.mean(_bank_losses(params, means, pairs, kept, config, bank))

@@ -13,6 +13,8 @@ from wsparse.config import check, require, setting
 Sampler = Literal["tpe", "random"]
 Objective = Literal["mean", "stochastic", "robust"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+HeldTo = Literal["labels", "model"]
+HELD_TO: tuple[HeldTo, ...] = get_args(HeldTo)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ class Settings:
     robust_target: float = setting(
         0.3, "Task loss, in nats, that a circuit must keep under random and adversarial strengths."
     )
+    held_to: HeldTo = setting(  # noqa: RUF009
+        "labels",
+        'What circuits should answer: "labels", the right answers, or "model", with the model\'s own '
+        "probabilities of the two candidates, which no circuit can do better than.",
+    )
     tie_qk: bool = setting(True, "Whether a channel's query and key share a gate.")
     controls: bool = setting(True, "Whether to run the controls.")
     seed: int = setting(0, "Seed of pairs, trials and the sampler.")
@@ -74,6 +81,7 @@ class Settings:
         require(0 <= self.necessity < math.inf, "necessity must be at least 0, and finite", self.necessity)
         known = ", ".join(OBJECTIVES)
         require(self.objective in OBJECTIVES, f"objective must be one of {known}", self.objective)
+        require(self.held_to in HELD_TO, f"held_to must be one of {', '.join(HELD_TO)}", self.held_to)
         require(
             self.objective == "mean" or self.target <= self.robust_target < math.log(2),
             f"robust_target must be at least the target, {self.target}, and below ln 2",

@@ -19,7 +19,7 @@ from wsparse import model, sparsity, trees
 from wsparse.circuits import masks, scoring, tasks
 from wsparse.circuits.circuit import Score
 from wsparse.circuits.pairs import PairArrays, arrays
-from wsparse.circuits.settings import Settings
+from wsparse.circuits.settings import HeldTo, Settings
 from wsparse.config import ModelConfig
 from wsparse.data.tokenizer import Tokenizer
 
@@ -74,6 +74,22 @@ class Subject:
     def node_means(self) -> dict[str, jax.Array]:
         """The means that masks need."""
         return {name: self.means[name] for name in masks.shapes(self.config)}
+
+    def held(self, pairs: Pairs, held_to: HeldTo) -> Pairs:
+        """Returns pairs whose losses are against the labels, or, but for the report's, against this model."""
+        if held_to == "labels":
+            return pairs
+        all_U = np.ones(masks.n_nodes(self.config), bool)
+
+        def certain(rows: PairArrays) -> PairArrays:
+            return rows._replace(certainty=jax.nn.sigmoid(jnp.asarray(self.scorer.margins(rows, all_U))))
+
+        return dataclasses.replace(
+            pairs,
+            search=certain(pairs.search),
+            discretize=certain(pairs.discretize),
+            confirm=certain(pairs.confirm) if pairs.confirm else None,
+        )
 
     def score(self, pairs: PairArrays) -> Score:
         """Returns the loss and accuracy of the model without any mask."""

@@ -215,7 +215,8 @@ def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Conte
     weights = subject.scorer.weights
     remaining = {path: weights[path] & ~circuit.removed[path] for path in weights}
     edges = graph.between(nodes_U, remaining, config)
-    return Context(run, circuit, task, subject, built[0], nodes_U, edges, remaining, settings, options)
+    pairs = subject.held(built[0], settings.held_to)
+    return Context(run, circuit, task, subject, pairs, nodes_U, edges, remaining, settings, options)
 
 
 # All circuits of a run share it.

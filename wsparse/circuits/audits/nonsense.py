@@ -102,7 +102,8 @@ def _inverted(pairs: Pairs) -> Pairs:
 def _relabeled(pairs: Pairs, first: int, second: int) -> Pairs:
     def relabel(rows: PairArrays) -> PairArrays:
         answer = jnp.tile(jnp.array([first, second], jnp.int32), len(rows.answer) // 2)
-        return rows._replace(answer=answer, other=jnp.flip(answer.reshape(-1, 2), 1).ravel())
+        # A model has no opinion on what it was never asked.
+        return rows._replace(answer=answer, other=jnp.flip(answer.reshape(-1, 2), 1).ravel(), certainty=None)
 
     return _each(pairs, relabel)
 

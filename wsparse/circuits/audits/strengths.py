@@ -18,7 +18,7 @@ from wsparse.circuits.ablation import Ablation, Background
 from wsparse.circuits.audits import random_sets
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Curve, Measurement, TestResult
-from wsparse.circuits.pairs import PairArrays, task_loss
+from wsparse.circuits.pairs import row_losses
 
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = (5, 10, 20, 40)
@@ -167,7 +167,7 @@ def _drawn_losses(
 ) -> np.ndarray:
     """Returns the loss of a node set under every draw of strengths, `(D,)`."""
     edges = context.remaining if edges is None else edges
-    pairs = PairArrays(*(array[: 2 * _DRAWN_PAIRS] for array in context.pairs.report))
+    pairs = jax.tree.map(lambda array: array[: 2 * _DRAWN_PAIRS], context.pairs.report)
     run = functools.partial(
         _losses,
         context.subject.scorer.params,
@@ -197,7 +197,7 @@ def _losses(params, pairs, kept_U, edges, background: Background, strengths_DU, 
         logits_BV = ablation.circuit_logits(
             params, config, pairs, kept_U, edges, background, strengths=strengths_U
         )
-        return task_loss(logits_BV, pairs.answer, pairs.other)
+        return jnp.mean(row_losses(logits_BV, pairs))
 
     return jax.lax.map(loss, strengths_DU)
 
