@@ -23,8 +23,9 @@ def tiny(**changes) -> TrainConfig:
 def entry(name="tiny", seed=0, *, loss=2.5, edges=None, config=None, digest="a", machine="2 cores", **losses):
     def circuit(n):
         if n is None:
-            return {"status": "missed"}
-        return {"status": "found", "nodes": 3, "edges": n, "edges_between_nodes": 2 * n, "loss": 0.1}
+            return {"status": "not found", "model_loss": 0.12}
+        size = {"nodes": 3, "edges": n, "edges_between_nodes": 2 * n}
+        return {"status": "found", **size, "loss": 0.1, "attacked": 2.0, "model_loss": 0.05}
 
     return {
         "name": name, "seed": seed, "config": config or results._telling(results._recipe(name)),
@@ -120,13 +121,26 @@ def test_a_table_of_circuits_counts_seeds_and_compares_tasks_that_both_have():
         entry("small", edges={"x": 24, "y": 16, "z": None}),
     ]  # fmt: skip
     header, _, x, y, z, mean = table("circuits", entries, "tiny", "small")
-    assert header[1:5] == ["`tiny`: seeds", "nodes", "edges", "loss"]
-    assert x == ["`x`", "2 of 2", "3", "6 (4 to 8)", "0.100", "1 of 1", "3", "24", "0.100", "4.0"]
+    assert header[1:6] == ["`tiny`: seeds", "nodes", "edges", "loss", "attacked"]
+    assert x[:6] == ["`x`", "2 of 2", "3", "6 (4 to 8)", "0.100", "2.000"]
+    assert x[6:] == ["1 of 1", "3", "24", "0.100", "2.000", "4.0"]
     assert y[1:4] == ["1 of 2", "3", "1"] and y[-1] == "16.0"
-    assert z[5:] == ["0 of 1", "-", "-", "-", "-"]
+    assert z[6:] == ["0 of 1", "-", "-", "-", "-", "-"]
     # x and y: the square roots of 6 * 1 and of 24 * 16.
     assert mean[0] == "**geometric mean** of the medians of 2 tasks that all have"
-    assert (mean[3], mean[7], mean[-1]) == ("**2.4**", "**19.6**", "8.0")
+    assert (mean[3], mean[8], mean[-1]) == ("**2.4**", "**19.6**", "8.0")
+
+
+def test_a_table_says_how_many_circuits_are_confirmed():
+    entries = [
+        entry(seed=0, edges={"x": 4, "y": None, "z": 100}), entry(seed=1, edges={"x": 8, "y": 1, "z": 100}),
+    ]  # fmt: skip
+    circuits = entries[1]["circuits"]
+    circuits["z"]["status"] = "found, not confirmed on the report split"
+    circuits["w"] = {"status": "not tried: the model cannot do the task", "model_loss": 0.7}
+    row = table("confirmed", entries, "tiny")[2]
+    assert row == ["`tiny`", "7", "5 of 6 (83%)", "4 of 6 (67%)", "4 of 5 (80%)", "2"]
+    assert table("confirmed", [entry()], "tiny")[2][2:5] == ["-", "-", "-"]
 
 
 def test_a_table_of_ratios_is_over_tasks_and_seeds_that_both_have():

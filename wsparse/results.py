@@ -10,7 +10,8 @@ one file, and their folders are not needed again. In the docs a table stands bet
 
 models NAME ...     held-out loss, tasks, nonzeros and minutes of recipes (all, where none is named)
 tasks NAME ...      loss of every task on the report split
-circuits NAME ...   nodes, edges and loss of every task's circuit, and the ratio of edges between two recipes
+circuits NAME ...   size and loss of every task's circuit, and the ratio of edges between two recipes
+confirmed NAME ...  how many circuits hold on the report split
 ratios NAME ...     how many times as large the circuits of other recipes are as those of the first
 
 With `prune=RECIPE` among the names, a table is of circuits that were found with the settings of that recipe.
@@ -30,7 +31,7 @@ from absl import flags
 
 from wsparse import files, recipes, runs
 from wsparse.circuits import report
-from wsparse.circuits.circuit import Status
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, NOT_FOUND, Status
 from wsparse.circuits.settings import Settings
 from wsparse.command import run_command
 from wsparse.config import TrainConfig, differences, from_dict, to_dict
@@ -49,6 +50,8 @@ _IDLE = ("seed", "mesh", "log_every", "eval_every", "checkpoint_every", "keep_ch
 _IDLE_DATA = ("threads", "prefetch")
 # Beside the name of a recipe that has changed since.
 _CHANGED = "\\*"
+# Loss below which a model surely does a task.
+_EASY = 0.1
 
 
 # Runs -------------------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def _tasks(groups: _Groups) -> str:
 def _circuits(groups: _Groups) -> str:
     header = ["task"]
     for wanted, entries in groups.items():
-        header += [f"{_shown(wanted, entries)}: seeds", "nodes", "edges", "loss"]
+        header += [f"{_shown(wanted, entries)}: seeds", "nodes", "edges", "loss", "attacked"]
     rows, edges = [], {}
     for task in _task_names(groups, "circuits"):
         row, medians = [f"`{task}`"], []
@@ -255,7 +258,8 @@ def _circuits(groups: _Groups) -> str:
             tried = [run for run in entries if task in run["circuits"]]
             held = [records.found(run)[task] for run in tried if task in records.found(run)]
             columns = (spread([c[key] for c in held], f) for key, f in (("nodes", ",.0f"), ("edges", ",.0f")))
-            row += [f"{len(held)} of {len(tried)}", *columns, spread([c["loss"] for c in held], ".3f")]
+            losses = ([c[key] for c in held if c.get(key) is not None] for key in ("loss", "attacked"))
+            row += [f"{len(held)} of {len(tried)}", *columns, *(spread(values, ".3f") for values in losses)]
             medians += [statistics.median(c["edges"] for c in held)] if held else []
         if len(medians) == len(groups):
             edges[task] = medians
@@ -265,9 +269,38 @@ def _circuits(groups: _Groups) -> str:
         n_tasks = f"{len(edges)} task{'s' * (len(edges) != 1)}"
         row = [f"**geometric mean** of the medians of {n_tasks} that all have"]
         for mean in means:
-            row += ["", "", f"**{mean:,.1f}**", ""]
+            row += ["", "", f"**{mean:,.1f}**", "", ""]
         rows.append([*row, *_ratio(means, groups)])
     return _table([*header, *(["ratio of edges"] if len(groups) == 2 else [])], rows)
+
+
+def _confirmed(groups: _Groups) -> str:
+    rows = []
+    for wanted, entries in groups.items():
+        circuits = [c for run in entries for c in run["circuits"].values()]
+        tried = [c for c in circuits if c["status"] in (FOUND, NOT_CONFIRMED, NOT_FOUND)]
+        easy = [c for c in tried if c["model_loss"] < _EASY]
+        cells = [_share(tried, FOUND, NOT_CONFIRMED), _share(tried, FOUND), _share(easy, FOUND)]
+        rows.append([_shown(wanted, entries), str(len(circuits)), *cells, str(len(entries))])
+    return _table(
+        [
+            "recipe",
+            "tasks",
+            "found of those tried",
+            "confirmed",
+            f"where the model is below {_EASY}",
+            "seeds",
+        ],
+        rows,
+    )
+
+
+def _share(circuits: Sequence[Mapping[str, Any]], *statuses: str) -> str:
+    """Returns how many circuits have one of some statuses, such as "19 of 20 (95%)"."""
+    if not circuits:
+        return "-"
+    count = sum(c["status"] in statuses for c in circuits)
+    return f"{count} of {len(circuits)} ({count / len(circuits):.0%})"
 
 
 def _ratio(edges: Sequence[float], groups: _Groups) -> list[str]:
@@ -296,13 +329,17 @@ _TABLES: dict[str, Callable[[_Groups], str]] = {
     "models": _models,
     "tasks": _tasks,
     "circuits": _circuits,
+    "confirmed": _confirmed,
     "ratios": _ratios,
 }
 
 
 # What the numbers of a table of circuits are.
 _ABOUT = {
-    "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split.",
+    "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split; "
+    "attacked: the largest loss that 20 steps of an adversary find.",
+    "confirmed": "All tasks of all seeds; a task that the model cannot do is not tried. Confirmed: "
+    "within the target on the report split.",
     "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
     "report split; 95% bootstrap intervals over tasks and the seeds of each. Weights between nodes: all "
     "nonzero ones, the count of Gao et al. 2025; edges: those that the clean-up left.",

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -159,7 +158,8 @@ class Scores:
       discretize_loss: Loss on the pairs that the circuit was chosen on.
       sufficient: Size of the circuit before it was completed until it is necessary.
       strict: The circuit alone when nothing but its own edges carries what varies, see `ablation.Ablation`.
-      attacked: Largest loss that 20 steps of `adversary.ascend` find; None with the objective "mean".
+      attacked: Largest loss that 20 steps of `adversary.ascend` find; circuits of the objective "mean" are
+        not held to it.
     """
 
     model: Score
@@ -259,8 +259,9 @@ class Circuit:
     def status(self) -> str:
         """`FOUND`, or `NOT_CONFIRMED`: it is chosen on other pairs than its loss is reported on."""
         settings, attacked = self.hyperparameters.get("settings", {}), self.scores.attacked
-        holds = attacked is None or attacked <= settings.get("robust_target", math.inf)
-        return FOUND if self.loss <= self.target and holds else NOT_CONFIRMED
+        is_held = attacked is not None and settings.get("objective", "mean") != "mean"
+        refuted = is_held and attacked > settings["robust_target"]
+        return FOUND if self.loss <= self.target and not refuted else NOT_CONFIRMED
 
     @property
     def digest(self) -> str:

@@ -202,12 +202,9 @@ class CircuitSearch:
                 controls = measurements.controls(
                     subject, pairs, self.pruner, trial.hparams, goal, settings, bar.advance
                 )
-        attacked = None
-        if settings.objective != "mean":
-            attacked = measurements.attacked(subject, pairs.report, subgraph, settings.seed)
         scores = Scores(
             **measurements.measure(subject, pairs, subgraph),
-            attacked=attacked,
+            attacked=measurements.attacked(subject, pairs.report, subgraph, settings.seed),
             attribution_baseline=baseline,
             edges_before_clean_up=cut.n_edges,
             seconds_to_find=round(seconds_to_find, 1),

@@ -74,8 +74,9 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = ()) -> dic
 
 def _circuit(row: Mapping[str, Any]) -> dict[str, Any]:
     if "edges" not in row:
-        return {"status": row["status"]}
+        return {"status": row["status"], "model_loss": row["model_loss"]}
     kept = {key: row[key] for key in ("status", "nodes", "edges", "edges_between_nodes", "target", "seconds")}
+    kept |= {"attacked": row["attacked"], "model_loss": row["model_loss"]}
     return kept | {"loss": row["sufficiency"], "without": row["necessity"], "controls": row["controls"]}
 
 
