@@ -1,21 +1,32 @@
-"""Every task of several models on little time: the settings of the comparison in docs/results.md.
+"""Every task of several models on little time: the settings of the comparisons in docs/results.md.
 
 Reproduces: sparse models beside their dense twins in docs/results.md. Smallest sufficient circuits: nothing
-    is added to make them necessary.
+    is added to make them necessary. The variant `robust` holds them to an adversary, the variant `model`
+    to the model's own answers; all else is the same.
 Hardware: 2 CPU cores.
 Minutes: see docs/results.md, beside each model.
-Command: python -m wsparse.prune --run=RUN --task=all --config=configs/prune/results.py
+Command: python -m wsparse.prune --run=RUN --task=all --config=results
 """
+
+from typing import Any
 
 import ml_collections
 
 from wsparse.circuits.settings import recipe
 
+VARIANTS = ("model", "robust")
 
-def get_config() -> ml_collections.ConfigDict:
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe; every key can be overridden with `--config.key=value`."""
+    changes: dict[str, dict[str, Any]] = {
+        "": {},
+        "model": {"held_to": "model"},
+        # Gates and adversaries need time to answer each other.
+        "robust": {"objective": "robust", "steps": 400, "trials": 2},
+    }
     return recipe(
-        trials=3,
+        **{"trials": 3} | changes[variant],
         parallel=1,
         finalists=1,
         max_tokens=44,

@@ -28,6 +28,6 @@ def get_config(variant: str = "") -> Sweep:
         points=tuple(Point(axes={"recipe": name}, recipe=name) for name in models),
         seeds=(0, 1, 2),
         tasks=("all",),
-        prune="robust" if variant.endswith("robust") else "results",
+        prune="results:robust" if variant.endswith("robust") else "results",
         plots=tuple(Plot(x=metric, y="recipe") for metric in ("val_loss", "tasks", "edges_shared")),
     )
