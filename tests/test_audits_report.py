@@ -194,6 +194,14 @@ def test_a_number_that_is_missing_is_none_and_counts_are_whole():
     assert "growth0.000nats" in text
 
 
+@pytest.mark.parametrize(
+    ("held_to", "words"), [("labels", "the right answers"), ("model", "the model's own answers")]
+)
+def test_the_report_says_what_the_circuit_was_held_to(held_to, words):
+    text = " ".join(Page(report.render(case.audit(held_to=held_to))).text.split())
+    assert f"masks learned under robust ablation, to a loss of 0.15 against {words}" in text
+
+
 def test_whatever_a_record_says_is_text_and_the_page_fetches_and_runs_nothing():
     measurement = Measurement(name=HOSTILE, value=1.0, unit=HOSTILE)
     curve = Curve(x_label=HOSTILE, y_label=HOSTILE, x=[0], y=[0])

@@ -72,6 +72,7 @@ def audit(context: Context, names: Sequence[str] = tuple(tests.TESTS), *, comman
         tests=results,
         seconds=round(time.monotonic() - started, 1),
         command=command,
+        held_to=context.settings.held_to,
     )
 
 

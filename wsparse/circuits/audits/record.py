@@ -102,6 +102,7 @@ class Audit:
       tests: In the order of the report.
       seconds: Time of the whole audit.
       command: Command line that makes it again.
+      held_to: What the circuit was to answer, see `settings.Settings`.
     """
 
     task: str
@@ -123,6 +124,7 @@ class Audit:
     tests: list[TestResult]
     seconds: float
     command: str = ""
+    held_to: str = "labels"
 
     def test(self, name: str) -> TestResult | None:
         """Returns the test of a name, or None."""
