@@ -48,6 +48,17 @@ def test_flags_override_the_recipe_and_the_old_spelling_works_with_a_note():
     assert "Options(source='', pairs=6, max_nodes=2000)" in result.stdout
 
 
+def test_quick_is_the_recipe_of_that_name_and_not_given_beside_another():
+    result = read("--quick", "--trials=5")
+    assert result.returncode == 0, result.stderr
+    expected = Settings(**dict(recipes.load("quick", "prune")) | {"trials": 5})
+    assert str(expected) in result.stdout
+    assert expected != Settings(trials=5)
+    both = read("--quick", "--config=paper")
+    assert both.returncode == 2
+    assert both.stderr == "error: --quick is short for --config=quick: give one of --quick and --config\n"
+
+
 def test_a_number_that_is_not_finite_is_refused_in_one_line():
     for argument in ("--lease=nan", "--config.necessity=inf", "--sweep=nan"):
         result = read("--config=quick", argument)
