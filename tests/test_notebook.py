@@ -4,6 +4,7 @@ import dataclasses
 import html
 import itertools
 import json
+import pathlib
 import re
 import sys
 
@@ -253,6 +254,23 @@ def test_where_the_model_cannot_do_a_task_the_error_has_the_hint_of_pruning(run,
     ).save(run.folder / "circuits" / "if_equals")
     with pytest.raises(UserError, match=r"the model cannot do it; --target=0\.45 would"):
         run.prune("if_equals")
+
+
+def test_the_examples_of_the_docs_run(run, tmp_path, monkeypatch):
+    """On the circuit of this file's run, which is in the place of the one that they find."""
+    pytest.importorskip("networkx")
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "circuits.md").read_text()
+    section = re.search(r"## In a notebook\n(.*?)\n## ", text, re.DOTALL)
+    assert section is not None
+    circuit = dataclasses.replace(run.circuits[case.TASK], source=str(run.folder / f"{case.TASK}.jsonl"))
+    names: dict = {"run": run, "circuit": circuit}
+    lines = "".join(re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)).splitlines()
+    made_here = ("run = wsparse.load(", "circuit = run.prune(")
+    assert sum(line.startswith(made_here) for line in lines) == 2
+    exec("\n".join(line for line in lines if not line.startswith(made_here)), names)
+    assert names["without"].names == (names["largest"].name,)
+    assert (tmp_path / "circuit.graphml").exists()
 
 
 def test_circuits_are_found_by_task(run):

@@ -273,8 +273,7 @@ def set_node(name: str, config: ModelConfig, value: float = 0.0) -> dict[str, Va
     Nothing is compiled for a node: a loop over all nodes compiles as often as the first of them.
     """
     node = Node.parse(name, config)
-    set_channel = jax.tree_util.Partial(_set_channel, node.channel, value)
-    return {f"{node.layer}.{node.location}": set_channel}
+    return {f"{node.layer}.{node.location}": functools.partial(_set_channel, node.channel, value)}
 
 
 def _set_channel(channel, value, x):

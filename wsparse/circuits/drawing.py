@@ -79,9 +79,9 @@ def draw(circuit: Circuit) -> Drawing:
     _draw_nodes(axes, circuit, places, named=most <= _MOST_NAMES)
     for (layer, column), of_column in columns.items():
         title = f"{_TITLES[column]}\nlayer {layer}"
-        axes.annotate(title, (places[of_column[0]][0], 1.06), ha="center", va="bottom", fontsize=7)
+        axes.annotate(title, (places[of_column[0]][0], 1.02), ha="center", va="bottom", fontsize=7)
     axes.set_xlim(-0.6, len(columns) - 0.4)
-    axes.set_ylim(-1.06, 1.35)
+    axes.set_ylim(-1.06, 1.2)
     axes.set_axis_off()
     return figure
 
