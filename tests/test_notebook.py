@@ -247,13 +247,15 @@ def test_activations_on_texts_of_all_lengths_are_compiled_once(run, compilations
     assert sum("_forward" in name for name in compiled) == 1
 
 
-def test_where_the_model_cannot_do_a_task_the_error_has_the_hint_of_pruning(run, monkeypatch):
+def test_where_the_model_cannot_do_a_task_the_error_is_the_hint_of_pruning(run, monkeypatch):
     monkeypatch.setattr(prune, "run", lambda *args, **options: [])
-    Status(
-        task="if_equals", status="the model cannot do it", model=Score(0.6, 0.5), hint="--target=0.45 would"
-    ).save(run.folder / "circuits" / "if_equals")
-    with pytest.raises(UserError, match=r"the model cannot do it; --target=0\.45 would"):
-        run.prune("if_equals")
+    folder = run.folder / "circuits" / "if_equals"
+    for hint, shown in (("--target=0.45 would", "--target=0.45 would"), ("", "the model cannot do it")):
+        Status(task="if_equals", status="the model cannot do it", model=Score(0.6, 0.5), hint=hint).save(
+            folder
+        )
+        with pytest.raises(UserError, match=f"no circuit of 'if_equals' in .*: {re.escape(shown)}$"):
+            run.prune("if_equals")
 
 
 def test_the_examples_of_the_docs_run(run, tmp_path, monkeypatch):

@@ -125,8 +125,8 @@ class Run(runs.Run):
             prune.run(self.folder, [chosen], from_dict(Settings, settings), shown=evidence.Options())
         status = circuit_file.Status.load(self.folder / "circuits" / chosen.name)
         if not status.has_circuit:
-            hint = f"; {status.hint}" if status.hint else ""
-            raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {status.status}{hint}")
+            reason = status.hint or status.status
+            raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {reason}")
         found = self.circuits[chosen.name]
         return dataclasses.replace(found, source=task) if task.endswith((".jsonl", ".py")) else found
 
