@@ -1,6 +1,7 @@
 """The search, the planted circuit that it finds, and its completion."""
 
 import dataclasses
+import re
 
 import circuits_case as case
 from circuits_case import PLANTED, PLANTED_EDGES, PLANTED_NODES, planted_pairs
@@ -64,6 +65,38 @@ def test_a_circuit_that_misses_the_target_on_other_pairs_is_chosen_again_for_a_l
     assert again.scores.discretize_loss < 0.1
     # For a fourth of it there is none, and the last one stands.
     assert sum("chosen again" in line for line in logged) == 2
+
+
+def test_where_the_model_cannot_do_a_task_the_hint_is_a_target_that_would_try_it(subject, pairs):
+    """The number comes from the pairs that circuits are chosen on; the report split has no part in it."""
+    rows = np.array(pairs.discretize.answer)
+    others = np.array(pairs.discretize.other)
+    # A part of the pairs with their answers exchanged: a loss between that of the model and chance.
+    swapped = np.arange(rows.size) // 2 < 2
+    mixed = pairs.discretize._replace(
+        answer=np.where(swapped, others, rows), other=np.where(swapped, rows, others)
+    )
+    inverted = pairs.report._replace(answer=pairs.report.other, other=pairs.report.answer)
+
+    def searched(discretize, report, **settings):
+        of_pairs = dataclasses.replace(pairs, discretize=discretize, report=report)
+        changed = dataclasses.replace(case.SETTINGS, **settings)
+        return procedure.CircuitSearch(subject, of_pairs, case.pruner(), changed)
+
+    low = {"target": 0.01, "margin": 0.0}
+    hopeless = searched(mixed, pairs.report, **low)
+    assert hopeless.is_hopeless()
+    hint = hopeless.hint()
+    target = float(re.fullmatch(r"the model cannot do it at 0\.01: --target=(0\.\d+) would try it", hint)[1])
+    model_loss = subject.score(mixed).loss
+    assert model_loss + 0.05 <= target <= model_loss + 0.06
+    assert not searched(mixed, pairs.report, target=target, margin=0.0).is_hopeless()
+    assert searched(mixed, inverted, **low).hint() == hint
+    # Every objective would accept what it is told.
+    robust = searched(mixed, pairs.report, **low, objective="robust", robust_target=0.02).hint()
+    assert robust.endswith(f": --target={target:g} --robust_target={target:g} would try it")
+    backwards = pairs.discretize._replace(answer=others, other=rows)
+    assert "no target would try it" in searched(backwards, pairs.report, **low).hint()
 
 
 def test_a_circuit_with_a_backup_is_completed_by_the_fewest_nodes_that_carry_it(subject, pairs):

@@ -1,5 +1,6 @@
 """Activations by name: every spelling finds the right numbers, and changes the right ones."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import viewer_case
 
-from wsparse import hooks, model
+from wsparse import hooks, model, runs
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, OTHER_LOCATIONS
@@ -176,26 +178,75 @@ def test_a_name_without_a_place_is_refused_with_the_nearest(name, near, params):
         assert f"did you mean '{near}" in str(e.value)
 
 
-def test_the_attention_pattern_is_answered_with_what_computes_it(params, cached):
-    with pytest.raises(UserError, match=r"is not recorded; it is model\.attention_pattern") as error:
-        cached[1]["blocks.1.attn.hook_pattern"]
-    expression = re.search(r"it is (model\.attention_pattern\(.*\)), with sink", str(error.value))
-    pattern = eval(
-        expression[1], {"model": model, "cache": cached[1], "sink": params["blocks"]["attn"]["sink"][1]}
-    )
-    assert pattern.shape == (2, 2, 7, 7)
-    assert (np.sum(np.asarray(pattern), -1) < 1).all()
+def softmax_with_sink(scores_BHTS, sink_H):
+    """Causal, with a logit of each head in the denominator alone; in float64."""
+    time = scores_BHTS.shape[-1]
+    weights = np.exp(np.float64(scores_BHTS)) * np.tril(np.ones((time, time)))
+    return weights / (weights.sum(-1, keepdims=True) + np.exp(np.float64(sink_H))[:, None, None])
+
+
+def test_attention_patterns_are_found_by_name_and_make_what_heads_give(params, plain, cached):
+    _, cache = cached
+    q_BTHK, k_BSHK, v_BSHK = (np.asarray(cache[f"blocks.1.attn.hook_{name}"]) for name in "qkv")
+    scores_BHTS = np.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) / np.sqrt(4)
+    pattern_BHTS = cache["blocks.1.attn.hook_pattern"]
+    want = softmax_with_sink(scores_BHTS, params["blocks"]["attn"]["sink"][1])
+    np.testing.assert_allclose(pattern_BHTS, want, atol=1e-6)
+    y_BTHK = np.einsum("bhts,bshk->bthk", want, v_BSHK)
+    np.testing.assert_allclose(cache["blocks.1.attn.hook_z"], y_BTHK, atol=1e-5)
+    assert (np.sum(pattern_BHTS, -1) < 1).all()
+    # Of one layer only, and by a predicate as people write it.
+    for names_filter in ("blocks.1.attn.hook_pattern", lambda name: name.endswith("hook_pattern")):
+        _, filtered = hooks.run_with_cache(params, TOKENS, CONFIG, names_filter=names_filter)
+        np.testing.assert_array_equal(filtered["blocks.1.attn.hook_pattern"], pattern_BHTS)
+        assert "blocks.1.attn.hook_z" not in filtered
+    assert list(filtered) == [f"blocks.{i}.attn.hook_pattern" for i in range(3)]
+    _, without = hooks.run_with_cache(params, TOKENS, CONFIG, names_filter="attn.q")
+    with pytest.raises(UserError, match="was not recorded: add it to names_filter"):
+        without["blocks.1.attn.hook_pattern"]
     with pytest.raises(UserError, match="did you mean 'blocks"):
-        cached[1]["blocks.1.attn.hook_pattern_"]
+        without["blocks.1.attn.hook_pattern_"]
 
 
-def test_a_loop_over_nodes_compiles_once_and_sets_each(params, plain, compilations):
-    base = np.asarray(plain[1]["mlp.post_act"][1])
+def test_a_tap_on_an_attention_pattern_changes_what_heads_read(params, plain, cached):
+    name = "blocks.1.attn.hook_pattern"
+    same, _ = hooks.run_with_taps(params, TOKENS, CONFIG, taps={name: lambda x: x})
+    np.testing.assert_allclose(same, plain[0], rtol=1e-5, atol=1e-5)
+
+    def itself(pattern_BHTS):
+        """Head 1 attends to its own token."""
+        return pattern_BHTS.at[:, 1].set(jnp.broadcast_to(jnp.eye(7), (2, 7, 7)))
+
+    logits, cache = hooks.run_with_taps(params, TOKENS, CONFIG, taps={name: itself})
+    assert np.abs(logits - plain[0]).max() > 1e-3
+    v_BSHK, z_BTHK = (cache[f"blocks.1.attn.hook_{letter}"] for letter in "vz")
+    np.testing.assert_allclose(z_BTHK[:, :, 1], v_BSHK[:, :, 1], rtol=1e-6)
+    np.testing.assert_allclose(z_BTHK[:, :, 0], cached[1]["blocks.1.attn.hook_z"][:, :, 0], atol=1e-6)
+    # The cache has patterns after the taps too, in this layer and in those that read what it writes.
+    np.testing.assert_array_equal(cache[name][:, 1], np.broadcast_to(np.eye(7), (2, 7, 7)))
+    pattern = {i: cached[1][f"blocks.{i}.attn.hook_pattern"] for i in range(3)}
+    np.testing.assert_allclose(cache["blocks.0.attn.hook_pattern"], pattern[0], atol=1e-6)
+    assert np.abs(cache["blocks.2.attn.hook_pattern"] - pattern[2]).max() > 1e-3
+    # Queries are changed before the pattern, and what heads give after it.
+    taps = {
+        "blocks.1.attn.hook_z": lambda z: 2 * z,
+        name: lambda pattern: pattern - uniform,
+        "1.attn.q": jnp.zeros_like,
+    }
+    uniform = softmax_with_sink(np.zeros((2, 2, 7, 7)), params["blocks"]["attn"]["sink"][1])
+    _, cache = hooks.run_with_taps(params, TOKENS, CONFIG, taps=taps)
+    np.testing.assert_allclose(cache["1.attn.y"], 0, atol=1e-5)
+
+
+def test_a_loop_over_nodes_compiles_once_and_sets_each(params, compilations):
+    # A shape of this test's own, or it would find what others have compiled.
+    tokens = TOKENS[:, :6]
+    base = np.asarray(hooks.run_with_cache(params, tokens, CONFIG)[1]["1.mlp.post_act"])
     results = []
     with compilations() as compiled:
         for channel in range(4):
             taps = hooks.set_node(f"1.mlp.post_act.{channel}", CONFIG, value=float(channel))
-            logits, cache = hooks.run_with_taps(params, TOKENS, CONFIG, taps=taps)
+            logits, cache = hooks.run_with_taps(params, tokens, CONFIG, taps=taps)
             value = np.asarray(cache["1.mlp.post_act"])
             assert (value[..., channel] == channel).all()
             others = np.arange(12) != channel
@@ -205,16 +256,106 @@ def test_a_loop_over_nodes_compiles_once_and_sets_each(params, plain, compilatio
     assert len({result.tobytes() for result in results}) == 4
 
 
-def test_the_same_function_is_compiled_once_and_another_is_another(params, compilations):
-    double, triple = (lambda x: 2 * x), (lambda x: 3 * x)
+def test_whatever_the_taps_are_the_model_is_compiled_once_for_a_shape(params, compilations):
+    tokens = TOKENS[:1, :5]
     with compilations() as compiled:
-        runs = [
-            hooks.run_with_taps(params, TOKENS, CONFIG, taps={"0.attn.q": function})[1]["0.attn.q"]
-            for function in (double, double, triple)
-        ]
-    np.testing.assert_array_equal(runs[0], runs[1])
-    np.testing.assert_allclose(runs[2] / runs[0], 1.5, rtol=1e-6)
-    assert sum("_forward_with_taps" in name for name in compiled) == 2
+        for name in ("0.attn.q", "attn.q", "2.mlp.post_act", "final_resid", "blocks.1.attn.hook_pattern"):
+            for factor in (2.0, 3.0):
+                hooks.run_with_taps(params, tokens, CONFIG, taps={name: lambda x, by=factor: by * x})
+        hooks.run_with_taps(params, tokens, CONFIG, taps={"0.attn.v": jnp.sin, "1.attn.resid_delta": jnp.cos})
+        hooks.run_with_cache(params, tokens, CONFIG)
+    assert sum("_forward" in name for name in compiled) == 2
+    # Another shape is another program: the count can count.
+    with compilations() as compiled:
+        hooks.run_with_taps(params, TOKENS[:1, :4], CONFIG, taps={"0.attn.v": jnp.sin})
+    assert sum("_forward" in name for name in compiled) == 2
+
+
+def test_the_layer_of_a_recorded_name_compiles_nothing(params, compilations):
+    with compilations() as compiled:
+        for i in range(3):
+            hooks.run_with_cache(params, TOKENS[:, :3], CONFIG, names_filter=f"{i}.mlp.act_in")
+    assert sum("_forward" in name for name in compiled) == 1
+
+
+def test_a_tap_is_called_in_every_run_with_numbers_that_it_may_look_at(params):
+    factor, seen = 2.0, []
+
+    def scaled(x):
+        seen.append(float(x[0, 0, 0]))
+        return factor * x if seen[-1] != 0 else x
+
+    values = []
+    for factor in (2.0, 3.0):  # noqa: B007 (read by the tap)
+        _, cache = hooks.run_with_taps(params, TOKENS, CONFIG, taps={"0.attn.q": scaled})
+        values.append(cache["0.attn.q"])
+    np.testing.assert_allclose(values[1] / values[0], 1.5, rtol=1e-6)
+    assert len(seen) == 2
+
+
+def test_taps_of_all_places_at_once_are_those_of_one_forward_pass(params):
+    """Each sees what the ones before it have changed: an order that is wrong anywhere gives other numbers."""
+
+    def shifted(_, x):
+        return 1.05 * x + 0.01
+
+    want, want_acts = jax.jit(model.forward, static_argnames=("config", "tap"))(
+        params, TOKENS, CONFIG, tap=shifted
+    )
+    places = (*NODES, *OTHER_LOCATIONS)
+    taps = dict.fromkeys(places, lambda x: shifted(None, x))
+    logits, cache = hooks.run_with_taps(params, TOKENS, CONFIG, taps=taps)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
+    for name in places:
+        np.testing.assert_allclose(cache[name], want_acts[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_pass_through_taps():
+    config = dataclasses.replace(CONFIG, n_layer=1)
+    params = helpers.random_params(config, seed=1, scale=1 / 3)
+
+    def change(scale):
+        """Through the place that is tapped, and through the values that come to it."""
+        taps = {"0.attn.v": lambda x: scale * x, "0.mlp.post_act": lambda x: scale * x}
+        return jnp.mean(hooks.run_with_taps(params, TOKENS, config, taps=taps)[0] ** 2)
+
+    want = (change(0.92) - change(0.88)) / 0.04
+    assert abs(want) > 1e-3
+    np.testing.assert_allclose(jax.grad(change)(0.9), want, rtol=2e-2)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A run in the folder that the docs' examples read, below the working folder."""
+    source = viewer_case.run()
+    runs.create(tmp_path / "runs" / "tiny", source.config, source.params, source.tokenizer, summary={})
+    monkeypatch.chdir(tmp_path)
+
+
+def examples(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_examples_of_the_docs_run_and_their_ablations_change_the_logits(capsys):
+    names: dict = {}
+    one_neuron, every_neuron, a_head = examples(DOCS)
+    for block in (one_neuron, a_head):
+        exec(block, names)
+        assert float(np.abs(names["ablated"] - names["logits"]).max()) > 0
+    # Some neurons change the logits, and others are 0 at every token of the text.
+    exec(every_neuron, names)
+    assert 0 < len(capsys.readouterr().out.split()) < viewer_case.CONFIG.mlp_width
+    assert names["pattern"].shape == (1, 2, 12, 12)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_ablation_of_the_readme_changes_the_logits():
+    (block,) = (block for block in examples(DOCS.parent.parent / "README.md") if "tap=" in block)
+    names: dict = {}
+    exec(block, names)
+    assert float(np.abs(names["ablated"] - names["logits"]).max()) > 0
 
 
 @pytest.mark.parametrize(
@@ -258,6 +399,10 @@ def test_the_table_in_the_docs_names_every_hook_with_its_place_and_shape(cached)
         assert value.shape == tuple(sizes[letter] for letter in shape.split(", "))
         same = cache[ours.replace("{i}", "0").replace("{i+1}", "1")]
         np.testing.assert_array_equal(value.reshape(same.shape), same)
+    assert "| `blocks.{i}.attn.hook_pattern` | (B, H, T, T) |" in DOCS.read_text()
+    assert cache["blocks.0.attn.hook_pattern"].shape == (2, 2, 7, 7)
     documented = [hook for _, hook, _ in rows]
     assert sorted(documented) == sorted({*SAME, "hook_resid_post"})
-    assert set(documented) == {n.split(".", 2)[2] for n in hooks.names(CONFIG) if n.startswith("blocks")}
+    assert {*documented, "attn.hook_pattern"} == {
+        n.split(".", 2)[2] for n in hooks.names(CONFIG) if n.startswith("blocks")
+    }

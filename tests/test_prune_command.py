@@ -1,13 +1,17 @@
 """The prune command reads recipes and flags, and never overwrites a circuit of other settings."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
+from typing import Any
 
 import pytest
 
 from wsparse import prune, recipes
+from wsparse.circuits.circuit import Score, Status
 from wsparse.circuits.settings import Settings
 from wsparse.config import from_dict
 from wsparse.errors import UserError
@@ -48,6 +52,17 @@ def test_flags_override_the_recipe_and_the_old_spelling_works_with_a_note():
     assert "Options(source='', pairs=6, max_nodes=2000)" in result.stdout
 
 
+def test_quick_is_the_recipe_of_that_name_and_not_given_beside_another():
+    result = read("--quick", "--trials=5")
+    assert result.returncode == 0, result.stderr
+    expected = Settings(**dict(recipes.load("quick", "prune")) | {"trials": 5})
+    assert str(expected) in result.stdout
+    assert expected != Settings(trials=5)
+    both = read("--quick", "--config=paper")
+    assert both.returncode == 2
+    assert both.stderr == "error: --quick is short for --config=quick: give one of --quick and --config\n"
+
+
 def test_a_number_that_is_not_finite_is_refused_in_one_line():
     for argument in ("--lease=nan", "--config.necessity=inf", "--sweep=nan"):
         result = read("--config=quick", argument)
@@ -59,6 +74,27 @@ def test_a_number_that_is_not_finite_is_refused_in_one_line():
 def test_every_recipe_of_pruning_gives_settings(name):
     settings = from_dict(Settings, recipes.load(name, "prune"))
     assert (settings == Settings()) == (name == "paper")
+
+
+def test_a_task_that_the_model_cannot_do_is_finished_with_a_hint(tmp_path, logged):
+    hint = "the model cannot do it at 0.15: --target=0.45 would try it"
+    search: Any = types.SimpleNamespace(
+        pairs=types.SimpleNamespace(task="hard", report=None),
+        subject=types.SimpleNamespace(digest="abc", score=lambda pairs: Score(0.4, 0.5)),
+        settings=Settings(),
+        is_hopeless=lambda: True,
+        hint=lambda: hint,
+    )
+    store: Any = None
+    assert prune._Job(search, tmp_path, store, lambda *_: None).run()
+    status = Status.load(tmp_path)
+    assert (status.status, status.hint) == ("the model cannot do it", hint)
+    assert f"  {hint}" in logged
+    # An older file has none.
+    values = json.loads((tmp_path / "status.json").read_text())
+    del values["hint"]
+    (tmp_path / "status.json").write_text(json.dumps(values))
+    assert Status.load(tmp_path).hint == ""
 
 
 def test_seeds_beyond_31_bits_are_refused():

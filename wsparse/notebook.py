@@ -17,7 +17,7 @@ import functools
 import html
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,21 @@ import numpy as np
 
 from wsparse import hooks, model, runs, taps, trees
 from wsparse.circuits import circuit as circuit_file
+from wsparse.circuits import graph, masks, scoring
 from wsparse.circuits.audits import record
 from wsparse.circuits.audits.report import render
+from wsparse.circuits.pairs import PairArrays, arrays
 from wsparse.command import log_to_stdout
 from wsparse.config import ModelConfig, TrainConfig, from_dict
-from wsparse.errors import UserError, closest
+from wsparse.errors import UserError, closest, quoted
+
+if TYPE_CHECKING:
+    import networkx
+
+    from wsparse.circuits.drawing import Drawing
+
+# Difference between a circuit's loss and the same loss computed again that devices do not explain.
+_SAME_LOSS = 0.01
 
 
 def load(source: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None) -> Run:
@@ -66,16 +76,22 @@ class Run(runs.Run):
             raise UserError(f"a text must have 1 to {context} tokens, this one has {len(tokens)}")
         return jnp.asarray([tokens], jnp.int32)
 
-    def logits(self, text: str) -> jax.Array:
-        """Returns the logits of the next token after every token of a text, `(T, V)`."""
-        return _logits(self.params, self.tokens(text), self.config.model)
+    def logits(self, text: str | Sequence[str]) -> jax.Array:
+        """Returns the logits of the next token: after every token of a text, `(T, V)`.
+
+        Of N texts in a list, they are those after the last token of each, `(N, V)`.
+        """
+        return _logits(self, text, self.params, self.config.model)
 
     def run_with_cache(
         self, text: str, *, names_filter: hooks.NamesFilter | None = None
     ) -> tuple[jax.Array, hooks.Activations]:
         """Returns logits and activations on a text, with a batch axis of 1; see `wsparse.hooks`."""
-        tokens = self.tokens(text)
-        return hooks.run_with_cache(self.params, tokens, self.config.model, names_filter=names_filter)
+        config, tokens = self.config.model, self.tokens(text)
+        logits_1TV, cache = hooks.run_with_cache(
+            self.params, _padded(tokens, config), config, names_filter=names_filter
+        )
+        return logits_1TV[:, : tokens.shape[1]], cache.first(tokens.shape[1])
 
     def tasks(self, **options: Any) -> Tasks:
         """Returns the model's loss and accuracy on every task; options: see `wsparse.tasks.report`."""
@@ -109,8 +125,10 @@ class Run(runs.Run):
             prune.run(self.folder, [chosen], from_dict(Settings, settings), shown=evidence.Options())
         status = circuit_file.Status.load(self.folder / "circuits" / chosen.name)
         if not status.has_circuit:
-            raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {status.status}")
-        return self.circuits[chosen.name]
+            reason = status.hint or status.status
+            raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {reason}")
+        found = self.circuits[chosen.name]
+        return dataclasses.replace(found, source=task) if task.endswith((".jsonl", ".py")) else found
 
 
 class Tasks(str):
@@ -151,21 +169,110 @@ class Circuits(Mapping[str, "Circuit"]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Circuit(circuit_file.Circuit):
-    """A circuit in its run, see `wsparse.circuits.circuit.Circuit`."""
+    """A circuit in its run, see `wsparse.circuits.circuit.Circuit`.
+
+    Attributes:
+      run: The run.
+      source: The .jsonl or .py file of its task, where it is not a built-in one and the file is known.
+    """
 
     run: Run
+    source: str = ""
 
-    def logits(self, text: str) -> jax.Array:
-        """Returns the circuit's logits after every token of a text, `(T, V)`.
+    def logits(self, text: str | Sequence[str]) -> jax.Array:
+        """Returns the logits of the next token of the circuit alone: after every token of a text, `(T, V)`.
 
-        Other nodes have their means as values, and weights that were cut are zero.
+        Of N texts in a list, they are those after the last token of each, `(N, V)`. Other nodes have their
+        means as values, and so have weights that were cut as inputs, as where the circuit's loss is measured.
         """
-        params = trees.flatten(self.run.params)
-        for path, removed in self.removed.items():
-            params[path] = jnp.where(removed, 0.0, params[path])
-        gates = {name: kept.astype(np.float32) for name, kept in self.mask().items()}
-        tokens = self.run.tokens(text)
-        return _logits(trees.unflatten(params), tokens, self.config, (gates, self.means))
+        return self.ablate().logits(text)
+
+    def ablate(self, *names: str, task: str = "") -> Ablated:
+        """Returns the circuit without some of its nodes, which have their means as values.
+
+        Args:
+          *names: Nodes of the circuit, such as "0.attn.v.21"; none leaves the circuit as it is.
+          task: The .jsonl or .py file of the circuit's task, if it is not a built-in one: the losses are on
+            its pairs.
+
+        Raises:
+          UserError: A node is not in the circuit, or the file is of another task.
+        """
+        known = [node.name for node in self.nodes]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"no node {quoted(name)} in the circuit of {self.task!r}{closest(name, known)}"
+                )
+        return Ablated(self, tuple(names), self._file(task))
+
+    def _file(self, task: str) -> str:
+        if task and pathlib.Path(task).stem != self.task:
+            raise UserError(f"task must be the file of {self.task!r}, got {task!r}")
+        return task or self.source
+
+    @functools.cached_property
+    def _scorer(self) -> scoring.Scorer:
+        means = {name: jnp.asarray(mean) for name, mean in self.means.items()}
+        return scoring.Scorer(self.run.params, self.config, means)
+
+    @functools.cached_property
+    def _remaining(self) -> graph.EdgeMask:
+        """Weights of the model that are not cut."""
+        return {path: kept & ~self.removed[path] for path, kept in self._scorer.weights.items()}
+
+    @functools.cached_property
+    def _params(self) -> model.Params:
+        """Parameters without the weights that are cut."""
+        kept = {path: jnp.asarray(weights) for path, weights in self._remaining.items()}
+        return graph.cut(self._scorer.params, kept, self._scorer.means)
+
+    def _without(self, names: Sequence[str]) -> np.ndarray:
+        """Returns the nodes that are left, bool `(U,)`."""
+        left = [node.name for node in self.nodes if node.name not in names]
+        return masks.from_names(left, self.config)
+
+    def _score(self, names: Sequence[str], task: str) -> circuit_file.Score:
+        """Returns the score on the report split without some nodes."""
+        pairs = self._pairs(task)
+        return self._scorer.mask(pairs, self._without(names), self._remaining)
+
+    @functools.cached_property
+    def _pairs_of(self) -> dict[str, PairArrays]:
+        return {}
+
+    def _pairs(self, task: str) -> PairArrays:
+        """Returns the pairs that the circuit's loss is from, made again."""
+        from wsparse.circuits import evidence
+        from wsparse.circuits.tasks import TASKS, find
+
+        if task not in self._pairs_of:
+            if not task and self.task not in TASKS:
+                raise UserError(
+                    f"the pairs of task {self.task!r} come from a file of yours: name it, "
+                    f"task='{self.task}.jsonl'"
+                )
+            pairs = arrays(evidence.report_pairs(self.run, self, find(task or self.task)))
+            loss = self._scorer.mask(pairs, self._without(()), self._remaining).loss
+            if abs(loss - self.loss) > _SAME_LOSS:
+                raise UserError(
+                    f"the pairs of {task or self.task} are others than the circuit was measured on: "
+                    f"its loss is {loss:.3f} on these, and was {self.loss:.3f}"
+                )
+            self._pairs_of[task] = pairs
+        return self._pairs_of[task]
+
+    def to_networkx(self, *, residual: bool = False) -> networkx.DiGraph:
+        """Returns the circuit as a graph of networkx, see `wsparse.circuits.network.to_networkx`."""
+        from wsparse.circuits.network import to_networkx
+
+        return to_networkx(self, residual=residual)
+
+    def plot(self) -> Drawing:
+        """Returns a figure of the circuit by layer, see `wsparse.circuits.drawing.draw`."""
+        from wsparse.circuits.drawing import draw
+
+        return draw(self)
 
     def show(self) -> Page:
         """Returns the page of this circuit, which a notebook shows inline."""
@@ -190,16 +297,55 @@ class Circuit(circuit_file.Circuit):
         from wsparse.circuits.audits.tests import TESTS
 
         known, names = from_dict(Options, options), list(TESTS) if tests is None else list(tests)
-        if task and pathlib.Path(task).stem != self.task:
-            raise UserError(f"task must be the file of {self.task!r}, got {task!r}")
+        file = self._file(task)
         if circuit_file.Circuit.load(self.run.folder / "circuits" / self.task).digest != self.digest:
             raise UserError(f"another circuit of {self.task!r} was found since: run.circuits[...] reads it")
         with log_to_stdout():
-            (done,) = audit.audit_run(self.run.folder, [task or self.task], known, names, run=self.run)
+            (done,) = audit.audit_run(self.run.folder, [file or self.task], known, names, run=self.run)
         return Audit(**vars(done))
 
     def _repr_html_(self) -> str:
         return self.show()._repr_html_()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Ablated:
+    """A circuit without some of its nodes, from `Circuit.ablate`.
+
+    Attributes:
+      circuit: The whole circuit.
+      names: Nodes that it is without.
+      source: The file of its task; empty for a built-in one.
+    """
+
+    circuit: Circuit
+    names: tuple[str, ...]
+    source: str = ""
+
+    def __repr__(self) -> str:
+        shown = self.names if len(self.names) <= 4 else (*self.names[:3], f"{len(self.names) - 3} more")
+        return f"Ablated({self.circuit.task!r} without {', '.join(shown) or 'nothing'})"
+
+    @property
+    def loss(self) -> float:
+        """Task loss on the pairs of the report split, in nats; without names, the circuit's own."""
+        return self._score.loss
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the report split's prompts whose answer is preferred."""
+        return self._score.accuracy
+
+    @functools.cached_property
+    def _score(self) -> circuit_file.Score:
+        return self.circuit._score(self.names, self.source)
+
+    def logits(self, text: str | Sequence[str]) -> jax.Array:
+        """Returns logits of the next token, `(T, V)` or `(N, V)`; see `Circuit.logits`."""
+        circuit = self.circuit
+        gates = masks.unflatten(circuit._without(self.names).astype(np.float32), circuit.config)
+        ablation = (gates, circuit._scorer.means)
+        return _logits(circuit.run, text, circuit._params, circuit._scorer.config, ablation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -236,11 +382,26 @@ class Page:
         pathlib.Path(path).write_text(self.text, encoding="utf-8")
 
 
-def _logits(params, tokens_1T, config: ModelConfig, ablation=None) -> jax.Array:
-    """Returns `(T, V)`; padded to the context, so that texts of all lengths share a compiled function."""
+def _logits(run: Run, text: str | Sequence[str], params, config: ModelConfig, ablation=None) -> jax.Array:
+    """Returns `(T, V)` of a text, or `(N, V)` of N."""
+    if isinstance(text, str):
+        tokens_1T = run.tokens(text)
+        return _forward(params, _padded(tokens_1T, config), ablation, config=config)[0, : tokens_1T.shape[1]]
+    if not text:
+        raise UserError("logits needs at least one text")
+    # One after the other: a batch of any size would be a shape to compile for.
+    last = []
+    for tokens_1T in map(run.tokens, text):
+        logits_1TV = _forward(params, _padded(tokens_1T, config), ablation, config=config)
+        last.append(logits_1TV[0, tokens_1T.shape[1] - 1])
+    return jnp.stack(last)
+
+
+def _padded(tokens_1T: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns tokens padded to the context, so that texts of all lengths share a compiled function."""
     padded = np.zeros((1, config.context), np.int32)
     padded[:, : tokens_1T.shape[1]] = tokens_1T
-    return _forward(params, padded, ablation, config=config)[0, : tokens_1T.shape[1]]
+    return jnp.asarray(padded)
 
 
 @functools.partial(jax.jit, static_argnames="config")

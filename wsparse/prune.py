@@ -4,8 +4,8 @@ For every task: a search over pruning runs, the smallest circuit of its best one
 task's result is a folder under `RUN/circuits/`; tasks that are done are not done again, and the trials of an
 interrupted task are kept. `table.txt`, `results.json` and `curves.png` beside them are rewritten each time.
 
-Recipes of settings are in `configs/prune/`: `--config=quick`, with `--config.trials=16` or `--trials=16` to
-override one. Any number of workers on any machines share a sweep through `--storage=FILE_OR_URL`: see
+Recipes of settings are in `configs/prune/`: `--config=quick`, or `--quick`, with `--trials=16` to override a
+setting. Any number of workers on any machines share a sweep through `--storage=FILE_OR_URL`: see
 docs/multihost.md.
 """
 
@@ -152,7 +152,9 @@ class _Job:
             log.info("  done before")
             return True
         if self._is_hopeless:
-            self._finish(None, "the model cannot do it")
+            hint = self.search.hint()
+            log.info("  %s", hint)
+            self._finish(None, "the model cannot do it", hint)
             return True
         started = time.monotonic()
         try:
@@ -200,7 +202,7 @@ class _Job:
             return False
         return status is not None
 
-    def _finish(self, circuit: Circuit | None, outcome: str) -> None:
+    def _finish(self, circuit: Circuit | None, outcome: str, hint: str = "") -> None:
         """Write the result of the task."""
         if self._status() is None:
             _set_aside(self.folder)
@@ -213,6 +215,7 @@ class _Job:
             task=self.search.pairs.task,
             status=outcome,
             model=self._model_score,
+            hint=hint,
             digest=self.search.subject.digest,
             settings=to_dict(self.search.settings),
         ).save(self.folder)
@@ -287,6 +290,10 @@ def settings_from_flags() -> Settings:
     if flags.FLAGS["discretise_pairs"].present:
         log.info("--discretise_pairs is --discretize_pairs now")
     config = flags.FLAGS["config"].value
+    if flags.FLAGS["quick"].value:
+        if config is not None:
+            raise UserError("--quick is short for --config=quick: give one of --quick and --config")
+        config = recipes.load("quick", "prune")
     values = ({} if config is None else config.to_dict()) | given_fields(Settings)
     if "sweep" in values:
         try:
@@ -315,6 +322,7 @@ def define_flags() -> None:
         "--evidence does nothing else, for circuits that were found before.",
     )
     recipes.define_flag(text="Recipe of the settings below", kind="prune")
+    flags.DEFINE_bool("quick", False, "Short for --config=quick.")
     define_fields(Settings)
     define_fields(evidence.Options, "For the viewer: ")
     flags.DEFINE_alias("discretise_pairs", "discretize_pairs")

@@ -185,12 +185,14 @@ class Status:
       status: `FOUND`, `NOT_CONFIRMED`, `NOT_FOUND`, or why none was looked for.
       model: Score of the whole model on the report split.
       digest: `trees.digest` of the model's parameters.
+      hint: What would have a circuit looked for, where none was.
       settings: Settings of the procedure.
     """
 
     task: str
     status: str
     model: Score
+    hint: str = ""
     digest: str = ""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -147,15 +147,19 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     for number, circuit in enumerate(circuits, start=1):
         log.info("[%d/%d] %s: measuring evidence", number, len(circuits), circuit.task)
         task = known[circuit.task]
-        settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
-        max_tokens = min(settings.max_tokens, run.config.model.context)
-        # The pairs that the circuit's numbers were reported on.
-        pairs = tasks.build(
-            task, run.tokenizer, settings.report_pairs, settings.seed, split="report", max_tokens=max_tokens
-        )
+        pairs = report_pairs(run, circuit, task)
         evidence = measure(run, circuit, pairs, text, summary=task.summary, options=options)
         evidence.save(folder / "circuits" / circuit.task)
     return len(circuits)
+
+
+def report_pairs(run: runs.Run, circuit: Circuit, task: Task) -> TaskBatch:
+    """Returns the pairs that a circuit's numbers were reported on."""
+    settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
+    max_tokens = min(settings.max_tokens, run.config.model.context)
+    return tasks.build(
+        task, run.tokenizer, settings.report_pairs, settings.seed, split="report", max_tokens=max_tokens
+    )
 
 
 def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, Task]:

@@ -64,10 +64,29 @@ class CircuitSearch:
         That is decided on the pairs that circuits are chosen on: where the whole 95% interval of the model's
         loss, over pairs, is above the target.
         """
-        scorer, rng = self.subject.scorer, np.random.default_rng(self.settings.seed)
-        margins_B = scorer.margins(self.pairs.discretize, np.ones(masks.n_nodes(self.subject.config), bool))
-        losses_P = np.logaddexp(0, -margins_B).reshape(-1, 2).mean(axis=1)
-        return interval(losses_P, rng, 1000)[0] > self.settings.target
+        rng = np.random.default_rng(self.settings.seed)
+        return interval(self._model_losses_P, rng, 1000)[0] > self.settings.target
+
+    def hint(self) -> str:
+        """Returns which target would have a circuit looked for where the model is above the one that is set.
+
+        It is as far above the model's loss, on the pairs that circuits are chosen on, as a target must be.
+        """
+        loss, settings = float(np.mean(self._model_losses_P)), self.settings
+        higher = math.ceil(100 * (loss + _ABOVE_MODEL)) / 100
+        if higher >= math.log(2):
+            return f"no target would try it: the model's loss is {loss:.2f}, and chance is {math.log(2):.2f}"
+        flags = f"--target={higher:g}"
+        if settings.objective != "mean" and settings.robust_target < higher:
+            flags += f" --robust_target={higher:g}"
+        return f"the model cannot do it at {settings.target:g}: {flags} would try it"
+
+    @functools.cached_property
+    def _model_losses_P(self) -> np.ndarray:
+        """The model's loss, against the labels, on every pair that circuits are chosen on."""
+        all_U = np.ones(masks.n_nodes(self.subject.config), bool)
+        margins_B = self.subject.scorer.margins(self.pairs.discretize, all_U)
+        return np.logaddexp(0, -margins_B).reshape(-1, 2).mean(axis=1)
 
     @functools.cached_property
     def _model_loss(self) -> float:
