@@ -207,7 +207,8 @@ def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Conte
     config = run.config.model
     settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
     subject = _subject(run)
-    wanted = dataclasses.replace(settings, report_pairs=options.pairs)
+    # The pairs that a circuit was tried on say nothing of others.
+    wanted = dataclasses.replace(settings, report_pairs=options.pairs, confirm_pairs=0)
     built, refused = build_pairs([task], run.tokenizer, wanted, context=config.context)
     if refused:
         raise UserError(refused[task.name])
