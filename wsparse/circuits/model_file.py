@@ -1,7 +1,7 @@
 """The model file: what a page needs to run a run's model, beside its circuits; reading it needs no jax.
 
 `circuits/model.npz` holds the tokenizer and every parameter: the nonzeros of matrices row by row, the bigram
-table in 16 bits, each row with a scale of its own, and everything else as it is.
+table in 16 bits, each row with a middle and a scale of its own, and everything else as it is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StoredModel:
       tokenizer: Content of its `tokenizer.json`.
       arrays: By path and part. A matrix, whose leading axes count as rows, has "PATH:counts", nonzeros of
         each row, "PATH:columns" and "PATH:values" of them in order; the bigram table "PATH:rounded", int16,
-        and "PATH:scales" of its rows; other parameters are "PATH", float32.
+        with "PATH:middles" and "PATH:scales" of its rows; other parameters are "PATH", float32.
     """
 
     digest: str
@@ -84,11 +84,9 @@ class StoredModel:
 
     def places(self, connection: Connection) -> np.ndarray:
         """Returns the flat indices of a matrix's nonzeros, in the order in which they are stored."""
-        counts = self.arrays[f"{connection.kernel}:counts"]
+        counts, columns = (self.arrays[f"{connection.kernel}:{part}"] for part in ("counts", "columns"))
         rows = np.repeat(np.arange(len(counts)), counts)
-        return (
-            rows * NODES[connection.target].width(self.config) + self.arrays[f"{connection.kernel}:columns"]
-        )
+        return rows * NODES[connection.target].width(self.config) + columns
 
 
 def stored(
@@ -107,8 +105,8 @@ def stored(
     for path, array in parameters.items():
         array = np.asarray(array, np.float32)
         if path == BIGRAM:
-            rounded, scales = rounded_rows(array)
-            arrays |= {f"{path}:rounded": rounded, f"{path}:scales": scales}
+            parts = zip(("rounded", "middles", "scales"), rounded_rows(array), strict=True)
+            arrays |= {f"{path}:{part}": values for part, values in parts}
         elif path.endswith("/kernel") or path in _MATRICES:
             rows = array.reshape(-1, array.shape[-1])
             at = np.nonzero(rows)
@@ -123,14 +121,17 @@ def stored(
     return StoredModel(digest=digest, config=config, tokenizer=tokenizer, arrays=arrays)
 
 
-def rounded_rows(table_VV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int16 numbers and a float32 scale of each row, whose product is the table but for rounding.
+def rounded_rows(table_VV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns int16 numbers, and a middle and a scale of each row: the table is middle + scale * number.
 
-    An entry is off by at most 1/65534 of the largest in its row, in half precision by up to 1/4096.
+    An entry is off by at most 1/131068 of what its row spans; in half precision it would be by 1/4096 of itself.
     """
-    scales_V = (np.max(np.abs(table_VV), axis=1, initial=0) / 32767).astype(np.float32)
+    high_V, low_V = np.max(table_VV, axis=1, initial=0), np.min(table_VV, axis=1, initial=0)
+    middles_V = ((high_V + low_V) / 2).astype(np.float32)
+    # A little more than half of the span, which may have been rounded down.
+    scales_V = ((high_V - low_V) / 65533).astype(np.float32)
     safe_V = np.where(scales_V > 0, scales_V, 1)
-    return np.rint(table_VV / safe_V[:, None]).astype(np.int16), scales_V
+    return np.rint((table_VV - middles_V[:, None]) / safe_V[:, None]).astype(np.int16), middles_V, scales_V
 
 
 def _content(arrays: Mapping[str, np.ndarray]) -> str:

@@ -4,7 +4,8 @@ function drawPanel(circuit, state, change) {
   const node = circuit.byName.get(state.node);
   const panel = byId('panel');
   const edge = node ? null : edgeOf(circuit, state.edge);
-  if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
+  if (state.try) drawTry(panel, circuit, state, change);
+  else if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
   else panel.replaceChildren(...(edge ? edgePanel(circuit, edge, change) : circuitPanel(circuit, state, change)));
 }
 
@@ -49,6 +50,7 @@ function circuitPanel(circuit, state, change) {
     el('p', {}, row.summary),
     el('p', { class: 'quiet' }, 'Answers: ', el('code', { class: 'form' }, circuit.form)),
     circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${circuit.target}, on the report split.`) : null,
+    data.static ? el('p', { class: 'quiet' }, `This page does not run the model: ${data.static}.`) : null,
     section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
       ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
       ['after scale and shift of the logits', loss(scores.calibrated?.loss)],

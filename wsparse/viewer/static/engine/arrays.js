@@ -27,6 +27,7 @@ function sparseMatrix(arrays, path) {
   const counts = arrays[`${path}:counts`];
   const starts = new Int32Array(counts.length + 1);
   for (let i = 0; i < counts.length; i += 1) starts[i + 1] = starts[i] + counts[i];
-  return { starts, columns: arrays[`${path}:columns`], values: arrays[`${path}:values`] };
+  // Of one type for all matrices, which makes the loops over them several times faster.
+  return { starts, columns: Int32Array.from(arrays[`${path}:columns`]), values: arrays[`${path}:values`] };
 }
 

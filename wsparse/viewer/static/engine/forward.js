@@ -174,12 +174,11 @@ function unembed(model, tokens, x, first) {
         for (let at = starts[i]; value !== 0 && at < starts[i + 1]; at += 1) sums[columns[at]] += value * values[at];
       }
     }
-    const scale = rounded ? arrays['head/bigram:scales'][tokens[t]] : 0;
-    for (let v = 0; v < vocab; v += 1) {
-      if (rounded) sums[v] += scale * rounded[tokens[t] * vocab + v];
-      if (bias) sums[v] += bias[v];
-      logits[(t - first) * vocab + v] = sums[v];
-    }
+    const [middle, scale] = rounded ? ['middles', 'scales'].map((part) => arrays[`head/bigram:${part}`][tokens[t]]) : [];
+    const row = tokens[t] * vocab;
+    if (rounded) for (let v = 0; v < vocab; v += 1) sums[v] += middle + scale * rounded[row + v];
+    if (bias) for (let v = 0; v < vocab; v += 1) sums[v] += bias[v];
+    logits.set(sums, (t - first) * vocab);
   }
   return logits;
 }

@@ -15,7 +15,7 @@ function place(name) {
 /** The bias beside a kernel, to be written to: zeros where the model has none. */
 function biasOf(model, path, width) {
   const given = model.arrays[path.replace(/kernel$/, 'bias')];
-  return given ? Float64Array.from(given) : new Float64Array(model.config.n_layer * width);
+  return given ? given.slice() : new Float32Array(model.config.n_layer * width);
 }
 
 /** The mean of what each row of a kernel multiplies; heads mix values before they are written. */
@@ -29,18 +29,19 @@ function cutEdges(model, circuit) {
     const { starts, columns, values } = model.matrices[path];
     const removed = circuit.own[`removed:${path}`];
     const mean = carried(circuit, source);
-    const [weights, bias] = [values.slice(), biasOf(model, path, outputs)];
+    const weights = values.slice();
+    const sums = Float64Array.from(biasOf(model, path, outputs));
     for (let row = 0; row + 1 < starts.length; row += 1) {
       const offset = Math.floor(row / inputs) * outputs;
       for (let at = starts[row]; at < starts[row + 1]; at += 1) {
         if (bitAt(removed, at)) {
-          bias[offset + columns[at]] += values[at] * mean[row];
+          sums[offset + columns[at]] += values[at] * mean[row];
           weights[at] = 0;
         }
       }
     }
     found.weights[path] = weights;
-    found.biases[path] = bias;
+    found.biases[path] = Float32Array.from(sums);
   }
   return found;
 }
@@ -57,7 +58,7 @@ function editEdge(model, circuit, run, { edge, mode, value }) {
   if (at === starts[row + 1]) return;
   const weights = (run.weights[path] ?? values).slice();
   if (mode === 'mean') {
-    const bias = Float64Array.from(run.biases[path] ?? biasOf(model, path, outputs));
+    const bias = (run.biases[path] ?? biasOf(model, path, outputs)).slice();
     bias[from.layer * outputs + to.channel] += weights[at] * carried(circuit, source)[row];
     run.biases[path] = bias;
   }

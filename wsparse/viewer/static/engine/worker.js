@@ -12,6 +12,8 @@ const opened = new Map();
 const untouched = new Map();
 let circuits = null;
 let means = null;
+// Questions may come while the model is being unpacked.
+let ready = null;
 
 async function load(message) {
   const { live } = message;
@@ -86,6 +88,7 @@ async function losses(circuit, task, edits, id) {
 
 /** Answers a prompt at once, and the losses over the pairs when they are there. */
 async function run({ id, task, text, edits, nodes, heads }) {
+  await ready;
   const started = performance.now();
   const circuit = await circuitFor(task);
   const all = tokenizer.encode(text);
@@ -104,8 +107,10 @@ async function run({ id, task, text, edits, nodes, heads }) {
 onmessage = async ({ data }) => {
   latest = data.id ?? latest;
   try {
-    if (data.kind === 'load') postMessage({ kind: 'loaded', ...await load(data) });
-    else await run(data);
+    if (data.kind === 'load') {
+      ready = load(data);
+      postMessage({ kind: 'loaded', ...await ready });
+    } else await run(data);
   } catch (error) {
     postMessage({ kind: 'failed', id: data.id, reason: String(error.message ?? error) });
   }
