@@ -124,7 +124,7 @@ def stored(
 def rounded_rows(table_VV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns int16 numbers, and a middle and a scale of each row: the table is middle + scale * number.
 
-    An entry is off by at most 1/131068 of what its row spans; in half precision it would be by 1/4096 of itself.
+    An entry is off by about 1/131068 of what its row spans, in half precision by up to 1/4096 of itself.
     """
     high_V, low_V = np.max(table_VV, axis=1, initial=0), np.min(table_VV, axis=1, initial=0)
     middles_V = ((high_V + low_V) / 2).astype(np.float32)
