@@ -160,6 +160,31 @@ def test_the_next_token_is_shown_after_the_token_that_is_picked_by_click_or_by_k
     assert json.loads(top.inner_text()) == best[-1]
 
 
+def test_the_picked_token_stays_while_nodes_are_edited_and_not_when_the_prompt_changes(open_page, circuit):
+    page = open_page(f"{TRY}&prompt={PROMPT}&node={effective(circuit)}")
+    settled(page)
+    page.locator(".pick span").nth(2).click()
+    page.get_by_role("button", name="zero", exact=True).click()
+    settled(page)
+    assert page.locator(".pick .focus").inner_text() == PROMPT[2]
+    page.get_by_role("textbox", name="Prompt").fill(PROMPT + "de")
+    settled(page)
+    assert page.locator(".pick .focus").inner_text() == "e"
+
+
+def test_a_key_opens_and_closes_it_and_the_graph_has_the_colors_of_the_side_that_is_chosen(open_page):
+    page = open_page(f"#task={case.TASK}")
+    page.keyboard.press("t")
+    settled(page)
+    colors = "() => [...document.querySelectorAll('.node rect')].map((e) => getComputedStyle(e).fill)"
+    in_model = page.evaluate(colors)
+    page.get_by_role("button", name="circuit alone").click()
+    assert state(page)["side"] == "circuit" and page.evaluate(colors) != in_model
+    page.get_by_role("button", name="Try it").focus()
+    page.keyboard.press("t")
+    assert page.locator(".node.live").count() == 0 and "try" not in state(page)
+
+
 def test_a_selected_node_shows_its_values_on_the_prompt_and_heads_their_pattern(open_page, circuit):
     name = next(node.name for node in circuit.nodes if node.name.startswith("0.attn.q"))
     page = open_page(f"{TRY}&prompt={PROMPT}")
@@ -271,6 +296,18 @@ def test_a_page_without_the_model_says_so_and_has_no_button(open_page, data, tmp
     page = open_page(TRY, file)
     assert page.get_by_role("button", name="Try it").count() == 0
     assert "does not run the model: the model is too large." in page.locator("#panel").inner_text()
+
+
+def test_a_circuit_whose_evidence_has_no_pairs_is_not_run_and_says_so(open_page, data, tmp_path):
+    older = json.loads(json.dumps(data))
+    older["circuits"][case.TASK]["live"] = None
+    file = tmp_path / "older.html"
+    file.write_text(page_lib.render(older, title="x"), encoding="utf-8")
+    page = open_page(TRY, file)
+    assert page.get_by_role("button", name="Try it").count() == 0
+    assert "does not run the model: the evidence of this circuit is of an older version" in (
+        page.locator("#panel").inner_text()
+    )
 
 
 def test_a_damaged_model_in_a_page_is_told_and_the_rest_works(open_page, data, tmp_path):

@@ -176,10 +176,7 @@ function start() {
   byId('keep').addEventListener('input', slide);
   byId('keep').addEventListener('change', slide);
   listenToGraph();
-  byId('try').addEventListener('click', () => {
-    change({ try: !state.try }, true);
-    if (state.try) byId('panel').focus();
-  });
+  byId('try').addEventListener('click', toggleTry);
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
   byId('zoom-out').addEventListener('click', () => zoomBy(1 / 1.4));
@@ -211,6 +208,11 @@ function start() {
   follow();
 }
 
+function toggleTry() {
+  change({ try: !state.try }, true);
+  if (state.try) byId('panel').focus();
+}
+
 function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId('help').open) return;
   if (['INPUT', 'SELECT', 'TEXTAREA'].includes(event.target.tagName) && event.key !== 'Escape') return;
@@ -221,7 +223,8 @@ function key(event) {
     const item = graph.items.get(state.node);
     change({ node: null, edge: null }, true);
     item?.focus({ preventScroll: true });
-  } else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
+  } else if (event.key === 't' && state.task && canRun(circuitOf(state.task))) toggleTry();
+  else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
   else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);
   else if (inGraph && event.key === '-') zoomBy(1 / 1.4);

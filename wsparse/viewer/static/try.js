@@ -5,7 +5,7 @@ const NEXT_TOKENS = 10;
 const CHANGES_SHOWN = 12;
 
 // The elements that stay while what they show changes, so that typing and dragging go on; of one circuit at a time.
-const trying = { circuit: null, root: null, parts: null, context: null };
+const trying = { circuit: null, root: null, parts: null, context: null, set: null, editor: null, painted: false };
 
 /** Puts the part into the panel, or brings it up to date where it is there. */
 function drawTry(panel, circuit, state, change) {
@@ -49,6 +49,7 @@ function buildTry(circuit) {
       el('option', { value: row }, `pair ${Math.floor(row / 2) + 1}, ${row % 2 ? 'second' : 'first'} prompt`)))),
     status: el('p', { class: 'quiet', role: 'status' }),
     tokens: el('div', { class: 'tokens pick', role: 'slider', tabindex: 0, 'aria-label': 'Token after which the next one is shown', keydown: pickByKey }),
+    side: choice('Values in the graph, attention and changes from', SIDES, null, (side) => trying.context.change({ side })),
     answers: el('div', {}), losses: el('div', {}), selected: el('div', {}), edits: el('ul', { class: 'edits' }),
     changes: el('div', {}), next: el('div', { class: 'next' }),
     undo: el('button', {
@@ -61,6 +62,7 @@ function buildTry(circuit) {
       el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ try: false }) }, '×')),
     el('div', { class: 'controls' }, el('label', { for: 'prompt' }, 'Prompt'), parts.example),
     parts.prompt, parts.tokens, parts.status,
+    el('div', { class: 'controls' }, el('span', { class: 'quiet' }, 'Values in the graph'), parts.side),
     section('Answers', parts.answers),
     section('Loss over the task’s pairs', parts.losses),
     parts.selected,
@@ -88,6 +90,7 @@ function updateTry() {
   const edits = readEdits(circuit, state.edits);
   parts.undo.disabled = !live.past.length;
   parts.reset.disabled = !edits.length;
+  [...parts.side.children].forEach((button, i) => button.setAttribute('aria-pressed', String(SIDES[i][0] === state.side)));
   updateSelected(circuit, state);
   parts.edits.replaceChildren(...edits.map((edit) => el('li', {},
     el('code', {}, edit.name.replace('>', ' → ')), ` ${edit.mode === 'set' ? `set to ${number(edit.value)}` : `at ${edit.edge && edit.mode === 'mean' ? 'its source’s mean' : edit.mode === 'mean' ? 'its mean' : 'zero'}`} `,
@@ -184,14 +187,13 @@ function lossTable() {
 
 /** The nodes whose values the edits have changed most. */
 function whatChanged(circuit, state) {
-  const { change } = trying.context;
   if (!readEdits(circuit, state.edits).length) {
     return [el('p', { class: 'quiet' }, 'None. Select a node or an edge in the graph: it can be held at its mean, at zero, or at a value.')];
   }
+  const { change } = trying.context;
   const found = changesOfNodes(circuit, state.side);
   return [
-    el('h4', {}, `What changed: ${plural(found.length, 'node')} of ${circuit.nodes.length.toLocaleString('en')}`),
-    choice('Values from', SIDES, state.side, (side) => change({ side })),
+    el('h4', {}, `What changed in the ${SIDES.find(([side]) => side === state.side)[1]}: ${plural(found.length, 'node')} of ${circuit.nodes.length.toLocaleString('en')}`),
     found.length ? el('table', { class: 'changes' },
       el('thead', {}, el('tr', {}, ...['node', 'at token', 'was', 'is'].map((title) => el('th', { scope: 'col' }, title)))),
       el('tbody', {}, ...found.slice(0, CHANGES_SHOWN).map(({ node, at, before, now }) => el('tr', {},

@@ -29,7 +29,11 @@ function editor(circuit, name, words, range) {
   const sync = (edit, value) => {
     const mode = edit?.mode ?? 'free';
     buttons.forEach((button, i) => button.setAttribute('aria-pressed', String(words[i][0] === mode)));
-    for (const input of Object.values(inputs)) if (document.activeElement !== input || mode !== 'set') input.value = +value.toPrecision(4);
+    for (const input of Object.values(inputs)) {
+      // What is being typed stays: "1." is a number that is not finished.
+      const typed = document.activeElement === input && (input.value === '' || Math.abs(input.value - value) <= 1e-3 * Math.abs(value));
+      if (!typed) input.value = +value.toPrecision(4);
+    }
   };
   return { root, sync };
 }
@@ -87,8 +91,7 @@ function livePattern(node, state) {
   const pattern = now[state.side].patterns[name];
   if (!pattern) return null;
   const size = tokens.length;
-  return el('div', {}, el('h4', {}, `Attention of head ${node.head}`),
-    choice('Attention from', SIDES, state.side, (side) => trying.context.change({ side })),
+  return el('div', {}, el('h4', {}, `Attention of head ${node.head}, in the ${SIDES.find(([side]) => side === state.side)[1]}`),
     drawSquare(tokens, (t, s) => pattern[t * size + s], {
       title: 'From each token (rows) to those before; the color is the square root', scale: 1, diverging: false, shade: Math.sqrt,
     }));
@@ -96,6 +99,9 @@ function livePattern(node, state) {
 
 /** Colors the nodes of the graph by their values at the chosen token, and marks what is edited. */
 function paintLive(circuit, state) {
+  // Large circuits are slow enough; what was never colored needs no color taken away.
+  if (!state.try && !trying.painted) return;
+  trying.painted = state.try;
   const edited = new Set(state.try ? readEdits(circuit, state.edits).map(({ name }) => name) : []);
   const on = state.try && live.task === circuit.task && live.answer?.tokens.length;
   const at = chosenToken();

@@ -93,7 +93,7 @@ async function run({ id, task, text, edits, nodes, heads }) {
   const circuit = await circuitFor(task);
   const all = tokenizer.encode(text);
   const tokens = all.slice(-model.config.context);
-  const answer = { kind: 'prompt', id, tokens, dropped: all.length - tokens.length, before: null, now: null };
+  const answer = { kind: 'prompt', id, text, tokens, dropped: all.length - tokens.length, before: null, now: null };
   if (tokens.length) {
     answer.before = onPrompt(circuit, tokens, [], nodes, heads);
     answer.now = edits.length ? onPrompt(circuit, tokens, edits, nodes, heads) : answer.before;
