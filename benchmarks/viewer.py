@@ -118,7 +118,12 @@ def main(argv) -> None:
             measured = [contents.Shown(circuit, measure(run, circuit, text)) for circuit in shown]
             names = {circuit.task for circuit in shown}
             data = contents.contents(
-                name, [row for row in rows if row["task"] in names], measured, {}, contents.Options()
+                name,
+                [row for row in rows if row["task"] in names],
+                measured,
+                {},
+                contents.Options(),
+                run.folder / "circuits",
             )
             path = pathlib.Path(folder) / "report.html"
             path.write_text(page.render(data, title=name), encoding="utf-8")

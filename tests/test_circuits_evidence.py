@@ -13,7 +13,7 @@ import pytest
 import viewer_case as case
 
 from wsparse import model, runs
-from wsparse.circuits import Circuit, evidence, evidence_file, excerpts, graph, pairs, tasks
+from wsparse.circuits import Circuit, evidence, evidence_file, excerpts, graph, model_file, pairs, tasks
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 
@@ -258,6 +258,7 @@ def test_evidence_of_circuits_that_were_found_before_is_measured_by_one_command(
     (where / "evidence.json").unlink()
     names = ["all", str(folder / f"{case.TASK}.jsonl")]
     assert evidence.measure_run(folder, names, case.OPTIONS) == 1
+    assert model_file.StoredModel.load(folder / "circuits").digest == circuit.model_digest
     after = evidence_file.Evidence.load(where, circuit)
     assert after.nodes == before.nodes and after.prompts == before.prompts
     for name in evidence_file.ARRAYS:

@@ -97,6 +97,8 @@ def test_the_policy_names_exactly_the_scripts_and_the_style_of_the_page(data):
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     allowed = set(re.findall(r"'sha256-([^']*)'", policy))
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    # A worker from a text of the page, and no other place to load from.
+    assert re.findall(r"(\S+) blob:", policy) == ["worker-src"] and "http" not in policy
     inline = re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", text, re.DOTALL)
     hashes = {base64.b64encode(hashlib.sha256(c.encode()).digest()).decode() for c in inline}
     assert len(inline) == 3 and hashes == allowed

@@ -109,11 +109,13 @@ def _jobs(
     summaries = {task.name: task.summary for task in chosen}
     # Read when it is first needed: a sweep may find nothing.
     text = functools.cache(functools.partial(evidence.read_text, trained))
+    store_model = functools.cache(functools.partial(evidence.store_model, trained))
 
     def measure(circuit: Circuit, report_pairs: PairArrays, task_folder: pathlib.Path) -> None:
         if shown is None or not circuit.nodes:
             return
         try:
+            store_model()
             measured = evidence.measure(
                 trained, circuit, report_pairs, text(shown.source), summary=summaries[circuit.task],
                 options=shown,

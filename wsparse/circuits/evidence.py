@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, runs, trees
-from wsparse.circuits import evidence_file, excerpts, graph, masks, report, scoring, tasks
+from wsparse.circuits import evidence_file, excerpts, graph, masks, model_file, report, scoring, tasks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
@@ -128,9 +128,26 @@ def measure(
         windows_WT=text.windows_WT.astype(np.min_scalar_type(config.vocab_size - 1)),
         top_tokens_NK=top_tokens_NK,
         top_weights_NK=top_weights_NK,
+        pair_tokens_RT=np.asarray(ablation_pairs.tokens),
+        pair_positions_R=np.asarray(ablation_pairs.position),
+        pair_answers_R=np.asarray(ablation_pairs.answer),
         **recorded,
         **in_text,
     )
+
+
+def store_model(run: runs.Run) -> None:
+    """Write what a page needs to run the model beside the circuits of a run."""
+    parameters = trees.flatten(jax.device_get(run.params))
+    digest = trees.digest(run.params)
+    found = model_file.stored(parameters, run.config.model, tokenizer=run.tokenizer.to_json(), digest=digest)
+    folder = run.folder / "circuits"
+    if found is None:
+        # That of an earlier, smaller model would only be refused.
+        (folder / model_file.FILE).unlink(missing_ok=True)
+        log.info("  the model is too large for a page to run it")
+    else:
+        found.save(folder)
 
 
 def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) -> int:
@@ -144,6 +161,7 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     for circuit in circuits:
         circuit.check(run.params)
     text = read_text(run, options.source)
+    store_model(run)
     for number, circuit in enumerate(circuits, start=1):
         log.info("[%d/%d] %s: measuring evidence", number, len(circuits), circuit.task)
         task = known[circuit.task]

@@ -111,6 +111,10 @@ class Evidence:
       top_tokens_NK: Tokens with the largest entries in the node's channel of the embedding (of reads) or of
         the unembedding times the final gain (of writes); -1 fills up.
       top_weights_NK: The entries.
+      pair_tokens_RT: The first pairs of the report split, padded, at most `ablation_pairs`, for a page that
+        runs the model; none in older files, as in the two fields after it.
+      pair_positions_R: Index of each prompt's last token.
+      pair_answers_R: Each prompt's answer.
     """
 
     task: str
@@ -138,6 +142,9 @@ class Evidence:
     excerpt_values_Z: np.ndarray
     top_tokens_NK: np.ndarray
     top_weights_NK: np.ndarray
+    pair_tokens_RT: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    pair_positions_R: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    pair_answers_R: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a circuit's folder; `evidence.json` appears last."""
@@ -167,7 +174,8 @@ class Evidence:
         return evidence
 
 
-_INTEGERS = ("prompt_tokens_X", "windows_WT", "counts_NB", "excerpts_E6", "top_tokens_NK")
+_PAIRS = ("pair_tokens_RT", "pair_positions_R", "pair_answers_R")
+_INTEGERS = ("prompt_tokens_X", "windows_WT", "counts_NB", "excerpts_E6", "top_tokens_NK", *_PAIRS)
 ARRAYS = tuple(name for name, hint in typing.get_type_hints(Evidence).items() if hint is np.ndarray)
 
 
@@ -190,6 +198,7 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
     lengths = [prompt.length for prompt in evidence.prompts]
     values = (len(evidence.places), sum(lengths))
     patterns = (len(evidence.heads), sum(map(triangle, lengths)))
+    pairs, time = evidence.pair_positions_R.shape[:1], evidence.pair_tokens_RT.shape[1:2] or (0,)
     shapes = {
         "prompt_tokens_X": values[1:],
         "model_values_PX": values,
@@ -203,11 +212,17 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
         "excerpt_values_Z": (evidence.excerpt_values_Z.size,),
         "top_tokens_NK": (n_nodes, TOP_TOKENS),
         "top_weights_NK": (n_nodes, TOP_TOKENS),
+        "pair_tokens_RT": pairs + time,
+        "pair_positions_R": pairs,
+        "pair_answers_R": pairs,
     }
     for name, shape in shapes.items():
         array = getattr(evidence, name)
         if array.shape != shape or array.dtype.kind not in ("iu" if name in _INTEGERS else "iuf"):
             raise UserError(f"{name} must be numbers of shape {shape}, got {array.shape} {array.dtype}")
+    positions_R = evidence.pair_positions_R
+    if len(positions_R) % 2 or np.any(positions_R < 0) or np.any(positions_R >= time[0]):
+        raise UserError("its pairs do not fit their positions")
     kept = {node.name for node in circuit.nodes}
     if len(lengths) % 2 or not lengths or not {node.name for node in evidence.nodes} <= kept:
         raise UserError("its prompts are not pairs, or its nodes not the circuit's")

@@ -20,6 +20,7 @@ from wsparse.circuits.evidence_file import Evidence
 from wsparse.config import check, require, setting, to_dict
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
+from wsparse.viewer import live
 from wsparse.viewer.page import packed, raw, render
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
             raise UserError(missing)
         log.info("note: %s", missing)
     log.info("%s: %d circuits of %d tasks", folder, len(shown), len(rows))
-    return contents(folder.resolve().name, rows, shown, report.training_summary(folder), options)
+    summary = report.training_summary(folder)
+    return contents(folder.resolve().name, rows, shown, summary, options, folder / "circuits")
 
 
 def circuit_page(folder: str | os.PathLike[str]) -> str:
@@ -82,7 +84,7 @@ def circuit_page(folder: str | os.PathLike[str]) -> str:
     name = folder.parent.parent.name
     rows = [report.row(Status.load(folder), circuit)]
     shown = Shown(circuit, evidence, Audit.load(folder, circuit=circuit.digest))
-    data = contents(name, rows, [shown], {}, Options())
+    data = contents(name, rows, [shown], {}, Options(), folder.parent)
     return render(data | {"opens": circuit.task}, title=f"{circuit.task} in {name}")
 
 
@@ -92,10 +94,16 @@ def contents(
     shown: Sequence[Shown],
     summary: dict[str, Any],
     options: Options,
+    folder: pathlib.Path,
 ) -> dict[str, Any]:
-    """Returns the data of a page: the run's name, rows of its table, circuits, `summary.json`."""
+    """Returns the data of a page: the run's name, rows of its table, circuits, `summary.json`, the model.
+
+    Args:
+      folder: The run's folder `circuits`, which may hold the model.
+    """
     texts: list[dict[str, Any]] = []
     circuits = {s.circuit.task: _circuit(s, texts, options) for s in shown}
+    running, static = _live(folder, shown, circuits)
     for task, circuit in circuits.items():
         for note in circuit["notes"]:
             log.info("note: %s: %s", task, note)
@@ -122,8 +130,25 @@ def contents(
         "tasks": [row | {"summary": about.get(row["task"], "")} for row in rows],
         "circuits": circuits,
         "texts": texts,
+        "live": running,
+        "static": static,
         "tokens": {token: t for s in shown for token, t in s.evidence.token_texts.items()},
     }
+
+
+def _live(
+    folder: pathlib.Path, shown: Sequence[Shown], circuits: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any] | None, str]:
+    """Returns the model for the page, or why there is none; what running a circuit takes is added to it."""
+    try:
+        model = live.read(folder, [s.circuit for s in shown])
+        found = live.contents(model)
+    except live.NotLive as reason:
+        log.info("note: the page cannot run the model: %s", reason)
+        return None, str(reason)
+    for circuit, evidence, _ in shown:
+        circuits[circuit.task]["live"] = live.of_circuit(model, circuit, evidence, found)
+    return found, ""
 
 
 def _number(value: Any) -> float | None:
@@ -160,6 +185,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "prefix": [[prefix.nodes, prefix.loss] for prefix in evidence.prefix],
         "answer_weights": {"tokens": evidence.answers, "weights": weights} if evidence.answers else None,
         "text": _text(evidence, len(nodes), texts),
+        "live": None,
         **_prompts(evidence, list(index), options.pairs),
     }
 

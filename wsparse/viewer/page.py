@@ -1,12 +1,14 @@
 """One self-contained HTML page from JSON data and the files of `static/`.
 
 The page fetches nothing: a Content-Security-Policy forbids all requests, and lets exactly the two scripts
-and the one style sheet that are written here run, each named by its hash.
+and the one style sheet that are written here run, each named by its hash. They start one worker, from a third
+text of the page, to which the same policy applies.
 """
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 import hashlib
 import html
 from importlib import resources
@@ -19,7 +21,11 @@ import numpy as np
 
 LIBRARY = "d3.min.js"
 # In the order in which they are joined; a later one uses what an earlier one defines.
-SCRIPTS = ("data.js", "layout.js", "graph.js", "charts.js", "panel.js", "overview.js", "main.js")
+ENGINE = ("arrays.js", "numerics.js", "forward.js", "tokenizer.js", "plan.js", "worker.js")
+SCRIPTS = (
+    "data.js", "layout.js", "graph.js", "charts.js", "panel.js", "live.js", "try.js", "try_node.js",
+    "overview.js", "main.js",
+)  # fmt: skip
 
 _QUANTIZED = {"int8": 127, "int16": 32767, "uint8": 255}
 _PLAIN = (int, str, bool, type(None))
@@ -28,12 +34,12 @@ _PLAIN = (int, str, bool, type(None))
 def render(data: dict[str, Any], *, title: str) -> str:
     """Returns the page of JSON values, as `contents` has them; what is not finite becomes null."""
     style, library = static("style.css"), static(LIBRARY)
-    script = f"(() => {{\n'use strict';\n{''.join(map(static, SCRIPTS))}}})();\n"
-    for code in (library, script):
-        assert "</script" not in code.lower()
+    script, worker = _joined(SCRIPTS), engine()
+    for code in (library, script, worker):
+        assert "</script" not in code.lower() and "<!--" not in code
     policy = (
         f"default-src 'none'; script-src {_source(library)} {_source(script)}; "
-        f"style-src {_source(style)}; base-uri 'none'; form-action 'none'"
+        f"style-src {_source(style)}; worker-src blob:; base-uri 'none'; form-action 'none'"
     )
     return string.Template(static("page.html")).substitute(
         policy=policy,
@@ -41,8 +47,14 @@ def render(data: dict[str, Any], *, title: str) -> str:
         style=style,
         library=library,
         script=script,
+        engine=worker,
         data=embedded(data),
     )
+
+
+def engine() -> str:
+    """Returns the code of the worker that runs the model."""
+    return _joined([f"engine/{name}" for name in ENGINE])
 
 
 def embedded(data: Any) -> str:
@@ -92,6 +104,11 @@ def _plain(value: Any) -> Any:
 def static(name: str) -> str:
     """Returns the text of a file of `static/`."""
     return (resources.files("wsparse.viewer") / "static" / name).read_text(encoding="utf-8")
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Returns files of scripts as one."""
+    return f"(() => {{\n'use strict';\n{''.join(map(static, names))}}})();\n"
 
 
 def _source(code: str) -> str:

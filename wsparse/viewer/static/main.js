@@ -2,6 +2,7 @@
 
 const START = {
   task: data.opens, node: null, edge: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
+  try: false, prompt: null, edits: '',
   sort: 'edges', order: 'up', theme: 'auto',
 };
 const THEMES = ['auto', 'light', 'dark'];
@@ -25,6 +26,9 @@ function read(fragment) {
     found.keep = within('keep', 1, circuit.nodes.length);
     found.pair = within('pair', 0, circuit.rows.length / 2 - 1);
     found.second = within('second', 0, 1);
+    found.try = given.get('try') === 'true' && canRun(circuit);
+    if (given.has('prompt')) found.prompt = given.get('prompt').slice(0, MAX_PROMPT);
+    found.edits = writeEdits(readEdits(circuit, given.get('edits')));
     const view = (given.get('view') ?? '').split(',').map(Number);
     if (view.length === 3 && view.every(Number.isFinite) && view[0] > 0) found.view = view;
   }
@@ -46,7 +50,11 @@ function fragment(values) {
   return `#${parts}`;
 }
 
-const hrefOf = (task) => fragment({ ...state, task, node: null, edge: null, keep: null, view: null, pair: 0, second: 0 });
+// What belongs to one circuit alone.
+const OF_CIRCUIT = Object.fromEntries(
+  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits'].map((name) => [name, START[name]]),
+);
+const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
 
 /** Writes the state to the address. */
 function address(step = false) {
@@ -60,7 +68,7 @@ function address(step = false) {
 /** Changes the state, the address and the page; `step` makes the back button return to what was before. */
 function change(changes, step = false) {
   const task = changes.task ?? state.task;
-  if (changes.task && task !== state.task) Object.assign(state, { node: null, edge: null, keep: null, view: null, pair: 0, second: 0 });
+  if (changes.task && task !== state.task) Object.assign(state, OF_CIRCUIT);
   if (changes.node) state.edge = null;
   if (changes.edge) state.node = null;
   Object.assign(state, changes);
@@ -98,9 +106,13 @@ function draw(changes = state) {
   drawPrefix(byId('prefix'), circuit, keep);
   // After all that takes room from the graph.
   if (opened || ('view' in changes && !same(state.view, settled))) show(state.view);
+  byId('try').hidden = !canRun(circuit);
+  byId('try').setAttribute('aria-pressed', String(state.try));
+  byId('circuit').classList.toggle('trying', state.try);
   drawPanel(circuit, state, change);
+  paintLive(circuit, state);
   if ('node' in changes || 'edge' in changes) {
-    byId('panel').scrollTop = 0;
+    if (!state.try) byId('panel').scrollTop = 0;
     const node = circuit.byName.get(state.node);
     const edge = state.edge?.replace('>', ' to ');
     byId('said').textContent = node ? `${node.name}, ${describe(node)}` : edge ?? `${circuit.task}, nothing selected`;
@@ -164,6 +176,7 @@ function start() {
   byId('keep').addEventListener('input', slide);
   byId('keep').addEventListener('change', slide);
   listenToGraph();
+  byId('try').addEventListener('click', toggleTry);
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
   byId('zoom-out').addEventListener('click', () => zoomBy(1 / 1.4));
@@ -195,6 +208,11 @@ function start() {
   follow();
 }
 
+function toggleTry() {
+  change({ try: !state.try }, true);
+  if (state.try) byId('panel').focus();
+}
+
 function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId('help').open) return;
   if (['INPUT', 'SELECT', 'TEXTAREA'].includes(event.target.tagName) && event.key !== 'Escape') return;
@@ -205,7 +223,8 @@ function key(event) {
     const item = graph.items.get(state.node);
     change({ node: null, edge: null }, true);
     item?.focus({ preventScroll: true });
-  } else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
+  } else if (event.key === 't' && state.task && canRun(circuitOf(state.task))) toggleTry();
+  else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
   else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);
   else if (inGraph && event.key === '-') zoomBy(1 / 1.4);

@@ -4,7 +4,8 @@ function drawPanel(circuit, state, change) {
   const node = circuit.byName.get(state.node);
   const panel = byId('panel');
   const edge = node ? null : edgeOf(circuit, state.edge);
-  if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
+  if (state.try) drawTry(panel, circuit, state, change);
+  else if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
   else panel.replaceChildren(...(edge ? edgePanel(circuit, edge, change) : circuitPanel(circuit, state, change)));
 }
 
@@ -36,6 +37,8 @@ function edgePanel(circuit, edge, change) {
 
 const REPORT = 'on the report split: pairs that neither masks were learned on nor circuits chosen on';
 
+const OLDER = 'the evidence of this circuit is of an older version; python -m wsparse.prune --run=RUN --evidence measures it again';
+
 function circuitPanel(circuit, state, change) {
   const row = data.tasks.find((each) => each.task === circuit.task);
   const { scores, counts, controls } = circuit;
@@ -49,6 +52,7 @@ function circuitPanel(circuit, state, change) {
     el('p', {}, row.summary),
     el('p', { class: 'quiet' }, 'Answers: ', el('code', { class: 'form' }, circuit.form)),
     circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${circuit.target}, on the report split.`) : null,
+    canRun(circuit) ? null : el('p', { class: 'quiet' }, `This page does not run the model: ${data.static || OLDER}.`),
     section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
       ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
       ['after scale and shift of the logits', loss(scores.calibrated?.loss)],
