@@ -6,7 +6,7 @@ const TABLE = [
   ['edges', 'edges', (row) => row.edges, 'weights left after single edges were cut'],
   ['all', 'all edges', (row) => row.edges_between_nodes, 'every nonzero weight between the kept nodes'],
   ['loss', 'loss', (row) => row.sufficiency, 'task loss of the circuit alone, everything else at its mean'],
-  ['calibrated', 'calib.', (row) => row.calibrated, 'the same after a fitted scale and shift of the logits'],
+  ['attacked', 'attacked', (row) => row.attacked, 'the largest that 20 steps of an adversary find, which lets removed nodes through in part'],
   ['model', 'model', (row) => row.model_loss, 'task loss of the whole model'],
   ['without', 'without', (row) => row.necessity, 'loss when the circuit is removed and the rest stays; chance is 0.693'],
   ['shuffled', 'shuffled', (row) => row.controls?.shuffled_labels, 'control: least loss of the same search on shuffled labels, on the pairs that circuits are chosen on'],
@@ -43,7 +43,7 @@ function drawOverview(state, change, hrefOf) {
       if (key === 'task') {
         return el('th', { scope: 'row' }, opens ? el('a', { href: hrefOf(row.task) }, row.task) : row.task,
           el('div', { class: 'quiet' }, opens ? row.summary : row.status),
-          opens && row.sufficiency > row.target ? el('div', { class: 'wrong' }, row.status) : null);
+          opens && row.status !== 'found' ? el('div', { class: 'wrong' }, row.status) : null);
       }
       const number = of(row);
       return el('td', { class: 'number' }, (number ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(number).toLocaleString('en') : loss(number));

@@ -55,6 +55,7 @@ function circuitPanel(circuit, state, change) {
     canRun(circuit) ? null : el('p', { class: 'quiet' }, `This page does not run the model: ${data.static || OLDER}.`),
     section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
       ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
+      ['under attack', loss(scores.attacked), 'the largest that 20 steps of an adversary find, which lets removed nodes through in part'],
       ['after scale and shift of the logits', loss(scores.calibrated?.loss)],
       ['loss of the whole model', loss(scores.model?.loss)],
       ['loss without the circuit', loss(scores.necessity?.loss), 'the circuit at its mean, the rest as it is'],
