@@ -45,6 +45,9 @@ def quick_compilation(request):
     """Compiling is most of the time of the tests, and the optimizer most of compiling."""
     quick = request.module.__name__.rpartition(".")[2] not in _AS_USERS
     jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    # Every compiled program takes several memory maps, of which a process may have only 65,530.
+    jax.clear_caches()
 
 
 @contextlib.contextmanager
