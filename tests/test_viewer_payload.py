@@ -27,8 +27,7 @@ from wsparse.viewer import contents, live
 def folder(tmp_path_factory) -> pathlib.Path:
     """A run with a circuit, its evidence and its model."""
     folder = tmp_path_factory.mktemp("viewer")
-    case.data_text(folder)
-    evidence.store_model(dataclasses.replace(case.run(), folder=folder))
+    case.write_live_run(folder)
     return folder
 
 

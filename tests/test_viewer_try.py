@@ -1,6 +1,5 @@
 """Try it, in Chromium: a prompt of one's own, edits of nodes and edges, and what they change."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -13,7 +12,7 @@ import pytest
 import viewer_case as case
 
 from wsparse import model, taps
-from wsparse.circuits import Circuit, evidence
+from wsparse.circuits import Circuit
 from wsparse.viewer import contents
 from wsparse.viewer import page as page_lib
 
@@ -28,8 +27,7 @@ ANSWERS = "'\""
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("viewer")
-    case.data_text(folder)
-    evidence.store_model(dataclasses.replace(case.run(), folder=folder))
+    case.write_live_run(folder)
     return folder
 
 

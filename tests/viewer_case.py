@@ -1,5 +1,6 @@
 """A small run with one circuit, made in memory, that the tests of the viewer share."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -149,6 +150,12 @@ def write_run(folder: pathlib.Path) -> pairs.Task:
 
 
 @functools.cache
+def write_live_run(folder: pathlib.Path) -> None:
+    """A run with a circuit, its evidence and its model."""
+    data_text(folder)
+    evidence.store_model(dataclasses.replace(run(), folder=folder))
+
+
 def data_text(folder: pathlib.Path) -> str:
     """The page's data of the run that `write_run` makes in `folder`, as JSON."""
     task = write_run(folder)

@@ -219,7 +219,7 @@ class Circuit(circuit_file.Circuit):
     @functools.cached_property
     def _remaining(self) -> graph.EdgeMask:
         """Weights of the model that are not cut."""
-        return {path: kept & ~self.removed[path] for path, kept in self._scorer.weights.items()}
+        return graph.uncut(self._scorer.weights, self.removed)
 
     @functools.cached_property
     def _params(self) -> model.Params:

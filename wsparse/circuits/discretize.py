@@ -42,7 +42,7 @@ class Subgraph:
 
     def remaining(self, scorer: Scorer) -> graph.EdgeMask:
         """Returns every weight of the model that is not cut."""
-        return {path: scorer.weights[path] & ~self.removed[path] for path in scorer.weights}
+        return graph.uncut(scorer.weights, self.removed)
 
 
 class Cut(NamedTuple):

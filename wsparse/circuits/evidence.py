@@ -95,7 +95,7 @@ def measure(
     options, config = options or Options(), run.config.model
     pairs = arrays(pairs)
     scorer = scoring.Scorer(run.params, config, jax.tree.map(jnp.asarray, circuit.means))
-    remaining = {path: weights & ~circuit.removed[path] for path, weights in scorer.weights.items()}
+    remaining = graph.uncut(scorer.weights, circuit.removed)
     ranked = [node.name for node in sorted(circuit.nodes, key=lambda node: -node.importance)]
     kept_U = masks.from_names(ranked, config)
     places = [Node.parse(name) for name in ranked[: options.max_nodes]]

@@ -29,6 +29,11 @@ def nonzero(params: model.Params) -> EdgeMask:
     return {c.kernel: np.asarray(flat[c.kernel]) != 0 for c in CONNECTIONS}
 
 
+def uncut(weights: EdgeMask, removed: Mapping[str, np.ndarray]) -> EdgeMask:
+    """Returns the weights of `weights` that were not removed."""
+    return {path: present & ~removed[path] for path, present in weights.items()}
+
+
 def between(nodes_U: np.ndarray, weights: EdgeMask, config: ModelConfig) -> EdgeMask:
     """Returns the weights of `weights` whose two ends are among `nodes_U` (bool)."""
     mask = masks.unflatten(np.asarray(nodes_U), config)

@@ -107,7 +107,7 @@ class _Circuit:
     def __init__(self, run: runs.Run, circuit: Circuit):
         subject = Subject(run.params, run.config.model, run.windows("train", n=N_WINDOWS))
         scorer = subject.scorer
-        remaining = {path: weights & ~circuit.removed[path] for path, weights in scorer.weights.items()}
+        remaining = graph.uncut(scorer.weights, circuit.removed)
         nodes_U = masks.from_names([node.name for node in circuit.nodes], run.config.model)
         means = jax.tree.map(jnp.asarray, circuit.means)
         self.config: ModelConfig = scorer.config

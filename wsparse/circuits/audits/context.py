@@ -213,8 +213,7 @@ def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Conte
     if refused:
         raise UserError(refused[task.name])
     nodes_U = masks.from_names([node.name for node in circuit.nodes], config)
-    weights = subject.scorer.weights
-    remaining = {path: weights[path] & ~circuit.removed[path] for path in weights}
+    remaining = graph.uncut(subject.scorer.weights, circuit.removed)
     edges = graph.between(nodes_U, remaining, config)
     pairs = subject.held(built[0], settings.held_to)
     return Context(run, circuit, task, subject, pairs, nodes_U, edges, remaining, settings, options)
