@@ -310,6 +310,23 @@ def test_taps_of_all_places_at_once_are_those_of_one_forward_pass(params):
         np.testing.assert_allclose(cache[name], want_acts[name], rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_run_was_given_is_not_changed_afterwards(params, monkeypatch):
+    """It may not have been read yet: computations are dispatched, not awaited."""
+    given = []
+    forward = hooks._forward_with_taps
+
+    def watched(params, tokens_BT, acts, changed, *, config):
+        given.append((changed, {name: mask.copy() for name, mask in changed.items()}))
+        return forward(params, tokens_BT, dict(acts), dict(changed), config=config)
+
+    monkeypatch.setattr(hooks, "_forward_with_taps", watched)
+    hooks.run_with_taps(params, TOKENS, CONFIG, taps={"attn.q": jnp.sin, "mlp.post_act": jnp.sin})
+    assert len(given) == 6
+    for changed, snapshot in given:
+        for name, mask in changed.items():
+            np.testing.assert_array_equal(mask, snapshot[name])
+
+
 @pytest.mark.slow
 def test_gradients_pass_through_taps():
     config = dataclasses.replace(CONFIG, n_layer=1)

@@ -208,7 +208,10 @@ def run_with_taps(
             patterns[layer] = value
             location, value = "attn.y", _attended(value, _at(acts, "attn.v", layer), config)
         acts[location] = value if layer is None else acts[location].at[layer].set(value)
-        changed[location][... if layer is None else layer] = True
+        # New each time: the run before may still be reading what it was given.
+        mask = changed[location].copy()
+        mask[... if layer is None else layer] = True
+        changed = {**changed, location: mask}
         logits_BTV, acts = _forward_with_taps(params, tokens_BT, acts, changed, config=config)
     return logits_BTV, Activations(acts, config, _select(None, config), sink_LH=sink_LH, patterns=patterns)
 
