@@ -70,7 +70,7 @@ def attack_run(
     done = []
     for circuit in circuits:
         result = attack(run, circuit, known[circuit.task], options)
-        place = folder / "circuits" / circuit.task
+        place = folder / "circuits" / circuit.full_name
         _draw(result, place / PICTURE)
         result.save(place)
         log.info("%s\nwritten to %s\n", text_of(result), place / PICTURE)

@@ -53,7 +53,7 @@ def audit(context: Context, names: Sequence[str] = tuple(tests.TESTS), *, comman
             bar.advance()
     circuit, run = context.circuit, context.run
     return Audit(
-        task=circuit.task,
+        task=circuit.full_name,
         form=circuit.form,
         run=run.folder.resolve().name,
         step=run.step,
@@ -104,12 +104,12 @@ def audit_run(
     for circuit in circuits:
         circuit.check(run.params)
     made = [contexts.make(run, circuit, known[circuit.task], options) for circuit in circuits]
-    sources = {pathlib.Path(name).stem: name for name in tasks}
+    sources = {report.name_in_run(name): name for name in tasks}
     audits = []
     for number in range(1, len(circuits) + 1):
         # Activations that a context has recorded go with it.
         context = made.pop(0)
-        task = context.circuit.task
+        task = context.circuit.full_name
         log.info("[%d/%d] %s: %d nodes", number, len(circuits), task, len(context.circuit.nodes))
         command = _command(folder, sources.get(task, task), options, names)
         audits.append(audit(context, names, command=command))
@@ -142,8 +142,8 @@ def rewrite(folder: pathlib.Path, tasks: Sequence[str]) -> list[Audit]:
       UserError: A task that was named, or all of them, has no audit of its circuit.
     """
     circuits = report.select(folder, tasks)[1]
-    places = {circuit.task: folder / "circuits" / circuit.task for circuit in circuits}
-    found = {c.task: Audit.load(places[c.task], circuit=c.digest) for c in circuits}
+    places = {c.full_name: folder / "circuits" / c.full_name for c in circuits}
+    found = {c.full_name: Audit.load(places[c.full_name], circuit=c.digest) for c in circuits}
     audits = {task: done for task, done in found.items() if done is not None}
     if missing := [task for task in found if task not in audits]:
         text = f"no audit of the circuit of {', '.join(missing)}: run without --report makes it"

@@ -105,11 +105,12 @@ class Run(runs.Run):
         """The circuits that were found in this run, by task."""
         return Circuits(self)
 
-    def prune(self, task: str, **settings: Any) -> Circuit:
+    def prune(self, task: str, *, name: str = "", **settings: Any) -> Circuit:
         """Finds the circuit of a task, or reads it where it was found before with the same settings.
 
         Args:
           task: Name of a task, or a .jsonl or .py file that defines one.
+          name: Name of the circuit, where the task has several: `run.circuits["TASK@NAME"]`.
           **settings: Fields of `wsparse.circuits.settings.Settings` that differ from their defaults.
 
         Raises:
@@ -122,12 +123,14 @@ class Run(runs.Run):
 
         chosen = find(task)
         with log_to_stdout():
-            prune.run(self.folder, [chosen], from_dict(Settings, settings), shown=evidence.Options())
-        status = circuit_file.Status.load(self.folder / "circuits" / chosen.name)
+            options: dict[str, Any] = {"shown": evidence.Options(), "name": name}
+            prune.run(self.folder, [chosen], from_dict(Settings, settings), **options)
+        full_name = circuit_file.joined(chosen.name, name)
+        status = circuit_file.Status.load(self.folder / "circuits" / full_name)
         if not status.has_circuit:
             reason = status.hint or status.status
-            raise UserError(f"no circuit of {chosen.name!r} in {self.folder}: {reason}")
-        found = self.circuits[chosen.name]
+            raise UserError(f"no circuit of {full_name!r} in {self.folder}: {reason}")
+        found = self.circuits[full_name]
         return dataclasses.replace(found, source=task) if task.endswith((".jsonl", ".py")) else found
 
 
@@ -139,7 +142,7 @@ class Tasks(str):
 
 
 class Circuits(Mapping[str, "Circuit"]):
-    """The circuits of a run by task; each is read when it is asked for."""
+    """The circuits of a run by "TASK" or "TASK@NAME"; each is read when it is asked for."""
 
     def __init__(self, run: Run):
         self._run, self._folder = run, run.folder / "circuits"
@@ -278,7 +281,7 @@ class Circuit(circuit_file.Circuit):
         """Returns the page of this circuit, which a notebook shows inline."""
         from wsparse.viewer import contents
 
-        return Page(contents.circuit_page(self.run.folder / "circuits" / self.task))
+        return Page(contents.circuit_page(self.run.folder / "circuits" / self.full_name))
 
     def audit(self, *, tests: Sequence[str] | None = None, task: str = "", **options: Any) -> Audit:
         """Tests this circuit, as `python -m wsparse.audit` does, and returns the audit.
@@ -298,10 +301,12 @@ class Circuit(circuit_file.Circuit):
 
         known, names = from_dict(Options, options), list(TESTS) if tests is None else list(tests)
         file = self._file(task)
-        if circuit_file.Circuit.load(self.run.folder / "circuits" / self.task).digest != self.digest:
-            raise UserError(f"another circuit of {self.task!r} was found since: run.circuits[...] reads it")
+        name = self.full_name
+        if circuit_file.Circuit.load(self.run.folder / "circuits" / name).digest != self.digest:
+            raise UserError(f"another circuit of {name!r} was found since: run.circuits[...] reads it")
         with log_to_stdout():
-            (done,) = audit.audit_run(self.run.folder, [file or self.task], known, names, run=self.run)
+            given = circuit_file.joined(file or self.task, self.name)
+            (done,) = audit.audit_run(self.run.folder, [given], known, names, run=self.run)
         return Audit(**vars(done))
 
     def _repr_html_(self) -> str:
@@ -324,7 +329,7 @@ class Ablated:
 
     def __repr__(self) -> str:
         shown = self.names if len(self.names) <= 4 else (*self.names[:3], f"{len(self.names) - 3} more")
-        return f"Ablated({self.circuit.task!r} without {', '.join(shown) or 'nothing'})"
+        return f"Ablated({self.circuit.full_name!r} without {', '.join(shown) or 'nothing'})"
 
     @property
     def loss(self) -> float:

@@ -3,6 +3,7 @@
 For every task: a search over pruning runs, the smallest circuit of its best ones, and the evidence. Each
 task's result is a folder under `RUN/circuits/`; tasks that are done are not done again, and the trials of an
 interrupted task are kept. `table.txt`, `results.json` and `curves.png` beside them are rewritten each time.
+`--name=NAME` finds further circuits of tasks, with other settings: they are under `RUN/circuits/TASK@NAME`.
 
 Recipes of settings are in `configs/prune/`: `--config=quick`, or `--quick`, with `--trials=16` to override a
 setting. Any number of workers on any machines share a sweep through `--storage=FILE_OR_URL`: see
@@ -27,14 +28,23 @@ from optuna.storages import BaseStorage
 
 from wsparse import files, locks, recipes, runs, trees
 from wsparse.circuits import evidence, procedure, report, tasks
-from wsparse.circuits.circuit import FOUND, NOT_FOUND, Circuit, Score, Status
+from wsparse.circuits.circuit import (
+    FOUND,
+    NOT_FOUND,
+    Circuit,
+    Score,
+    Status,
+    check_name,
+    joined,
+    split,
+)
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.procedure import Settings
 from wsparse.circuits.search import Pruner, TrialStore
 from wsparse.circuits.subject import N_WINDOWS
 from wsparse.circuits.workers import WorkPending, open_storage
 from wsparse.command import define_fields, given_fields, run_command
-from wsparse.config import from_dict, to_dict
+from wsparse.config import differences, from_dict, to_dict
 from wsparse.errors import UserError
 from wsparse.ops import cpu
 
@@ -52,6 +62,7 @@ def run(
     storage: BaseStorage | None = None,
     lease: float = 600.0,
     shown: evidence.Options | None = None,
+    name: str = "",
 ) -> list[dict[str, Any]]:
     """Find the circuits of tasks that are not done, and return the rows of the table of all.
 
@@ -60,18 +71,20 @@ def run(
         folder is locked.
       lease: Seconds of silence after which other processes count this one as dead.
       shown: What to measure of each circuit for the viewer; None measures nothing.
+      name: Name of the circuits, where a task has several.
 
     Raises:
-      UserError: The folder is not a run, another process prunes it, or no task can be built for it.
+      UserError: The name cannot be one, the folder is not a run, another process prunes it, or no task can be built for it.
     """
+    check_name(name)
     trained = runs.load(folder)
     out = folder / "circuits"
     files.make_folder(out)
     with locks.hold(out, "pruning") if storage is None else contextlib.nullcontext():
-        jobs = _jobs(trained, chosen, settings, storage, lease, shown)
+        jobs = _jobs(trained, chosen, settings, storage, lease, shown, name)
         pending = []
         for number, job in enumerate(jobs, start=1):
-            log.info("[%d/%d] %s", number, len(jobs), job.search.pairs.task)
+            log.info("[%d/%d] %s", number, len(jobs), job.folder.name)
             if not job.run():
                 pending.append(job)
         if pending:
@@ -89,6 +102,7 @@ def _jobs(
     storage: BaseStorage | None,
     lease: float,
     shown: evidence.Options | None,
+    name: str,
 ) -> list[_Job]:
     """Returns the work of every task that can be built."""
     config = trained.config.model
@@ -127,11 +141,12 @@ def _jobs(
             measured.save(task_folder)
 
     def job(of_task: procedure.Pairs) -> _Job:
-        task_folder = trained.folder / "circuits" / of_task.task
+        full_name = joined(of_task.task, name)
+        task_folder = trained.folder / "circuits" / full_name
         splits = trees.digest({"search": of_task.search, "discretize": of_task.discretize})
         key = json.dumps([subject.digest, to_dict(settings), splits]).encode()
-        name = f"{of_task.task}-{hashlib.sha256(key).hexdigest()[:16]}"
-        store = TrialStore(task_folder / "trials" / name, storage, name, lease)
+        study = f"{full_name}-{hashlib.sha256(key).hexdigest()[:16]}"
+        store = TrialStore(task_folder / "trials" / study, storage, study, lease)
         held = subject.held(of_task, settings.held_to)
         task_search = procedure.CircuitSearch(subject, held, pruner, settings)
         return _Job(task_search, task_folder, store, measure)
@@ -153,6 +168,7 @@ class _Job:
         if self._is_done():
             log.info("  done before")
             return True
+        self._tell_what_is_there()
         if self._is_hopeless:
             hint = self.search.hint()
             log.info("  %s", hint)
@@ -203,6 +219,24 @@ class _Job:
             log.info("  %s", error)
             return False
         return status is not None
+
+    def _tell_what_is_there(self) -> None:
+        """Log what will become of a circuit of another model or other settings."""
+        if self._status() is not None or not (self.folder / "circuit.json").exists():
+            return
+        try:
+            there = Status.load(self.folder)
+        except UserError:
+            what = "is damaged"
+        else:
+            changes = differences(there.settings, to_dict(self.search.settings))
+            same_model = there.digest == self.search.subject.digest
+            what = f"has other settings ({', '.join(changes)})" if same_model else "is of another model"
+        log.info(
+            "  the circuit that is there %s: it is moved to circuits/earlier once this search has ended; "
+            "--name=NAME keeps both",
+            what,
+        )
 
     def _finish(self, circuit: Circuit | None, outcome: str, hint: str = "") -> None:
         """Write the result of the task."""
@@ -255,23 +289,41 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
-    names = list(tasks.TASKS) if options.task == ["all"] else options.task
-    if not names:
+    if not options.task:
         raise UserError("--task is empty: give names, .jsonl or .py files, or all")
-    chosen = [tasks.find(name) for name in names]
     settings, shown = settings_from_flags(), evidence.Options(**given_fields(evidence.Options))
     folder = pathlib.Path(options.run)
     rows: list[dict[str, Any]] = []
     if options.report:
         rows = write_report(folder)
     elif options.evidence:
-        evidence.measure_run(folder, options.task, shown)
+        evidence.measure_run(folder, [joined(name, options.name) for name in options.task], shown)
     else:
         storage = None if options.storage is None else open_storage(options.storage)
         cpu.enable()
         shown = shown if options.evidence is None else None
-        rows = run(folder, chosen, settings, storage=storage, lease=options.lease, shown=shown)
-    return int(options.strict and not _all_confirmed(rows, [task.name for task in chosen]))
+        chosen = _tasks(options.task)
+        sharing: dict[str, Any] = {"storage": storage, "lease": options.lease}
+        rows = run(folder, chosen, settings, shown=shown, name=options.name, **sharing)
+    return int(options.strict and not options.evidence and not _all_confirmed(rows, _wanted(options)))
+
+
+def _wanted(options: Any) -> list[str]:
+    """Returns the names of the circuits that flags ask for."""
+    names = list(tasks.TASKS) if options.task == ["all"] else options.task
+    return [report.name_in_run(joined(name, options.name)) for name in names]
+
+
+def _tasks(names: Sequence[str]) -> list[tasks.Task]:
+    """Returns the tasks of `--task`."""
+    for full_name in names:
+        task, name = split(full_name)
+        if name:
+            raise UserError(
+                f"--task={full_name} names a circuit, and circuits are found for tasks: "
+                f"--task={task} --name={name}"
+            )
+    return [tasks.find(task) for task in (tasks.TASKS if names == ["all"] else names)]
 
 
 def _all_confirmed(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:
@@ -309,6 +361,9 @@ def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_string("run", None, "Folder of a training run.", required=True)
     flags.DEFINE_list("task", ["all"], "Names, .jsonl or .py files, or all.")
+    flags.DEFINE_string(
+        "name", "", "Name of the circuits, where a task has several: they are stored as circuits/TASK@NAME."
+    )
     flags.DEFINE_string(
         "storage", None, "Share the work with all workers that are given the same file or database URL."
     )

@@ -57,15 +57,18 @@ _EASY = 0.1
 # Runs -------------------------------------------------------------------------------------------------
 
 
-def entry(folder: pathlib.Path, *, pairs: int) -> Entry:
-    """Returns the results of a run; its model is scored on `pairs` pairs of each task's report split."""
+def entry(folder: pathlib.Path, *, pairs: int, circuits: str = "") -> Entry:
+    """Returns the results of a run; its model is scored on `pairs` pairs of each task's report split.
+
+    The circuits are those of a name, or those without one.
+    """
     config = runs.read_config(folder)
-    record = records.read(folder, pairs=pairs)
+    record = records.read(folder, pairs=pairs, name=circuits)
     return {
         "name": name(config),
         "seed": config.seed,
         "config": _telling(config),
-        "prune": _prune_recipe(folder / "circuits"),
+        "prune": _prune_recipe(folder / "circuits", circuits),
         **record,
     }
 
@@ -94,9 +97,10 @@ def _telling(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _prune_recipe(circuits: pathlib.Path) -> str:
+def _prune_recipe(folder: pathlib.Path, circuits: str) -> str:
     """Returns the name of the recipe by whose settings a run was pruned, "" for none or for others."""
-    made = [Status.load(path.parent).settings for path in sorted(circuits.glob("*/status.json"))]
+    found = [Status.load(path.parent) for path in sorted(folder.glob("*/status.json"))]
+    made = [status.settings for status in found if status.name == circuits]
     for recipe in recipes.names("prune"):
         settings = to_dict(from_dict(Settings, recipes.load(recipe, "prune").to_dict()))
         if made and all(used == settings for used in made):
@@ -386,7 +390,7 @@ def main(argv: Sequence[str]) -> int:
     entries = read(path)
     new = []
     for folder in (found for given in options.add for found in run_folders(pathlib.Path(given))):
-        new.append(entry(folder, pairs=options.pairs))
+        new.append(entry(folder, pairs=options.pairs, circuits=options.circuits))
         log.info("%s: %s, seed %d", folder, new[-1]["name"], new[-1]["seed"])
     entries = merged(entries, new)
     texts = {}
@@ -406,6 +410,7 @@ def main(argv: Sequence[str]) -> int:
 def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_list("add", [], "Run folders, or folders with runs in them, whose results are taken in.")
+    flags.DEFINE_string("circuits", "", "Which circuits of added runs: those of this name, see prune --name.")
     flags.DEFINE_integer("pairs", 128, "Pairs of the report split to score added models on.", lower_bound=1)
     flags.DEFINE_string("json", "docs/results.json", "Where results are kept.")
     flags.DEFINE_list("docs", ["README.md", "docs/results.md"], "Documents whose tables are written.")

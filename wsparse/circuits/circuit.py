@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import TYPE_CHECKING, Any
 import zipfile
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from wsparse import files
 from wsparse.config import ModelConfig, from_dict, to_dict
-from wsparse.errors import UserError
+from wsparse.errors import UserError, quoted
 from wsparse.nodes import CONNECTIONS, NODES, Node
 
 if TYPE_CHECKING:
@@ -34,7 +35,33 @@ NOT_FOUND = "not found"
 _FORMERLY = {"above target on the report split": NOT_CONFIRMED}
 
 _JSON, _ARRAYS, _STATUS = "circuit.json", "circuit.npz", "status.json"
+# Between a task and the name of one of its circuits.
+_AT, _NAME = "@", re.compile(r"[A-Za-z0-9_-]+")
 _ARRAY_FIELDS = ("means", "tau", "removed")
+
+
+def joined(task: str, name: str) -> str:
+    """Returns the name of a circuit in its run, which is that of its folder: "TASK", or "TASK@NAME"."""
+    return f"{task}{_AT}{name}" if name else task
+
+
+def split(full_name: str) -> tuple[str, str]:
+    """Returns the task, or the file of one, and the name, which may be empty, of "TASK@NAME"."""
+    task, at, name = full_name.rpartition(_AT)
+    # The path of a file may have the sign as well.
+    return (task, name) if at and _NAME.fullmatch(name) else (full_name, "")
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of a circuit."""
+    if name and not _NAME.fullmatch(name):
+        raise UserError(f"a circuit's name must be of letters, digits, _ and -, got {quoted(name)}")
+
+
+def _name_of(folder: pathlib.Path, task: str) -> str:
+    """Returns the name that a circuit's folder gives it."""
+    _, found, name = folder.resolve().name.partition(f"{task}{_AT}")
+    return name if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +214,7 @@ class Status:
       digest: `trees.digest` of the model's parameters.
       hint: What would have a circuit looked for, where none was.
       settings: Settings of the procedure.
+      name: Which of the task's circuits it is about; its folder says it, not its file.
     """
 
     task: str
@@ -195,6 +223,12 @@ class Status:
     hint: str = ""
     digest: str = ""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """Name of the circuit in its run: "TASK", or "TASK@NAME"."""
+        return joined(self.task, self.name)
 
     @property
     def has_circuit(self) -> bool:
@@ -204,7 +238,9 @@ class Status:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it into a circuit's folder."""
         files.make_folder(folder)
-        files.write_json(pathlib.Path(folder) / _STATUS, to_dict(self))
+        values = to_dict(self)
+        del values["name"]
+        files.write_json(pathlib.Path(folder) / _STATUS, values)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Status:
@@ -212,7 +248,11 @@ class Status:
         path = pathlib.Path(folder) / _STATUS
         try:
             status = from_dict(cls, files.read_json(path))
-            return dataclasses.replace(status, status=_FORMERLY.get(status.status, status.status))
+            return dataclasses.replace(
+                status,
+                status=_FORMERLY.get(status.status, status.status),
+                name=_name_of(path.parent, status.task),
+            )
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}; remove it and prune the task again") from error
 
@@ -232,6 +272,7 @@ class Circuit:
       means: Location -> float32 `(L, N)`, the values of removed nodes.
       tau: Location -> float32 `(L, N)`.
       removed: Kernel path -> bool `(L, in, out)`, the cut weights.
+      name: Which of its task's circuits it is; its folder says it, not its file.
     """
 
     task: str
@@ -250,12 +291,18 @@ class Circuit:
     means: dict[str, np.ndarray]
     tau: dict[str, np.ndarray]
     removed: dict[str, np.ndarray]
+    name: str = ""
 
     def __repr__(self) -> str:
         return (
-            f"Circuit(task={self.task!r}, nodes={len(self.nodes)}, edges={len(self.edges)}, "
+            f"Circuit(task={self.full_name!r}, nodes={len(self.nodes)}, edges={len(self.edges)}, "
             f"loss={self.loss:.3f}, status={self.status!r})"
         )
+
+    @property
+    def full_name(self) -> str:
+        """Name of the circuit in its run: "TASK", or "TASK@NAME"."""
+        return joined(self.task, self.name)
 
     @property
     def status(self) -> str:
@@ -288,7 +335,7 @@ class Circuit:
         digest = trees.digest(params)
         if digest != self.model_digest:
             raise UserError(
-                f"the circuit of {self.task!r} belongs to parameters {self.model_digest[:12]}, these are "
+                f"the circuit of {self.full_name!r} belongs to parameters {self.model_digest[:12]}, these are "
                 f"{digest[:12]}: prune this run again, or use the run it came from"
             )
 
@@ -299,6 +346,7 @@ class Circuit:
         # A subclass may have further fields.
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Circuit)}
         values: dict[str, Any] = dataclasses.asdict(Circuit(**own))
+        del values["name"]
         arrays = {
             f"{kind}/{name}": array for kind in _ARRAY_FIELDS for name, array in values.pop(kind).items()
         }
@@ -328,6 +376,7 @@ class Circuit:
                 kind, _, name = key.partition("/")
                 arrays.get(kind, {})[name] = array
             circuit = from_dict(cls, values | arrays)
+            circuit = dataclasses.replace(circuit, name=_name_of(folder, circuit.task))
             _check(circuit)
         except UserError as error:
             raise UserError(f"the circuit in {folder} is damaged: {error}; prune the task again") from error

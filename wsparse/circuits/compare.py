@@ -30,11 +30,12 @@ class Pruned(NamedTuple):
     summary: dict[str, Any]
 
 
-def read(folder: pathlib.Path) -> Pruned:
-    """Returns the circuits of a run, and its training summary."""
-    rows = report.collect(folder / "circuits")
+def read(folder: pathlib.Path, name: str = "") -> Pruned:
+    """Returns the circuits of a run that have a name, or none, and its training summary."""
+    rows = report.collect_named(folder / "circuits", name)
     if not rows:
-        raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}")
+        flag = f" --name={name}" if name else ""
+        raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}{flag}")
     return Pruned(folder, {r["task"]: r for r in rows}, report.training_summary(folder))
 
 
@@ -120,11 +121,11 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(folders: Sequence[str], out: str | None = None) -> None:
+def run(folders: Sequence[str], out: str | None = None, name: str = "") -> None:
     """Log the table of two runs, and write it and the curves into `out` or the first run's circuits."""
     if len(folders) != 2:
         raise UserError(f"--runs must be two run folders, A,B, got {len(folders)}")
-    runs = [read(pathlib.Path(folder)) for folder in folders]
+    runs = [read(pathlib.Path(folder), name) for folder in folders]
     result = _compare(*runs)
     log.info("%s", text(result))
     path = pathlib.Path(out) if out else runs[0].folder / "circuits"
@@ -139,7 +140,7 @@ def run(folders: Sequence[str], out: str | None = None) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run the command; see the module's docstring."""
     del argv
-    run(flags.FLAGS.runs, flags.FLAGS.out)
+    run(flags.FLAGS.runs, flags.FLAGS.out, flags.FLAGS.name)
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
@@ -156,6 +157,7 @@ def joined(arguments: Sequence[str]) -> list[str]:
 def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_list("runs", None, "Two run folders, both pruned: A,B.", required=True)
+    flags.DEFINE_string("name", "", "Compare the circuits of this name, see prune --name.")
     flags.DEFINE_string("out", None, "Folder for compare.json and .png; the first run's circuits by default.")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from wsparse import model, runs, trees
 from wsparse.circuits import evidence_file, excerpts, graph, masks, model_file, report, scoring, tasks
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import Circuit, split
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
@@ -163,11 +163,11 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
     text = read_text(run, options.source)
     store_model(run)
     for number, circuit in enumerate(circuits, start=1):
-        log.info("[%d/%d] %s: measuring evidence", number, len(circuits), circuit.task)
+        log.info("[%d/%d] %s: measuring evidence", number, len(circuits), circuit.full_name)
         task = known[circuit.task]
         pairs = report_pairs(run, circuit, task)
         evidence = measure(run, circuit, pairs, text, summary=task.summary, options=options)
-        evidence.save(folder / "circuits" / circuit.task)
+        evidence.save(folder / "circuits" / circuit.full_name)
     return len(circuits)
 
 
@@ -186,7 +186,8 @@ def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, 
     Raises:
       UserError: The task of a circuit is not among them.
     """
-    of_files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
+    sources = [split(name)[0] for name in names]
+    of_files = [tasks.find(source) for source in sources if source.endswith((".jsonl", ".py"))]
     known = tasks.TASKS | {task.name: task for task in of_files}
     for circuit in circuits:
         if circuit.task not in known:

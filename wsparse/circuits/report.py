@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wsparse import files, plots
-from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, Circuit, Status
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, Circuit, Status, joined, split
 from wsparse.errors import UserError, closest
 from wsparse.nodes import Node
 
@@ -19,7 +19,7 @@ from wsparse.nodes import Node
 def row(status: Status, circuit: Circuit | None) -> dict[str, Any]:
     """Returns the table's row of one task."""
     values = {
-        "task": status.task,
+        "task": status.full_name,
         "status": status.status if circuit is None else circuit.status,
         "model_loss": status.model.loss,
         "model_accuracy": status.model.accuracy,
@@ -67,26 +67,53 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row, _ in read(folder)]
 
 
+def collect_named(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
+    """Returns the rows of the circuits of one name, "" for those without one, by their tasks alone."""
+    rows = [(row, *split(row["task"])) for row in collect(folder)]
+    return [row | {"task": task} for row, task, found in rows if found == name]
+
+
 def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[Circuit]]:
     """Returns the rows of tasks of a run, given by name, by file or as "all", and their circuits.
 
-    A circuit without nodes is left out: it says that a constant reaches the target.
+    "TASK" is the circuit without a name, "TASK@NAME" another one of the task, "all" are all circuits,
+    "all@NAME" those of one name. A circuit without nodes is left out: it says that a constant reaches the target.
     """
     tasks = read(folder / "circuits")
-    stems = {pathlib.Path(name).stem for name in names}
-    if "all" not in stems:
+    wanted = set(map(name_in_run, names))
+    if "all" not in wanted:
         known = [row["task"] for row, _ in tasks]
-        for name in sorted(stems.difference(known)):
+        for name in sorted(wanted.difference(known, map(_all_of_its_name, known))):
             raise UserError(
                 f"{folder} has no circuit of {name!r}{closest(name, known)}: "
-                f"python -m wsparse.prune --run={folder} --task={name}"
+                f"python -m wsparse.prune --run={folder} {_flags_of(name)}"
             )
-        tasks = [(row, circuit) for row, circuit in tasks if row["task"] in stems]
+        tasks = [
+            (row, circuit)
+            for row, circuit in tasks
+            if row["task"] in wanted or _all_of_its_name(row["task"]) in wanted
+        ]
     circuits = [circuit for _, circuit in tasks if circuit is not None and circuit.nodes]
     if not circuits:
         tried = f" ({len(tasks)} tasks were tried, and none was found)" if tasks else ""
         raise UserError(f"{folder} has no circuits{tried}: python -m wsparse.prune --run={folder} --task=all")
     return [row for row, _ in tasks], circuits
+
+
+def name_in_run(given: str) -> str:
+    """Returns the name of a circuit in its run for "TASK", "TASK@NAME", "FILE.jsonl" or "FILE.jsonl@NAME"."""
+    task, name = split(given)
+    return joined(pathlib.Path(task).stem, name)
+
+
+def _all_of_its_name(full_name: str) -> str:
+    return joined("all", split(full_name)[1])
+
+
+def _flags_of(full_name: str) -> str:
+    """Returns the flags of `prune` that look for a circuit."""
+    task, name = split(full_name)
+    return f"--task={task} --name={name}" if name else f"--task={task}"
 
 
 def summary(circuit: Circuit) -> str:
@@ -110,7 +137,7 @@ def summary(circuit: Circuit) -> str:
 
 def text(circuit: Circuit) -> str:
     """Returns each node in the model's order, and the weighted sum that it is; constants are left out."""
-    title = f"{circuit.task}, {circuit.form}"
+    title = f"{circuit.full_name}, {circuit.form}"
     lines = [title, summary(circuit), "", f"{'node':<22}{'importance':>10}   made of"]
     incoming: dict[str, list[str]] = {node.name: [] for node in circuit.nodes}
     for edge in circuit.edges:
@@ -156,12 +183,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{line}  *" if r["status"] == NOT_CONFIRMED else line)
     found = [r for r in rows if "edges" in r]
     confirmed = sum(r["status"] == FOUND for r in found)
-    lines.append(f"confirmed on the report split: {confirmed} of {len(found)} circuits, {len(rows)} tasks")
-    targets = sorted({r["target"] for r in rows if "edges" in r})
-    for target in targets:
-        same = [r for r in rows if r.get("target") == target]
+    tasks = len({split(r["task"])[0] for r in rows})
+    lines.append(f"confirmed on the report split: {confirmed} of {len(found)} circuits, {tasks} tasks")
+    groups = sorted({(split(r["task"])[1], r["target"]) for r in found})
+    for name, target in groups:
+        same = [r for r in found if (split(r["task"])[1], r["target"]) == (name, target)]
         means = [geometric_mean([r[key] for r in same]) for key in ("edges", "edges_between_nodes")]
-        at = f" with target {target:.3g}" if len(targets) > 1 else ""
+        at = f" named {name}" if name else ""
+        at += f" with target {target:.3g}" if len(groups) > 1 else ""
         lines.append(
             f"geometric mean over {len(same)} tasks{at}: {means[0]:.1f} edges "
             f"({means[1]:.1f} with every weight between the kept nodes)"

@@ -38,7 +38,9 @@ METRICS = {
 _SUMMARY = ("val_loss", "nonzeros", "parameters", "tokens_per_s", "steps", "seconds")
 
 
-def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = ()) -> dict[str, Any]:
+def read(
+    folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: str = ""
+) -> dict[str, Any]:
     """Returns the results of a run that is complete.
 
     Its model is scored on pairs of the report split of every built-in task.
@@ -46,6 +48,7 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = ()) -> dic
     Args:
       pairs: How many pairs of each task.
       chosen: Names or files of further tasks.
+      name: Name of the circuits that are taken in, where tasks have several.
 
     Raises:
       UserError: The folder is not a run, or training is not complete.
@@ -60,7 +63,7 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = ()) -> dic
         of_task["report"].task: tasks.score(run.params, run.config.model, of_task["report"])[0]
         for of_task in built
     }
-    rows = report.collect(folder / "circuits")
+    rows = report.collect_named(folder / "circuits", name)
     return {key: summary[key] for key in _SUMMARY} | {
         # Runs of earlier versions do not say where they were.
         "machine": summary.get("machine", processes.machine()),

@@ -87,7 +87,7 @@ def attack(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Att
     points = list(_points(margins, texts))
     rng = np.random.default_rng(options.seed)
     return Attack(
-        task=circuit.task,
+        task=circuit.full_name,
         circuit=circuit.digest,
         model=circuit.model_digest,
         n_texts=len(texts),
