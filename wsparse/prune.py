@@ -74,7 +74,8 @@ def run(
       name: Name of the circuits, where a task has several.
 
     Raises:
-      UserError: The name cannot be one, the folder is not a run, another process prunes it, or no task can be built for it.
+      UserError: The name cannot be one, the folder is not a run, another process prunes it, or no task can
+        be built for it.
     """
     check_name(name)
     trained = runs.load(folder)

@@ -1,7 +1,8 @@
 """Show a run's circuits in a browser: `python -m wsparse.view --run=runs/tiny [--out=report.html]`.
 
-Writes one HTML file that needs no server and no network: a table of all tasks, each circuit as a graph, and
-what every node does. The circuits and what is shown of them come from `python -m wsparse.prune`.
+Writes one HTML file that needs no server and no network: a table of all tasks, what their circuits share,
+each circuit as a graph, and what every node does. `--with=RUN2,RUN3` puts the circuits of further runs beside
+them. The circuits and what is shown of them come from `python -m wsparse.prune`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ from wsparse import files
 from wsparse.command import run_command
 from wsparse.config import describe
 from wsparse.errors import UserError
-from wsparse.viewer import contents, page
+from wsparse.viewer import contents, page, several
 
 log = logging.getLogger(__name__)
 
 
-def write(folder: pathlib.Path, out: pathlib.Path, options: contents.Options) -> pathlib.Path:
-    """Write the page of the run in `folder` to the file `out`, and return `out`."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a run folder: name one that train has written")
+def write(
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    options: contents.Options,
+    others: Sequence[pathlib.Path] = (),
+) -> pathlib.Path:
+    """Write the page of the run in `folder`, and of others beside it, to the file `out`, and return `out`."""
+    for each in (folder, *others):
+        if not each.is_dir():
+            raise UserError(f"{each} is not a run folder: name one that train has written")
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"cannot write {out}: --out must be a file in a folder that can be written to")
-    data = contents.read_run(folder, options)
-    text = page.render(data, title=f"{data['run']['name']}: circuits")
+    data = several.read([folder, *others], options)
+    names = [each["run"]["name"] for each in (data, *data["others"])]
+    text = page.render(data, title=f"{', '.join(names)}: circuits")
     with files.replacing(out) as part:
         part.write_text(text, encoding="utf-8")
     log.info("written to %s (%.1f MB): open it in a browser", out, out.stat().st_size / 1e6)
@@ -51,12 +59,15 @@ def main(argv: Sequence[str]) -> None:
         folder,
         pathlib.Path(options.out or folder / "report.html"),
         contents.Options(task=tuple(options.task), pairs=options.pairs, max_nodes=options.max_nodes),
+        # Its name is a word of the language.
+        list(map(pathlib.Path, options["with"].value)),
     )
 
 
 def _define_flags() -> None:
     defaults = contents.Options()
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
+    flags.DEFINE_list("with", [], "Folders of further runs, whose circuits are shown beside the run's.")
     flags.DEFINE_string("out", None, "The HTML file; report.html in the run's folder by default.")
     flags.DEFINE_list("task", list(defaults.task), "Names of tasks, or all: every task that has a circuit.")
     flags.DEFINE_string("source", None, "Is an option of the evidence: wsparse.prune --evidence --source=...")

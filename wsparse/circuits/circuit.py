@@ -335,8 +335,8 @@ class Circuit:
         digest = trees.digest(params)
         if digest != self.model_digest:
             raise UserError(
-                f"the circuit of {self.full_name!r} belongs to parameters {self.model_digest[:12]}, these are "
-                f"{digest[:12]}: prune this run again, or use the run it came from"
+                f"the circuit of {self.full_name!r} belongs to parameters {self.model_digest[:12]}, these "
+                f"are {digest[:12]}: prune this run again, or use the run it came from"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -77,7 +77,8 @@ def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, A
     """Returns the rows of tasks of a run, given by name, by file or as "all", and their circuits.
 
     "TASK" is the circuit without a name, "TASK@NAME" another one of the task, "all" are all circuits,
-    "all@NAME" those of one name. A circuit without nodes is left out: it says that a constant reaches the target.
+    "all@NAME" those of one name. A circuit without nodes is left out: it says that a constant reaches the
+    target.
     """
     tasks = read(folder / "circuits")
     wanted = set(map(name_in_run, names))

@@ -38,9 +38,7 @@ METRICS = {
 _SUMMARY = ("val_loss", "nonzeros", "parameters", "tokens_per_s", "steps", "seconds")
 
 
-def read(
-    folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: str = ""
-) -> dict[str, Any]:
+def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: str = "") -> dict[str, Any]:
     """Returns the results of a run that is complete.
 
     Its model is scored on pairs of the report split of every built-in task.

@@ -15,12 +15,12 @@ import numpy as np
 from wsparse.circuits import evidence_file, report
 from wsparse.circuits.audits import report as audit_report
 from wsparse.circuits.audits.record import Audit
-from wsparse.circuits.circuit import Circuit, Status
+from wsparse.circuits.circuit import Circuit, Status, split
 from wsparse.circuits.evidence_file import Evidence
 from wsparse.config import check, require, setting, to_dict
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
-from wsparse.viewer import live
+from wsparse.viewer import live, overlap
 from wsparse.viewer.page import packed, raw, render
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,31 @@ class Shown(NamedTuple):
     audit: Audit | None = None
 
 
+class Reading(NamedTuple):
+    """What was read of a run for its page: see the arguments of `contents`."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    shown: list[Shown]
+    summary: dict[str, Any]
+    folder: pathlib.Path
+
+
 def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
     """Returns the data of a run's page."""
+    found = read(folder, options)
+    return contents(found.name, found.rows, found.shown, found.summary, options, found.folder)
+
+
+def read(folder: pathlib.Path, options: Options) -> Reading:
+    """Returns what a run's page is made of."""
     rows, circuits = report.select(folder, options.task)
-    evidence = {c.task: Evidence.load(folder / "circuits" / c.task, c) for c in circuits}
+    places = {c.full_name: folder / "circuits" / c.full_name for c in circuits}
+    evidence = {c.full_name: Evidence.load(places[c.full_name], c) for c in circuits}
     shown = [
-        Shown(c, found, Audit.load(folder / "circuits" / c.task, circuit=c.digest))
+        Shown(c, found, Audit.load(places[c.full_name], circuit=c.digest))
         for c in circuits
-        if (found := evidence[c.task]) is not None
+        if (found := evidence[c.full_name]) is not None
     ]
     if without := [task for task, found in evidence.items() if found is None]:
         command = f"python -m wsparse.prune --run={folder} --evidence"
@@ -70,7 +87,7 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
         log.info("note: %s", missing)
     log.info("%s: %d circuits of %d tasks", folder, len(shown), len(rows))
     summary = report.training_summary(folder)
-    return contents(folder.resolve().name, rows, shown, summary, options, folder / "circuits")
+    return Reading(folder.resolve().name, rows, shown, summary, folder / "circuits")
 
 
 def circuit_page(folder: str | os.PathLike[str]) -> str:
@@ -85,7 +102,7 @@ def circuit_page(folder: str | os.PathLike[str]) -> str:
     rows = [report.row(Status.load(folder), circuit)]
     shown = Shown(circuit, evidence, Audit.load(folder, circuit=circuit.digest))
     data = contents(name, rows, [shown], {}, Options(), folder.parent)
-    return render(data | {"opens": circuit.task}, title=f"{circuit.task} in {name}")
+    return render(data | {"opens": circuit.full_name}, title=f"{circuit.full_name} in {name}")
 
 
 def contents(
@@ -102,13 +119,14 @@ def contents(
       folder: The run's folder `circuits`, which may hold the model.
     """
     texts: list[dict[str, Any]] = []
-    circuits = {s.circuit.task: _circuit(s, texts, options) for s in shown}
+    circuits = {s.circuit.full_name: _circuit(s, texts, options) for s in shown}
     running, static = _live(folder, shown, circuits)
     for task, circuit in circuits.items():
         for note in circuit["notes"]:
             log.info("note: %s: %s", task, note)
-    about = {s.circuit.task: s.evidence.summary for s in shown}
-    edges = [row["edges"] for row in rows if "edges" in row]
+    about = {s.circuit.full_name: s.evidence.summary for s in shown}
+    # Further circuits of a task would count it more than once.
+    edges = [row["edges"] for row in rows if "edges" in row and not split(row["task"])[1]]
     return {
         "schema": SCHEMA,
         "opens": None,
@@ -126,12 +144,15 @@ def contents(
             }
             for location, kind in NODES.items()
         },
-        "mean_edges": report.geometric_mean(edges),
+        "mean_edges": report.geometric_mean(edges) if edges else None,
         "tasks": [row | {"summary": about.get(row["task"], "")} for row in rows],
         "circuits": circuits,
         "texts": texts,
         "live": running,
         "static": static,
+        "others": [],
+        "comparison": None,
+        "overlap": overlap.contents({s.circuit.full_name: s.circuit for s in shown}),
         "tokens": {token: t for s in shown for token, t in s.evidence.token_texts.items()},
     }
 
@@ -147,7 +168,7 @@ def _live(
         log.info("note: the page cannot run the model: %s", reason)
         return None, str(reason)
     for circuit, evidence, _ in shown:
-        circuits[circuit.task]["live"] = live.of_circuit(model, circuit, evidence, found)
+        circuits[circuit.full_name]["live"] = live.of_circuit(model, circuit, evidence, found)
     return found, ""
 
 
@@ -185,6 +206,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "prefix": [[prefix.nodes, prefix.loss] for prefix in evidence.prefix],
         "answer_weights": {"tokens": evidence.answers, "weights": weights} if evidence.answers else None,
         "text": _text(evidence, len(nodes), texts),
+        "run": 0,
         "live": None,
         **_prompts(evidence, list(index), options.pairs),
     }

@@ -80,26 +80,26 @@ const KINDS = Object.fromEntries(Object.entries(data.locations).map(([location, 
   reads: channels === 'read', writes: channels === 'residual', inHead: channels === 'heads', neuron: channels === 'neurons',
 }]));
 
-/** What a node's name says: "0.attn.q.17". */
-function parse(name) {
+/** What a node's name says in a model: "0.attn.q.17". */
+function parse(name, model = data.run.model) {
   const [layer, part, kind, channel] = name.split('.');
   const location = `${part}.${kind}`;
-  const node = { name, location, layer: +layer, channel: +channel, ...KINDS[location] };
-  node.head = node.inHead ? Math.floor(node.channel / data.run.model.d_head) : null;
+  const node = { name, location, layer: +layer, channel: +channel, model, ...KINDS[location] };
+  node.head = node.inHead ? Math.floor(node.channel / model.d_head) : null;
   // Channels above the residual stream's are the concatenated positions.
-  node.position = node.reads && node.channel >= data.run.model.d_model;
+  node.position = node.reads && node.channel >= model.d_model;
   node.label = `${node.short}${node.channel}`;
   return node;
 }
 
 function describe(node) {
   if (node.inHead) {
-    const j = node.channel % data.run.model.d_head;
+    const j = node.channel % node.model.d_head;
     return `layer ${node.layer}, head ${node.head}, ${node.what} channel ${j}`;
   }
   if (node.neuron) return `layer ${node.layer}, neuron ${node.channel}`;
   const channel = node.position
-    ? `position channel ${node.channel - data.run.model.d_model}`
+    ? `position channel ${node.channel - node.model.d_model}`
     : `residual channel ${node.channel}`;
   return `layer ${node.layer}, ${channel}, ${node.what}`;
 }
@@ -118,7 +118,7 @@ function circuitOf(task) {
   const raw = data.circuits[task];
   const text = data.texts[raw.text];
   const nodes = raw.nodes.map((each, rank) => ({
-    ...parse(each.name), ...each, rank, about: text.nodes[each.name], in: [], out: [],
+    ...parse(each.name, RUNS[raw.run].run.model), ...each, rank, about: text.nodes[each.name], in: [], out: [],
   }));
   const edges = raw.edges.map(([source, target, weight]) => ({
     source: nodes[source], target: nodes[target], weight,

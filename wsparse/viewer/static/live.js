@@ -10,11 +10,11 @@ const MAX_PROMPT = 4000;
  */
 const live = {
   worker: null, id: 0, busy: false, waiting: null, asked: null, answer: null, losses: null, problem: null, at: null, past: [],
-  task: null, notify: () => {},
+  task: null, run: null, notify: () => {},
 };
 
 /** Whether the page can run the circuit. */
-const canRun = (circuit) => Boolean(data.live && circuit?.live);
+const canRun = (circuit) => Boolean(circuit?.live && RUNS[circuit.run].live);
 
 /** The edits that a text says, "0.attn.q.17=mean;0.attn.v.2>0.attn.resid_delta.5=set:0.25"; others are left out. */
 function readEdits(circuit, text) {
@@ -42,18 +42,25 @@ function answersOf(circuit, state) {
   return circuit.answer_weights?.tokens ?? [2 * state.pair, 2 * state.pair + 1].map((row) => circuit.rows[row].answer);
 }
 
-function startWorker() {
+/** Starts the worker of a run, in place of another one's. */
+function startWorker(run) {
+  if (live.worker) {
+    live.worker.onmessage = null;
+    live.worker.terminate();
+  }
+  Object.assign(live, { run, busy: false, waiting: null });
   const url = URL.createObjectURL(new Blob([byId('engine').textContent], { type: 'text/javascript' }));
   live.worker = new Worker(url);
   live.worker.onmessage = ({ data: answer }) => hear(answer);
   live.worker.onerror = (event) => hear({ kind: 'failed', id: live.id, reason: event.message });
-  const circuits = Object.fromEntries(Object.entries(data.circuits).map(([task, circuit]) => [task, circuit.live]));
-  live.worker.postMessage({ kind: 'load', live: data.live, circuits });
+  const own = Object.entries(data.circuits).filter(([, circuit]) => circuit.run === run);
+  const circuits = Object.fromEntries(own.map(([task, circuit]) => [task, circuit.live]));
+  live.worker.postMessage({ kind: 'load', live: RUNS[run].live, circuits });
 }
 
 function hear(answer) {
   if (answer.kind === 'loaded') {
-    answer.texts.forEach((text, id) => { data.tokens[id] ??= text; });
+    answer.texts.forEach((text, id) => { RUNS[live.run].tokens[id] ??= text; });
     return;
   }
   if (answer.id !== live.id) return;
@@ -81,7 +88,7 @@ function ask(circuit, state) {
   };
   const key = JSON.stringify(message);
   if (key === live.asked) return;
-  if (!live.worker) startWorker();
+  if (live.run !== circuit.run) startWorker(circuit.run);
   if (live.task !== circuit.task) Object.assign(live, { task: circuit.task, answer: null, losses: null, at: null, past: [] });
   if (live.answer && live.answer.text !== message.text) live.at = null;
   live.asked = key;

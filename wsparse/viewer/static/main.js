@@ -3,7 +3,7 @@
 const START = {
   task: data.opens, node: null, edge: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
   try: false, prompt: null, edits: '',
-  sort: 'edges', order: 'up', theme: 'auto',
+  sort: 'edges', order: 'up', theme: 'auto', with: null, overlap: 'nodes', location: null, all: false,
 };
 const THEMES = ['auto', 'light', 'dark'];
 const state = { ...START };
@@ -21,7 +21,9 @@ function read(fragment) {
     return given.has(name) && Number.isInteger(value) && value >= from && value <= to ? value : START[name];
   };
   if (circuit) {
-    if (circuit.byName.has(given.get('node'))) found.node = given.get('node');
+    const other = given.get('with');
+    if (data.overlap?.names.includes(other) && other !== task) found.with = other;
+    if ([task, found.with].some((name) => name && circuitOf(name).byName.has(given.get('node')))) found.node = given.get('node');
     else if (edgeOf(circuit, given.get('edge'))) found.edge = given.get('edge');
     found.keep = within('keep', 1, circuit.nodes.length);
     found.pair = within('pair', 0, circuit.rows.length / 2 - 1);
@@ -36,6 +38,9 @@ function read(fragment) {
   found.residual = given.get('residual') !== 'false';
   if (TABLE.some(([key]) => key === given.get('sort'))) found.sort = given.get('sort');
   if (given.get('order') === 'down') found.order = 'down';
+  if (given.get('overlap') === 'edges') found.overlap = 'edges';
+  if (Object.hasOwn(data.locations, given.get('location'))) found.location = given.get('location');
+  found.all = given.get('all') === 'true';
   if (THEMES.includes(given.get('theme'))) found.theme = given.get('theme');
   return found;
 }
@@ -52,7 +57,7 @@ function fragment(values) {
 
 // What belongs to one circuit alone.
 const OF_CIRCUIT = Object.fromEntries(
-  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits'].map((name) => [name, START[name]]),
+  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits', 'with'].map((name) => [name, START[name]]),
 );
 const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
 
@@ -82,15 +87,28 @@ function draw(changes = state) {
   byId('theme').textContent = { auto: '◐ auto', light: '☀ light', dark: '☾ dark' }[state.theme];
   byId('task').value = state.task ?? '';
   byId('overview').hidden = Boolean(state.task);
-  byId('circuit').hidden = !state.task;
+  byId('circuit').hidden = !state.task || Boolean(state.with);
+  byId('pair').hidden = !state.with;
+  paintBeside();
   hideTip();
-  if (!state.task) {
-    document.title = `${data.run.name}: circuits`;
+  if (!state.task || state.with) {
+    // The graph is drawn anew afterwards: both views place the same nodes.
     drawn = null;
+    if (state.with) {
+      document.title = `${state.task} and ${state.with}: circuits`;
+      drawPair(circuitOf(state.task), circuitOf(state.with), state, change);
+      return;
+    }
+    pair.drawn = null;
+    document.title = `${nameOfPage}: circuits`;
+    byId('facts').textContent = RUNS.length > 1 ? plural(RUNS.length, 'run') : aboutRun(RUNS[0]);
     drawOverview(state, change, hrefOf);
     return;
   }
+  pair.drawn = null;
   const circuit = circuitOf(state.task);
+  enter(circuit.run);
+  byId('facts').textContent = aboutRun(RUNS[circuit.run]);
   document.title = `${state.task} in ${data.run.name}${state.node ? `: ${state.node}` : ''}`;
   const keep = state.keep ?? keptAtFirst(circuit);
   const wanted = `${state.task} ${circuit.large ? keep : 'all'}`;
@@ -153,18 +171,12 @@ function openCircuit(circuit, keep) {
 }
 
 function start() {
-  const { run } = data;
-  const size = `${plural(run.model.n_layer, 'layer')} of width ${run.model.d_model}, ${plural(run.model.n_head, 'head')} of ${run.model.d_head}`;
-  const summary = [
-    size, run.summary.nonzeros ? `${run.summary.nonzeros.toLocaleString('en')} nonzero weights` : null,
-    run.summary.val_loss ? `held-out loss ${run.summary.val_loss.toFixed(3)}` : null, `step ${run.step}`,
-  ];
-  byId('home').textContent = run.name;
-  byId('facts').textContent = summary.filter(Boolean).join(' · ');
+  byId('home').textContent = nameOfPage;
   byId('task').append(el('option', { value: '' }, 'all tasks'),
     ...Object.keys(data.circuits).map((task) => el('option', { value: task }, task)));
-  byId('task').addEventListener('change', (event) => change({ task: event.target.value || null }, true));
-  byId('home').addEventListener('click', () => change({ task: null, node: null, edge: null }, true));
+  byId('task').addEventListener('change', (event) => chooseTask(event.target.value || null));
+  byId('with').addEventListener('change', (event) => change({ with: event.target.value || null, ...inBoth(event.target.value) }, true));
+  byId('home').addEventListener('click', () => change({ ...OF_CIRCUIT, task: null }, true));
   byId('theme').addEventListener('click', () => change({ theme: THEMES[(THEMES.indexOf(state.theme) + 1) % 3] }));
   byId('help-open').addEventListener('click', () => byId('help').showModal());
   const slide = (event) => {
@@ -176,6 +188,7 @@ function start() {
   byId('keep').addEventListener('input', slide);
   byId('keep').addEventListener('change', slide);
   listenToGraph();
+  listenToJumps();
   byId('try').addEventListener('click', toggleTry);
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
@@ -201,7 +214,8 @@ function start() {
   window.addEventListener('resize', () => {
     clearTimeout(wait);
     wait = setTimeout(() => {
-      if (state.task) show(state.view);
+      if (state.task && !state.with) show(state.view);
+      if (state.with) fitHalves(pair.halves);
       draw({});
     }, 100);
   });
@@ -223,7 +237,7 @@ function key(event) {
     const item = graph.items.get(state.node);
     change({ node: null, edge: null }, true);
     item?.focus({ preventScroll: true });
-  } else if (event.key === 't' && state.task && canRun(circuitOf(state.task))) toggleTry();
+  } else if (event.key === 't' && state.task && !state.with && canRun(circuitOf(state.task))) toggleTry();
   else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
   else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);
