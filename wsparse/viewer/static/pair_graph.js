@@ -86,7 +86,10 @@ function halfNode(node, { x, y }, shared, pick) {
   },
   svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
   svg('text', { 'text-anchor': 'middle', dy: '0.35em' }, node.label));
-  hover(item, () => [...nodeText(node), ...(shared ? [both ? 'in both circuits' : 'in this circuit alone'] : [])]);
+  hover(item, () => [
+    node.name, describe(node), `loss without it: ${signed(node.importance)} in the circuit`,
+    `${plural(node.in.length, 'edge')} in, ${node.out.length} out`, ...(shared ? [both ? 'in both circuits' : 'in this circuit alone'] : []),
+  ]);
   return item;
 }
 

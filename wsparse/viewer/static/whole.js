@@ -3,6 +3,8 @@
 const PARTS = [['nodes', 'nodes'], ['edges', 'edges']];
 // Rows of the table of nodes before the others are asked for.
 const USES_SHOWN = 60;
+// Circuits from which on the matrix is set closer.
+const MANY = 24;
 
 /** Everything below the table of tasks. */
 function drawWhole(state, change) {
@@ -59,6 +61,7 @@ function drawMatrix(state, change) {
     hover(item, () => (same ? [names[i]] : [`${names[i]} and ${names[j]}`]).concat(sharedText(i, j, state.overlap)));
     return item;
   };
+  byId('matrix').classList.toggle('many', names.length > MANY);
   byId('matrix').replaceChildren(
     el('thead', {}, el('tr', {}, el('td', {}), ...names.map((task) => el('th', { scope: 'col' }, el('span', {}, name(task)))))),
     el('tbody', {}, ...names.map((task, i) => el('tr', {}, el('th', { scope: 'row' }, name(task)), ...names.map((_, j) => cell(i, j))))));
