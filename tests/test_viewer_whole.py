@@ -247,6 +247,8 @@ def state(tab) -> dict[str, str]:
 def test_the_page_counts_statuses_and_its_matrix_has_the_overlaps(open_page, circuits):
     tab = open_page()
     assert "1 the model cannot do it" in tab.locator("#statuses").inner_text()
+    # Two circuits of a task are one task, and the one without a circuit counts.
+    assert tab.locator("#headline").inner_text().startswith("4 circuits of 4 tasks; geometric mean")
     names = tab.locator("#matrix tbody th").all_inner_texts()
     assert names == tab.locator("#matrix thead th").all_inner_texts() and set(names) == set(circuits)
     found = overlap.contents(circuits)
@@ -411,6 +413,7 @@ def test_the_table_of_nodes_is_sorted_filtered_and_opens_a_node_in_a_circuit(ope
 def test_the_runs_of_a_page_are_named_and_each_runs_its_own_model(open_page):
     tab = open_page("", "two")
     assert HOSTILE in tab.locator("#runs").inner_text() and "tiny" in tab.locator("#runs").inner_text()
+    assert "(4 tasks)" in tab.locator("#headline").inner_text()
     assert "a ratio of" in tab.locator("#comparison").inner_text()
     for task in ("tiny/quotes", "dense/quotes", "tiny/counting"):
         tab.locator("#task").select_option(task)

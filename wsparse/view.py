@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         pathlib.Path(options.out or folder / "report.html"),
         contents.Options(task=tuple(options.task), pairs=options.pairs, max_nodes=options.max_nodes),
         # Its name is a word of the language.
-        list(map(pathlib.Path, options["with"].value)),
+        list(map(pathlib.Path, getattr(options, "with"))),
     )
 
 

@@ -144,6 +144,7 @@ def contents(
             }
             for location, kind in NODES.items()
         },
+        "n_tasks": len({split(row["task"])[0] for row in rows}),
         "mean_edges": report.geometric_mean(edges) if edges else None,
         "tasks": [row | {"summary": about.get(row["task"], "")} for row in rows],
         "circuits": circuits,

@@ -12,7 +12,7 @@ from wsparse.errors import UserError
 from wsparse.viewer import contents, overlap
 
 # What a page has of each run; that of the first stands at the top of its data.
-_OF_RUN = ("run", "tokens", "live", "static", "mean_edges")
+_OF_RUN = ("run", "tokens", "live", "static", "mean_edges", "n_tasks")
 
 
 def read(folders: Sequence[pathlib.Path], options: contents.Options) -> dict[str, Any]:

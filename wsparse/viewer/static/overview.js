@@ -18,9 +18,9 @@ const WHOLE = new Set(['nodes', 'edges', 'all', 'attribution', 'seconds']);
 
 function drawOverview(state, change, hrefOf) {
   const withCircuit = data.tasks.filter((row) => data.circuits[row.task]);
-  const means = RUNS.map((each) => (RUNS.length > 1 ? `${number(each.mean_edges)} in ${each.run.name}` : number(each.mean_edges)));
-  byId('headline').textContent = `${plural(withCircuit.length, 'circuit')} of ${plural(data.tasks.length, 'task')}; `
-    + `geometric mean of edges ${means.join(', ')}. Losses are in nats, on the report split: prompts that the search has not seen.`;
+  const several = RUNS.length > 1;
+  const means = RUNS.map((each) => number(each.mean_edges) + (several ? ` in ${each.run.name} (${plural(each.n_tasks, 'task')})` : ''));
+  byId('headline').textContent = `${plural(withCircuit.length, 'circuit')}${several ? '' : ` of ${plural(data.n_tasks, 'task')}`}; geometric mean of edges ${means.join(', ')}. Losses are in nats, on the report split: prompts that the search has not seen.`;
   const value = TABLE.find(([key]) => key === state.sort)[2];
   const down = state.order === 'down';
   const rows = [...data.tasks].sort((a, b) => {

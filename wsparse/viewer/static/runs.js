@@ -1,6 +1,6 @@
 // The runs of the page. What `data` says of "the" run is of the one whose circuit is shown.
 
-const OF_RUN = ['run', 'tokens', 'live', 'static', 'mean_edges'];
+const OF_RUN = ['run', 'tokens', 'live', 'static', 'mean_edges', 'n_tasks'];
 const RUNS = [Object.fromEntries(OF_RUN.map((key) => [key, data[key]])), ...data.others];
 
 const enter = (index) => Object.assign(data, RUNS[index]);
