@@ -170,16 +170,16 @@ def _first_write(about: _Measured, name: str) -> Step:
     weights, last = about.nodes[name].answer_weights, len(about.tokens[0]) - 1
     first, second = (about.values[name][row][-1] for row in (0, 1))
     caption = (
-        f"{name} ({about.words(name)}). At the last token its value in the circuit is {_signed(first)} on the "
-        f"first prompt of this pair and {_signed(second)} on the second."
+        f"{name} ({about.words(name)}). At the last token its value in the circuit is {_signed(first)} on "
+        f"the first prompt of this pair and {_signed(second)} on the second."
     )
     if weights is not None and about.evidence.answers is not None:
         answers = [about.token(token) for token in about.evidence.answers]
         caption += (
             f" The unembedding, times the gain of the final norm, has {_signed(weights[0])} for the answer "
-            f"{answers[0]} and {_signed(weights[1])} for {answers[1]} in its channel. Of all nodes that write, "
-            "the difference of these two times the difference between the prompts is largest here, on average "
-            f"over {about.pairs} pairs."
+            f"{answers[0]} and {_signed(weights[1])} for {answers[1]} in its channel. Of all nodes that "
+            "write, the difference of these two times the difference between the prompts is largest here, on "
+            f"average over {about.pairs} pairs."
         )
     return Step(caption=f"{caption} {about.removed(name)}", node=name, pair=0, token=last)
 
@@ -194,8 +194,8 @@ def _edge(about: _Measured, edge: Edge, many: int) -> Step:
         edge=f"{edge.source}>{edge.target}",
         pair=0,
         caption=f"An edge of weight {_signed(edge.weight)} into {edge.target} from {edge.source} "
-        f"({about.words(edge.source)}). {which}. That change is {_plain(about.change(edge.source))}: the largest "
-        "difference between the two prompts at any token, in the circuit, on average over "
+        f"({about.words(edge.source)}). {which}. That change is {_plain(about.change(edge.source))}: the "
+        "largest difference between the two prompts at any token, in the circuit, on average over "
         f"{about.pairs} pairs. When the source alone is removed from the circuit the loss changes by "
         f"{_signed(about.importance[edge.source])}.",
     )
@@ -227,9 +227,9 @@ def _head(about: _Measured, value: Node) -> Step | None:
         node=max(scored, key=lambda name: about.importance[name]) if scored else str(value),
         pair=0,
         token=named[0][0],
-        caption=f"Head {number} of layer {value.layer} carries it. From the last token its largest attention, in "
-        f"the circuit, is {named[0][1]} in the first prompt of this pair and {named[1][1]} in the second. "
-        f"{len(inside)} of the head’s queries, keys and values are in the circuit.",
+        caption=f"{value} is a value of head {number} of layer {value.layer}. From the last token the "
+        f"head's largest attention, in the circuit, is {named[0][1]} in the first prompt of this pair and "
+        f"{named[1][1]} in the second. {len(inside)} of its queries, keys and values are in the circuit.",
     )
 
 
@@ -261,8 +261,8 @@ def _write(about: _Measured, writers: Sequence[str], read: str) -> Step:
         node=name,
         pair=0,
         caption=f"{read} reads residual channel {Node.parse(read).channel}, and {name} ({about.words(name)}) "
-        f"writes it. {which} between the two prompts: by {_plain(about.change(name))} at the token where they "
-        f"do most, on average over {about.pairs} pairs. {about.removed(name)}",
+        f"writes it. {which} between the two prompts: by {_plain(about.change(name))} at the token "
+        f"where they do most, on average over {about.pairs} pairs. {about.removed(name)}",
     )
 
 
@@ -295,8 +295,8 @@ def _embedding(about: _Measured, read: str) -> Step:
         node=read,
         pair=0,
         token=len(first) + apart[0] if apart else None,
-        caption=f"{read} ({about.words(read)}): no node of the circuit writes this channel before it with values "
-        f"that differ. {said}{differing} {about.removed(read)}",
+        caption=f"{read} ({about.words(read)}): no node of the circuit writes this channel before it with "
+        f"values that differ. {said}{differing} {about.removed(read)}",
     )
 
 
