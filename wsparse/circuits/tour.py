@@ -127,9 +127,7 @@ class _Measured:
 
     def removed(self, name: str) -> str:
         """Returns what its removal does, as a sentence."""
-        return (
-            f"When it alone is removed from the circuit the loss changes by {_signed(self.importance[name])}."
-        )
+        return f"Its removal changes the loss by {_signed(self.importance[name])}."
 
 
 def _overview(about: _Measured) -> Step:
@@ -139,9 +137,10 @@ def _overview(about: _Measured) -> Step:
         caption=f"{circuit.task}: {about.evidence.summary.rstrip('.')}. "
         f"The circuit has {len(circuit.nodes)} nodes and {len(circuit.edges)} edges. Alone, with everything "
         f"else at its mean, its loss is {circuit.loss:.3f} nats on the report split; that of the whole model "
-        f"is {scores.model.loss:.3f}, and chance is 0.693. This tour is made from measurements: from the "
-        "answers back to the embedding it follows what differs most between the two prompts of a pair. It "
-        "does not say what a node means.",
+        f"is {scores.model.loss:.3f}, and chance is 0.693. This tour is made from measurements in the "
+        "circuit and does not say what a node means: from the answers back to the embedding it follows what "
+        "changes most. A change is the largest difference of a node's values between the two prompts of a "
+        f"pair, at any token, averaged over {about.pairs} pairs; a removal puts one node at its mean.",
     )
 
 
@@ -170,34 +169,31 @@ def _first_write(about: _Measured, name: str) -> Step:
     weights, last = about.nodes[name].answer_weights, len(about.tokens[0]) - 1
     first, second = (about.values[name][row][-1] for row in (0, 1))
     caption = (
-        f"{name} ({about.words(name)}). At the last token its value in the circuit is {_signed(first)} on "
-        f"the first prompt of this pair and {_signed(second)} on the second."
+        f"{name} ({about.words(name)}) is {_signed(first)} at the last token of the first prompt of this "
+        f"pair and {_signed(second)} at that of the second."
     )
     if weights is not None and about.evidence.answers is not None:
         answers = [about.token(token) for token in about.evidence.answers]
         caption += (
-            f" The unembedding, times the gain of the final norm, has {_signed(weights[0])} for the answer "
-            f"{answers[0]} and {_signed(weights[1])} for {answers[1]} in its channel. Of all nodes that "
-            "write, the difference of these two times the difference between the prompts is largest here, on "
-            f"average over {about.pairs} pairs."
+            f" The unembedding, times the final gain, gives its channel {_signed(weights[0])} for the answer "
+            f"{answers[0]} and {_signed(weights[1])} for {answers[1]}. Of all that is written, the "
+            "difference of these two times the difference at the last token is largest here, averaged over all pairs."
         )
     return Step(caption=f"{caption} {about.removed(name)}", node=name, pair=0, token=last)
 
 
 def _edge(about: _Measured, edge: Edge, many: int) -> Step:
     which = (
-        f"Of the {many} edges into it, the size of the weight times the change of the source is largest here"
+        f"Of the {many} edges into its target, weight times change of the source is largest here."
         if many > 1
-        else "It is the only edge into it"
+        else "Its target has no other."
     )
     return Step(
         edge=f"{edge.source}>{edge.target}",
         pair=0,
-        caption=f"An edge of weight {_signed(edge.weight)} into {edge.target} from {edge.source} "
-        f"({about.words(edge.source)}). {which}. That change is {_plain(about.change(edge.source))}: the "
-        "largest difference between the two prompts at any token, in the circuit, on average over "
-        f"{about.pairs} pairs. When the source alone is removed from the circuit the loss changes by "
-        f"{_signed(about.importance[edge.source])}.",
+        caption=f"The edge {edge.source} ({about.words(edge.source)}) to {edge.target} has the weight "
+        f"{_signed(edge.weight)}. {which} The source changes by {_plain(about.change(edge.source))}. "
+        f"{about.removed(edge.source)}",
     )
 
 
@@ -227,9 +223,9 @@ def _head(about: _Measured, value: Node) -> Step | None:
         node=max(scored, key=lambda name: about.importance[name]) if scored else str(value),
         pair=0,
         token=named[0][0],
-        caption=f"{value} is a value of head {number} of layer {value.layer}. From the last token the "
-        f"head's largest attention, in the circuit, is {named[0][1]} in the first prompt of this pair and "
-        f"{named[1][1]} in the second. {len(inside)} of its queries, keys and values are in the circuit.",
+        caption=f"{value} is a value of head {number} of layer {value.layer}, of which {len(inside)} "
+        f"queries, keys and values are in the circuit. From the last token its largest attention is {named[0][1]} in "
+        f"the first prompt of this pair and {named[1][1]} in the second.",
     )
 
 
@@ -253,16 +249,15 @@ def _writers(about: _Measured, read: str) -> list[str]:
 def _write(about: _Measured, writers: Sequence[str], read: str) -> Step:
     name, many = writers[0], len(writers)
     which = (
-        f"Of the {many} nodes of the circuit that write it before, the values of this one differ most"
+        f"Of the {many} nodes of the circuit that write it before, this one changes most"
         if many > 1
-        else "It is the only node of the circuit that writes it before; its values differ"
+        else "No other node of the circuit writes it before; it changes"
     )
     return Step(
         node=name,
         pair=0,
-        caption=f"{read} reads residual channel {Node.parse(read).channel}, and {name} ({about.words(name)}) "
-        f"writes it. {which} between the two prompts: by {_plain(about.change(name))} at the token "
-        f"where they do most, on average over {about.pairs} pairs. {about.removed(name)}",
+        caption=f"{read} reads residual channel {Node.parse(read).channel}, which {name} "
+        f"({about.words(name)}) writes. {which}: by {_plain(about.change(name))}. {about.removed(name)}",
     )
 
 
@@ -295,8 +290,8 @@ def _embedding(about: _Measured, read: str) -> Step:
         node=read,
         pair=0,
         token=len(first) + apart[0] if apart else None,
-        caption=f"{read} ({about.words(read)}): no node of the circuit writes this channel before it with "
-        f"values that differ. {said}{differing} {about.removed(read)}",
+        caption=f"{read} ({about.words(read)}): no node of the circuit that changes writes this channel "
+        f"before it. {said}{differing} {about.removed(read)}",
     )
 
 
@@ -306,10 +301,10 @@ def _removal(about: _Measured) -> Step:
         node=name,
         pair=0,
         edits=(Edit(name=name, mode="mean"),),
-        caption=f"{name} ({about.words(name)}) is held at its mean, {_signed(node.mean)}. Of all nodes of "
-        "the circuit the loss grows most when this one is removed: it changes by "
-        f"{_signed(about.importance[name])} in the circuit, on all pairs of the report split, and by "
-        f"{_signed(node.from_model)} in the whole model, on {about.evidence.ablation_pairs} of them.",
+        caption=f"{name} ({about.words(name)}) is held at its mean, {_signed(node.mean)}. Of all removals "
+        f"this one makes the loss grow most: by {_signed(about.importance[name])} in the circuit, on all "
+        f"pairs of the report split, and by {_signed(node.from_model)} in the whole model, on "
+        f"{about.evidence.ablation_pairs} of them.",
     )
 
 
