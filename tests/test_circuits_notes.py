@@ -206,7 +206,7 @@ def test_a_first_tour_goes_from_the_answers_to_the_embedding_and_names_only_what
     assert overview.node is None and overview.edge is None and str(len(circuit.nodes)) in overview.caption
     assert "does not say what a node means" in overview.caption
     assert ".resid_delta." in (trail[0].node or "") and ".act_in." in (trail[-1].node or "")
-    assert any(step.node and ".attn.q." in step.node or ".attn.k." in str(step.node) for step in trail)
+    assert any(".attn.q." in str(step.node) or ".attn.k." in str(step.node) for step in trail)
     # Each edge leads into what the trail has reached: a node, or the source of the edge before.
     reached = {trail[0].node}
     for step in trail[1:]:

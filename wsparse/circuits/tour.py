@@ -177,7 +177,8 @@ def _first_write(about: _Measured, name: str) -> Step:
         caption += (
             f" The unembedding, times the final gain, gives its channel {_signed(weights[0])} for the answer "
             f"{answers[0]} and {_signed(weights[1])} for {answers[1]}. Of all that is written, the "
-            "difference of these two times the difference at the last token is largest here, averaged over all pairs."
+            "difference of these two times the difference at the last token is largest here, averaged over "
+            "all pairs."
         )
     return Step(caption=f"{caption} {about.removed(name)}", node=name, pair=0, token=last)
 
@@ -224,8 +225,8 @@ def _head(about: _Measured, value: Node) -> Step | None:
         pair=0,
         token=named[0][0],
         caption=f"{value} is a value of head {number} of layer {value.layer}, of which {len(inside)} "
-        f"queries, keys and values are in the circuit. From the last token its largest attention is {named[0][1]} in "
-        f"the first prompt of this pair and {named[1][1]} in the second.",
+        f"queries, keys and values are in the circuit. From the last token its largest attention is "
+        f"{named[0][1]} in the first prompt of this pair and {named[1][1]} in the second.",
     )
 
 

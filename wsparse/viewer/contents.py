@@ -61,7 +61,7 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
     """Returns the data of a run's page."""
     rows, circuits = report.select(folder, options.task)
     evidence = {c.task: Evidence.load(folder / "circuits" / c.task, c) for c in circuits}
-    notes = written.read(folder / "circuits", [c.task for c in circuits], options.notes)
+    notes = written.read({c.task: folder / "circuits" / c.task for c in circuits}, options.notes)
     shown = [
         Shown(c, found, Audit.load(folder / "circuits" / c.task, circuit=c.digest), notes.get(c.task))
         for c in circuits

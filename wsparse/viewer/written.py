@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import logging
 import pathlib
 from typing import Any
@@ -17,12 +17,11 @@ from wsparse.errors import UserError, closest, quoted
 log = logging.getLogger(__name__)
 
 
-def read(folder: pathlib.Path, tasks: Sequence[str], paths: Sequence[str]) -> dict[str, Notes]:
-    """Returns the notes on tasks of a run, by task.
+def read(places: Mapping[str, pathlib.Path], paths: Sequence[str]) -> dict[str, Notes]:
+    """Returns the notes on the circuits that are shown, by task.
 
     Args:
-      folder: The run's folder `circuits`, which may hold notes beside each circuit.
-      tasks: The tasks that are shown.
+      places: The folder of each task's circuit, which may hold notes.
       paths: Notes files to use instead, each for its own task.
 
     Raises:
@@ -31,18 +30,16 @@ def read(folder: pathlib.Path, tasks: Sequence[str], paths: Sequence[str]) -> di
     found: dict[str, Notes] = {}
     for path in paths:
         notes = Notes.load(path)
-        if notes.task not in tasks:
+        if notes.task not in places:
             raise UserError(
                 f"{path} has notes on the task {quoted(notes.task)}, of which no circuit is shown"
-                f"{closest(notes.task, tasks)}"
+                f"{closest(notes.task, places)}"
             )
         if notes.task in found:
             raise UserError(f"{path} is the second file with notes on {quoted(notes.task)}: give one")
         found[notes.task] = notes
-    for task in set(tasks) - set(found):
-        if (notes := beside(folder / task)) is not None:
-            found[task] = notes
-    return found
+    beside_them = {task: beside(folder) for task, folder in places.items() if task not in found}
+    return found | {task: notes for task, notes in beside_them.items() if notes is not None}
 
 
 def of_circuit(

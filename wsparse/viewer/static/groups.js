@@ -81,7 +81,7 @@ function paintNotes(circuit, { group: chosen }) {
     graph.items.get(name)?.append(svg('text', { class: 'label', 'text-anchor': 'middle', y: NODE.height / 2 + 11 }, clipped(label, 26)));
   }
   for (const name of pins) {
-    graph.items.get(name)?.append(svg('circle', { class: 'pin', cx: NODE.width / 2 - 2, cy: -NODE.height / 2 + 1, r: 4 }));
+    graph.items.get(name)?.append(svg('rect', { class: 'pin', x: NODE.width / 2 - 6, y: -NODE.height / 2 - 3, width: 8, height: 8, rx: 4 }));
   }
   // Those that have lost their name too.
   for (const name of new Set([...graph.named, ...Object.keys(labels)])) {

@@ -22,7 +22,7 @@ function read(fragment) {
   };
   if (circuit) {
     // Before what names a group or a step of them.
-    if (given.has('n') && !fragments.has(fragment)) adopt(circuit, given.get('n'));
+    if (given.has('n') && !addressed.has(given.get('n'))) adopt(circuit, given.get('n'));
     const notes = notesOf(found.task);
     if (notes.groups.some(({ name }) => name === given.get('group'))) found.group = given.get('group');
     else if (circuit.byName.has(given.get('node'))) found.node = given.get('node');
@@ -56,7 +56,10 @@ function fragment(values) {
     if (value !== start) parts.set(name, value);
   }
   const written = values.task ? shared(values.task) : '';
-  if (written) parts.set('n', written);
+  if (written) {
+    addressed.add(written);
+    parts.set('n', written);
+  }
   return `#${parts}`;
 }
 
@@ -68,10 +71,8 @@ const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
 
 /** Writes the state to the address. */
 function address(step = false) {
-  const shown = fragment(state);
-  fragments.add(shown);
   try {
-    history[step ? 'pushState' : 'replaceState'](null, '', shown);
+    history[step ? 'pushState' : 'replaceState'](null, '', fragment(state));
   } catch {
     // A page in the `srcdoc` of a frame has no address of its own.
   }

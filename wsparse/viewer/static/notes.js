@@ -10,8 +10,8 @@ const LONGEST_ADDRESS = 6000;
 // The page as it was written, before anything is drawn.
 const pristine = document.documentElement.cloneNode(true);
 const notebook = new Map();
-// Fragments that this page has put into the address: going back to one does not take notes back.
-const fragments = new Set();
+// What has been in the address of this page: going back to it does not take notes back.
+const addressed = new Set();
 
 /** The notes on a circuit as they are now. */
 function notesOf(task) {
@@ -90,6 +90,7 @@ function shared(task) {
 
 /** Takes the notes of an address; those on another circuit are left out, and that is said. */
 function adopt(circuit, text) {
+  addressed.add(text);
   const own = notesInFile(circuit.task);
   const refused = (remark) => { notesOf(circuit.task).remarks = [...own.remarks, remark]; };
   let short;
@@ -145,7 +146,7 @@ function pageWithNotes() {
 }
 
 /** Hands a text to the browser as a file to keep. */
-function save(name, type, text) {
+function keepFile(name, type, text) {
   const url = URL.createObjectURL(new Blob([text], { type }));
   el('a', { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60000);

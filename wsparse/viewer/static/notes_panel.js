@@ -108,8 +108,8 @@ function notesPanel(circuit, state, change) {
     groupsSection(circuit, notes, change),
     tourSection(circuit, notes, change),
     section('Keep', el('p', { class: 'quiet saved', role: 'status' }, savedText(circuit)), el('div', { class: 'controls' },
-      button('Download the page with the notes', () => save(fileName('html'), 'text/html', pageWithNotes())),
-      button('Download notes.json', () => save(fileName('json'), 'application/json', notesFile(circuit))),
+      button('Download the page with the notes', () => keepFile(fileName('html'), 'text/html', pageWithNotes())),
+      button('Download notes.json', () => keepFile(fileName('json'), 'application/json', notesFile(circuit))),
       button('Back to the page’s notes', () => {
         notebook.delete(circuit.task);
         change({ group: null, tour: null, only: false });
@@ -146,9 +146,10 @@ function pinsSection(circuit, notes, change) {
         change({ only: false });
       }),
       canRun(circuit) ? button('Hold the rest at its mean', () => {
-        live.past.push(state.edits);
+        const before = state.edits;
         const rest = circuit.nodes.filter(({ name }) => !notes.pins.includes(name));
         change({ try: true, edits: writeEdits(rest.map(({ name }) => ({ name, mode: 'mean' }))) }, true);
+        remember(before);
       }, { title: 'Runs the model with every other node of the circuit at its mean: Try it then shows the loss' }) : null),
     free.length ? el('div', { class: 'controls' },
       textInput('Name of the group', '', (text) => { wanted = text; }, { placeholder: 'name of the group' }),

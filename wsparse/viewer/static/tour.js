@@ -5,8 +5,10 @@ function stepState(circuit, at) {
   const { node, edge, pair, token, edits } = notesOf(circuit.task).tour[at];
   const running = edits.length > 0 && canRun(circuit);
   const shownPair = pair ?? state.pair;
+  const needed = 1 + (d3.max([node, ...(edge ?? '').split('>')], (name) => circuit.byName.get(name)?.rank) ?? -1);
   return {
-    tour: at, node, edge, group: null, pair: shownPair, token, second: 0, notes: false, only: false, keep: null,
+    tour: at, node, edge, group: null, pair: shownPair, token, second: 0, notes: false, only: false,
+    keep: needed > keptAtFirst(circuit) ? needed : null,
     edits: running ? writeEdits(edits) : '', try: running, ...(running ? { prompt: promptOf(circuit, 2 * shownPair) } : {}),
   };
 }
@@ -15,10 +17,12 @@ function stepState(circuit, at) {
 function goTo(circuit, at) {
   const { tour } = notesOf(circuit.task);
   if (at < 0 || at >= tour.length) return;
+  const before = state.edits;
   change(stepState(circuit, at), true);
+  if (!state.try) return;
   // The token of a typed prompt is no part of the address.
-  if (state.try) live.at = tour[at].token;
-  if (live.answer && state.try) live.notify();
+  live.at = tour[at].token;
+  remember(before);
 }
 
 function toggleTour(circuit) {
