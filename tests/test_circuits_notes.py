@@ -118,6 +118,14 @@ def test_a_notes_file_that_breaks_a_rule_is_refused_in_one_line(tmp_path, change
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
+def test_the_example_of_the_documentation_is_a_notes_file(tmp_path):
+    document = (pathlib.Path(__file__).parents[1] / "docs" / "viewer.md").read_text()
+    [example] = [text.split("```")[0] for text in document.split("```json\n")[1:]]
+    (tmp_path / FILE).write_text(example)
+    notes = Notes.load(tmp_path / FILE)
+    assert notes.labels and notes.groups and notes.pins and len(notes.tour) == 2
+
+
 # ---- Which circuit they are on ----
 
 

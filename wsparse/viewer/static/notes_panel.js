@@ -50,15 +50,16 @@ function hiddenNote(circuit, nodes, change) {
 }
 
 function groupPanel(circuit, group, change) {
-  const nodes = group.nodes.map((name) => circuit.byName.get(name));
+  const nodes = group.nodes.map((name) => circuit.byName.get(name)).sort((a, b) => a.rank - b.rank);
   const inside = new Set(nodes);
-  const table = (title, way, end) => {
+  const table = (title, way) => {
     const edges = crossing(nodes, inside, way);
     return edges.length ? el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length})`),
       el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
         el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)), el('td', { class: 'number' }, exact(edge.weight)),
         el('td', {}, link(edge.source, change), ' → ', link(edge.target, change)))))) : null;
   };
+  const outside = [table('In', 'in'), table('Out', 'out')].filter(Boolean);
   const pinned = group.nodes.every((name) => isPinned(circuit, name));
   return [
     el('div', { class: 'heading' }, el('h2', { class: 'words' }, group.name),
@@ -84,8 +85,8 @@ function groupPanel(circuit, group, change) {
         change(groupOf(circuit, group.nodes.find((name) => name !== node.name)) ? {} : { group: null });
       }, { class: 'link', 'aria-label': `Take ${node.name} out` })))),
     el('p', { class: 'quiet' }, 'Growth of the task loss when that node alone is removed; these do not add up.')),
-    section('Edges to what is outside', table('In', 'in', 'source'), table('Out', 'out', 'target')),
-  ].map((each) => each ?? '');
+    section('Edges to what is outside', ...(outside.length ? outside : [el('p', { class: 'quiet' }, 'None.')])),
+  ];
 }
 
 function savedText(circuit) {
