@@ -66,6 +66,14 @@ class _Measured:
         ends = np.cumsum([prompt.length for prompt in self.evidence.prompts])[:-1]
         return [each.tolist() for each in np.split(self.evidence.prompt_tokens_X, ends)]
 
+    @functools.cached_property
+    def writers(self) -> dict[str, list[str]]:
+        """Read -> the writes of its channel of the residual stream before it."""
+        found: dict[str, list[str]] = {}
+        for source, target in residual_links(list(self.nodes)):
+            found.setdefault(target, []).append(source)
+        return found
+
     @property
     def pairs(self) -> int:
         return len(self.evidence.prompts) // 2
@@ -243,8 +251,7 @@ def _attended(about: _Measured, head: int, prompt: int) -> tuple[int, float]:
 
 def _writers(about: _Measured, read: str) -> list[str]:
     """Returns the nodes that write what a node reads, the one that changes most first."""
-    writers = [source for source, target in residual_links(list(about.nodes)) if target == read]
-    return sorted(writers, key=about.change, reverse=True)
+    return sorted(about.writers.get(read, ()), key=about.change, reverse=True)
 
 
 def _write(about: _Measured, writers: Sequence[str], read: str) -> Step:
