@@ -236,7 +236,7 @@ def test_pinned_nodes_are_drawn_alone_and_the_model_runs_on_them_alone(open_page
     drawn = page.locator("#graph .node").evaluate_all("all => all.map((e) => e.dataset.name)")
     assert sorted(drawn) == sorted([*names[:2], names[5]])
     assert f"Only the 3 pinned nodes of {case.N_NODES} are drawn" in page.locator("#notes").inner_text()
-    assert page.locator("#keep").is_disabled()
+    assert page.locator("#keep").is_disabled() and page.locator("#prefix").is_hidden()
     copy_of = open_page(page.evaluate("location.hash"))
     assert copy_of.locator("#graph .node").count() == 3
     page.get_by_role("button", name=f"Unpin {names[5]}").click()

@@ -124,6 +124,8 @@ function draw(changes = state) {
   byId('keep').value = keep;
   byId('kept').textContent = `${keep} of ${circuit.total_nodes}`;
   byId('keep').disabled = only;
+  // It speaks of as many nodes as the slider says.
+  byId('prefix').hidden = only;
   byId('residual').checked = state.residual;
   paintGraph({ ...state, keep: only ? Infinity : keep });
   drawPrefix(byId('prefix'), circuit, keep);
