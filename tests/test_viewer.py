@@ -286,7 +286,7 @@ def test_damaged_evidence_is_refused_in_one_line(copied, damage, message):
 
 
 def options(folder, out, **changes) -> types.SimpleNamespace:
-    values = {"task": ["all"], "source": None, "pairs": 6, "max_nodes": 2000, "with": []} | changes
+    values = {"task": ["all"], "source": None, "pairs": 6, "max_nodes": 2000, "with": [], "notes": []} | changes
     return types.SimpleNamespace(run=str(folder), out=str(out), **values)
 
 

@@ -428,11 +428,26 @@ def test_between_measured_sizes_the_loss_of_a_part_is_said_to_be_about(open_page
 
 def test_answers_keep_their_white_space(open_page, data, tmp_path):
     spaced = copy.deepcopy(data)
-    spaced["circuits"][case.TASK]["form"] = "'    ' or '        '"
+    own = spaced["circuits"][case.TASK]
+    first, second = own["answer_weights"]["tokens"]
+    spaced["tokens"] |= {str(first): "    ", str(second): "        \n"}
+    own["form"] = "'    ' or '        \\n'"
     file = tmp_path / "spaced.html"
     file.write_text(page_lib.render(spaced, title="x"), encoding="utf-8")
     page = open_page(f"#task={case.TASK}", file=file)
-    assert "'    ' or '        '" in page.locator("#panel").inner_text()
+    chips = page.locator("#panel code.chip")
+    assert chips.all_inner_texts() == ['"    "', '"        \\n"']
+    assert page.locator("#panel code.form").count() == 0
+    # What else the task says of its answers stays, and so do answers of each pair's own.
+    own["form"] = "'    ' or '        \\n' after ':'"
+    file.write_text(page_lib.render(spaced, title="x"), encoding="utf-8")
+    page.reload()
+    assert page.locator("#panel code.form").inner_text() == own["form"]
+    own |= {"form": "each pair's own answers", "answer_weights": None}
+    file.write_text(page_lib.render(spaced, title="x"), encoding="utf-8")
+    page.reload()
+    assert page.locator("#panel").get_by_text("each pair's own answers, such as").count() == 1
+    assert chips.all_inner_texts() == ['"    "', '"        \\n"']
 
 
 def test_a_circuit_above_its_target_is_marked_in_table_and_panel(open_page, data, tmp_path):

@@ -58,7 +58,12 @@ def main(argv: Sequence[str]) -> None:
     write(
         folder,
         pathlib.Path(options.out or folder / "report.html"),
-        contents.Options(task=tuple(options.task), pairs=options.pairs, max_nodes=options.max_nodes),
+        contents.Options(
+            task=tuple(options.task),
+            pairs=options.pairs,
+            max_nodes=options.max_nodes,
+            notes=tuple(options.notes),
+        ),
         # Its name is a word of the language.
         list(map(pathlib.Path, getattr(options, "with"))),
     )
@@ -72,7 +77,9 @@ def _define_flags() -> None:
     flags.DEFINE_list("task", list(defaults.task), "Names of tasks, or all: every task that has a circuit.")
     flags.DEFINE_string("source", None, "Is an option of the evidence: wsparse.prune --evidence --source=...")
     for key, default, text in describe(defaults):
-        if key != "task":
+        if key == "notes":
+            flags.DEFINE_list(key, list(default), text)
+        elif key != "task":
             flags.DEFINE_integer(key, default, text)
 
 

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wsparse.circuits import evidence_file, report
+from wsparse.circuits import notes as notes_file
 from wsparse.circuits.audits import report as audit_report
 from wsparse.circuits.audits.record import Audit
 from wsparse.circuits.circuit import Circuit, Status, split
 from wsparse.circuits.evidence_file import Evidence
+from wsparse.circuits.notes import Notes
 from wsparse.config import check, require, setting, to_dict
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
-from wsparse.viewer import live, overlap
+from wsparse.viewer import live, overlap, written
 from wsparse.viewer.page import packed, raw, render
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Options:
         6, "Pairs of a task to show token by token, at most as many as were measured.", "at least 1"
     )
     max_nodes: int = setting(2000, "Most important nodes of a circuit to show.", "at least 1")
+    notes: tuple[str, ...] = setting((), "Notes files, instead of the notes.json beside their circuits.")
 
     def __post_init__(self):
         require(bool(self.task), "task must name at least one task", self.task)
@@ -46,11 +49,12 @@ class Options:
 
 
 class Shown(NamedTuple):
-    """A circuit, what was measured of it, and its audit if it has one."""
+    """A circuit, what was measured of it, and its audit and the notes on it if it has some."""
 
     circuit: Circuit
     evidence: Evidence
     audit: Audit | None = None
+    notes: Notes | None = None
 
 
 class Reading(NamedTuple):
@@ -74,8 +78,9 @@ def read(folder: pathlib.Path, options: Options) -> Reading:
     rows, circuits = report.select(folder, options.task)
     places = {c.full_name: folder / "circuits" / c.full_name for c in circuits}
     evidence = {c.full_name: Evidence.load(places[c.full_name], c) for c in circuits}
+    notes = written.read(places, options.notes)
     shown = [
-        Shown(c, found, Audit.load(places[c.full_name], circuit=c.digest))
+        Shown(c, found, Audit.load(places[c.full_name], circuit=c.digest), notes.get(c.full_name))
         for c in circuits
         if (found := evidence[c.full_name]) is not None
     ]
@@ -100,7 +105,8 @@ def circuit_page(folder: str | os.PathLike[str]) -> str:
         raise UserError(f"{folder} has no evidence of its circuit: {command} measures it")
     name = folder.parent.parent.name
     rows = [report.row(Status.load(folder), circuit)]
-    shown = Shown(circuit, evidence, Audit.load(folder, circuit=circuit.digest))
+    audit = Audit.load(folder, circuit=circuit.digest)
+    shown = Shown(circuit, evidence, audit, notes_file.beside(folder))
     data = contents(name, rows, [shown], {}, Options(), folder.parent)
     return render(data | {"opens": circuit.full_name}, title=f"{circuit.full_name} in {name}")
 
@@ -168,8 +174,9 @@ def _live(
     except live.NotLive as reason:
         log.info("note: the page cannot run the model: %s", reason)
         return None, str(reason)
-    for circuit, evidence, _ in shown:
-        circuits[circuit.full_name]["live"] = live.of_circuit(model, circuit, evidence, found)
+    for each in shown:
+        name = each.circuit.full_name
+        circuits[name]["live"] = live.of_circuit(model, each.circuit, each.evidence, found)
     return found, ""
 
 
@@ -181,7 +188,7 @@ def _number(value: Any) -> float | None:
 
 def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
     """Returns what the page says about one circuit; its nodes on text are added to `texts`."""
-    circuit, evidence, audit = shown
+    circuit, evidence, audit, notes = shown
     nodes = evidence.nodes[: options.max_nodes]
     total = len(circuit.nodes)
     note = f"{len(nodes)} of {total} nodes are shown, the most important ones"
@@ -199,6 +206,8 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "counts": to_dict(circuit.counts),
         "controls": {name: to_dict(control) for name, control in circuit.controls.items()},
         "audit": None if audit is None else _audit(audit),
+        "digest": circuit.digest,
+        "written": written.of_circuit(circuit, evidence, notes, list(index)),
         "notes": [note] if len(nodes) < total else [],
         "total_nodes": total,
         "nodes": [learned[node.name] | {"from_model": node.from_model, "mean": node.mean} for node in nodes],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -24,7 +25,9 @@ def read(folders: Sequence[pathlib.Path], options: contents.Options) -> dict[str
     if len(folders) == 1:
         return contents.read_run(folders[0], options)
     names = _names(folders)
-    found = [contents.read(folder, options) for folder in folders]
+    # Files of notes name tasks alone: they are on the first run's.
+    without_notes = dataclasses.replace(options, notes=())
+    found = [contents.read(folder, without_notes if i else options) for i, folder in enumerate(folders)]
     pages = {
         name: contents.contents(name, each.rows, each.shown, each.summary, options, each.folder)
         for name, each in zip(names, found, strict=True)

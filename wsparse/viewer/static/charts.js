@@ -37,7 +37,7 @@ function drawCurves(holder, tasks, chosen, { height = 330, pick = null } = {}) {
         class: point.target === row.target ? 'ringed' : '',
       });
       hover(dot, () => [
-        row.task, `target ${point.target}: ${plural(point.edges, 'edge')}, ${plural(point.nodes, 'node')}`, `loss ${loss(point.loss)}`,
+        row.task, `target ${point.target}: ${plural(point.edges, 'edge')}, ${plural(point.nodes, 'node')}`, `loss ${loss(point.loss)} on the report split`,
       ]);
       if (pick) dot.addEventListener('click', () => pick(row.task));
       group.append(dot);

@@ -4,15 +4,16 @@
 const MAX_EDGES = 5000;
 
 // `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows.
-const graph = { circuit: null, place: null, zoom: null, items: new Map(), lines: [], texts: new WeakMap(), reached: null };
+const graph = { circuit: null, place: null, zoom: null, items: new Map(), boxes: new Map(), named: [], lines: [], texts: new WeakMap(), reached: null };
 
 /** Draws a circuit, or a part of one; returns how many of its edges. */
-function drawGraph(circuit, { select, moved }) {
+function drawGraph(circuit, { select, selectGroup, pin, moved }) {
   const root = byId('graph');
   root.replaceChildren();
   root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
-  const place = arrange(circuit);
-  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, moved, select });
+  const place = arrange(folded(circuit));
+  unfold(circuit);
+  Object.assign(graph, { circuit, place, items: new Map(), lines: [], named: [], reached: null, moved, select, selectGroup, pin });
   const world = svg('g');
   root.append(world);
   world.append(...place.blocks.flatMap(block));
@@ -55,6 +56,7 @@ function drawGraph(circuit, { select, moved }) {
     edgeLayer.append(line);
   }
   for (const node of circuit.nodes) nodeLayer.append(drawNode(node));
+  drawBoxes(circuit, nodeLayer);
   world.append(streamLayer, edgeLayer, nodeLayer);
 
   graph.zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', (event) => {
@@ -92,7 +94,7 @@ function drawNode(node) {
   const item = svg('g', {
     class: strength > 0.55 ? 'node strong' : 'node', role: 'button', tabindex: -1, 'aria-pressed': 'false',
     'data-name': node.name,
-    'aria-label': `${describe(node)}; the loss grows by ${number(node.importance)} without it`,
+    'aria-label': spoken(node),
     transform: `translate(${node.x} ${node.y})`,
   },
   svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
@@ -103,9 +105,15 @@ function drawNode(node) {
   return item;
 }
 
+/** What is said of a node where it cannot be seen. */
+function spoken(node) {
+  const name = nameOf(node);
+  return `${name ? `${name}: ` : ''}${describe(node)}; the loss grows by ${number(node.importance)} without it`;
+}
+
 function nodeText(node) {
   return [
-    node.name, describe(node),
+    node.name, ...[nameOf(node)].filter(Boolean), describe(node),
     `loss without it: ${signed(node.importance)} in the circuit, ${signed(node.from_model)} in the whole model`,
     `${plural(node.in.length, 'edge')} in, ${node.out.length} out`,
   ];
@@ -129,22 +137,24 @@ function streamPath({ source, target }) {
 }
 
 /** Shows what the state says: which nodes, which is selected, whether the residual stream is drawn. */
-function paintGraph({ keep, node, edge, residual }) {
+function paintGraph({ keep, node, edge, group, residual }) {
   const { circuit } = graph;
   const shown = (each) => !each || each.rank < keep;
   // What the slider hides does not dim the others.
   const selected = node && shown(circuit.byName.get(node)) && graph.items.has(node) ? node : null;
   const ends = !node && edge ? edge.split('>') : null;
-  const chosen = Boolean(selected) || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
-  const near = new Set(selected ? [selected] : ends ?? []);
+  const members = new Set(graph.boxes.get(group)?.nodes.filter(shown).map(({ name }) => name)
+    ?? notesOf(circuit.task).groups.find(({ name }) => name === group)?.nodes.filter((name) => graph.items.has(name)));
+  const chosen = Boolean(selected) || members.size > 0 || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
+  const near = new Set(selected ? [selected] : members.size ? members : ends ?? []);
   for (const { source, target, line, stream } of graph.lines) {
     const visible = shown(source) && shown(target) && (!stream || residual);
     const touches = selected ? source?.name === selected || target?.name === selected
-      : chosen && line.dataset.edge === edge;
+      : members.size ? members.has(source?.name) || members.has(target?.name) : chosen && line.dataset.edge === edge;
     line.classList.toggle('gone', !visible);
     line.classList.toggle('dim', chosen && !touches);
     line.classList.toggle('lit', chosen && touches);
-    if (selected && visible && touches) near.add(source?.name).add(target?.name);
+    if ((selected || members.size) && visible && touches) near.add(source?.name).add(target?.name);
   }
   for (const each of circuit.nodes) {
     const item = graph.items.get(each.name);
@@ -167,8 +177,18 @@ function reach(node) {
 function listenToGraph() {
   const root = byId('graph');
   const nodeOf = (event) => graph.circuit.byName.get(event.target.closest('.node')?.dataset.name);
+  const groupNear = (event) => event.target.closest('.group')?.dataset.group;
   root.addEventListener('click', (event) => {
+    const group = groupNear(event);
     const node = nodeOf(event)?.name ?? null;
+    if (event.shiftKey) {
+      if (node) graph.pin(group ? graph.boxes.get(group).nodes.map(({ name }) => name) : [node]);
+      return;
+    }
+    if (group) {
+      graph.selectGroup(group);
+      return;
+    }
     graph.select(node, node ? null : lineNear(event)?.dataset.edge ?? null);
   });
   root.addEventListener('pointermove', (event) => {
@@ -182,7 +202,7 @@ function listenToGraph() {
     if (!node) return;
     reach(node);
     showInView(node);
-    if (event.target.matches(':focus-visible')) tip(nodeText(node), event.target.getBoundingClientRect());
+    if (event.target.matches(':focus-visible')) tip(graph.texts.get(event.target.closest('.node'))(), event.target.getBoundingClientRect());
   });
   root.addEventListener('focusout', hideTip);
   root.addEventListener('keydown', (event) => {
@@ -204,14 +224,16 @@ function lineNear({ target, clientX, clientY }) {
 function nodeKey(event, node) {
   if (event.key === 'Enter' || event.key === ' ') {
     event.preventDefault();
-    graph.select(node.name);
+    const group = event.target.closest('.group')?.dataset.group;
+    if (group) graph.selectGroup(group);
+    else graph.select(node.name);
     byId('panel').focus({ preventScroll: true });
     return;
   }
   const next = neighbor(node, event.key);
   if (next === undefined) return;
   event.preventDefault();
-  if (next) graph.items.get(next.name).focus();
+  if (next) elementOf(next).focus();
 }
 
 /** The node that an arrow leads to; null where there is none, undefined for other keys. */

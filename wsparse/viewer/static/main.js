@@ -2,7 +2,7 @@
 
 const START = {
   task: data.opens, node: null, edge: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
-  try: false, prompt: null, edits: '',
+  try: false, prompt: null, edits: '', token: null, group: null, notes: false, only: false, tour: null,
   sort: 'edges', order: 'up', theme: 'auto', with: null, overlap: 'nodes', location: null, all: false,
 };
 const THEMES = ['auto', 'light', 'dark'];
@@ -23,12 +23,20 @@ function read(fragment) {
   if (circuit) {
     const other = given.get('with');
     if (data.overlap?.names.includes(other) && other !== task) found.with = other;
-    if ([task, found.with].some((name) => name && circuitOf(name).byName.has(given.get('node')))) found.node = given.get('node');
+    // Before what names a group or a step of them.
+    if (given.has('n') && !addressed.has(given.get('n'))) adopt(circuit, given.get('n'));
+    const notes = notesOf(found.task);
+    if (notes.groups.some(({ name }) => name === given.get('group'))) found.group = given.get('group');
+    else if ([task, found.with].some((name) => name && circuitOf(name).byName.has(given.get('node')))) found.node = given.get('node');
     else if (edgeOf(circuit, given.get('edge'))) found.edge = given.get('edge');
     found.keep = within('keep', 1, circuit.nodes.length);
     found.pair = within('pair', 0, circuit.rows.length / 2 - 1);
     found.second = within('second', 0, 1);
     found.try = given.get('try') === 'true' && canRun(circuit);
+    found.notes = given.get('notes') === 'true' && !found.try;
+    found.only = given.get('only') === 'true' && notes.pins.length > 0;
+    found.token = within('token', 0, 1e6);
+    found.tour = within('tour', 0, notes.tour.length - 1);
     if (given.has('prompt')) found.prompt = given.get('prompt').slice(0, MAX_PROMPT);
     found.edits = writeEdits(readEdits(circuit, given.get('edits')));
     const view = (given.get('view') ?? '').split(',').map(Number);
@@ -52,12 +60,18 @@ function fragment(values) {
       ? `${values.view[0].toPrecision(4)},${values.view[1].toFixed(0)},${values.view[2].toFixed(0)}` : values[name];
     if (value !== start) parts.set(name, value);
   }
+  const written = values.task ? shared(values.task) : '';
+  if (written) {
+    addressed.add(written);
+    parts.set('n', written);
+  }
   return `#${parts}`;
 }
 
 // What belongs to one circuit alone.
 const OF_CIRCUIT = Object.fromEntries(
-  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits', 'with'].map((name) => [name, START[name]]),
+  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits', 'token', 'group', 'notes', 'only', 'tour', 'with']
+    .map((name) => [name, START[name]]),
 );
 const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
 
@@ -76,6 +90,12 @@ function change(changes, step = false) {
   if (changes.task && task !== state.task) Object.assign(state, OF_CIRCUIT);
   if (changes.node) state.edge = null;
   if (changes.edge) state.node = null;
+  // One thing is selected, and the panel shows one thing.
+  if (changes.node || changes.edge) state.group = null;
+  if (changes.group) Object.assign(state, { node: null, edge: null });
+  if (changes.node || changes.edge || changes.group || changes.try) state.notes = false;
+  if (changes.notes) state.try = false;
+  if ('pair' in changes) state.token = null;
   Object.assign(state, changes);
   address(step);
   draw(changes);
@@ -111,30 +131,41 @@ function draw(changes = state) {
   byId('facts').textContent = aboutRun(RUNS[circuit.run]);
   document.title = `${state.task} in ${data.run.name}${state.node ? `: ${state.node}` : ''}`;
   const keep = state.keep ?? keptAtFirst(circuit);
-  const wanted = `${state.task} ${circuit.large ? keep : 'all'}`;
+  const { groups, pins, remarks } = notesOf(state.task);
+  const only = state.only && pins.length > 0;
+  const closed = groups.filter(({ open }) => !open);
+  const wanted = JSON.stringify([state.task, circuit.large && !only ? keep : 'all', only ? pins : null, closed, remarks]);
   const opened = drawn !== wanted;
   if (opened) {
     drawn = wanted;
-    openCircuit(circuit, keep);
+    openCircuit(circuit, keep, only);
   }
   byId('keep').value = keep;
   byId('kept').textContent = `${keep} of ${circuit.total_nodes}`;
+  byId('keep').disabled = only;
+  // It speaks of as many nodes as the slider says.
+  byId('prefix').hidden = only;
   byId('residual').checked = state.residual;
-  paintGraph({ ...state, keep });
+  paintGraph({ ...state, keep: only ? Infinity : keep });
   drawPrefix(byId('prefix'), circuit, keep);
+  const moved = drawTour(circuit);
   // After all that takes room from the graph.
-  if (opened || ('view' in changes && !same(state.view, settled))) show(state.view);
+  if (opened || (moved && !state.view) || ('view' in changes && !same(state.view, settled))) show(state.view);
   byId('try').hidden = !canRun(circuit);
   byId('try').setAttribute('aria-pressed', String(state.try));
   byId('circuit').classList.toggle('trying', state.try);
   drawPanel(circuit, state, change);
+  byId('notes-open').setAttribute('aria-pressed', String(state.notes));
   paintLive(circuit, state);
+  paintNotes(graph.circuit, state);
   if ('node' in changes || 'edge' in changes) {
     if (!state.try) byId('panel').scrollTop = 0;
     const node = circuit.byName.get(state.node);
     const edge = state.edge?.replace('>', ' to ');
     byId('said').textContent = node ? `${node.name}, ${describe(node)}` : edge ?? `${circuit.task}, nothing selected`;
     if (graph.items.has(state.node)) showInView(node);
+    const [source, target] = (state.edge ?? '').split('>');
+    if (graph.items.has(source) && graph.items.has(target)) [target, source].forEach((name) => showInView(circuit.byName.get(name)));
   }
 }
 
@@ -146,22 +177,29 @@ function show(view) {
   setView(view);
 }
 
-function openCircuit(circuit, keep) {
+function openCircuit(circuit, keep, only) {
   byId('circuit-title').textContent = circuit.task;
   byId('keep').max = circuit.nodes.length;
-  const shown = circuit.large ? part(circuit, keep) : circuit;
+  const shown = only ? pinnedPart(circuit) : circuit.large ? part(circuit, keep) : circuit;
   const lines = drawGraph(shown, {
     select: (node, edge = null) => change({
       node: node === state.node ? null : node, edge: edge === state.edge ? null : edge,
+      group: null,
     }, true),
+    selectGroup: (group) => change({ node: null, edge: null, group: group === state.group ? null : group }, true),
+    pin: (names) => {
+      togglePins(circuit, names, !names.every((name) => isPinned(circuit, name)));
+      change(notesOf(circuit.task).pins.length ? {} : { only: false });
+    },
     moved: () => {
       settled = getView();
       state.view = settled;
       address();
     },
   });
-  const notes = [...circuit.notes];
-  if (keep < circuit.nodes.length && circuit.large) {
+  const notes = [...circuit.notes, ...notesOf(circuit.task).remarks];
+  if (only) notes.push(`Only the ${plural(shown.nodes.length, 'pinned node')} of ${circuit.nodes.length.toLocaleString('en')} are drawn.`);
+  else if (keep < circuit.nodes.length && circuit.large) {
     notes.push(`The ${plural(keep, 'most important node')} of ${circuit.nodes.length.toLocaleString('en')} are drawn: the slider changes how many.`);
   }
   if (lines < shown.edges.length) {
@@ -182,14 +220,18 @@ function start() {
   const slide = (event) => {
     const [keep, circuit] = [+event.target.value, circuitOf(state.task)];
     // Drawing a large circuit anew waits until the slider is let go.
-    if (circuit.large && event.type === 'input') byId('kept').textContent = `${keep} of ${circuit.total_nodes}`;
-    else change({ keep: keep === keptAtFirst(circuit) ? null : keep, ...(circuit.large ? { view: null } : {}) });
+    if (circuit.large && event.type === 'input') {
+      byId('kept').textContent = `${keep} of ${circuit.total_nodes}`;
+      drawPrefix(byId('prefix'), circuit, keep);
+    } else change({ keep: keep === keptAtFirst(circuit) ? null : keep, ...(circuit.large ? { view: null } : {}) });
   };
   byId('keep').addEventListener('input', slide);
   byId('keep').addEventListener('change', slide);
   listenToGraph();
   listenToJumps();
   byId('try').addEventListener('click', toggleTry);
+  byId('notes-open').addEventListener('click', toggleNotes);
+  listenToTour();
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
   byId('zoom-out').addEventListener('click', () => zoomBy(1 / 1.4));
@@ -216,6 +258,8 @@ function start() {
     wait = setTimeout(() => {
       if (state.task && !state.with) show(state.view);
       if (state.with) fitHalves(pair.halves);
+      // A keyboard that opens on a phone takes room, and must not take away what is typed into.
+      if (document.activeElement?.matches('#panel input[type="text"], #panel textarea')) return;
       draw({});
     }, 100);
   });
@@ -227,17 +271,26 @@ function toggleTry() {
   if (state.try) byId('panel').focus();
 }
 
+function toggleNotes() {
+  change({ notes: !state.notes }, true);
+  if (state.notes) byId('panel').focus();
+}
+
 function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId('help').open) return;
   if (['INPUT', 'SELECT', 'TEXTAREA'].includes(event.target.tagName) && event.key !== 'Escape') return;
   const inGraph = event.target.closest('.graph');
   const pairs = state.task ? circuitOf(state.task).rows.length / 2 : 0;
   if (event.key === '?') byId('help').showModal();
-  else if (event.key === 'Escape' && (state.node || state.edge)) {
-    const item = graph.items.get(state.node);
-    change({ node: null, edge: null }, true);
+  else if (event.key === 'Escape' && (state.node || state.edge || state.group)) {
+    const item = graph.boxes.get(state.group)?.box ?? graph.items.get(state.node);
+    change({ node: null, edge: null, group: null }, true);
     item?.focus({ preventScroll: true });
   } else if (event.key === 't' && state.task && !state.with && canRun(circuitOf(state.task))) toggleTry();
+  else if (event.key === 'n' && state.task && !state.with) toggleNotes();
+  else if (event.key === 'p' && state.node && !state.with) graph.pin([state.node]);
+  else if (event.key === '.' && state.task && !state.with) goTo(circuitOf(state.task), state.tour === null ? 0 : state.tour + 1);
+  else if (event.key === ',' && state.tour !== null) goTo(circuitOf(state.task), state.tour - 1);
   else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
   else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);

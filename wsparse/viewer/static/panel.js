@@ -4,7 +4,10 @@ function drawPanel(circuit, state, change) {
   const node = circuit.byName.get(state.node);
   const panel = byId('panel');
   const edge = node ? null : edgeOf(circuit, state.edge);
+  const group = notesOf(circuit.task).groups.find(({ name }) => name === state.group);
   if (state.try) drawTry(panel, circuit, state, change);
+  else if (state.notes) panel.replaceChildren(...notesPanel(circuit, state, change));
+  else if (group) panel.replaceChildren(...groupPanel(circuit, group, change));
   else if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
   else panel.replaceChildren(...(edge ? edgePanel(circuit, edge, change) : circuitPanel(circuit, state, change)));
 }
@@ -26,6 +29,7 @@ function edgePanel(circuit, edge, change) {
       el('h2', {}, `${edge.source.name} → ${edge.target.name}`),
       el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ edge: null }, true) }, '×')),
     el('p', {}, `From ${describe(edge.source)} to ${describe(edge.target)}`),
+    hiddenNote(circuit, [edge.source, edge.target], change) ?? '',
     section('Edge', facts([
       ['weight', exact(edge.weight)], ['from', link(edge.source, change)], ['to', link(edge.target, change)],
       ['rank by size', `${circuit.edges.indexOf(edge) + 1} of ${circuit.edges.length}`],
@@ -50,7 +54,8 @@ function circuitPanel(circuit, state, change) {
   return [
     el('h2', {}, circuit.task),
     el('p', {}, row.summary),
-    el('p', { class: 'quiet' }, 'Answers: ', el('code', { class: 'form' }, circuit.form)),
+    el('p', { class: 'quiet' }, 'Answers: ', ...answersShown(circuit)),
+    ...captionShown(circuit),
     circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${circuit.target}, on the report split.`) : null,
     canRun(circuit) ? null : el('p', { class: 'quiet' }, `This page does not run the model: ${data.static || OLDER}.`),
     section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
@@ -61,7 +66,7 @@ function circuitPanel(circuit, state, change) {
       ['loss without the circuit', loss(scores.necessity?.loss), 'the circuit at its mean, the rest as it is'],
       ['chance', '0.693'],
       ...Object.entries(controls).map(([name, control]) => [
-        `control: ${name.replaceAll('_', ' ')}`, `${loss(control.least_loss)}${control.reached ? ' (reached the target)' : ''}`,
+        `control, on the pairs that circuits are chosen on: ${name.replaceAll('_', ' ')}`, `${loss(control.least_loss)}${control.reached ? ' (reached the target)' : ''}`,
         'least loss of the same search where there is nothing to find, on the pairs that circuits are chosen on',
       ]),
     ])),
@@ -73,11 +78,24 @@ function circuitPanel(circuit, state, change) {
       ['embedding entries it reads', counts.embedding_edges], ['unembedding entries it writes', counts.unembedding_edges],
       ['biases', counts.biases],
     ])),
-    section('Loss against edges', curves),
+    section('Loss against edges', curves, el('p', { class: 'quiet' }, `Losses ${REPORT}.`)),
     section('Most important nodes', el('ol', { class: 'links' }, ...circuit.nodes.slice(0, 12).map((node) => el('li', {},
       link(node, change), el('span', { class: 'quiet' }, ` ${signed(node.importance)}`))))),
   ].filter(Boolean);
 }
+
+/** The two answers in quotes, which show white space; what else the task says of their form. */
+function answersShown(circuit) {
+  const answers = circuit.answer_weights?.tokens;
+  const chips = (ids) => ids.flatMap((id, i) => [i ? ' or ' : '', el('code', { class: 'chip' }, quoted(id))]);
+  const form = el('code', { class: 'form' }, circuit.form);
+  if (!answers) return [form, ', such as ', ...chips(circuit.rows.slice(0, 2).map(({ answer }) => answer))];
+  return [...chips(answers), ...(/ after |, their first/.test(circuit.form) ? [' (', form, ')'] : [])];
+}
+
+/** What a person has written about all of the circuit. */
+const captionShown = (circuit) => notesOf(circuit.task).caption.split('\n').filter((line) => line.trim())
+  .map((line) => el('p', { class: 'caption' }, line));
 
 /** The verdicts of an audit; what each says is told when it is pointed at, and in the report. */
 const auditTable = ({ tests, file }) => el('div', {},
@@ -88,7 +106,7 @@ const auditTable = ({ tests, file }) => el('div', {},
 
 const link = (node, change) => el('button', {
   type: 'button', class: 'link', title: describe(node), click: () => change({ node: node.name }, true),
-}, node.name);
+}, node.name, nameOf(node) ? el('span', { class: 'quiet' }, ` ${nameOf(node)}`) : null);
 
 function nodePanel(circuit, node, state, change) {
   const { about } = node;
@@ -97,6 +115,8 @@ function nodePanel(circuit, node, state, change) {
       el('h2', {}, node.name),
       el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ node: null }, true) }, '×')),
     el('p', {}, describe(node)),
+    nodeNotes(circuit, node, change),
+    hiddenNote(circuit, [node], change),
     facts([
       ['loss without it, in the circuit', signed(node.importance), 'growth of the task loss when it alone is removed from the circuit, on all pairs of the report split'],
       ['loss without it, in the whole model', signed(node.from_model), 'growth of the task loss when it alone is removed from the whole model'],
@@ -198,6 +218,8 @@ function onTask(circuit, node, state, change) {
             ` ${margin > 0 ? 'preferred' : 'not preferred'}: ${signed(margin)} logits over the other`)),
         drawTokens(ids[i], values[i], largest, {
           changed: ids[i].map((_, at) => changed[at - (ids[i].length - length)] ?? true), label: `Prompt ${i + 1}`,
+          // A token of the first prompt; they agree from their ends backwards.
+          focus: state.token === null ? -1 : state.token + ids[i].length - ids[0].length,
         }));
     }),
     el('div', { class: 'prompt' },

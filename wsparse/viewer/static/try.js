@@ -71,6 +71,12 @@ function buildTry(circuit) {
   return { root, parts, set, editor: null };
 }
 
+/** Lets Undo return to the edits of before, after others were set from outside of this part. */
+function remember(edits) {
+  live.past.push(edits);
+  live.notify();
+}
+
 function pickByKey(event) {
   const last = (live.answer?.tokens.length ?? 0) - 1;
   const to = { ArrowLeft: chosenToken() - 1, ArrowRight: chosenToken() + 1, Home: 0, End: last }[event.key];
