@@ -23,8 +23,8 @@ LIBRARY = "d3.min.js"
 # In the order in which they are joined; a later one uses what an earlier one defines.
 ENGINE = ("arrays.js", "numerics.js", "forward.js", "tokenizer.js", "plan.js", "worker.js")
 SCRIPTS = (
-    "data.js", "layout.js", "graph.js", "charts.js", "panel.js", "live.js", "try.js", "try_node.js",
-    "overview.js", "main.js",
+    "data.js", "constants.js", "layout.js", "edges.js", "bundles.js", "graph.js", "charts.js", "tables.js",
+    "panel.js", "ends.js", "live.js", "try.js", "try_node.js", "picture.js", "overview.js", "main.js",
 )  # fmt: skip
 
 _QUANTIZED = {"int8": 127, "int16": 32767, "uint8": 255}

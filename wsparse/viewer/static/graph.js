@@ -3,59 +3,50 @@
 // More edges than this would make the browser slow; the largest are drawn.
 const MAX_EDGES = 5000;
 
-// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows.
-const graph = { circuit: null, place: null, zoom: null, items: new Map(), lines: [], texts: new WeakMap(), reached: null };
+// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows; `chosen`
+// are the names of the selected node, or of the ends of the selected edge.
+const graph = {
+  circuit: null, place: null, zoom: null, items: new Map(), lines: [], bundles: [], texts: new WeakMap(), reached: null,
+  near: null, chosen: [], edge: null,
+};
 
 /** Draws a circuit, or a part of one; returns how many of its edges. */
-function drawGraph(circuit, { select, moved }) {
+function drawGraph(circuit, { select, moved, toggle }) {
   const root = byId('graph');
   root.replaceChildren();
   root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
   const place = arrange(circuit);
-  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, moved, select });
+  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, near: null, moved, select, toggle });
   const world = svg('g');
   root.append(world);
   world.append(...place.blocks.flatMap(block));
   world.append(...place.columns.map((column) => svg('text', {
     class: 'column', x: column.x, y: place.top - 12, 'text-anchor': 'middle',
   }, column.title)));
-  world.append(...place.heads.flatMap(headBox));
-  ['embedding', 'unembedding'].forEach((title, i) => {
-    const middle = (place.top + place.bottom) / 2;
-    world.append(
-      svg('rect', {
-        class: 'end', x: place.ends[i] - 7, y: place.top, width: 14, height: place.bottom - place.top, rx: 4,
-      }),
-      svg('text', {
-        class: 'end', x: place.ends[i], y: middle, 'text-anchor': 'middle', dy: '0.35em',
-        transform: `rotate(-90 ${place.ends[i]} ${middle})`,
-      }, title),
-    );
-  });
+  world.append(...place.heads.flatMap(headBox), ...drawTray(place), ...ENDS.map(drawEnd));
   const streamLayer = svg('g', { class: 'streams' });
   const edgeLayer = svg('g', { class: 'edges' });
   const nodeLayer = svg('g', { class: 'nodes' });
   for (const stream of circuit.streams) {
-    const line = svg('path', { d: streamPath(stream), class: 'stream' });
+    const span = streamSpan(stream);
+    const line = svg('path', { d: curve(...span), class: 'stream' });
     graph.texts.set(line, () => streamText(stream));
-    graph.lines.push({ ...stream, line, stream: true });
+    graph.lines.push({ ...stream, line, span, stream: true });
     streamLayer.append(line);
   }
   const drawn = circuit.edges.slice(0, MAX_EDGES);
   // The largest weights are drawn last, on top.
   for (const edge of [...drawn].reverse()) {
-    const line = svg('path', {
-      d: curve(edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y),
-      class: edge.weight < 0 ? 'edge negative' : 'edge positive',
-      'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
-    });
+    const span = [edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y];
+    const line = svg('path', { d: curve(...span), class: edge.weight < 0 ? 'edge negative' : 'edge positive' });
+    line.style.setProperty('--wide', `${(0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight).toFixed(2)}px`);
     graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
     line.dataset.edge = `${edge.source.name}>${edge.target.name}`;
-    graph.lines.push({ ...edge, line, stream: false });
+    graph.lines.push({ ...edge, line, span, stream: false });
     edgeLayer.append(line);
   }
   for (const node of circuit.nodes) nodeLayer.append(drawNode(node));
-  world.append(streamLayer, edgeLayer, nodeLayer);
+  world.append(streamLayer, drawBundles(), edgeLayer, nodeLayer);
 
   graph.zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', (event) => {
     world.setAttribute('transform', event.transform);
@@ -87,10 +78,21 @@ function headBox({ head, left, right, top, bottom }) {
   ];
 }
 
+/** The bar of the embedding, or of the unembedding. */
+function drawEnd(end, i) {
+  const { ends, top, bottom } = graph.place;
+  const middle = (top + bottom) / 2;
+  const item = svg('g', { class: 'end', role: 'button', tabindex: 0, 'data-end': end, 'aria-pressed': 'false', 'aria-label': end },
+    svg('rect', { x: ends[i] - 7, y: top, width: 14, height: bottom - top, rx: 4 }),
+    svg('text', { x: ends[i], y: middle, 'text-anchor': 'middle', dy: '0.35em', transform: `rotate(-90 ${ends[i]} ${middle})` }, end));
+  graph.texts.set(item, () => [end, 'click for its entries for the tokens of the task']);
+  return item;
+}
+
 function drawNode(node) {
   const strength = Math.sqrt(Math.max(0, node.importance) / graph.circuit.largestImportance);
   const item = svg('g', {
-    class: strength > 0.55 ? 'node strong' : 'node', role: 'button', tabindex: -1, 'aria-pressed': 'false',
+    class: `node${isConstant(node) ? ' constant' : strength > 0.55 ? ' strong' : ''}`, role: 'button', tabindex: -1, 'aria-pressed': 'false',
     'data-name': node.name,
     'aria-label': `${describe(node)}; the loss grows by ${number(node.importance)} without it`,
     transform: `translate(${node.x} ${node.y})`,
@@ -108,6 +110,7 @@ function nodeText(node) {
     node.name, describe(node),
     `loss without it: ${signed(node.importance)} in the circuit, ${signed(node.from_model)} in the whole model`,
     `${plural(node.in.length, 'edge')} in, ${node.out.length} out`,
+    ...(isConstant(node) ? [node.constant ? 'constant: the same at every token of the prompts' : 'constant: nothing leads to it'] : []),
   ];
 }
 
@@ -121,30 +124,33 @@ function curve(x0, y0, x1, y1) {
   return `M${x0.toFixed(1)},${y0.toFixed(1)}C${middle.toFixed(1)},${y0.toFixed(1)} ${middle.toFixed(1)},${y1.toFixed(1)} ${x1.toFixed(1)},${y1.toFixed(1)}`;
 }
 
-function streamPath({ source, target }) {
+/** Where a stretch of residual stream begins and ends. */
+function streamSpan({ source, target }) {
   const { ends } = graph.place;
-  if (!source) return curve(ends[0] + 7, target.y, target.x - NODE.width / 2, target.y);
-  if (!target) return curve(source.x + NODE.width / 2, source.y, ends[1] - 7, source.y);
-  return curve(source.x + NODE.width / 2, source.y, target.x - NODE.width / 2, target.y);
+  if (!source) return [ends[0] + 7, target.y, target.x - NODE.width / 2, target.y];
+  if (!target) return [source.x + NODE.width / 2, source.y, ends[1] - 7, source.y];
+  return [source.x + NODE.width / 2, source.y, target.x - NODE.width / 2, target.y];
 }
 
 /** Shows what the state says: which nodes, which is selected, whether the residual stream is drawn. */
-function paintGraph({ keep, node, edge, residual }) {
+function paintGraph({ keep, node, edge, residual, end, open }) {
   const { circuit } = graph;
   const shown = (each) => !each || each.rank < keep;
   // What the slider hides does not dim the others.
   const selected = node && shown(circuit.byName.get(node)) && graph.items.has(node) ? node : null;
   const ends = !node && edge ? edge.split('>') : null;
-  const chosen = Boolean(selected) || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
+  const chosen = Boolean(selected) || Boolean(end) || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
   const near = new Set(selected ? [selected] : ends ?? []);
+  Object.assign(graph, { edge, chosen: [...near].filter((name) => graph.items.has(name)) });
   for (const { source, target, line, stream } of graph.lines) {
     const visible = shown(source) && shown(target) && (!stream || residual);
     const touches = selected ? source?.name === selected || target?.name === selected
-      : chosen && line.dataset.edge === edge;
+      : end ? !(end === 'embedding' ? source : target) : chosen && line.dataset.edge === edge;
     line.classList.toggle('gone', !visible);
     line.classList.toggle('dim', chosen && !touches);
     line.classList.toggle('lit', chosen && touches);
-    if (selected && visible && touches) near.add(source?.name).add(target?.name);
+    line.classList.toggle('chosen', Boolean(ends) && touches);
+    if ((selected || end) && visible && touches) near.add(source?.name).add(target?.name);
   }
   for (const each of circuit.nodes) {
     const item = graph.items.get(each.name);
@@ -153,6 +159,11 @@ function paintGraph({ keep, node, edge, residual }) {
     item.classList.toggle('selected', each.name === selected);
     item.setAttribute('aria-pressed', String(each.name === selected));
   }
+  for (const item of byId('graph').querySelectorAll('.end')) {
+    item.classList.toggle('selected', item.dataset.end === end);
+    item.setAttribute('aria-pressed', String(item.dataset.end === end));
+  }
+  paintBundles(open);
   if (selected) reach(circuit.byName.get(selected));
 }
 
@@ -167,18 +178,23 @@ function reach(node) {
 function listenToGraph() {
   const root = byId('graph');
   const nodeOf = (event) => graph.circuit.byName.get(event.target.closest('.node')?.dataset.name);
-  root.addEventListener('click', (event) => {
-    const node = nodeOf(event)?.name ?? null;
-    graph.select(node, node ? null : lineNear(event)?.dataset.edge ?? null);
-  });
+  root.addEventListener('click', (event) => choose(pointedAt(event)));
   root.addEventListener('pointermove', (event) => {
-    const text = graph.texts.get(event.target.closest('.node') ?? lineNear(event) ?? event.target);
+    const item = pointedAt(event);
+    const text = graph.texts.get(item);
+    markNear(item?.matches('.edge') ? item : null);
+    root.classList.toggle('pointing', Boolean(item && !item.matches('.stream')));
     if (text) tip(text(), event);
     else hideTip();
   });
-  root.addEventListener('pointerleave', hideTip);
+  root.addEventListener('pointerleave', () => {
+    markNear(null);
+    hideTip();
+  });
   root.addEventListener('focusin', (event) => {
     const node = nodeOf(event);
+    const item = event.target.closest('.bundle, .end');
+    if (item?.matches(':focus-visible')) tip(graph.texts.get(item)(), item.getBoundingClientRect());
     if (!node) return;
     reach(node);
     showInView(node);
@@ -187,8 +203,28 @@ function listenToGraph() {
   root.addEventListener('focusout', hideTip);
   root.addEventListener('keydown', (event) => {
     const node = nodeOf(event);
-    if (node && !event.ctrlKey && !event.metaKey && !event.altKey) nodeKey(event, node);
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (node) nodeKey(event, node);
+    else if (event.key === 'Enter' || event.key === ' ') {
+      event.preventDefault();
+      choose(event.target.closest('.bundle, .end'));
+    }
   });
+}
+
+/** What a click would choose: a node, a band's label, an edge close by, a band, an end, a stretch of residual stream. */
+function pointedAt(event) {
+  const { target } = event;
+  const item = target.closest('.node') ?? target.closest('.handle')?.parentNode;
+  if (item) return item;
+  const line = lineNear(event);
+  return line?.matches('.edge') ? line : target.closest('.bundle, .end') ?? line;
+}
+
+function choose(item) {
+  const { name = null, edge = null, end = null, bundle } = item?.dataset ?? {};
+  if (bundle) graph.toggle(bundle);
+  else graph.select({ node: name, edge, end });
 }
 
 /** The edge, or the stretch of residual stream, within a few pixels of the pointer: lines are thin. */
@@ -204,8 +240,18 @@ function lineNear({ target, clientX, clientY }) {
 function nodeKey(event, node) {
   if (event.key === 'Enter' || event.key === ' ') {
     event.preventDefault();
-    graph.select(node.name);
+    graph.select({ node: node.name });
     byId('panel').focus({ preventScroll: true });
+    return;
+  }
+  if (event.key === 'e' || event.key === 'E') {
+    const edge = nextEdge(node, graph.edge, event.key === 'e' ? 1 : -1);
+    if (edge && edge !== graph.edge) graph.select({ edge });
+    return;
+  }
+  if (event.key === 'f') {
+    const other = otherEnd(node, graph.edge);
+    if (other) graph.items.get(other.name).focus();
     return;
   }
   const next = neighbor(node, event.key);
@@ -244,22 +290,44 @@ const graphSize = () => {
 /** The transform that shows everything. */
 function fitting() {
   const [width, height] = graphSize();
-  const { left, right, top, bottom } = graph.place;
-  const scale = Math.min(1.6, width / (right - left), height / (bottom - top + 76));
-  return { scale, x: (left + right) / 2, y: (top + bottom) / 2 - 20 };
+  const { left, right, top, low } = graph.place;
+  const scale = Math.min(1.6, width / (right - left), height / (low - top + 76));
+  return { scale, x: (left + right) / 2, y: (top + low) / 2 - 20 };
 }
 
-// Below this scale a label is less than 9 pixels high.
-const READABLE = 0.72;
-/** The view that a circuit opens with: everything, or on a phone what is around its most important node. */
+// Below this scale a label is less than 11 pixels high.
+const READABLE = 0.88;
+// Room for the nodes themselves and what is written above them.
+const AROUND = { x: 90, y: 96 };
+
+/** The nodes around what is selected, or around the most important node. */
+function neighborhood() {
+  const names = new Set(graph.chosen.length ? graph.chosen : [graph.circuit.nodes[0].name]);
+  const around = graph.lines.filter(({ source, target, line }) => (
+    !line.classList.contains('gone') && (names.has(source?.name) || names.has(target?.name))));
+  const nodes = new Set([...names].map((name) => graph.circuit.byName.get(name)));
+  const core = [...nodes];
+  for (const { source, target } of around) for (const node of [source, target]) if (node) nodes.add(node);
+  return { core, nodes: [...nodes] };
+}
+
+/** The view that a circuit opens with: everything, or on a phone what is around the selected node, with labels that can be read. */
 function opening() {
-  const { scale, x, y } = fitting();
-  if (scale >= READABLE || graphSize()[0] > 600) return { scale, x, y };
-  const { left, right, top, bottom } = graph.place;
-  const [halfWidth, halfHeight] = graphSize().map((size) => size / READABLE / 2);
-  const [first] = graph.circuit.nodes;
-  const near = (at, from, to, half) => (to - from < 2 * half ? (from + to) / 2 : Math.max(from + half, Math.min(to - half, at)));
-  return { scale: READABLE, x: near(first.x, left, right, halfWidth), y: near(first.y, top - 58, bottom + 18, halfHeight) };
+  const all = fitting();
+  const [width, height] = graphSize();
+  if (all.scale >= READABLE || width > 600) return all;
+  const { core, nodes } = neighborhood();
+  const extent = (some, axis) => d3.extent(some, (node) => node[axis]);
+  const sizes = ['x', 'y'].map((axis) => extent(nodes, axis)[1] - extent(nodes, axis)[0] + AROUND[axis]);
+  const scale = Math.max(READABLE, Math.min(1.2, width / sizes[0], height / sizes[1]));
+  const middle = (axis, room, size) => {
+    const [from, to] = extent(nodes, axis);
+    const own = d3.mean(extent(core, axis));
+    // What does not fit is cut off far from the node.
+    const half = (room / scale - AROUND[axis]) / 2;
+    return size * scale <= room ? (from + to) / 2 : Math.max(from + half, Math.min(to - half, own));
+  };
+  return { scale, x: middle('x', width, sizes[0]), y: middle('y', height, sizes[1]) - 12 };
 }
 
 /** The view of everything; null where a circuit opens with it. */

@@ -2,7 +2,7 @@
 
 const START = {
   task: data.opens, node: null, edge: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
-  try: false, prompt: null, edits: '',
+  try: false, prompt: null, edits: '', end: null, open: '',
   sort: 'edges', order: 'up', theme: 'auto',
 };
 const THEMES = ['auto', 'light', 'dark'];
@@ -23,6 +23,8 @@ function read(fragment) {
   if (circuit) {
     if (circuit.byName.has(given.get('node'))) found.node = given.get('node');
     else if (edgeOf(circuit, given.get('edge'))) found.edge = given.get('edge');
+    else if (ENDS.includes(given.get('end'))) found.end = given.get('end');
+    found.open = given.get('open') ?? '';
     found.keep = within('keep', 1, circuit.nodes.length);
     found.pair = within('pair', 0, circuit.rows.length / 2 - 1);
     found.second = within('second', 0, 1);
@@ -52,7 +54,7 @@ function fragment(values) {
 
 // What belongs to one circuit alone.
 const OF_CIRCUIT = Object.fromEntries(
-  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits'].map((name) => [name, START[name]]),
+  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits', 'end', 'open'].map((name) => [name, START[name]]),
 );
 const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
 
@@ -69,8 +71,9 @@ function address(step = false) {
 function change(changes, step = false) {
   const task = changes.task ?? state.task;
   if (changes.task && task !== state.task) Object.assign(state, OF_CIRCUIT);
-  if (changes.node) state.edge = null;
-  if (changes.edge) state.node = null;
+  if (changes.node) Object.assign(state, { edge: null, end: null });
+  if (changes.edge) Object.assign(state, { node: null, end: null });
+  if (changes.end) Object.assign(state, { node: null, edge: null });
   Object.assign(state, changes);
   address(step);
   draw(changes);
@@ -111,11 +114,12 @@ function draw(changes = state) {
   byId('circuit').classList.toggle('trying', state.try);
   drawPanel(circuit, state, change);
   paintLive(circuit, state);
-  if ('node' in changes || 'edge' in changes) {
+  if ('node' in changes || 'edge' in changes || 'end' in changes) {
     if (!state.try) byId('panel').scrollTop = 0;
     const node = circuit.byName.get(state.node);
-    const edge = state.edge?.replace('>', ' to ');
-    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : edge ?? `${circuit.task}, nothing selected`;
+    const edge = edgeOf(circuit, state.edge);
+    const line = edge && `${edge.source.name} to ${edge.target.name}, weight ${number(edge.weight)}`;
+    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : line ?? state.end ?? `${circuit.task}, nothing selected`;
     if (graph.items.has(state.node)) showInView(node);
   }
 }
@@ -133,9 +137,10 @@ function openCircuit(circuit, keep) {
   byId('keep').max = circuit.nodes.length;
   const shown = circuit.large ? part(circuit, keep) : circuit;
   const lines = drawGraph(shown, {
-    select: (node, edge = null) => change({
-      node: node === state.node ? null : node, edge: edge === state.edge ? null : edge,
+    select: ({ node = null, edge = null, end = null }) => change({
+      node: node === state.node ? null : node, edge: edge === state.edge ? null : edge, end: end === state.end ? null : end,
     }, true),
+    toggle: (name) => change({ open: toggledBundle(state.open, name) }, true),
     moved: () => {
       settled = getView();
       state.view = settled;
@@ -176,6 +181,8 @@ function start() {
   byId('keep').addEventListener('input', slide);
   byId('keep').addEventListener('change', slide);
   listenToGraph();
+  listenToSaving();
+  watchTables();
   byId('try').addEventListener('click', toggleTry);
   byId('residual').addEventListener('change', (event) => change({ residual: event.target.checked }));
   byId('zoom-in').addEventListener('click', () => zoomBy(1.4));
@@ -219,9 +226,9 @@ function key(event) {
   const inGraph = event.target.closest('.graph');
   const pairs = state.task ? circuitOf(state.task).rows.length / 2 : 0;
   if (event.key === '?') byId('help').showModal();
-  else if (event.key === 'Escape' && (state.node || state.edge)) {
-    const item = graph.items.get(state.node);
-    change({ node: null, edge: null }, true);
+  else if (event.key === 'Escape' && (state.node || state.edge || state.end)) {
+    const item = graph.items.get(state.node) ?? (state.edge && inGraph ? event.target.closest('.node') : null);
+    change({ node: null, edge: null, end: null }, true);
     item?.focus({ preventScroll: true });
   } else if (event.key === 't' && state.task && canRun(circuitOf(state.task))) toggleTry();
   else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
