@@ -13,33 +13,40 @@ function denseBlocks(lines) {
   return new Map([...blocks].filter(([, each]) => each.length > DENSE));
 }
 
-/** Draws a band for each dense block, with how many edges it has; `graph.bundles` are they. */
+/**
+ * Draws dense blocks, `graph.bundles`: bands, which lie below edges, and buttons with how many edges a block has,
+ * which lie above them.
+ */
 function drawBundles() {
   graph.bundles = [...denseBlocks(graph.lines)].map(([name, lines]) => {
     const [sources, targets] = [lines.map(({ source }) => source), lines.map(({ target }) => target)];
-    const [x0, x1] = [d3.max(sources, (node) => node.x) + NODE.width / 2, d3.min(targets, (node) => node.x) - NODE.width / 2];
-    const edges = [sources, targets].map((nodes) => d3.extent(nodes, (node) => node.y));
-    const [[top0, bottom0], [top1, bottom1]] = edges.map(([top, bottom]) => [top - NODE.height / 2, bottom + NODE.height / 2]);
-    const middle = (x0 + x1) / 2;
-    const band = svg('path', {
-      class: 'band',
-      d: `M${x0},${top0}C${middle},${top0} ${middle},${top1} ${x1},${top1}V${bottom1}C${middle},${bottom1} ${middle},${bottom0} ${x0},${bottom0}Z`,
-    });
-    const label = svg('text', { class: 'count', 'text-anchor': 'middle', dy: '0.35em' });
-    // Beside the head, where the bands of one column have come apart.
-    const at = targets[0].inHead ? [0.75, top1, bottom1, top0, bottom0] : [0.25, top0, bottom0, top1, bottom1];
-    const [share, nearTop, nearBottom, farTop, farBottom] = at;
-    const weight = ease(0.75);
-    const y = weight * (nearTop + nearBottom) / 2 + (1 - weight) * (farTop + farBottom) / 2;
-    const item = svg('g', { class: 'bundle', role: 'button', tabindex: 0, 'data-bundle': name },
-      band, svg('g', { class: 'handle', transform: `translate(${x0 + share * (x1 - x0)} ${y})` },
-        svg('rect', { x: -26, y: -9, width: 52, height: 18, rx: 9 }), label));
+    const half = [NODE.width / 2, NODE.height / 2];
+    const [left, right] = [d3.max(sources, (node) => node.x) + half[0], d3.min(targets, (node) => node.x) - half[0]];
+    const [from, to] = [sources, targets].map((nodes) => d3.extent(nodes, (node) => node.y));
     const words = `${columnWords(sources[0])} → ${columnWords(targets[0])}`;
-    const bundle = { name, lines, item, label, words, count: lines.length };
-    graph.texts.set(item, () => [plural(bundle.count, 'edge'), words, bundle.opened ? 'click to bundle them' : 'click to see each']);
+    const bundle = { name, lines, words, band: drawBand(name, left, right, from, to, half[1]), count: lines.length };
+    // Beside the head, where the bands of one column have come apart.
+    const across = targets[0].inHead ? right - 26 : left + 26;
+    const share = ease(Math.max(0, Math.min(1, (across - left) / (right - left))));
+    const down = (1 - share) * d3.mean(from) + share * d3.mean(to);
+    bundle.label = svg('text', { 'text-anchor': 'middle', dy: '0.35em' });
+    bundle.handle = svg('g', {
+      class: 'handle', role: 'button', tabindex: 0, 'data-bundle': name, transform: `translate(${across.toFixed(1)} ${down.toFixed(1)})`,
+    }, svg('rect', { x: -20, y: -9, width: 40, height: 18, rx: 9 }), bundle.label);
+    const text = () => [plural(bundle.count, 'edge'), words, bundle.opened ? 'click to bundle them' : 'click to see each'];
+    for (const item of [bundle.band, bundle.handle]) graph.texts.set(item, text);
     return bundle;
   });
-  return svg('g', { class: 'bundles' }, ...graph.bundles.map(({ item }) => item));
+  return ['band', 'handle'].map((part) => svg('g', {}, ...graph.bundles.map((bundle) => bundle[part])));
+}
+
+function drawBand(name, left, right, [top, bottom], [toTop, toBottom], half) {
+  const middle = (left + right) / 2;
+  const [y0, y1, y2, y3] = [top - half, toTop - half, toBottom + half, bottom + half];
+  return svg('path', {
+    class: 'band', 'data-bundle': name,
+    d: `M${left},${y0}C${middle},${y0} ${middle},${y1} ${right},${y1}V${y2}C${middle},${y2} ${middle},${y3} ${left},${y3}Z`,
+  });
 }
 
 const readOpen = (text) => new Set((text ?? '').split(';').filter(Boolean));
@@ -59,10 +66,10 @@ function paintBundles(open) {
     const dense = bundle.count > DENSE;
     bundle.opened = opened.has(bundle.name);
     for (const { line } of bundle.lines) line.classList.toggle('bundled', dense && !bundle.opened);
-    bundle.item.classList.toggle('gone', !dense);
-    bundle.item.classList.toggle('opened', bundle.opened);
-    bundle.item.setAttribute('aria-expanded', String(bundle.opened));
-    bundle.item.setAttribute('aria-label', `${plural(bundle.count, 'edge')}, ${bundle.words}`);
-    bundle.label.textContent = `${bundle.count} ${bundle.opened ? '×' : '⋯'}`;
+    bundle.band.classList.toggle('gone', !dense || bundle.opened);
+    bundle.handle.classList.toggle('gone', !dense);
+    bundle.handle.setAttribute('aria-expanded', String(bundle.opened));
+    bundle.handle.setAttribute('aria-label', `${plural(bundle.count, 'edge')}, ${bundle.words}`);
+    bundle.label.textContent = `${bundle.count}${bundle.opened ? ' ×' : ''}`;
   }
 }

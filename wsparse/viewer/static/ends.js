@@ -60,7 +60,7 @@ function endPanel(circuit, end, change) {
       el('h2', {}, end), el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ end: null }, true) }, '×')),
     el('p', {}, first ? 'What the tokens of the task write into the channels that the circuit reads.'
       : 'What the channels that the circuit writes say of the task’s answers, times the final gain.'),
-    shown.length ? el('div', { class: 'scroll' }, el('table', { class: 'ends' },
+    shown.length ? el('div', { class: 'scroll' }, el('table', { class: 'ends' }, el('caption', {}, `Entries of the ${end}`),
       el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'node'), ...shown.map(({ id, roles }) => el('th', { scope: 'col', title: roles.join(', '), 'data-value': quoted(id) },
         el('code', {}, quoted(id)), el('br'), el('span', { class: 'quiet' }, roles.filter((role) => role.startsWith('answer') !== first)[0]))))),
       el('tbody', {}, ...nodes.map((node, row) => el('tr', {},

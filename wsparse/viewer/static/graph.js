@@ -46,7 +46,8 @@ function drawGraph(circuit, { select, moved, toggle }) {
     edgeLayer.append(line);
   }
   for (const node of circuit.nodes) nodeLayer.append(drawNode(node));
-  world.append(streamLayer, drawBundles(), edgeLayer, nodeLayer);
+  const [bands, handles] = drawBundles();
+  world.append(streamLayer, bands, edgeLayer, handles, nodeLayer);
 
   graph.zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', (event) => {
     world.setAttribute('transform', event.transform);
@@ -193,7 +194,7 @@ function listenToGraph() {
   });
   root.addEventListener('focusin', (event) => {
     const node = nodeOf(event);
-    const item = event.target.closest('.bundle, .end');
+    const item = event.target.closest('.handle, .band, .end');
     if (item?.matches(':focus-visible')) tip(graph.texts.get(item)(), item.getBoundingClientRect());
     if (!node) return;
     reach(node);
@@ -207,7 +208,7 @@ function listenToGraph() {
     if (node) nodeKey(event, node);
     else if (event.key === 'Enter' || event.key === ' ') {
       event.preventDefault();
-      choose(event.target.closest('.bundle, .end'));
+      choose(event.target.closest('.handle, .band, .end'));
     }
   });
 }
@@ -215,26 +216,16 @@ function listenToGraph() {
 /** What a click would choose: a node, a band's label, an edge close by, a band, an end, a stretch of residual stream. */
 function pointedAt(event) {
   const { target } = event;
-  const item = target.closest('.node') ?? target.closest('.handle')?.parentNode;
+  const item = target.closest('.node, .handle');
   if (item) return item;
   const line = lineNear(event);
-  return line?.matches('.edge') ? line : target.closest('.bundle, .end') ?? line;
+  return line?.matches('.edge') ? line : target.closest('.handle, .band, .end') ?? line;
 }
 
 function choose(item) {
   const { name = null, edge = null, end = null, bundle } = item?.dataset ?? {};
   if (bundle) graph.toggle(bundle);
   else graph.select({ node: name, edge, end });
-}
-
-/** The edge, or the stretch of residual stream, within a few pixels of the pointer: lines are thin. */
-function lineNear({ target, clientX, clientY }) {
-  if (graph.texts.has(target)) return target;
-  for (const [dx, dy] of [[0, 3], [0, -3], [3, 0], [-3, 0]]) {
-    const line = document.elementFromPoint(clientX + dx, clientY + dy);
-    if (line && graph.texts.has(line) && !line.closest('.node')) return line;
-  }
-  return null;
 }
 
 function nodeKey(event, node) {
@@ -300,9 +291,10 @@ const READABLE = 0.88;
 // Room for the nodes themselves and what is written above them.
 const AROUND = { x: 90, y: 96 };
 
-/** The nodes around what is selected, or around the most important node. */
+/** What is selected, or the most important node that has lines, and the nodes around it. */
 function neighborhood() {
-  const names = new Set(graph.chosen.length ? graph.chosen : [graph.circuit.nodes[0].name]);
+  const { nodes: [first], nodes: ranked } = graph.circuit;
+  const names = new Set(graph.chosen.length ? graph.chosen : [(ranked.find((node) => !node.alone) ?? first).name]);
   const around = graph.lines.filter(({ source, target, line }) => (
     !line.classList.contains('gone') && (names.has(source?.name) || names.has(target?.name))));
   const nodes = new Set([...names].map((name) => graph.circuit.byName.get(name)));

@@ -94,7 +94,7 @@ const link = (node, change) => el('button', {
 
 /** The weight of an edge, as a button that selects it. */
 const edgeLink = (edge, change) => el('button', {
-  type: 'button', class: 'link number', title: `${edge.source.name} → ${edge.target.name}`,
+  type: 'button', class: 'link', title: `${edge.source.name} → ${edge.target.name}`,
   click: () => change({ edge: `${edge.source.name}>${edge.target.name}` }, true),
 }, exact(edge.weight));
 

@@ -29,7 +29,7 @@ function shapes() {
 }
 
 const paint = (style) => ({
-  fill: plainColor(style.fill), stroke: plainColor(style.stroke), strokeWidth: parseFloat(style.strokeWidth),
+  fill: plainColor(style.fill, style.fillOpacity), stroke: plainColor(style.stroke, style.strokeOpacity), strokeWidth: parseFloat(style.strokeWidth),
   dash: style.strokeDasharray === 'none' ? [] : style.strokeDasharray.split(',').map(parseFloat), cap: style.strokeLinecap,
 });
 
@@ -45,16 +45,17 @@ function words(element, style) {
 const plainColors = new Map();
 
 /** A color as programs other than browsers read it, with its share of what is behind: null for none. */
-function plainColor(color) {
+function plainColor(color, share = 1) {
   if (color === 'none') return null;
-  if (!plainColors.has(color)) {
+  const key = `${color} ${share}`;
+  if (!plainColors.has(key)) {
     const brush = el('canvas', { width: 1, height: 1 }).getContext('2d');
     brush.fillStyle = color;
     brush.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = brush.getImageData(0, 0, 1, 1).data;
-    plainColors.set(color, { rgb: `rgb(${r},${g},${b})`, alpha: +(a / 255).toFixed(3) });
+    plainColors.set(key, { rgb: `rgb(${r},${g},${b})`, alpha: +(share * a / 255).toFixed(3) });
   }
-  return plainColors.get(color);
+  return plainColors.get(key);
 }
 
 /** The words around the graph in a file: what it is of, and what colors mean. */
@@ -84,7 +85,10 @@ function captions({ left, right, top, bottom }) {
 /** All that a file of the graph shows, and its extent. */
 function picture() {
   const { left, right, top, low } = graph.place;
-  const frame = { left: left - MARGIN, right: Math.max(right + MARGIN, left + 460), top: top - 128, bottom: low + 56 };
+  const frame = { left: left - MARGIN, top: top - 128 };
+  // Whole pixels, and room for the legend.
+  frame.right = frame.left + Math.ceil(Math.max(right + MARGIN - frame.left, 480));
+  frame.bottom = frame.top + Math.ceil(low + 56 - frame.top);
   return { frame, parts: [...captions(frame), ...shapes()] };
 }
 
@@ -95,7 +99,7 @@ const transformOf = ({ a, b, c, d, e, f }) => (
 function svgText() {
   const { frame: { left, right, top, bottom }, parts } = picture();
   const root = svg('svg', {
-    width: Math.ceil(right - left), height: Math.ceil(bottom - top), viewBox: `${left} ${top} ${right - left} ${bottom - top}`,
+    width: right - left, height: bottom - top, viewBox: `${left} ${top} ${right - left} ${bottom - top}`,
   });
   for (const part of parts) {
     const { tag, fill, stroke } = part;
@@ -117,7 +121,7 @@ function svgText() {
 function canvasOf() {
   const { frame: { left, right, top, bottom }, parts } = picture();
   const scale = Math.min(2, MOST_PIXELS / (right - left), MOST_PIXELS / (bottom - top));
-  const canvas = el('canvas', { width: Math.ceil(scale * (right - left)), height: Math.ceil(scale * (bottom - top)) });
+  const canvas = el('canvas', { width: Math.round(scale * (right - left)), height: Math.round(scale * (bottom - top)) });
   const brush = canvas.getContext('2d');
   for (const part of parts) {
     const { a, b, c, d, e, f } = part.matrix;
