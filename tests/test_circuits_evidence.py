@@ -239,6 +239,19 @@ def test_no_stretch_of_text_is_shown_twice():
     ]
 
 
+def test_excerpts_that_would_look_the_same_are_one():
+    random = np.random.default_rng(0)
+    windows_WT = random.integers(0, 99, (6, 40)).astype(np.int32)
+    values_WT = np.zeros((6, 40), np.float32)
+    # Two windows agree in the tokens before the highest value, and not further back.
+    windows_WT[:2, 20:31] = np.arange(11)
+    values_WT[:2, 30] = 9, 8
+    # In another one values stand side by side, which is seen at once.
+    values_WT[2, 30:36] = 3, 1, 1, 1, 1, 1
+    found = excerpts.summarize(values_WT, windows_WT)
+    assert [(e.kind, e.window) for e in found.excerpts] == [(evidence_file.HIGHEST, w) for w in (0, 2)]
+
+
 # ---- The command ----
 
 

@@ -70,13 +70,13 @@ function captions({ left, right, top, bottom }) {
   const { circuit } = graph;
   const shown = graph.lines.filter(({ stream, line }) => !stream && !line.classList.contains('gone')).length;
   const nodes = circuit.nodes.filter((node) => !graph.items.get(node.name).classList.contains('gone')).length;
-  const legend = [['--positive', 'positive weight'], ['--negative', 'negative weight'], ['--stream', 'same residual channel']];
+  const legend = [['--positive', 'positive weight', []], ['--negative', 'negative weight', []], ['--stream', 'same residual channel', [1.5, 4]]];
   return [
     { ...start, tag: 'rect', x: left, y: top, width: right - left, height: bottom - top, fill: colorOf('--card') },
     text(left + MARGIN, top + 26, circuit.task, '--ink', 17, 600),
     text(left + MARGIN, top + 45, `${data.run.name}: ${plural(nodes, 'node')}, ${plural(shown, 'edge')}`, '--quiet', 12),
-    ...legend.flatMap(([name, content], i) => [
-      { ...start, tag: 'path', d: `M${left + MARGIN + 150 * i},${bottom - 18}h20`, stroke: colorOf(name), strokeWidth: 3, fill: null },
+    ...legend.flatMap(([name, content, dash], i) => [
+      { ...start, dash, tag: 'path', d: `M${left + MARGIN + 150 * i},${bottom - 18}h20`, stroke: colorOf(name), strokeWidth: 3, fill: null },
       text(left + MARGIN + 26 + 150 * i, bottom - 14, content, '--quiet', 12),
     ]),
   ];
