@@ -26,8 +26,6 @@ _BEFORE, _AFTER = 23, 8
 _SAME = 8
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXTREMES = 6
-# Places of a value that are tried until one is new.
-_PLACES = 64
 
 
 class Excerpt(NamedTuple):
@@ -128,16 +126,15 @@ def summarize(values_WT: np.ndarray, windows_WT: np.ndarray) -> Summary:
     excerpts: list[Excerpt] = []
     shown: set[bytes] = set()
 
-    def add(kind: int, window: int, token: int, quantile: float = 0.0) -> bool:
+    def add(kind: int, window: int, token: int, quantile: float = 0.0) -> None:
         start, stop = max(0, token - _BEFORE), min(n_time, token + _AFTER + 1)
         # What follows a token does not change its value.
         text = windows_WT[window, max(0, token - _SAME + 1) : token + 1].astype(np.int64).tobytes()
         beside = any(e.window == window and abs(e.token - token) <= _AFTER for e in excerpts)
-        if text in shown or (kind == SAMPLED and beside):
-            return False
-        shown.add(text)
-        excerpts.append(Excerpt(kind, window, start, stop, token, quantile, values_WT[window, start:stop]))
-        return True
+        if text not in shown and not (kind == SAMPLED and beside):
+            shown.add(text)
+            values = values_WT[window, start:stop]
+            excerpts.append(Excerpt(kind, window, start, stop, token, quantile, values))
 
     for kind, sign in ((HIGHEST, 1), (LOWEST, -1)):
         token_W = np.argmax(sign * values_WT, axis=1)
@@ -148,9 +145,8 @@ def summarize(values_WT: np.ndarray, windows_WT: np.ndarray) -> Summary:
                 add(kind, window, int(token_W[window]))
     quantiles = np.quantile(active, _QUANTILES, method="nearest") if active.size else []
     for quantile, value in zip(_QUANTILES, quantiles, strict=False):
-        for place in np.flatnonzero(values_WT == value)[:_PLACES].tolist():
-            if add(SAMPLED, *divmod(place, n_time), quantile):
-                break
+        window, token = divmod(int(np.flatnonzero(values_WT == value)[0]), n_time)
+        add(SAMPLED, window, token, quantile)
     return Summary(
         largest=float(np.max(np.abs(values_WT))),
         zero=float(np.mean(values_WT == 0)),

@@ -288,8 +288,9 @@ function fitting() {
 
 // Below this scale a label is less than 11 pixels high.
 const READABLE = 0.88;
-// Room for the nodes themselves and what is written above them.
+// Room for the nodes themselves and what is written above them, and pixels for the buttons below.
 const AROUND = { x: 90, y: 96 };
+const BUTTONS = 44;
 
 /** What is selected, or the most important node that has lines, and the nodes around it. */
 function neighborhood() {
@@ -308,10 +309,11 @@ function opening() {
   const all = fitting();
   const [width, height] = graphSize();
   if (all.scale >= READABLE || width > 600) return all;
+  const free = height - BUTTONS;
   const { core, nodes } = neighborhood();
   const extent = (some, axis) => d3.extent(some, (node) => node[axis]);
   const sizes = ['x', 'y'].map((axis) => extent(nodes, axis)[1] - extent(nodes, axis)[0] + AROUND[axis]);
-  const scale = Math.max(READABLE, Math.min(1.2, width / sizes[0], height / sizes[1]));
+  const scale = Math.max(READABLE, Math.min(1.2, width / sizes[0], free / sizes[1]));
   const middle = (axis, room, size) => {
     const [from, to] = extent(nodes, axis);
     const own = d3.mean(extent(core, axis));
@@ -319,7 +321,7 @@ function opening() {
     const half = (room / scale - AROUND[axis]) / 2;
     return size * scale <= room ? (from + to) / 2 : Math.max(from + half, Math.min(to - half, own));
   };
-  return { scale, x: middle('x', width, sizes[0]), y: middle('y', height, sizes[1]) - 12 };
+  return { scale, x: middle('x', width, sizes[0]), y: middle('y', free, sizes[1]) - 12 + BUTTONS / 2 / scale };
 }
 
 /** The view of everything; null where a circuit opens with it. */
