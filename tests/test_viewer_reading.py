@@ -402,7 +402,7 @@ def test_the_graph_is_saved_as_an_svg_that_needs_nothing_else_and_as_the_same_pn
     # Every edge that is not in a closed block, and two lines of the legend.
     curves = [p for p in root.iter(f"{SVG}path") if p.get("fill") == "none" and not p.get("stroke-dasharray")]
     assert len(curves) == edges_into(grown, 1) + 2
-    size = int(root.get("width")), int(root.get("height"))
+    size = int(root.attrib["width"]), int(root.attrib["height"])
     (tmp_path / "graph.svg").write_bytes(text)
     name, image = saved(page, page.locator("#save-png").click)
     assert name.endswith(f"-{case.TASK}.png")

@@ -320,7 +320,7 @@ def _nodes(
     summaries: list[excerpts.Summary],
     answers: tuple[int, ...] | None,
     contrast_J: np.ndarray,
-) -> tuple[list[evidence_file.NodeEvidence], dict[str, np.ndarray]]:
+) -> tuple[list[evidence_file.NodeEvidence], dict[str, Any]]:
     """Returns the nodes, and as `Evidence` has them the weights of tokens in their channels."""
     config, flat = run.config.model, trees.flatten(run.params)
     embedding_VD = np.asarray(flat["embed/tokens"])
