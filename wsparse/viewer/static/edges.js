@@ -50,12 +50,17 @@ function lineNear({ target, clientX, clientY, pointerType }) {
 
 const isSeen = ({ classList }) => !classList.contains('gone') && (!classList.contains('bundled') || classList.contains('lit'));
 
-/** Makes the line that a click would choose stand out. */
-function markNear(line) {
-  if (graph.near === line) return;
-  graph.near?.classList.remove('near');
-  line?.classList.add('near');
-  graph.near = line;
+/** Makes an edge stand out as the "near" one, which a click would choose, or as the "chosen" one; null for none. */
+function standOut(kind, line) {
+  const before = graph[kind];
+  if (before === line) return;
+  before?.classList.remove(kind);
+  line?.classList.add(kind);
+  graph[kind] = line;
+  for (const each of [before, line].filter(Boolean)) {
+    const wide = each.classList.contains('near') || each.classList.contains('chosen');
+    each.style.strokeWidth = wide ? `${+each.getAttribute('stroke-width') + 2}px` : '';
+  }
 }
 
 /** The edge of a node that comes after the chosen one, from the largest to the smallest and round again. */

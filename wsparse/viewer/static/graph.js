@@ -3,11 +3,11 @@
 // More edges than this would make the browser slow; the largest are drawn.
 const MAX_EDGES = 5000;
 
-// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows; `chosen`
-// are the names of the selected node, or of the ends of the selected edge.
+// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows;
+// `selection` are the names of the selected node, or of the ends of the selected edge.
 const graph = {
   circuit: null, place: null, zoom: null, items: new Map(), lines: [], bundles: [], texts: new WeakMap(), reached: null,
-  near: null, chosen: [], edge: null,
+  near: null, chosen: null, selection: [], edge: null,
 };
 
 /** Draws a circuit, or a part of one; returns how many of its edges. */
@@ -16,7 +16,7 @@ function drawGraph(circuit, { select, moved, toggle }) {
   root.replaceChildren();
   root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
   const place = arrange(circuit);
-  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, near: null, moved, select, toggle });
+  Object.assign(graph, { circuit, place, items: new Map(), lines: [], reached: null, near: null, chosen: null, moved, select, toggle });
   const world = svg('g');
   root.append(world);
   world.append(...place.blocks.flatMap(block));
@@ -38,8 +38,10 @@ function drawGraph(circuit, { select, moved, toggle }) {
   // The largest weights are drawn last, on top.
   for (const edge of [...drawn].reverse()) {
     const span = [edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y];
-    const line = svg('path', { d: curve(...span), class: edge.weight < 0 ? 'edge negative' : 'edge positive' });
-    line.style.setProperty('--wide', `${(0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight).toFixed(2)}px`);
+    const line = svg('path', {
+      d: curve(...span), class: edge.weight < 0 ? 'edge negative' : 'edge positive',
+      'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
+    });
     graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
     line.dataset.edge = `${edge.source.name}>${edge.target.name}`;
     graph.lines.push({ ...edge, line, span, stream: false });
@@ -142,7 +144,7 @@ function paintGraph({ keep, node, edge, residual, end, open }) {
   const ends = !node && edge ? edge.split('>') : null;
   const chosen = Boolean(selected) || Boolean(end) || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
   const near = new Set(selected ? [selected] : ends ?? []);
-  Object.assign(graph, { edge, chosen: [...near].filter((name) => graph.items.has(name)) });
+  Object.assign(graph, { edge, selection: [...near].filter((name) => graph.items.has(name)) });
   for (const { source, target, line, stream } of graph.lines) {
     const visible = shown(source) && shown(target) && (!stream || residual);
     const touches = selected ? source?.name === selected || target?.name === selected
@@ -150,7 +152,6 @@ function paintGraph({ keep, node, edge, residual, end, open }) {
     line.classList.toggle('gone', !visible);
     line.classList.toggle('dim', chosen && !touches);
     line.classList.toggle('lit', chosen && touches);
-    line.classList.toggle('chosen', Boolean(ends) && touches);
     if ((selected || end) && visible && touches) near.add(source?.name).add(target?.name);
   }
   for (const each of circuit.nodes) {
@@ -164,6 +165,7 @@ function paintGraph({ keep, node, edge, residual, end, open }) {
     item.classList.toggle('selected', item.dataset.end === end);
     item.setAttribute('aria-pressed', String(item.dataset.end === end));
   }
+  standOut('chosen', ends && chosen ? graph.lines.find(({ line }) => line.dataset.edge === edge)?.line ?? null : null);
   paintBundles(open);
   if (selected) reach(circuit.byName.get(selected));
 }
@@ -183,13 +185,13 @@ function listenToGraph() {
   root.addEventListener('pointermove', (event) => {
     const item = pointedAt(event);
     const text = graph.texts.get(item);
-    markNear(item?.matches('.edge') ? item : null);
+    standOut('near', item?.matches('.edge') ? item : null);
     root.classList.toggle('pointing', Boolean(item && !item.matches('.stream')));
     if (text) tip(text(), event);
     else hideTip();
   });
   root.addEventListener('pointerleave', () => {
-    markNear(null);
+    standOut('near', null);
     hideTip();
   });
   root.addEventListener('focusin', (event) => {
@@ -295,7 +297,7 @@ const BUTTONS = 44;
 /** What is selected, or the most important node that has lines, and the nodes around it. */
 function neighborhood() {
   const { nodes: [first], nodes: ranked } = graph.circuit;
-  const names = new Set(graph.chosen.length ? graph.chosen : [(ranked.find((node) => !node.alone) ?? first).name]);
+  const names = new Set(graph.selection.length ? graph.selection : [(ranked.find((node) => !node.alone) ?? first).name]);
   const around = graph.lines.filter(({ source, target, line }) => (
     !line.classList.contains('gone') && (names.has(source?.name) || names.has(target?.name))));
   const nodes = new Set([...names].map((name) => graph.circuit.byName.get(name)));

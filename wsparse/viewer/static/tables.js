@@ -19,7 +19,7 @@ const saveCsv = (name, rows) => save(`${name}.csv`, new Blob([csv(rows)], { type
 
 /** A button that saves the rows that a function returns. */
 const csvButton = (name, rows, text = 'CSV') => el('button', {
-  type: 'button', class: 'csv', title: `Save as CSV: ${name}`, 'aria-label': `Save as CSV: ${name}`, click: () => saveCsv(name, rows()),
+  type: 'button', class: 'csv', title: `Save as CSV: ${name}`, click: () => saveCsv(name, rows()),
 }, text);
 
 /** What a cell says; numbers with the minus sign that programs read. */
