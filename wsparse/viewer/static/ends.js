@@ -46,12 +46,14 @@ const OLD_CONTRAST = 'Which tokens tell the task’s sides apart is not in this 
 /** The panel of an end: the circuit's channels there, by the tokens that tell the sides apart. */
 function endPanel(circuit, end, change) {
   const first = end === 'embedding';
-  const nodes = circuit.nodes.filter((node) => (first ? node.reads : node.writes) && node.about.n_tokens);
   const shown = contrastTokens(circuit, end).filter(({ matters }) => matters).slice(0, END_TOKENS);
-  const weights = nodes.map((node) => shown.map(({ i }) => circuit.contrast.weights[node.name][i]));
+  const entries = (node) => shown.map(({ i }) => circuit.contrast.weights[node.name][i]);
+  const there = circuit.nodes.filter((node) => (first ? node.reads : node.writes) && node.about.n_tokens);
+  const [nodes, silent] = [true, false].map((some) => there.filter((node) => entries(node).some(Boolean) === some));
+  const weights = nodes.map(entries);
   const largest = d3.max(weights.flat(), Math.abs);
   const cell = (weight) => {
-    const td = el('td', { class: 'number', 'data-value': weight }, weight ? signed(weight) : '0');
+    const td = el('td', { class: weight ? 'number' : 'number quiet', 'data-value': weight }, weight ? signed(weight) : '0');
     color(td, weight, largest);
     return td;
   };
@@ -65,7 +67,9 @@ function endPanel(circuit, end, change) {
         el('code', {}, quoted(id)), el('br'), el('span', { class: 'quiet' }, roles.filter((role) => role.startsWith('answer') !== first)[0]))))),
       el('tbody', {}, ...nodes.map((node, row) => el('tr', {},
         el('th', { scope: 'row' }, link(node, change)), ...weights[row].map(cell)))))) : el('p', { class: 'quiet' }, OLD_CONTRAST),
+    shown.length && silent.length ? el('p', { class: 'stream-list' }, 'No entry for these tokens: ',
+      ...silent.flatMap((node, i) => [i ? ', ' : '', link(node, change)])) : null,
     el('p', { class: 'quiet' }, first ? 'The tokens are those in which the two prompts of a pair differ, those of the most pairs first.'
       : 'The most common answers first.'),
-  ];
+  ].filter(Boolean);
 }
