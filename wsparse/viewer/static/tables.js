@@ -53,7 +53,8 @@ function watchTables() {
       caption.append(csvButton(tableName(table), () => table.csv?.() ?? tableRows(table)));
     }
   };
-  new MutationObserver(add).observe(document.body, { childList: true, subtree: true });
+  const observer = new MutationObserver(add);
+  for (const main of document.querySelectorAll('main')) observer.observe(main, { childList: true, subtree: true });
   add();
 }
 
