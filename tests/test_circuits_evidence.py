@@ -278,6 +278,22 @@ def test_evidence_of_circuits_that_were_found_before_is_measured_by_one_command(
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
 
+def test_evidence_that_was_measured_before_tokens_were_contrasted_can_be_read(
+    folder, data, circuit, tmp_path
+):
+    evidence_file.Evidence.load(folder / "circuits" / case.TASK, circuit).save(tmp_path)
+    with np.load(tmp_path / "evidence.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays if not name.startswith("contrast")}
+        assert len(kept) == len(arrays) - 3
+    np.savez(tmp_path / "evidence.npz", **kept)
+    older = evidence_file.Evidence.load(tmp_path, circuit)
+    assert older is not None and not older.contrast_tokens_J.size
+    kept["contrast_tokens_J"] = np.array([1])
+    np.savez(tmp_path / "evidence.npz", **kept)
+    with pytest.raises(UserError, match="contrast_counts_J4 must be numbers of shape"):
+        evidence_file.Evidence.load(tmp_path, circuit)
+
+
 def test_the_users_own_task_must_be_named(folder, data, loaded):
     with pytest.raises(UserError, match=r"--task=all,closing\.jsonl"):
         evidence.measure_run(folder, ["all"], case.OPTIONS)

@@ -178,6 +178,16 @@ def test_the_ends_can_be_selected_shared_and_left(open_page, data):
     assert "end" not in state(page) and page.locator(".dim").count() == 0
 
 
+def test_channels_that_say_nothing_of_the_tasks_tokens_are_named_below_the_table(open_page, data, written):
+    changed = copy.deepcopy(data)
+    weights = shown_circuit(changed)["contrast"]["weights"]
+    silent, *others = [name for name in weights if ".act_in." in name]
+    weights[silent] = [0] * len(weights[silent])
+    panel = open_page(f"{CIRCUIT}&end=embedding", written(changed, "silent")).locator("#panel")
+    assert panel.locator("table.ends tbody th").all_text_contents() == others
+    assert f"No entry for these tokens: {silent}" in panel.inner_text()
+
+
 def test_evidence_of_an_older_version_still_shows_the_largest_entries(open_page, data, written):
     older = copy.deepcopy(data)
     shown_circuit(older)["contrast"] = None
