@@ -239,6 +239,19 @@ def test_no_stretch_of_text_is_shown_twice():
     ]
 
 
+def test_excerpts_that_would_look_the_same_are_one():
+    random = np.random.default_rng(0)
+    windows_WT = random.integers(0, 99, (6, 40)).astype(np.int32)
+    values_WT = np.zeros((6, 40), np.float32)
+    # Two windows agree in the tokens before the highest value, and not further back.
+    windows_WT[:2, 20:31] = np.arange(11)
+    values_WT[:2, 30] = 9, 8
+    # In another one values stand side by side, which is seen at once.
+    values_WT[2, 30:36] = 3, 1, 1, 1, 1, 1
+    found = excerpts.summarize(values_WT, windows_WT)
+    assert [(e.kind, e.window) for e in found.excerpts] == [(evidence_file.HIGHEST, w) for w in (0, 2)]
+
+
 # ---- The command ----
 
 
@@ -263,6 +276,22 @@ def test_evidence_of_circuits_that_were_found_before_is_measured_by_one_command(
     assert after.nodes == before.nodes and after.prompts == before.prompts
     for name in evidence_file.ARRAYS:
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+
+
+def test_evidence_that_was_measured_before_tokens_were_contrasted_can_be_read(
+    folder, data, circuit, tmp_path
+):
+    evidence_file.Evidence.load(folder / "circuits" / case.TASK, circuit).save(tmp_path)
+    with np.load(tmp_path / "evidence.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays if not name.startswith("contrast")}
+        assert len(kept) == len(arrays) - 3
+    np.savez(tmp_path / "evidence.npz", **kept)
+    older = evidence_file.Evidence.load(tmp_path, circuit)
+    assert older is not None and not older.contrast_tokens_J.size
+    kept["contrast_tokens_J"] = np.array([1])
+    np.savez(tmp_path / "evidence.npz", **kept)
+    with pytest.raises(UserError, match="contrast_counts_J4 must be numbers of shape"):
+        evidence_file.Evidence.load(tmp_path, circuit)
 
 
 def test_the_users_own_task_must_be_named(folder, data, loaded):

@@ -91,6 +91,14 @@ def test_embedded_text_cannot_end_its_element_and_comes_back(text):
     assert json.loads(embedded) == {text: [text]}
 
 
+def test_no_two_scripts_of_the_page_define_the_same_name():
+    """A second function would silently take the place of the first."""
+    for names in (page.SCRIPTS, [f"engine/{name}" for name in page.ENGINE]):
+        code = "".join(map(page.static, names))
+        defined = re.findall(r"^(?:async )?(?:function|const|let|class) (\w+)", code, re.MULTILINE)
+        assert len(defined) > 20 and sorted(defined) == sorted(set(defined))
+
+
 def test_the_policy_names_exactly_the_scripts_and_the_style_of_the_page(data):
     text = page.render(data, title="a </title> & b")
     assert "<title>a &lt;/title&gt; &amp; b</title>" in text
@@ -286,7 +294,14 @@ def test_damaged_evidence_is_refused_in_one_line(copied, damage, message):
 
 
 def options(folder, out, **changes) -> types.SimpleNamespace:
-    values = {"task": ["all"], "source": None, "pairs": 6, "max_nodes": 2000, "with": [], "notes": []} | changes
+    values = {
+        "task": ["all"],
+        "source": None,
+        "pairs": 6,
+        "max_nodes": 2000,
+        "with": [],
+        "notes": [],
+    } | changes
     return types.SimpleNamespace(run=str(folder), out=str(out), **values)
 
 

@@ -20,7 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, runs, trees
-from wsparse.circuits import evidence_file, excerpts, graph, masks, model_file, report, scoring, tasks
+from wsparse.circuits import (
+    contrast,
+    evidence_file,
+    excerpts,
+    graph,
+    masks,
+    model_file,
+    report,
+    scoring,
+    tasks,
+)
 from wsparse.circuits.circuit import Circuit, split
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
@@ -108,11 +118,14 @@ def measure(
         summaries = excerpts.summaries(run.params, config, text.windows_WT, places, bar.advance)
     answers = np.asarray(pairs.answer).reshape(-1, 2)
     shared = tuple(answers[0].tolist()) if np.all(answers == answers[:1]) else None
-    nodes, top_tokens_NK, top_weights_NK = _nodes(run, circuit, places, from_model, summaries, shared)
+    sides = contrast.contrast(*map(np.asarray, ablation_pairs[:3]))
+    nodes, of_tokens = _nodes(run, circuit, places, from_model, summaries, shared, sides.tokens_J)
+    top_tokens_NK = of_tokens["top_tokens_NK"]
     in_text = _in_text(summaries)
     spans = in_text["excerpts_E6"][:, 2:5]
     excerpted = [text.windows_WT[window, start:stop] for window, start, stop in spans]
-    used = [recorded["prompt_tokens_X"], answers.ravel(), top_tokens_NK[top_tokens_NK >= 0], *excerpted]
+    used = [recorded["prompt_tokens_X"], answers.ravel(), sides.tokens_J, *excerpted]
+    used.append(top_tokens_NK[top_tokens_NK >= 0])
     token_texts = {str(i): run.tokenizer.decode([i]) for i in np.unique(np.concatenate(used)).tolist()}
     return Evidence(
         task=circuit.task,
@@ -126,11 +139,12 @@ def measure(
         nodes=nodes,
         token_texts=token_texts,
         windows_WT=text.windows_WT.astype(np.min_scalar_type(config.vocab_size - 1)),
-        top_tokens_NK=top_tokens_NK,
-        top_weights_NK=top_weights_NK,
+        contrast_tokens_J=sides.tokens_J,
+        contrast_counts_J4=sides.counts_J4,
         pair_tokens_RT=np.asarray(ablation_pairs.tokens),
         pair_positions_R=np.asarray(ablation_pairs.position),
         pair_answers_R=np.asarray(ablation_pairs.answer),
+        **of_tokens,
         **recorded,
         **in_text,
     )
@@ -306,8 +320,9 @@ def _nodes(
     from_model: np.ndarray,
     summaries: list[excerpts.Summary],
     answers: tuple[int, ...] | None,
-) -> tuple[list[evidence_file.NodeEvidence], np.ndarray, np.ndarray]:
-    """Returns the nodes, and the tokens with the largest weights in their channels with these."""
+    contrast_J: np.ndarray,
+) -> tuple[list[evidence_file.NodeEvidence], dict[str, Any]]:
+    """Returns the nodes, and as `Evidence` has them the weights of tokens in their channels."""
     config, flat = run.config.model, trees.flatten(run.params)
     embedding_VD = np.asarray(flat["embed/tokens"])
     unembed_DV = embedding_VD.T if config.tied_embeddings else np.asarray(flat["head/unembed"])
@@ -315,6 +330,7 @@ def _nodes(
     bias_of = {connection.target: connection.bias for connection in graph.CONNECTIONS}
     top_tokens_NK = np.full((len(places), TOP_TOKENS), -1, np.int32)
     top_weights_NK = np.zeros((len(places), TOP_TOKENS), np.float32)
+    contrast_weights_NJ = np.zeros((len(places), len(contrast_J)), np.float32)
     described = []
     for i, ((layer, location, channel), summary) in enumerate(zip(places, summaries, strict=True)):
         bias, gain, weights_V = flat.get(bias_of.get(location, "")), None, np.zeros(0)
@@ -330,6 +346,8 @@ def _nodes(
         largest = largest[weights_V[largest] != 0]
         top_tokens_NK[i, : len(largest)] = largest
         top_weights_NK[i, : len(largest)] = weights_V[largest]
+        if weights_V.size:
+            contrast_weights_NJ[i] = weights_V[contrast_J]
         described.append(
             evidence_file.NodeEvidence(
                 name=str(places[i]),
@@ -342,7 +360,11 @@ def _nodes(
                 **{key: getattr(summary, key) for key in ("largest", "zero", "low", "high")},
             )
         )
-    return described, top_tokens_NK, top_weights_NK
+    return described, {
+        "top_tokens_NK": top_tokens_NK,
+        "top_weights_NK": top_weights_NK,
+        "contrast_weights_NJ": contrast_weights_NJ,
+    }
 
 
 def _in_text(summaries: list[excerpts.Summary]) -> dict[str, Any]:

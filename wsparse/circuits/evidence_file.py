@@ -6,7 +6,7 @@
 Shapes: N nodes shown, P places whose values are recorded (the nodes shown, and the partners of queries and
 keys), R prompts (rows `2 i` and `2 i + 1` are a pair), X tokens of all prompts one after the other, H heads
 shown, Y entries of the lower triangles of all prompts one after the other, W windows of T tokens, E
-excerpts, Z values of all excerpts one after the other, B bins, K tokens.
+excerpts, Z values of all excerpts one after the other, B bins, K tokens, J tokens of the task's contrast.
 """
 
 from __future__ import annotations
@@ -111,6 +111,10 @@ class Evidence:
       top_tokens_NK: Tokens with the largest entries in the node's channel of the embedding (of reads) or of
         the unembedding times the final gain (of writes); -1 fills up.
       top_weights_NK: The entries.
+      contrast_tokens_J: The tokens that tell the task's two sides apart, see `contrast.Contrast`; none in
+        older files, as in the two fields after it.
+      contrast_counts_J4: In how many of the `ablation_pairs` pairs each does, and how.
+      contrast_weights_NJ: Their entries in the node's channel, as in `top_weights_NK`.
       pair_tokens_RT: The first pairs of the report split, padded, at most `ablation_pairs`, for a page that
         runs the model; none in older files, as in the two fields after it.
       pair_positions_R: Index of each prompt's last token.
@@ -142,6 +146,9 @@ class Evidence:
     excerpt_values_Z: np.ndarray
     top_tokens_NK: np.ndarray
     top_weights_NK: np.ndarray
+    contrast_tokens_J: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    contrast_counts_J4: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4), np.int32))
+    contrast_weights_NJ: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
     pair_tokens_RT: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int32))
     pair_positions_R: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     pair_answers_R: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
@@ -175,7 +182,10 @@ class Evidence:
 
 
 _PAIRS = ("pair_tokens_RT", "pair_positions_R", "pair_answers_R")
-_INTEGERS = ("prompt_tokens_X", "windows_WT", "counts_NB", "excerpts_E6", "top_tokens_NK", *_PAIRS)
+_INTEGERS = (
+    "prompt_tokens_X", "windows_WT", "counts_NB", "excerpts_E6", "top_tokens_NK", "contrast_tokens_J",
+    "contrast_counts_J4", *_PAIRS,
+)  # fmt: skip
 ARRAYS = tuple(name for name, hint in typing.get_type_hints(Evidence).items() if hint is np.ndarray)
 
 
@@ -198,6 +208,7 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
     lengths = [prompt.length for prompt in evidence.prompts]
     values = (len(evidence.places), sum(lengths))
     patterns = (len(evidence.heads), sum(map(triangle, lengths)))
+    n_contrast = evidence.contrast_tokens_J.size
     pairs, time = evidence.pair_positions_R.shape[:1], evidence.pair_tokens_RT.shape[1:2] or (0,)
     shapes = {
         "prompt_tokens_X": values[1:],
@@ -212,6 +223,9 @@ def _check(evidence: Evidence, circuit: Circuit) -> None:
         "excerpt_values_Z": (evidence.excerpt_values_Z.size,),
         "top_tokens_NK": (n_nodes, TOP_TOKENS),
         "top_weights_NK": (n_nodes, TOP_TOKENS),
+        "contrast_tokens_J": (n_contrast,),
+        "contrast_counts_J4": (n_contrast, 4),
+        "contrast_weights_NJ": (n_nodes if n_contrast else 0, n_contrast),
         "pair_tokens_RT": pairs + time,
         "pair_positions_R": pairs,
         "pair_answers_R": pairs,

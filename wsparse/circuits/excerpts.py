@@ -22,6 +22,8 @@ from wsparse.nodes import NODES, Node
 _TOKENS, _NODES = 4096, 1024
 # Tokens shown before and after the one that an excerpt is about.
 _BEFORE, _AFTER = 23, 8
+# Excerpts that agree in so many tokens, up to the one that they are about, look the same to a reader.
+_SAME = 8
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXTREMES = 6
 
@@ -114,7 +116,7 @@ def summaries(
 
 
 def summarize(values_WT: np.ndarray, windows_WT: np.ndarray) -> Summary:
-    """Returns the summary of one node's values; no stretch of text is shown twice."""
+    """Returns the summary of one node's values; no two excerpts of it look the same."""
     active = np.sort(values_WT[values_WT != 0])
     low, high = (float(active[0]), float(active[-1])) if active.size else (0.0, 0.0)
     # A node that is always the same still needs bins of some width.
@@ -127,8 +129,9 @@ def summarize(values_WT: np.ndarray, windows_WT: np.ndarray) -> Summary:
     def add(kind: int, window: int, token: int, quantile: float = 0.0) -> None:
         start, stop = max(0, token - _BEFORE), min(n_time, token + _AFTER + 1)
         # What follows a token does not change its value.
-        text = windows_WT[window, start : token + 1].astype(np.int64).tobytes()
-        if text not in shown:
+        text = windows_WT[window, max(0, token - _SAME + 1) : token + 1].astype(np.int64).tobytes()
+        beside = any(e.window == window and abs(e.token - token) <= _AFTER for e in excerpts)
+        if text not in shown and not (kind == SAMPLED and beside):
             shown.add(text)
             values = values_WT[window, start:stop]
             excerpts.append(Excerpt(kind, window, start, stop, token, quantile, values))

@@ -199,6 +199,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         for edge in circuit.edges
         if edge.source in index and edge.target in index
     ]
+    constant = _constant(evidence)
     weights = {node.name: node.answer_weights for node in nodes if node.answer_weights is not None}
     return {
         **{key: getattr(circuit, key) for key in ("form", "target", "loss", "status")},
@@ -210,15 +211,42 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "written": written.of_circuit(circuit, evidence, notes, list(index)),
         "notes": [note] if len(nodes) < total else [],
         "total_nodes": total,
-        "nodes": [learned[node.name] | {"from_model": node.from_model, "mean": node.mean} for node in nodes],
+        "nodes": [
+            learned[node.name]
+            | {"from_model": node.from_model, "mean": node.mean, "constant": node.name in constant}
+            for node in nodes
+        ],
         "edges": sorted(edges, key=lambda edge: -abs(edge[2])),
         "ablation_pairs": evidence.ablation_pairs,
         "prefix": [[prefix.nodes, prefix.loss] for prefix in evidence.prefix],
         "answer_weights": {"tokens": evidence.answers, "weights": weights} if evidence.answers else None,
+        "contrast": _contrast(evidence, len(nodes)),
         "text": _text(evidence, len(nodes), texts),
         "run": 0,
         "live": None,
         **_prompts(evidence, list(index), options.pairs),
+    }
+
+
+def _constant(evidence: Evidence) -> set[str]:
+    """Returns the places whose values in the circuit are, but for rounding, the same on all prompts."""
+    values_PX = evidence.circuit_values_PX
+    varies_P = np.ptp(values_PX, axis=1) > 1e-5 * np.abs(values_PX).max(axis=1)
+    return {name for name, varies in zip(evidence.places, varies_P.tolist(), strict=True) if not varies}
+
+
+def _contrast(evidence: Evidence, n_nodes: int) -> dict[str, Any] | None:
+    """Returns the tokens that tell the task's sides apart, and their entries in the channels of nodes."""
+    if not evidence.contrast_tokens_J.size:
+        return None
+    return {
+        "tokens": evidence.contrast_tokens_J,
+        "counts": evidence.contrast_counts_J4,
+        "weights": {
+            node.name: evidence.contrast_weights_NJ[i]
+            for i, node in enumerate(evidence.nodes[:n_nodes])
+            if node.n_tokens
+        },
     }
 
 

@@ -23,9 +23,9 @@ LIBRARY = "d3.min.js"
 # In the order in which they are joined; a later one uses what an earlier one defines.
 ENGINE = ("arrays.js", "numerics.js", "forward.js", "tokenizer.js", "plan.js", "worker.js")
 SCRIPTS = (
-    "data.js", "notes.js", "runs.js", "layout.js", "graph.js", "groups.js", "charts.js", "panel.js",
-    "notes_panel.js", "live.js", "try.js", "try_node.js", "tour.js", "whole.js", "overview.js",
-    "pair_graph.js", "pair.js", "main.js",
+    "data.js", "notes.js", "runs.js", "constants.js", "layout.js", "edges.js", "bundles.js", "graph.js",
+    "groups.js", "charts.js", "tables.js", "panel.js", "ends.js", "notes_panel.js", "live.js", "try.js",
+    "try_node.js", "tour.js", "picture.js", "whole.js", "overview.js", "pair_graph.js", "pair.js", "main.js",
 )  # fmt: skip
 
 _QUANTIZED = {"int8": 127, "int16": 32767, "uint8": 255}

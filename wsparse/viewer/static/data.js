@@ -136,6 +136,7 @@ function circuitOf(task) {
     // Where each prompt begins in the arrays that hold all of them.
     offsets: [0, ...d3.cumsum(raw.rows, (row) => row.tokens.length)],
   };
+  markAlone(circuit);
   circuits.set(task, circuit);
   return circuit;
 }

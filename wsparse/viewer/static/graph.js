@@ -3,61 +3,58 @@
 // More edges than this would make the browser slow; the largest are drawn.
 const MAX_EDGES = 5000;
 
-// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows.
-const graph = { circuit: null, place: null, zoom: null, items: new Map(), boxes: new Map(), named: [], lines: [], texts: new WeakMap(), reached: null };
+// `circuit` is the part that is drawn; `items` are the nodes' elements; `texts` says what an element shows;
+// `selection` are the names of the selected node, or of the ends of the selected edge.
+const graph = {
+  circuit: null, place: null, zoom: null, items: new Map(), boxes: new Map(), named: [], lines: [], bundles: [],
+  texts: new WeakMap(), reached: null, near: null, chosen: null, selection: [], edge: null,
+};
 
 /** Draws a circuit, or a part of one; returns how many of its edges. */
-function drawGraph(circuit, { select, selectGroup, pin, moved }) {
+function drawGraph(circuit, { select, selectGroup, pin, moved, toggle }) {
   const root = byId('graph');
   root.replaceChildren();
   root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
   const place = arrange(folded(circuit));
   unfold(circuit);
-  Object.assign(graph, { circuit, place, items: new Map(), lines: [], named: [], reached: null, moved, select, selectGroup, pin });
+  Object.assign(graph, {
+    circuit, place, items: new Map(), lines: [], named: [], reached: null, near: null, chosen: null,
+    moved, select, selectGroup, pin, toggle,
+  });
   const world = svg('g');
   root.append(world);
   world.append(...place.blocks.flatMap(block));
   world.append(...place.columns.map((column) => svg('text', {
     class: 'column', x: column.x, y: place.top - 12, 'text-anchor': 'middle',
   }, column.title)));
-  world.append(...place.heads.flatMap(headBox));
-  ['embedding', 'unembedding'].forEach((title, i) => {
-    const middle = (place.top + place.bottom) / 2;
-    world.append(
-      svg('rect', {
-        class: 'end', x: place.ends[i] - 7, y: place.top, width: 14, height: place.bottom - place.top, rx: 4,
-      }),
-      svg('text', {
-        class: 'end', x: place.ends[i], y: middle, 'text-anchor': 'middle', dy: '0.35em',
-        transform: `rotate(-90 ${place.ends[i]} ${middle})`,
-      }, title),
-    );
-  });
+  world.append(...place.heads.flatMap(headBox), ...drawTray(place), ...ENDS.map(drawEnd));
   const streamLayer = svg('g', { class: 'streams' });
   const edgeLayer = svg('g', { class: 'edges' });
   const nodeLayer = svg('g', { class: 'nodes' });
   for (const stream of circuit.streams) {
-    const line = svg('path', { d: streamPath(stream), class: 'stream' });
+    const span = streamSpan(stream);
+    const line = svg('path', { d: curve(...span), class: 'stream' });
     graph.texts.set(line, () => streamText(stream));
-    graph.lines.push({ ...stream, line, stream: true });
+    graph.lines.push({ ...stream, line, span, stream: true });
     streamLayer.append(line);
   }
   const drawn = circuit.edges.slice(0, MAX_EDGES);
   // The largest weights are drawn last, on top.
   for (const edge of [...drawn].reverse()) {
+    const span = [edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y];
     const line = svg('path', {
-      d: curve(edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y),
-      class: edge.weight < 0 ? 'edge negative' : 'edge positive',
+      d: curve(...span), class: edge.weight < 0 ? 'edge negative' : 'edge positive',
       'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
     });
     graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
     line.dataset.edge = `${edge.source.name}>${edge.target.name}`;
-    graph.lines.push({ ...edge, line, stream: false });
+    graph.lines.push({ ...edge, line, span, stream: false });
     edgeLayer.append(line);
   }
   for (const node of circuit.nodes) nodeLayer.append(drawNode(node));
   drawBoxes(circuit, nodeLayer);
-  world.append(streamLayer, edgeLayer, nodeLayer);
+  const [bands, handles] = drawBundles();
+  world.append(streamLayer, bands, edgeLayer, handles, nodeLayer);
 
   graph.zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', (event) => {
     world.setAttribute('transform', event.transform);
@@ -89,10 +86,21 @@ function headBox({ head, left, right, top, bottom }) {
   ];
 }
 
+/** The bar of the embedding, or of the unembedding. */
+function drawEnd(end, i) {
+  const { ends, top, bottom } = graph.place;
+  const middle = (top + bottom) / 2;
+  const item = svg('g', { class: 'end', role: 'button', tabindex: 0, 'data-end': end, 'aria-pressed': 'false', 'aria-label': end },
+    svg('rect', { x: ends[i] - 7, y: top, width: 14, height: bottom - top, rx: 4 }),
+    svg('text', { x: ends[i], y: middle, 'text-anchor': 'middle', dy: '0.35em', transform: `rotate(-90 ${ends[i]} ${middle})` }, end));
+  graph.texts.set(item, () => [end, 'click for its entries for the tokens of the task']);
+  return item;
+}
+
 function drawNode(node) {
   const strength = Math.sqrt(Math.max(0, node.importance) / graph.circuit.largestImportance);
   const item = svg('g', {
-    class: strength > 0.55 ? 'node strong' : 'node', role: 'button', tabindex: -1, 'aria-pressed': 'false',
+    class: `node${isConstant(node) ? ' constant' : strength > 0.55 ? ' strong' : ''}`, role: 'button', tabindex: -1, 'aria-pressed': 'false',
     'data-name': node.name,
     'aria-label': spoken(node),
     transform: `translate(${node.x} ${node.y})`,
@@ -116,6 +124,7 @@ function nodeText(node) {
     node.name, ...[nameOf(node)].filter(Boolean), describe(node),
     `loss without it: ${signed(node.importance)} in the circuit, ${signed(node.from_model)} in the whole model`,
     `${plural(node.in.length, 'edge')} in, ${node.out.length} out`,
+    ...(isConstant(node) ? [node.constant ? 'constant: the same at every token of the prompts' : 'constant: nothing leads to it'] : []),
   ];
 }
 
@@ -129,15 +138,16 @@ function curve(x0, y0, x1, y1) {
   return `M${x0.toFixed(1)},${y0.toFixed(1)}C${middle.toFixed(1)},${y0.toFixed(1)} ${middle.toFixed(1)},${y1.toFixed(1)} ${x1.toFixed(1)},${y1.toFixed(1)}`;
 }
 
-function streamPath({ source, target }) {
+/** Where a stretch of residual stream begins and ends. */
+function streamSpan({ source, target }) {
   const { ends } = graph.place;
-  if (!source) return curve(ends[0] + 7, target.y, target.x - NODE.width / 2, target.y);
-  if (!target) return curve(source.x + NODE.width / 2, source.y, ends[1] - 7, source.y);
-  return curve(source.x + NODE.width / 2, source.y, target.x - NODE.width / 2, target.y);
+  if (!source) return [ends[0] + 7, target.y, target.x - NODE.width / 2, target.y];
+  if (!target) return [source.x + NODE.width / 2, source.y, ends[1] - 7, source.y];
+  return [source.x + NODE.width / 2, source.y, target.x - NODE.width / 2, target.y];
 }
 
 /** Shows what the state says: which nodes, which is selected, whether the residual stream is drawn. */
-function paintGraph({ keep, node, edge, group, residual }) {
+function paintGraph({ keep, node, edge, group, residual, end, open }) {
   const { circuit } = graph;
   const shown = (each) => !each || each.rank < keep;
   // What the slider hides does not dim the others.
@@ -145,16 +155,19 @@ function paintGraph({ keep, node, edge, group, residual }) {
   const ends = !node && edge ? edge.split('>') : null;
   const members = new Set(graph.boxes.get(group)?.nodes.filter(shown).map(({ name }) => name)
     ?? notesOf(circuit.task).groups.find(({ name }) => name === group)?.nodes.filter((name) => graph.items.has(name)));
-  const chosen = Boolean(selected) || members.size > 0 || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
+  const chosen = Boolean(selected) || members.size > 0 || Boolean(end)
+    || Boolean(ends?.every((name) => graph.items.has(name) && shown(circuit.byName.get(name))));
   const near = new Set(selected ? [selected] : members.size ? members : ends ?? []);
+  Object.assign(graph, { edge, selection: [...near].filter((name) => graph.items.has(name)) });
   for (const { source, target, line, stream } of graph.lines) {
     const visible = shown(source) && shown(target) && (!stream || residual);
     const touches = selected ? source?.name === selected || target?.name === selected
-      : members.size ? members.has(source?.name) || members.has(target?.name) : chosen && line.dataset.edge === edge;
+      : members.size ? members.has(source?.name) || members.has(target?.name)
+        : end ? !(end === 'embedding' ? source : target) : chosen && line.dataset.edge === edge;
     line.classList.toggle('gone', !visible);
     line.classList.toggle('dim', chosen && !touches);
     line.classList.toggle('lit', chosen && touches);
-    if ((selected || members.size) && visible && touches) near.add(source?.name).add(target?.name);
+    if ((selected || members.size || end) && visible && touches) near.add(source?.name).add(target?.name);
   }
   for (const each of circuit.nodes) {
     const item = graph.items.get(each.name);
@@ -163,6 +176,12 @@ function paintGraph({ keep, node, edge, group, residual }) {
     item.classList.toggle('selected', each.name === selected);
     item.setAttribute('aria-pressed', String(each.name === selected));
   }
+  for (const item of byId('graph').querySelectorAll('.end')) {
+    item.classList.toggle('selected', item.dataset.end === end);
+    item.setAttribute('aria-pressed', String(item.dataset.end === end));
+  }
+  standOut('chosen', ends && chosen ? graph.lines.find(({ line }) => line.dataset.edge === edge)?.line ?? null : null);
+  paintBundles(open);
   if (selected) reach(circuit.byName.get(selected));
 }
 
@@ -177,28 +196,27 @@ function reach(node) {
 function listenToGraph() {
   const root = byId('graph');
   const nodeOf = (event) => graph.circuit.byName.get(event.target.closest('.node')?.dataset.name);
-  const groupNear = (event) => event.target.closest('.group')?.dataset.group;
   root.addEventListener('click', (event) => {
-    const group = groupNear(event);
-    const node = nodeOf(event)?.name ?? null;
-    if (event.shiftKey) {
-      if (node) graph.pin(group ? graph.boxes.get(group).nodes.map(({ name }) => name) : [node]);
-      return;
-    }
-    if (group) {
-      graph.selectGroup(group);
-      return;
-    }
-    graph.select(node, node ? null : lineNear(event)?.dataset.edge ?? null);
+    const { group, name } = event.target.closest('.node')?.dataset ?? {};
+    if (!event.shiftKey) choose(pointedAt(event));
+    else if (name) graph.pin(group ? graph.boxes.get(group).nodes.map((node) => node.name) : [name]);
   });
   root.addEventListener('pointermove', (event) => {
-    const text = graph.texts.get(event.target.closest('.node') ?? lineNear(event) ?? event.target);
+    const item = pointedAt(event);
+    const text = graph.texts.get(item);
+    standOut('near', item?.matches('.edge') ? item : null);
+    root.classList.toggle('pointing', Boolean(item && !item.matches('.stream')));
     if (text) tip(text(), event);
     else hideTip();
   });
-  root.addEventListener('pointerleave', hideTip);
+  root.addEventListener('pointerleave', () => {
+    standOut('near', null);
+    hideTip();
+  });
   root.addEventListener('focusin', (event) => {
     const node = nodeOf(event);
+    const item = event.target.closest('.handle, .band, .end');
+    if (item?.matches(':focus-visible')) tip(graph.texts.get(item)(), item.getBoundingClientRect());
     if (!node) return;
     reach(node);
     showInView(node);
@@ -207,27 +225,48 @@ function listenToGraph() {
   root.addEventListener('focusout', hideTip);
   root.addEventListener('keydown', (event) => {
     const node = nodeOf(event);
-    if (node && !event.ctrlKey && !event.metaKey && !event.altKey) nodeKey(event, node);
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (node) nodeKey(event, node);
+    else if (event.key === 'Enter' || event.key === ' ') {
+      event.preventDefault();
+      choose(event.target.closest('.handle, .band, .end'));
+    }
   });
 }
 
-/** The edge, or the stretch of residual stream, within a few pixels of the pointer: lines are thin. */
-function lineNear({ target, clientX, clientY }) {
-  if (graph.texts.has(target)) return target;
-  for (const [dx, dy] of [[0, 3], [0, -3], [3, 0], [-3, 0]]) {
-    const line = document.elementFromPoint(clientX + dx, clientY + dy);
-    if (line && graph.texts.has(line) && !line.closest('.node')) return line;
-  }
-  return null;
+/** What a click would choose: a node, a band's label, an edge close by, a band, an end, a stretch of residual stream. */
+function pointedAt(event) {
+  const { target } = event;
+  const item = target.closest('.node, .handle');
+  if (item) return item;
+  const line = lineNear(event);
+  return line?.matches('.edge') ? line : target.closest('.handle, .band, .end') ?? line;
+}
+
+function choose(item) {
+  const { name = null, edge = null, end = null, group, bundle } = item?.dataset ?? {};
+  if (bundle) graph.toggle(bundle);
+  else if (group) graph.selectGroup(group);
+  else graph.select({ node: name, edge, end });
 }
 
 function nodeKey(event, node) {
   if (event.key === 'Enter' || event.key === ' ') {
     event.preventDefault();
-    const group = event.target.closest('.group')?.dataset.group;
+    const { group } = event.target.closest('.group')?.dataset ?? {};
     if (group) graph.selectGroup(group);
-    else graph.select(node.name);
+    else graph.select({ node: node.name });
     byId('panel').focus({ preventScroll: true });
+    return;
+  }
+  if (event.key === 'e' || event.key === 'E') {
+    const edge = nextEdge(node, graph.edge, event.key === 'e' ? 1 : -1);
+    if (edge && edge !== graph.edge) graph.select({ edge });
+    return;
+  }
+  if (event.key === 'f') {
+    const other = otherEnd(node, graph.edge);
+    if (other) graph.items.get(other.name).focus();
     return;
   }
   const next = neighbor(node, event.key);
@@ -266,22 +305,47 @@ const graphSize = () => {
 /** The transform that shows everything. */
 function fitting() {
   const [width, height] = graphSize();
-  const { left, right, top, bottom } = graph.place;
-  const scale = Math.min(1.6, width / (right - left), height / (bottom - top + 76));
-  return { scale, x: (left + right) / 2, y: (top + bottom) / 2 - 20 };
+  const { left, right, top, low } = graph.place;
+  const scale = Math.min(1.6, width / (right - left), height / (low - top + 76));
+  return { scale, x: (left + right) / 2, y: (top + low) / 2 - 20 };
 }
 
-// Below this scale a label is less than 9 pixels high.
-const READABLE = 0.72;
-/** The view that a circuit opens with: everything, or on a phone what is around its most important node. */
+// Below this scale a label is less than 11 pixels high.
+const READABLE = 0.88;
+// Room for the nodes themselves and what is written above them, and pixels for the buttons below.
+const AROUND = { x: 90, y: 96 };
+const BUTTONS = 44;
+
+/** What is selected, or the most important node that has lines, and the nodes around it. */
+function neighborhood() {
+  const { nodes: [first], nodes: ranked } = graph.circuit;
+  const names = new Set(graph.selection.length ? graph.selection : [(ranked.find((node) => !node.alone) ?? first).name]);
+  const around = graph.lines.filter(({ source, target, line }) => (
+    !line.classList.contains('gone') && (names.has(source?.name) || names.has(target?.name))));
+  const nodes = new Set([...names].map((name) => graph.circuit.byName.get(name)));
+  const core = [...nodes];
+  for (const { source, target } of around) for (const node of [source, target]) if (node) nodes.add(node);
+  return { core, nodes: [...nodes] };
+}
+
+/** The view that a circuit opens with: everything, or on a phone what is around the selected node, with labels that can be read. */
 function opening() {
-  const { scale, x, y } = fitting();
-  if (scale >= READABLE || graphSize()[0] > 600) return { scale, x, y };
-  const { left, right, top, bottom } = graph.place;
-  const [halfWidth, halfHeight] = graphSize().map((size) => size / READABLE / 2);
-  const [first] = graph.circuit.nodes;
-  const near = (at, from, to, half) => (to - from < 2 * half ? (from + to) / 2 : Math.max(from + half, Math.min(to - half, at)));
-  return { scale: READABLE, x: near(first.x, left, right, halfWidth), y: near(first.y, top - 58, bottom + 18, halfHeight) };
+  const all = fitting();
+  const [width, height] = graphSize();
+  if (all.scale >= READABLE || width > 600) return all;
+  const free = height - BUTTONS;
+  const { core, nodes } = neighborhood();
+  const extent = (some, axis) => d3.extent(some, (node) => node[axis]);
+  const sizes = ['x', 'y'].map((axis) => extent(nodes, axis)[1] - extent(nodes, axis)[0] + AROUND[axis]);
+  const scale = Math.max(READABLE, Math.min(1.2, width / sizes[0], free / sizes[1]));
+  const middle = (axis, room, size) => {
+    const [from, to] = extent(nodes, axis);
+    const own = d3.mean(extent(core, axis));
+    // What does not fit is cut off far from the node.
+    const half = (room / scale - AROUND[axis]) / 2;
+    return size * scale <= room ? (from + to) / 2 : Math.max(from + half, Math.min(to - half, own));
+  };
+  return { scale, x: middle('x', width, sizes[0]), y: middle('y', free, sizes[1]) - 12 + BUTTONS / 2 / scale };
 }
 
 /** The view of everything; null where a circuit opens with it. */

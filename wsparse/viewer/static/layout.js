@@ -5,22 +5,24 @@ const GAP_X = [84, 150];
 const WIDTH = 900;
 const GAP_Y = 34;
 const HEAD_GAP = 12;
+const TALLEST_TRAY = 6;
 const NODE = { width: 46, height: 20 };
 // Nodes side by side in a column that would be too tall.
 const BESIDE = NODE.width + 8;
 
-/** Sets x and y of the nodes; returns the columns, the blocks around them, the ends and the extent. */
+/** Sets x and y of the nodes; returns the columns, the blocks around them, the tray of constants, the ends and the extent. */
 function arrange(circuit) {
+  const inColumns = circuit.nodes.filter((node) => !node.alone);
   const byColumn = d3.group(circuit.nodes, (node) => node.layer * 6 + node.column);
   const tallest = Math.max(20, 1.2 * Math.sqrt(circuit.nodes.length));
   const gap = Math.max(GAP_X[0], Math.min(GAP_X[1], WIDTH / (byColumn.size + 1)));
   let right = gap / 2;
   const columns = [...byColumn.keys()].sort(d3.ascending).map((key) => {
-    const nodes = byColumn.get(key);
-    const across = Math.ceil(nodes.length / tallest);
+    const [nodes, tray] = [byColumn.get(key).filter((node) => !node.alone), byColumn.get(key).filter((node) => node.alone)];
+    const across = Math.max(1, Math.ceil(nodes.length / tallest), Math.ceil(tray.length / TALLEST_TRAY));
     const width = gap + (across - 1) * BESIDE;
     right += width;
-    return { key, nodes, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
+    return { key, nodes, tray, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
   });
   const neighbors = new Map(circuit.nodes.map((node) => [node, []]));
   const near = (source, target, weight) => {
@@ -47,8 +49,8 @@ function arrange(circuit) {
     }
   }
 
-  const top = d3.min(circuit.nodes, (node) => node.y) - NODE.height;
-  const bottom = d3.max(circuit.nodes, (node) => node.y) + NODE.height;
+  const top = d3.min(inColumns, (node) => node.y) - NODE.height;
+  const bottom = d3.max(inColumns, (node) => node.y) + NODE.height;
   const blocks = d3.groups(columns, (column) => Math.floor(column.key / 3)).map(([key, inside]) => ({
     // A single narrow column has no room for the words.
     title: inside.length > 1 || gap > 130
@@ -56,14 +58,17 @@ function arrange(circuit) {
     left: inside[0].left + 5,
     right: inside.at(-1).right - 5,
   }));
-  const heads = columns.filter((column) => column.nodes[0].inHead).flatMap((column) => (
+  const heads = columns.filter((column) => column.nodes[0]?.inHead).flatMap((column) => (
     d3.groups(column.nodes, (node) => node.head).map(([head, nodes]) => ({
       head,
       left: d3.min(nodes, (node) => node.x), right: d3.max(nodes, (node) => node.x),
       top: d3.min(nodes, (node) => node.y), bottom: d3.max(nodes, (node) => node.y),
     }))));
+  const tray = arrangeTray(columns, bottom);
+  for (const column of columns) column.nodes.push(...column.tray);
   return {
-    columns, blocks, heads, top, bottom, ends: [gap * 0.25, right + gap * 0.25], left: 0, right: right + gap / 2,
+    columns, blocks, heads, top, bottom, tray, low: tray?.bottom ?? bottom,
+    ends: [gap * 0.25, right + gap * 0.25], left: 0, right: right + gap / 2,
   };
 }
 

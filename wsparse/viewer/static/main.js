@@ -2,7 +2,7 @@
 
 const START = {
   task: data.opens, node: null, edge: null, keep: null, pair: 0, second: 0, side: 'model', residual: true, view: null,
-  try: false, prompt: null, edits: '', token: null, group: null, notes: false, only: false, tour: null,
+  try: false, prompt: null, edits: '', token: null, group: null, notes: false, only: false, tour: null, end: null, open: '',
   sort: 'edges', order: 'up', theme: 'auto', with: null, overlap: 'nodes', location: null, all: false,
 };
 const THEMES = ['auto', 'light', 'dark'];
@@ -29,6 +29,8 @@ function read(fragment) {
     if (notes.groups.some(({ name }) => name === given.get('group'))) found.group = given.get('group');
     else if ([task, found.with].some((name) => name && circuitOf(name).byName.has(given.get('node')))) found.node = given.get('node');
     else if (edgeOf(circuit, given.get('edge'))) found.edge = given.get('edge');
+    else if (ENDS.includes(given.get('end'))) found.end = given.get('end');
+    found.open = given.get('open') ?? '';
     found.keep = within('keep', 1, circuit.nodes.length);
     found.pair = within('pair', 0, circuit.rows.length / 2 - 1);
     found.second = within('second', 0, 1);
@@ -68,9 +70,13 @@ function fragment(values) {
   return `#${parts}`;
 }
 
+// What may be selected, one at a time.
+const SELECTED = ['node', 'edge', 'group', 'end'];
+const NOTHING = Object.fromEntries(SELECTED.map((name) => [name, null]));
+
 // What belongs to one circuit alone.
 const OF_CIRCUIT = Object.fromEntries(
-  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits', 'token', 'group', 'notes', 'only', 'tour', 'with']
+  ['node', 'edge', 'keep', 'view', 'pair', 'second', 'try', 'prompt', 'edits', 'token', 'group', 'notes', 'only', 'tour', 'end', 'open', 'with']
     .map((name) => [name, START[name]]),
 );
 const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
@@ -88,12 +94,10 @@ function address(step = false) {
 function change(changes, step = false) {
   const task = changes.task ?? state.task;
   if (changes.task && task !== state.task) Object.assign(state, OF_CIRCUIT);
-  if (changes.node) state.edge = null;
-  if (changes.edge) state.node = null;
   // One thing is selected, and the panel shows one thing.
-  if (changes.node || changes.edge) state.group = null;
-  if (changes.group) Object.assign(state, { node: null, edge: null });
-  if (changes.node || changes.edge || changes.group || changes.try) state.notes = false;
+  const kind = SELECTED.find((name) => changes[name]);
+  if (kind) for (const other of SELECTED) if (other !== kind) state[other] = null;
+  if (kind || changes.try) state.notes = false;
   if (changes.notes) state.try = false;
   if ('pair' in changes) state.token = null;
   Object.assign(state, changes);
@@ -158,11 +162,12 @@ function draw(changes = state) {
   byId('notes-open').setAttribute('aria-pressed', String(state.notes));
   paintLive(circuit, state);
   paintNotes(graph.circuit, state);
-  if ('node' in changes || 'edge' in changes) {
+  if ('node' in changes || 'edge' in changes || 'end' in changes) {
     if (!state.try) byId('panel').scrollTop = 0;
     const node = circuit.byName.get(state.node);
-    const edge = state.edge?.replace('>', ' to ');
-    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : edge ?? `${circuit.task}, nothing selected`;
+    const edge = edgeOf(circuit, state.edge);
+    const line = edge && `${edge.source.name} to ${edge.target.name}, weight ${number(edge.weight)}`;
+    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : line ?? state.end ?? `${circuit.task}, nothing selected`;
     if (graph.items.has(state.node)) showInView(node);
     const [source, target] = (state.edge ?? '').split('>');
     if (graph.items.has(source) && graph.items.has(target)) [target, source].forEach((name) => showInView(circuit.byName.get(name)));
@@ -182,15 +187,14 @@ function openCircuit(circuit, keep, only) {
   byId('keep').max = circuit.nodes.length;
   const shown = only ? pinnedPart(circuit) : circuit.large ? part(circuit, keep) : circuit;
   const lines = drawGraph(shown, {
-    select: (node, edge = null) => change({
-      node: node === state.node ? null : node, edge: edge === state.edge ? null : edge,
-      group: null,
-    }, true),
-    selectGroup: (group) => change({ node: null, edge: null, group: group === state.group ? null : group }, true),
+    select: (chosen) => change(Object.fromEntries(SELECTED.map((name) => [
+      name, (chosen[name] ?? null) === state[name] ? null : chosen[name] ?? null])), true),
+    selectGroup: (group) => change({ ...NOTHING, group: group === state.group ? null : group }, true),
     pin: (names) => {
       togglePins(circuit, names, !names.every((name) => isPinned(circuit, name)));
       change(notesOf(circuit.task).pins.length ? {} : { only: false });
     },
+    toggle: (name) => change({ open: toggledBundle(state.open, name) }, true),
     moved: () => {
       settled = getView();
       state.view = settled;
@@ -229,6 +233,8 @@ function start() {
   byId('keep').addEventListener('change', slide);
   listenToGraph();
   listenToJumps();
+  listenToSaving();
+  watchTables();
   byId('try').addEventListener('click', toggleTry);
   byId('notes-open').addEventListener('click', toggleNotes);
   listenToTour();
@@ -282,9 +288,9 @@ function key(event) {
   const inGraph = event.target.closest('.graph');
   const pairs = state.task ? circuitOf(state.task).rows.length / 2 : 0;
   if (event.key === '?') byId('help').showModal();
-  else if (event.key === 'Escape' && (state.node || state.edge || state.group)) {
-    const item = graph.boxes.get(state.group)?.box ?? graph.items.get(state.node);
-    change({ node: null, edge: null, group: null }, true);
+  else if (event.key === 'Escape' && SELECTED.some((name) => state[name])) {
+    const item = graph.boxes.get(state.group)?.box ?? graph.items.get(state.node) ?? (state.edge && inGraph ? event.target.closest('.node') : null);
+    change(NOTHING, true);
     item?.focus({ preventScroll: true });
   } else if (event.key === 't' && state.task && !state.with && canRun(circuitOf(state.task))) toggleTry();
   else if (event.key === 'n' && state.task && !state.with) toggleNotes();

@@ -42,12 +42,12 @@ function drawOverview(state, change, hrefOf) {
     const opens = Boolean(data.circuits[row.task]);
     const cells = TABLE.map(([key, , of]) => {
       if (key === 'task') {
-        return el('th', { scope: 'row' }, opens ? el('a', { href: hrefOf(row.task) }, row.task) : row.task,
+        return el('th', { scope: 'row', 'data-value': row.task }, opens ? el('a', { href: hrefOf(row.task) }, row.task) : row.task,
           el('div', { class: 'quiet' }, opens ? row.summary : row.status),
           opens && row.status !== 'found' ? el('div', { class: 'wrong' }, row.status) : null);
       }
       const number = of(row);
-      return el('td', { class: 'number' }, (number ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(number).toLocaleString('en') : loss(number));
+      return el('td', { class: 'number', 'data-value': number ?? '' }, (number ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(number).toLocaleString('en') : loss(number));
     });
     const light = (on) => () => {
       for (const each of byId('curves').querySelectorAll('.curve')) {

@@ -9,7 +9,8 @@ function drawPanel(circuit, state, change) {
   else if (state.notes) panel.replaceChildren(...notesPanel(circuit, state, change));
   else if (group) panel.replaceChildren(...groupPanel(circuit, group, change));
   else if (node) panel.replaceChildren(...nodePanel(circuit, node, state, change));
-  else panel.replaceChildren(...(edge ? edgePanel(circuit, edge, change) : circuitPanel(circuit, state, change)));
+  else if (edge) panel.replaceChildren(...edgePanel(circuit, edge, change));
+  else panel.replaceChildren(...(state.end ? endPanel(circuit, state.end, change) : circuitPanel(circuit, state, change)));
 }
 
 const section = (title, ...content) => el('section', {}, el('h3', {}, title), ...content);
@@ -77,7 +78,8 @@ function circuitPanel(circuit, state, change) {
       ['found by gradient attribution', scores.attribution_baseline?.reached ? plural(scores.attribution_baseline.edges, 'edge') : 'target missed'],
       ['embedding entries it reads', counts.embedding_edges], ['unembedding entries it writes', counts.unembedding_edges],
       ['biases', counts.biases],
-    ])),
+    ]), el('p', {}, csvButton(`${circuit.task} nodes`, () => nodeRows(circuit), 'nodes as CSV'), ' ',
+      csvButton(`${circuit.task} edges`, () => edgeRows(circuit.edges), 'edges as CSV'))),
     section('Loss against edges', curves, el('p', { class: 'quiet' }, `Losses ${REPORT}.`)),
     section('Most important nodes', el('ol', { class: 'links' }, ...circuit.nodes.slice(0, 12).map((node) => el('li', {},
       link(node, change), el('span', { class: 'quiet' }, ` ${signed(node.importance)}`))))),
@@ -108,6 +110,12 @@ const link = (node, change) => el('button', {
   type: 'button', class: 'link', title: describe(node), click: () => change({ node: node.name }, true),
 }, node.name, nameOf(node) ? el('span', { class: 'quiet' }, ` ${nameOf(node)}`) : null);
 
+/** The weight of an edge, as a button that selects it. */
+const edgeLink = (edge, change) => el('button', {
+  type: 'button', class: 'link', title: `${edge.source.name} → ${edge.target.name}`,
+  click: () => change({ edge: `${edge.source.name}>${edge.target.name}` }, true),
+}, exact(edge.weight));
+
 function nodePanel(circuit, node, state, change) {
   const { about } = node;
   return [
@@ -126,21 +134,22 @@ function nodePanel(circuit, node, state, change) {
       ['tau', number(node.tau), 'what pruning learned for it'],
     ]),
     el('p', { class: 'quiet' }, `Growth of the task loss on the report split: all its pairs in the circuit, ${circuit.ablation_pairs} of them in the whole model.`),
-    section('Edges', ...edgeTables(circuit, node, about, change)),
-    section('On the task: prompts of the report split', ...onTask(circuit, node, state, change)),
+    section('Edges', ...edgeTables(circuit, node, change)),
+    section('On the task: prompts of the report split', ...onTask(circuit, node, state, change),
+      csvButton(`${circuit.task} ${node.name} values`, () => valueRows(circuit, node), 'values as CSV')),
     node.inHead ? section(`Attention of head ${node.head}`, ...attention(circuit, node, state, change)) : null,
     section('In other text', ...inText(circuit, about)),
   ].filter(Boolean);
 }
 
-function edgeTables(circuit, node, about, change) {
-  const table = (title, edges, end) => (edges.length ? el('table', { class: 'edges' },
+function edgeTables(circuit, node, change) {
+  const table = (title, edges, end) => (edges.length ? Object.assign(el('table', { class: 'edges' },
     el('caption', {}, `${title} (${edges.length})`),
     el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
       el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)),
-      el('td', { class: 'number' }, exact(edge.weight)),
+      el('td', { class: 'number' }, edgeLink(edge, change)),
       el('td', {}, link(edge[end], change))))),
-  ) : null);
+  ), { csv: () => edgeRows(edges) }) : null);
   const stream = circuit.streams.filter((each) => (each.source === node && each.target) || (each.target === node && each.source));
   const content = [table('In', node.in, 'source'), table('Out', node.out, 'target')];
   if (stream.length) {
@@ -148,14 +157,8 @@ function edgeTables(circuit, node, about, change) {
       node.reads ? `Residual channel ${node.channel} is written before by ` : `Residual channel ${node.channel} is read later by `,
       ...stream.flatMap((each, i) => [i ? ', ' : '', link(node.reads ? each.source : each.target, change)])));
   }
-  if (about.tokens.length) {
-    const largest = Math.abs(about.tokens[0][1]);
-    content.push(el('p', { class: 'quiet' }, node.reads
-      ? `The embedding of ${plural(about.n_tokens, 'token')} has an entry here; the largest:`
-      : `The unembedding of ${plural(about.n_tokens, 'token')} has an entry here; the largest, times the final gain:`));
-    content.push(el('p', { class: 'chips' }, ...about.tokens.map(([id, weight]) => chip(id, weight, largest))));
-  }
-  const answers = circuit.answer_weights;
+  content.push(...endEntries(circuit, node));
+  const answers = circuit.contrast ? null : circuit.answer_weights;
   if (answers && node.writes) {
     const weights = answers.weights[node.name];
     const largest = d3.max(weights, Math.abs);

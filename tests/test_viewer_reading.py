@@ -1,0 +1,527 @@
+"""What helps to read a circuit, in Chromium: ends, constants, dense blocks, edges, files, a phone."""
+
+import copy
+import csv
+import io
+import json
+import pathlib
+import re
+from xml.etree import ElementTree
+
+import jax
+import live_case
+import numpy as np
+from PIL import Image
+import pytest
+import viewer_case as case
+
+from wsparse.viewer import page as page_lib
+
+browser = pytest.fixture(scope="module")(live_case.chromium)
+CIRCUIT = f"#task={case.TASK}"
+MINUS = "\N{MINUS SIGN}"
+# The two sides' first answers and quotes, as the page has the pairs.
+FIRST, SECOND = ('"\'"', '"\\""')
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    return json.loads(case.data_text(tmp_path_factory.mktemp("viewer")))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Writes a page; the file's path is returned."""
+    folder = tmp_path_factory.mktemp("pages")
+
+    def write(data: dict, name: str) -> pathlib.Path:
+        path = folder / f"{name}.html"
+        path.write_text(page_lib.render(data, title="a run"), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def path(data, written) -> pathlib.Path:
+    return written(data, "report")
+
+
+@pytest.fixture
+def open_page(browser, path):
+    """Opens the page at a fragment; nothing may be logged, raised or fetched."""
+    contexts, trouble = [], []
+
+    def opened(fragment=CIRCUIT, file=path, **options):
+        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else trouble.append(r.url))
+        page.goto(f"{file.as_uri()}{fragment}")
+        page.wait_for_selector("main:not([hidden])")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert trouble == []
+
+
+def state(page) -> dict[str, str]:
+    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+
+
+def shown_circuit(data: dict) -> dict:
+    return data["circuits"][case.TASK]
+
+
+def dense(data: dict, n_reads: int = 14) -> dict:
+    """A circuit whose first head reads at nearly all channels, and whose second reads at few."""
+    random = np.random.default_rng(0)
+    grown = copy.deepcopy(data)
+    shown = shown_circuit(grown)
+    like = {node["name"].split(".", 1)[1].rsplit(".", 1)[0]: node for node in shown["nodes"]}
+    about = grown["texts"][shown["text"]]["nodes"]
+    nodes = []
+
+    def add(location, channel):
+        model, name = like[location], f"0.{location}.{channel}"
+        nodes.append(model | {"name": name, "importance": 1 / (1 + len(nodes)), "constant": False})
+        for table in (shown["values"], about, shown["contrast"]["weights"]):
+            if model["name"] in table:
+                table[name] = table[model["name"]]
+        return len(nodes) - 1
+
+    reads = [add("attn.act_in", i) for i in range(n_reads)]
+    heads = [[add(f"attn.{kind}", 4 * head + i) for kind in "qkv" for i in range(4)] for head in range(2)]
+    edges = [
+        [read, node, float(random.normal())]
+        for head, share in zip(heads, (0.9, 0.3), strict=True)
+        for read in reads
+        for node in head
+        if random.random() < share
+    ]
+    pattern = next(iter(shown["patterns"].values()))
+    shown |= {
+        "nodes": nodes,
+        "edges": sorted(edges, key=lambda edge: -abs(edge[2])),
+        "total_nodes": len(nodes),
+        "prefix": [[1, 0.6], [len(nodes), 0.1]],
+        "patterns": {"0.0": pattern, "0.1": pattern},
+    }
+    return grown
+
+
+def edges_into(data: dict, head: int) -> int:
+    names = [node["name"] for node in shown_circuit(data)["nodes"]]
+    channels = [int(names[target].rsplit(".", 1)[1]) for _, target, _ in shown_circuit(data)["edges"]]
+    return sum(channel // case.CONFIG.d_head == head for channel in channels)
+
+
+# ---- The ends ----
+
+
+def test_a_read_shows_the_tokens_that_tell_the_sides_apart_before_the_largest_others(open_page, data):
+    shown = shown_circuit(data)
+    name = next(n["name"] for n in shown["nodes"] if ".act_in." in n["name"])
+    panel = open_page(f"{CIRCUIT}&node={name}").locator("#panel")
+    rows = panel.locator("table.contrast tbody tr")
+    assert rows.locator("th code").all_text_contents() == [
+        data_text(data, t) for t in shown["contrast"]["tokens"]
+    ]
+    assert rows.locator("td").all_text_contents() == [
+        f"{side} prompt, answer to the {side}" for side in sides(shown)
+    ]
+    embedding = np.asarray(case.run().params["embed"]["tokens"])[:, int(name.rsplit(".", 1)[1])]
+    entries = [float(t.split()[-1].replace(MINUS, "-")) for t in rows.locator("th").all_text_contents()]
+    np.testing.assert_allclose(entries, embedding[shown["contrast"]["tokens"]], rtol=6e-3)
+    chips = panel.locator(".chips .chip code").all_text_contents()
+    assert chips and not set(chips) & {FIRST, SECOND}
+    boxes = [panel.locator(part).first.bounding_box() for part in ("table.contrast", ".chips")]
+    assert boxes[0]["y"] < boxes[1]["y"]
+
+
+def data_text(data: dict, token: int) -> str:
+    return json.dumps(data["tokens"][str(token)])
+
+
+def sides(shown: dict) -> list[str]:
+    return ["first" if counts[0] else "second" for counts in shown["contrast"]["counts"]]
+
+
+def test_the_ends_can_be_selected_shared_and_left(open_page, data):
+    shown = shown_circuit(data)
+    page = open_page()
+    page.locator('.end[data-end="unembedding"]').click(position={"x": 7, "y": 12})
+    assert state(page)["end"] == "unembedding"
+    writes = [n["name"] for n in shown["nodes"] if ".resid_delta." in n["name"]]
+    params = jax.tree.map(np.asarray, case.run().params)
+    unembed = params["head"]["norm"]["gain"][:, None] * params["head"]["unembed"]
+    for opened in (page, open_page(page.evaluate("location.hash"))):
+        rows = opened.locator("table.ends tbody tr")
+        assert rows.locator("th").all_text_contents() == writes
+        cells = rows.locator("td").evaluate_all("cells => cells.map((cell) => +cell.dataset.value)")
+        tokens = shown["contrast"]["tokens"]
+        expected = [unembed[int(name.rsplit(".", 1)[1]), token] for name in writes for token in tokens]
+        np.testing.assert_allclose(cells, expected, rtol=1e-6)
+        assert opened.locator(".node:not(.dim)").count() == len(writes)
+        assert opened.locator('.end[aria-pressed="true"]').get_attribute("data-end") == "unembedding"
+    page.locator("table.ends tbody button").first.click()
+    assert state(page)["node"] == writes[0] and "end" not in state(page)
+    page.locator('.end[data-end="embedding"]').focus()
+    page.keyboard.press("Enter")
+    assert state(page)["end"] == "embedding" and page.locator("#panel h2").inner_text() == "embedding"
+    page.keyboard.press("Escape")
+    assert "end" not in state(page) and page.locator(".dim").count() == 0
+
+
+def test_channels_that_say_nothing_of_the_tasks_tokens_are_named_below_the_table(open_page, data, written):
+    changed = copy.deepcopy(data)
+    weights = shown_circuit(changed)["contrast"]["weights"]
+    silent, *others = [name for name in weights if ".act_in." in name]
+    weights[silent] = [0] * len(weights[silent])
+    panel = open_page(f"{CIRCUIT}&end=embedding", written(changed, "silent")).locator("#panel")
+    assert panel.locator("table.ends tbody th").all_text_contents() == others
+    assert f"No entry for these tokens: {silent}" in panel.inner_text()
+
+
+def test_evidence_of_an_older_version_still_shows_the_largest_entries(open_page, data, written):
+    older = copy.deepcopy(data)
+    shown_circuit(older)["contrast"] = None
+    file = written(older, "older")
+    name = next(n["name"] for n in shown_circuit(data)["nodes"] if ".act_in." in n["name"])
+    panel = open_page(f"{CIRCUIT}&node={name}", file).locator("#panel")
+    largest = data["texts"][0]["nodes"][name]["tokens"]
+    assert panel.locator(".chips .chip").count() == len(largest) and panel.locator(".contrast").count() == 0
+    assert (
+        "--evidence measures it" in open_page(f"{CIRCUIT}&end=embedding", file).locator("#panel").inner_text()
+    )
+
+
+# ---- Constants ----
+
+
+def without_edges(data: dict) -> set[str]:
+    shown = shown_circuit(data)
+    ends = {end for edge in shown["edges"] for end in edge[:2]}
+    return {node["name"] for i, node in enumerate(shown["nodes"]) if i not in ends}
+
+
+def test_constants_are_hollow_and_what_varies_is_filled(open_page, data):
+    page = open_page()
+    constant = {node["name"] for node in shown_circuit(data)["nodes"] if node["constant"]}
+    varying = {node["name"] for node in shown_circuit(data)["nodes"]} - constant - without_edges(data)
+    assert constant and varying
+    hollow = page.locator(".node.constant").evaluate_all("nodes => nodes.map((n) => n.dataset.name)")
+    assert set(hollow) == constant | without_edges(data)
+    fill = 'name => getComputedStyle(document.querySelector(`[data-name="${name}"] rect`)).fill'
+    card = page.evaluate("getComputedStyle(document.querySelector('.graph')).backgroundColor")
+    assert {page.evaluate(fill, name) for name in hollow} == {card}
+    assert card not in {page.evaluate(fill, name) for name in varying}
+    page.locator(f'.node[data-name="{min(constant)}"]').hover()
+    assert "constant: the same at every token" in page.locator("#tip").inner_text()
+
+
+def test_nodes_without_lines_are_in_a_tray_below_and_keys_reach_them(open_page, data):
+    page = open_page()
+    lined = page.evaluate("[...document.querySelectorAll('.node')].map((n) => n.dataset.name)")
+    in_tray = {n for n in without_edges(data) if n.split(".")[2] not in ("act_in", "resid_delta")}
+    assert in_tray
+    top = page.locator("rect.tray").bounding_box()["y"]
+    height = {name: page.locator(f'.node[data-name="{name}"]').bounding_box()["y"] for name in lined}
+    assert {name for name in lined if height[name] > top} == in_tray
+    last = max(in_tray, key=lambda name: height[name])
+    column = [name for name in lined if name.split(".")[0] == last.split(".")[0] and name in height]
+    above = [n for n in column if n.split(".")[2] in "qkv" and n not in in_tray]
+    assert above, "the column has nodes with edges too"
+    page.locator(f'.node[data-name="{above[0]}"]').focus()
+    for _ in range(len(column)):
+        page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.dataset.name") in in_tray
+
+
+# ---- Dense blocks ----
+
+
+def test_a_dense_block_is_a_band_until_it_is_opened(open_page, data, written):
+    grown = dense(data)
+    many, few = edges_into(grown, 0), edges_into(grown, 1)
+    assert many > 60 >= few > 20
+    page = open_page(file=written(grown, "dense"))
+    seen = page.locator("path.edge:visible")
+    assert page.locator(".band:visible").count() == 1 and seen.count() == few
+    handle = page.locator(".handle")
+    assert handle.get_attribute("aria-label") == f"{many} edges, layer 0, read by attention → layer 0, head 0"
+    handle.click()
+    assert page.locator(".band:visible").count() == 0 and seen.count() == many + few
+    linked = open_page(page.evaluate("location.hash"), written(grown, "dense"))
+    assert linked.locator("path.edge:visible").count() == many + few
+    handle.focus()
+    page.keyboard.press("Enter")
+    assert seen.count() == few and handle.get_attribute("aria-expanded") == "false"
+    page.go_back()
+    assert seen.count() == many + few
+
+
+def test_the_edges_of_what_is_selected_are_seen_in_a_closed_block(open_page, data, written):
+    grown = dense(data)
+    page = open_page(f"{CIRCUIT}&node=0.attn.q.1", written(grown, "dense"))
+    names = [node["name"] for node in shown_circuit(grown)["nodes"]]
+    own = sum(names[target] == "0.attn.q.1" for _, target, _ in shown_circuit(grown)["edges"])
+    assert page.locator("path.edge.lit:visible").count() == own > 5
+    assert page.locator("path.edge.bundled:visible").count() == own
+    # With fewer nodes the block is no longer dense, and each edge is drawn.
+    page.locator("#keep").fill("18")
+    assert page.locator(".band:visible, .handle:visible, path.edge.bundled").count() == 0
+
+
+# ---- Edges ----
+
+
+def place_on(page, edge: str, share: float) -> dict[str, float]:
+    """Where a share of an edge's way is on the screen."""
+    return page.evaluate(
+        """([edge, share]) => {
+          const line = document.querySelector(`path[data-edge="${edge}"]`);
+          const at = line.getPointAtLength(share * line.getTotalLength());
+          const { x, y } = at.matrixTransform(line.getScreenCTM());
+          return { x, y };
+        }""",
+        [edge, share],
+    )
+
+
+def flattest(page) -> str:
+    """The edge whose middle is furthest from all other lines."""
+    return page.evaluate(
+        """() => {
+          const edges = [...document.querySelectorAll('path.edge')];
+          const middle = (line) => {
+            const at = line.getPointAtLength(line.getTotalLength() / 2).matrixTransform(line.getScreenCTM());
+            return [at.x, at.y];
+          };
+          const room = (line) => Math.min(...edges.filter((each) => each !== line).map((each) => (
+            Math.hypot(...middle(line).map((x, i) => x - middle(each)[i])))));
+          return edges.sort((a, b) => room(b) - room(a))[0].dataset.edge;
+        }"""
+    )
+
+
+@pytest.mark.parametrize(("beside", "selected"), [(0, True), (6, True), (25, False)])
+def test_a_click_close_to_an_edge_selects_it_and_one_further_away_does_not(open_page, beside, selected):
+    page = open_page()
+    edge = flattest(page)
+    at = place_on(page, edge, 0.5)
+    page.mouse.move(at["x"], at["y"] + beside)
+    assert page.locator("path.edge.near").count() == selected
+    page.mouse.click(at["x"], at["y"] + beside)
+    assert state(page).get("edge") == (edge if selected else None)
+
+
+def test_a_finger_reaches_further_than_a_mouse(open_page):
+    page = open_page(has_touch=True)
+    edge = flattest(page)
+    at = place_on(page, edge, 0.5)
+    page.touchscreen.tap(at["x"], at["y"] - 13)
+    assert state(page).get("edge") == edge
+    page.keyboard.press("Escape")
+    page.mouse.click(at["x"], at["y"] - 13)
+    assert "edge" not in state(page)
+
+
+def test_keys_go_through_the_edges_of_a_node_and_along_them(open_page, data):
+    shown = shown_circuit(data)
+    names = [node["name"] for node in shown["nodes"]]
+    ends = [(names[s], names[t], abs(w)) for s, t, w in shown["edges"]]
+    name = max(names, key=lambda n: sum(n in edge[:2] for edge in ends))
+    own = sorted((edge for edge in ends if name in edge[:2]), key=lambda edge: -edge[2])
+    assert len(own) > 1
+    page = open_page()
+    page.locator(f'.node[data-name="{name}"]').focus()
+    found = []
+    for _ in range(len(own) + 1):
+        page.keyboard.press("e")
+        found.append(state(page)["edge"])
+    expected = [f"{source}>{target}" for source, target, _ in own]
+    assert found == [*expected, expected[0]]
+    page.keyboard.press("E")
+    assert state(page)["edge"] == expected[-1]
+    assert re.search(r"to .*, weight", page.locator("#said").inner_text())
+    page.keyboard.press("f")
+    other = next(end for end in own[-1][:2] if end != name)
+    assert page.evaluate("document.activeElement.dataset.name") == other
+    page.keyboard.press("Escape")
+    assert "edge" not in state(page)
+
+
+def test_an_edge_can_be_selected_in_the_lists_of_a_node(open_page, data):
+    shown = shown_circuit(data)
+    source, target, weight = shown["edges"][0]
+    names = [shown["nodes"][i]["name"] for i in (source, target)]
+    page = open_page(f"{CIRCUIT}&node={names[0]}")
+    page.locator("table.edges").get_by_role("button", name=str(weight).replace("-", MINUS)).press("Enter")
+    assert state(page)["edge"] == ">".join(names)
+
+
+# ---- Files ----
+
+
+def saved(page, click) -> tuple[str, bytes]:
+    with page.expect_download() as download:
+        click()
+    return download.value.suggested_filename, pathlib.Path(download.value.path()).read_bytes()
+
+
+def rendered(browser, svg: pathlib.Path, size: tuple[int, int], tmp_path) -> np.ndarray:
+    """An SVG file as a browser shows it by itself."""
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, device_scale_factor=1)
+    page = context.new_page()
+    page.goto(svg.as_uri())
+    page.screenshot(path=tmp_path / "svg.png")
+    context.close()
+    return pixels(tmp_path / "svg.png", size)
+
+
+def pixels(file, size: tuple[int, int]) -> np.ndarray:
+    # Half as large, so that edges of shapes that are smoothed otherwise count little.
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB").resize((size[0] // 2, size[1] // 2)), np.float64)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_graph_is_saved_as_an_svg_that_needs_nothing_else_and_as_the_same_png(
+    open_page, browser, data, written, tmp_path, scheme
+):
+    grown = dense(data)
+    page = open_page(file=written(grown, "dense"), color_scheme=scheme)
+    name, text = saved(page, page.locator("#save-svg").click)
+    assert name.endswith(f"-{case.TASK}.svg")
+    root = ElementTree.fromstring(text)
+    used = {key for element in root.iter() for key in element.attrib}
+    assert not used & {"class", "style", "href", "id"} and not re.search(
+        rb"var\(|color-mix|url\(|@import", text
+    )
+    words = [each.text for each in root.iter(f"{SVG}text")]
+    for node in shown_circuit(grown)["nodes"]:
+        kind, channel = node["name"].split(".")[2:]
+        assert (kind if len(kind) == 1 else "") + channel in words
+    assert {case.TASK, "embedding", "read", "head 1"} <= set(words)
+    # Every edge that is not in a closed block, and two lines of the legend.
+    curves = [p for p in root.iter(f"{SVG}path") if p.get("fill") == "none" and not p.get("stroke-dasharray")]
+    assert len(curves) == edges_into(grown, 1) + 2
+    size = int(root.attrib["width"]), int(root.attrib["height"])
+    (tmp_path / "graph.svg").write_bytes(text)
+    name, image = saved(page, page.locator("#save-png").click)
+    assert name.endswith(f"-{case.TASK}.png")
+    (tmp_path / "graph.png").write_bytes(image)
+    with Image.open(tmp_path / "graph.png") as painted:
+        assert painted.size == (2 * size[0], 2 * size[1])
+    painted = pixels(tmp_path / "graph.png", size)
+    difference = np.abs(rendered(browser, tmp_path / "graph.svg", size, tmp_path) - painted).mean()
+    # What a selection changes is far more.
+    page.locator(".node").first.click()
+    (tmp_path / "other.png").write_bytes(saved(page, page.locator("#save-png").click)[1])
+    changed = np.abs(pixels(tmp_path / "other.png", size) - painted).mean()
+    assert difference < 1.5 and changed > 4 * difference
+    assert (painted.mean() > 128) == (scheme == "light")
+
+
+def table(content: bytes) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(content.decode())))
+
+
+def test_every_table_has_a_button_that_saves_it(open_page, data):
+    node = shown_circuit(data)["nodes"][0]["name"]
+    read = next(n["name"] for n in shown_circuit(data)["nodes"] if ".act_in." in n["name"])
+    for fragment in (
+        "#",
+        CIRCUIT,
+        f"{CIRCUIT}&node={node}",
+        f"{CIRCUIT}&node={read}",
+        f"{CIRCUIT}&end=embedding",
+    ):
+        page = open_page(fragment)
+        tables = page.locator("main table:visible")
+        assert tables.count() == tables.locator("caption button.csv").count()
+        for button in tables.locator("caption button.csv").all():
+            name, content = saved(page, button.click)
+            assert name.endswith(".csv") and len({len(row) for row in table(content)}) == 1
+
+
+def test_saved_tables_hold_every_digit(open_page, data):
+    shown = shown_circuit(data)
+    page = open_page("#")
+    _, content = saved(page, page.locator("#tasks caption button").click)
+    header, *rows = table(content)
+    row = next(row for row in rows if row[0] == case.TASK)
+    given = next(row for row in data["tasks"] if row["task"] == case.TASK)
+    assert float(row[header.index("loss")]) == given["sufficiency"]
+    assert [row[0] for row in rows] == [case.TASK, "hard"]
+    page = open_page()
+    _, content = saved(page, page.get_by_text("nodes as CSV").click)
+    header, *rows = table(content)
+    column = header.index("loss without it in the circuit")
+    assert [(row[0], float(row[column])) for row in rows] == [
+        (n["name"], n["importance"]) for n in shown["nodes"]
+    ]
+    _, content = saved(page, page.get_by_text("edges as CSV").click)
+    names = [node["name"] for node in shown["nodes"]]
+    assert [(s, t, float(w)) for s, t, w in table(content)[1:]] == [
+        (names[s], names[t], w) for s, t, w in shown["edges"]
+    ]
+    target = names[shown["edges"][0][1]]
+    page = open_page(f"{CIRCUIT}&node={target}")
+    _, content = saved(page, page.locator("table.edges caption button").first.click)
+    own = [(names[s], names[t], w) for s, t, w in shown["edges"] if names[t] == target]
+    assert [(s, t, float(w)) for s, t, w in table(content)[1:]] == own
+    _, content = saved(page, page.get_by_text("values as CSV").click)
+    tokens = [token for row in shown["rows"] for token in row["tokens"]]
+    assert [json.loads(row[3]) for row in table(content)[1:]] == [data["tokens"][str(t)] for t in tokens]
+
+
+# ---- A phone ----
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+
+
+def test_a_phone_opens_at_the_selected_nodes_neighbors_with_labels_that_can_be_read(open_page, data):
+    shown = shown_circuit(data)
+    names = [node["name"] for node in shown["nodes"]]
+    ends = [(names[s], names[t]) for s, t, _ in shown["edges"]]
+    inside = """(names) => names.every((name) => {
+      const box = document.querySelector(`.node[data-name="${name}"]`).getBoundingClientRect();
+      const { left, right, top, bottom } = document.getElementById('graph').getBoundingClientRect();
+      return box.left >= left && box.right <= right && box.top >= top && box.bottom <= bottom;
+    })"""
+    for name in {ends[0][0], ends[-1][1], names[0]}:
+        page = open_page(f"{CIRCUIT}&node={name}", **PHONE)
+        assert (
+            page.locator(f'.node[data-name="{name}"] text').evaluate("t => t.getBoundingClientRect().height")
+            >= 11
+        )
+        assert page.evaluate(inside, [name])
+    source, target = ends[0]
+    page = open_page(f"{CIRCUIT}&edge={source}>{target}", **PHONE)
+    assert page.evaluate(inside, [source, target])
+    # On a wide screen everything is in sight.
+    assert open_page(f"{CIRCUIT}&node={names[0]}").evaluate(inside, names)
+
+
+@pytest.mark.parametrize("width", [390, 1024])
+def test_nothing_is_wider_than_a_narrow_screen(open_page, data, written, width):
+    read = next(n["name"] for n in shown_circuit(data)["nodes"] if ".act_in." in n["name"])
+    narrow = {"viewport": {"width": width, "height": 800}}
+    for fragment in (
+        "#",
+        CIRCUIT,
+        f"{CIRCUIT}&node={read}",
+        f"{CIRCUIT}&end=unembedding",
+        f"{CIRCUIT}&edge=a",
+    ):
+        page = open_page(fragment, **narrow)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        panel = page.locator("#panel")
+        assert not state(page).get("task") or panel.evaluate("p => p.scrollWidth - p.clientWidth") <= 0

@@ -1,0 +1,83 @@
+// Tables as CSV: a button at each table of the page, and at what is a table only in the file.
+
+/** Gives a file to the person who reads the page. */
+function save(name, blob) {
+  const url = URL.createObjectURL(blob);
+  el('a', { href: url, download: name.replace(/[^\w.-]+/g, '_') }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+const csvField = (value) => {
+  const text = value === null || value === undefined ? '' : String(value);
+  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+};
+
+/** Rows of values as RFC 4180 has them. */
+const csv = (rows) => rows.map((row) => `${row.map(csvField).join(',')}\r\n`).join('');
+
+const saveCsv = (name, rows) => save(`${name}.csv`, new Blob([csv(rows)], { type: 'text/csv' }));
+
+/** A button that saves the rows that a function returns. */
+const csvButton = (name, rows, text = 'CSV') => el('button', {
+  type: 'button', class: 'csv', title: `Save as CSV: ${name}`, click: () => saveCsv(name, rows()),
+}, text);
+
+/** What a cell says; numbers with the minus sign that programs read. */
+function cellText(cell) {
+  if (cell.dataset.value !== undefined) return cell.dataset.value;
+  const text = cell.textContent.trim();
+  return /^−[\d.]/.test(text) ? text.replace('−', '-') : text;
+}
+
+/** The rows of a table, without columns in which nothing is written. */
+function tableRows(table) {
+  const rows = [...table.rows].map((row) => [...row.cells].map(cellText));
+  const width = d3.max(rows, (row) => row.length) ?? 0;
+  const kept = d3.range(width).filter((column) => rows.some((row) => row[column]));
+  return rows.map((row) => kept.map((column) => row[column] ?? ''));
+}
+
+/** The table's place on the page in words: the run, the task, the section, the caption. */
+function tableName(table) {
+  const heading = table.closest('section')?.querySelector('h2, h3')?.textContent;
+  const caption = [...table.caption.childNodes].filter((child) => child.nodeType === Node.TEXT_NODE).map((child) => child.data);
+  return [data.run.name, state.task, state.node, heading, ...caption].filter(Boolean).join(' ').slice(0, 120);
+}
+
+/** Puts a button into the caption of every table that is put into the page; `table.csv` may know more than it shows. */
+function watchTables() {
+  const add = () => {
+    for (const table of document.querySelectorAll('main table:not([data-csv])')) {
+      table.dataset.csv = '';
+      const caption = table.caption ?? table.createCaption();
+      caption.append(csvButton(tableName(table), () => table.csv?.() ?? tableRows(table)));
+    }
+  };
+  const observer = new MutationObserver(add);
+  for (const main of document.querySelectorAll('main')) observer.observe(main, { childList: true, subtree: true });
+  add();
+}
+
+/** All nodes of a circuit, as a table. */
+const nodeRows = (circuit) => [
+  ['node', 'layer', 'location', 'channel', 'head', 'loss without it in the circuit', 'loss without it in the model', 'mean', 'tau', 'edges in', 'edges out', 'constant'],
+  ...circuit.nodes.map((node) => [
+    node.name, node.layer, node.location, node.channel, node.head, node.importance, node.from_model, node.mean, node.tau,
+    node.in.length, node.out.length, isConstant(node),
+  ]),
+];
+
+const edgeRows = (edges) => [
+  ['source', 'target', 'weight'], ...edges.map(({ source, target, weight }) => [source.name, target.name, weight]),
+];
+
+/** A node's values on all prompts of the page. */
+const valueRows = (circuit, node) => [
+  ['pair', 'prompt', 'position', 'token', 'value in the model', 'value in the circuit'],
+  ...circuit.rows.flatMap(({ tokens }, row) => {
+    const sides = ['model', 'circuit'].map((side) => onRow(circuit, node.name, side, row));
+    return [...tokens].map((id, at) => [
+      Math.floor(row / 2) + 1, row % 2 ? 'second' : 'first', at, quoted(id), ...sides.map((values) => +values[at].toPrecision(6)),
+    ]);
+  }),
+];
