@@ -23,6 +23,9 @@ from wsparse.errors import UserError
 from wsparse.interop import hub as hub_module
 from wsparse.interop.hub import push_to_hub
 
+# What the client itself gets from its library for HTTP.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
 MODEL = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
 CIRCUITS = {
     *(f"circuits/{case.TASK}/{name}" for name in ("circuit.json", "circuit.npz", "status.json")),
@@ -53,10 +56,15 @@ def hub(monkeypatch, tmp_path):
 
 
 def use(monkeypatch, tmp_path, address):
-    values = {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": True}
+    values = {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+    }
     for name, value in values.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.chdir(tmp_path)

@@ -51,7 +51,7 @@ def check(names: Sequence[str]) -> None:
                 f"--tracker={name[:80]} is not known{closest(name, TRACKERS)}: it is one of "
                 f"{', '.join(TRACKERS)}"
             )
-        if _writes() and importlib.util.find_spec(name) is None:
+        if _writes() and not _is_installed(name):
             raise missing_extra(name, name, f"--tracker={name}")
 
 
@@ -76,6 +76,10 @@ def start(names: Sequence[str], workdir: pathlib.Path, config: TrainConfig) -> l
             hint = "; WANDB_MODE=offline needs no account and no network" if name == "wandb" else ""
             raise UserError(f"--tracker={name} cannot be started: {reason}{hint}") from error
     return started
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _writes() -> bool:

@@ -34,7 +34,7 @@ from wsparse.circuits import graph, scoring
 from wsparse.circuits.circuit import Circuit
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
-from wsparse.nodes import CONNECTIONS, NODES, Node
+from wsparse.nodes import CONNECTIONS, NODES, Connection, Node
 
 Kind = Literal["node", "embedding", "constants", "logit"]
 
@@ -179,11 +179,12 @@ class _Parts:
         self.streams = [*between, self.acts["final_resid"]]
 
     def add_layer(self, layer: int) -> None:
+        """Adds the nodes of a layer and what arrives at them."""
         for read in ("attn.act_in", "mlp.act_in"):
             self._add_reads(layer, read)
         for connection in CONNECTIONS:
             if connection.source == "attn.v":
-                self._add_heads(layer)
+                self._add_heads(layer, connection)
             else:
                 self._add_products(layer, connection)
         for location in _ORDER:
@@ -194,7 +195,8 @@ class _Parts:
                     if value != 0:
                         self.values[self._vertex(node, position)] = float(value)
 
-    def _add_products(self, layer: int, connection) -> None:
+    def _add_products(self, layer: int, connection: Connection) -> None:
+        """Adds what arrives through a matrix at the same token."""
         kernel_IO = self.flat[connection.kernel][layer]
         source_TI = self.acts[connection.source][layer]
         kept_I = self.kept[connection.source][layer]
@@ -208,8 +210,9 @@ class _Parts:
                     self._link(self._vertex(source, t), self._vertex(target, t), number)
             self._add_constants(target, constants_TO[:, o])
 
-    def _add_heads(self, layer: int) -> None:
-        config, connection = self.config, next(c for c in CONNECTIONS if c.source == "attn.v")
+    def _add_heads(self, layer: int, connection: Connection) -> None:
+        """Adds what heads bring from earlier tokens to what they write."""
+        config = self.config
         kernel_EO, v_SE = self.flat[connection.kernel][layer], self.acts["attn.v"][layer]
         kept_E, pattern_HTS = self.kept["attn.v"][layer], self.patterns_LHTS[layer]
         removed_SE = np.where(kept_E, 0, v_SE).reshape(self.time, config.n_head, config.d_head)
@@ -226,6 +229,7 @@ class _Parts:
             self._add_constants(target, constants_TO[:, o])
 
     def _add_reads(self, layer: int, location: str) -> None:
+        """Adds what is read from the stream: the embedding, and what was written before."""
         config, part = self.config, _READS[location]
         stage = 2 * layer + (part == "mlp")
         gain_D = self.flat[f"blocks/{part}_norm/gain"][layer]
@@ -291,6 +295,7 @@ class _Parts:
         return stream_TD.mean(-1, keepdims=True) * (self.config.norm == "layer")
 
     def _embedded(self, stage: int) -> np.ndarray:
+        """Returns what is left of the embedding at a stage, `(T, D)`."""
         return self.embedding_TD * self._passed(0, stage)
 
     def _passed(self, write: int, stage: int) -> np.ndarray:
@@ -349,7 +354,6 @@ class _Parts:
                 inputs = sources.get(vertex, [])
                 waiting += inputs
                 waiting += self._attended(vertex, inputs)
-        # A node that is 0 contributes nothing, but constants and embeddings have no value of their own.
         links = {
             (source, target): number
             for (source, target), number in self.links.items()

@@ -125,6 +125,7 @@ def graph(
         "scan": model_name,
         "prompt_tokens": texts,
         "prompt": run.tokenizer.decode(list(unrolled.tokens)),
+        "transcoder_list": [],
         "schema_version": _SCHEMA_VERSION,
         "info": {
             "description": _description(circuit, unrolled),
