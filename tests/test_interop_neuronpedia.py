@@ -138,9 +138,16 @@ def test_links_lead_to_a_higher_layer(made):
 
 def test_labels_name_nodes_and_groups_become_supernodes(run, circuit, tmp_path):
     shown = {node["clerp"].split(",")[0] for node in _features(graph(run, circuit, [5, 6, 7], [1]))}
-    a, b, c, *_ = sorted(name for name in shown if "resid_delta" in name or "act_in" in name)
-    path = tmp_path / "labels.json"
-    path.write_text(json.dumps({"labels": {a: "opens?", c: "closes"}, "groups": {"both": [a, b]}}))
+    a, b, c, d, *_ = sorted(name for name in shown if "resid_delta" in name or "act_in" in name)
+    path = tmp_path / "notes.json"
+    notes = {
+        "schema": 1,
+        "caption": "For the page.",
+        "labels": {a: "opens?", c: "closes"},
+        "groups": [{"name": "both", "nodes": [a, b], "open": True}],
+        "pins": [d],
+    }
+    path.write_text(json.dumps(notes))
     made = graph(run, circuit, [5, 6, 7], [1], labels=Labels.load(path))
     jsonschema.validate(made, SCHEMA)
     clerps = {node["node_id"]: node["clerp"] for node in _features(made)}
@@ -149,7 +156,11 @@ def test_labels_name_nodes_and_groups_become_supernodes(run, circuit, tmp_path):
     assert {clerps[place] for place in supernodes["both"]} == {"opens?", clerps_of(b, clerps)}
     assert {clerps[place] for place in supernodes["closes"]} == {"closes"}
     logits = [node["node_id"] for node in made["nodes"] if node["feature_type"] == "logit"]
-    assert set(made["qParams"]["pinnedIds"]) == {*supernodes["both"], *supernodes["closes"], *logits}
+    pinned = [place for place, clerp in clerps.items() if clerp.startswith(f"{d},")]
+    assert pinned
+    assert set(made["qParams"]["pinnedIds"]) == {
+        *supernodes["both"], *supernodes["closes"], *pinned, *logits
+    }  # fmt: skip
 
 
 def clerps_of(name, clerps):
@@ -163,14 +174,15 @@ def _features(made):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"label": {}}, r"unknown key 'label' \(did you mean 'labels'\?\); it has labels and groups"),
+        ({"label": {}}, r"unknown key 'label' \(did you mean 'labels'\?\)"),
         ({"labels": {"0.attn.q.1": 3}}, "'labels' must be an object of nodes and their labels"),
-        ({"groups": {"both": "0.attn.q.1"}}, "'groups' must be an object of labels and lists of nodes"),
-        ({"groups": {"both": [1]}}, "'groups' must be an object of labels and lists of nodes"),
+        ({"groups": {"both": ["0.attn.q.1"]}}, "'groups' must be a list of objects with a name and a list"),
+        ({"groups": [{"name": "both", "nodes": [1]}]}, "'groups' must be a list of objects with a name"),
+        ({"pins": "0.attn.q.1"}, "'pins' must be a list of nodes"),
     ],
 )
 def test_a_file_that_is_not_of_labels_is_refused(content, message, tmp_path):
-    path = tmp_path / "labels.json"
+    path = tmp_path / "notes.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         Labels.load(path)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _CARD, _PAGE, _CIRCUITS = "README.md", "report.html", "circuits"
 _OF_A_TASK = (
     "circuit.json", "circuit.npz", "circuit.txt", "status.json", "evidence.json", "evidence.npz",
-    "audit.json", "audit.html", "attack.json", "attack.png",
+    "audit.json", "audit.html", "notes.json", "attack.json", "attack.png",
 )  # fmt: skip
 _OF_ALL_TASKS = ("table.txt", "results.json", "curves.png", "model.npz")
 # What a run reads of them; pages are for people, who open them on the Hub.

@@ -1,6 +1,6 @@
 """Circuits as attribution graphs for Neuronpedia and the frontend of circuit-tracer.
 
-    python -m wsparse.interop.neuronpedia --run=RUN --task=TASK --out=FILE [--prompt=TEXT] [--labels=FILE]
+    python -m wsparse.interop.neuronpedia --run=RUN --task=TASK --out=FILE [--prompt=TEXT] [--notes=FILE]
 
 The file is a circuit unrolled over a prompt (`wsparse.circuits.unrolled` says what the numbers are) in the
 JSON that neuronpedia.org/graph/validator checks. A node of the circuit is a feature there, its layer a row of
@@ -9,7 +9,7 @@ the drawing: a location of a layer of the model. Constants are error nodes, belo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import json
 import logging
@@ -41,6 +41,7 @@ _TYPES = {
 }
 # Nodes in the subgraph where there are no labels and groups.
 _PINNED = 10
+_NOTES = ("schema", "task", "circuit", "caption", "labels", "groups", "pins", "tour")
 # Numbers of features are layer and index paired by Cantor's function.
 _SCHEMA_VERSION = 1
 
@@ -52,40 +53,51 @@ class Labels:
     Attributes:
       labels: Node of the circuit, "layer.location.channel" -> label.
       groups: Label -> nodes of the circuit that belong together.
+      pins: Further nodes that are shown first.
     """
 
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    pins: Sequence[str] = ()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Labels:
-        """Returns the labels of a JSON file, `{"labels": {node: text}, "groups": {text: [node, ...]}}`."""
+        """Returns the labels, groups and pins of a notes file, as the page writes it.
+
+        It is a JSON object with `"labels": {node: text}`, `"groups": [{"name": text, "nodes": [node]}]` and
+        `"pins": [node]`, of which any may be missing; its other keys are for the page.
+        """
         values = files.read_json(path)
         for name in values:
-            if name not in ("labels", "groups"):
-                raise UserError(
-                    f"{path}: unknown key {quoted(name)}{closest(name, ('labels', 'groups'))}; it has labels "
-                    "and groups"
-                )
-        labels, groups = values.get("labels", {}), values.get("groups", {})
-        if not _maps(labels, str):
+            if name not in _NOTES:
+                raise UserError(f"{path}: unknown key {quoted(name)}{closest(name, _NOTES)}")
+        labels, groups, pins = values.get("labels", {}), values.get("groups", []), values.get("pins", [])
+        if not isinstance(labels, dict) or not _are_texts(labels.values()):
             raise UserError(f"{path}: 'labels' must be an object of nodes and their labels")
-        if not _maps(groups, list) or not all(isinstance(n, str) for g in groups.values() for n in g):
-            raise UserError(f"{path}: 'groups' must be an object of labels and lists of nodes")
-        return cls(labels=labels, groups=groups)
+        if not isinstance(groups, list) or not all(map(_is_group, groups)):
+            raise UserError(f"{path}: 'groups' must be a list of objects with a name and a list of nodes")
+        if not isinstance(pins, list) or not _are_texts(pins):
+            raise UserError(f"{path}: 'pins' must be a list of nodes")
+        return cls(labels=labels, groups={group["name"]: group["nodes"] for group in groups}, pins=pins)
 
     def check(self, circuit: Circuit) -> None:
         """Refuse nodes that are not in the circuit."""
         known = [node.name for node in circuit.nodes]
-        for name in [*self.labels, *(name for group in self.groups.values() for name in group)]:
+        grouped = [name for group in self.groups.values() for name in group]
+        for name in [*self.labels, *grouped, *self.pins]:
             if name not in known:
                 raise UserError(
                     f"no node {quoted(name)} in the circuit of {circuit.task!r}{closest(name, known)}"
                 )
 
 
-def _maps(values: Any, kind: type) -> bool:
-    return isinstance(values, dict) and all(isinstance(value, kind) for value in values.values())
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_group(value: Any) -> bool:
+    is_one = isinstance(value, dict) and isinstance(value.get("name"), str)
+    return is_one and isinstance(value.get("nodes"), list) and _are_texts(value["nodes"])
 
 
 def graph(
@@ -230,7 +242,7 @@ def _state(
     groups = {label: list(group) for label, group in labels.groups.items()}
     grouped = {name for group in groups.values() for name in group}
     groups |= {text: [name] for name, text in labels.labels.items() if name not in grouped}
-    if not groups:
+    if not groups and not labels.pins:
         ranked = sorted(circuit.nodes, key=lambda node: -node.importance)
         groups = {node.name: [node.name] for node in ranked[:_PINNED]}
     places: dict[str, list[str]] = {}
@@ -243,7 +255,9 @@ def _state(
     ]
     supernodes = [supernode for supernode in supernodes if len(supernode) > 1]
     logits = [_id(vertex) for vertex in unrolled.values if vertex.kind == "logit"]
-    pinned = list(dict.fromkeys([*(place for _, *group in supernodes for place in group), *logits]))
+    pinned = [place for _, *group in supernodes for place in group]
+    pinned += [place for name in labels.pins for place in places.get(name, [])]
+    pinned = list(dict.fromkeys([*pinned, *logits]))
     return {
         "pinnedIds": pinned,
         "supernodes": supernodes,
@@ -306,7 +320,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     options: Any = flags.FLAGS
     cpu.enable()
-    labels = Labels.load(options.labels) if options.labels else None
+    labels = Labels.load(options.notes) if options.notes else None
     found = export(
         options.run,
         options.task,
@@ -329,7 +343,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "The JSON file to write.")
     flags.DEFINE_string("prompt", None, "Text to run the circuit on, instead of a prompt of the task.")
     flags.DEFINE_integer("number", 0, "Which prompt of the task's report split, where --prompt is not given.")
-    flags.DEFINE_string("labels", None, "JSON file of labels and groups of nodes, which become supernodes.")
+    flags.DEFINE_string("notes", None, "Notes file: its labels and groups of nodes become supernodes.")
     flags.DEFINE_string(
         "model", None, "Name of the model on Neuronpedia; that of the run's folder by default."
     )
