@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import signal
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import train_case as case
 
-from wsparse import checkpoint, metrics, train, trees
+from wsparse import checkpoint, metrics, trackers, train, trees
 from wsparse.errors import UserError
 
 finished, one_device, source = case.finished, case.one_device, case.source
@@ -53,6 +55,29 @@ def test_a_run_that_is_interrupted_again_and_again_ends_bitwise_as_one_that_was_
     for one, other in zip(found, wanted, strict=True):
         for name in ("val_loss", "nonzeros_per_matrix", "gradient_rms", "learning_rate", "kurtosis"):
             assert one.get(name) == other.get(name), (name, f"stopped at {at}")
+
+
+def test_an_interrupted_run_is_one_run_of_a_tracker_and_lacks_no_record(finished, tmp_path, one_device):
+    sessions = []
+    library = types.SimpleNamespace(
+        init=lambda **settings: sessions.append({"name": settings["name"], "logged": []}),
+        log=lambda values, step: sessions[-1]["logged"].append(
+            (step, values.get("loss"), "val_loss" in values)
+        ),
+        finish=lambda: sessions[-1].update(finished=True),
+    )
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, "trackio", library)
+        monkeypatch.setattr(trackers, "_is_installed", lambda name: True)
+        with pytest.MonkeyPatch.context() as stopping:
+            case.stop_at(stopping, 21, signal.SIGINT)
+            assert train.run(finished.config, workdir, tracker=["trackio"]) == 128 + signal.SIGINT
+        assert train.run(finished.config, workdir, tracker=["trackio"]) == 0
+    first, second = sessions
+    assert first["name"] == second["name"] and first["finished"] and second["finished"]
+    records = [(r["step"], r.get("loss"), "val_loss" in r) for r in metrics.read(workdir)]
+    assert first["logged"] + second["logged"] == records
 
 
 def test_the_logged_loss_does_not_depend_on_where_a_run_was_interrupted(finished, tmp_path, one_device):

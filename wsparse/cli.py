@@ -20,6 +20,8 @@ COMMANDS = {
     "compare": ("wsparse.circuits.compare", "Set the circuits of two runs side by side."),
     "sample": ("wsparse.sample", "Continue a prompt."),
     "prepare": ("wsparse.data.prepare", "Tokenize a large text once, into a folder."),
+    "graph": ("wsparse.interop.neuronpedia", "Write a circuit as an attribution graph for Neuronpedia."),
+    "push": ("wsparse.interop.hub", "Publish a run on the Hugging Face Hub."),
     "convert": ("wsparse.interop.openai", "Import published checkpoints, and export runs."),
     "doctor": ("wsparse.doctor", "Check a machine before it costs money."),
     "aot": ("wsparse.aot", "Compile a recipe for a TPU slice without having one."),

@@ -1,8 +1,8 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard events, and `curves.png`."""
+"""Where numbers go: `metrics.jsonl`, TensorBoard events, trackers, and `curves.png`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 import itertools
 import json
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 from wsparse import files, plots
 from wsparse.errors import UserError
+from wsparse.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +20,16 @@ _FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and TensorBoard events; use as a context manager.
+    """Appends records to `metrics.jsonl`, TensorBoard events and trackers; use as a context manager.
 
-    Records after `start_step`, of a run that got further than its last checkpoint, are removed.
+    Records after `start_step`, of a run that got further than its last checkpoint, are removed. A tracker
+    that fails while training runs is told of and left out: it must not cost the run.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
+    def __init__(self, workdir: pathlib.Path, start_step: int, trackers: Sequence[Tracker] = ()):
         import tensorboardX  # Only training needs it.
 
+        self._trackers = list(trackers)
         self._path = workdir / _FILE
         kept = [record for record in read(workdir) if record["step"] <= start_step]
         with files.replacing(self._path) as part:
@@ -40,6 +43,8 @@ class MetricsWriter:
     def __exit__(self, *_) -> None:
         self._file.close()
         self._events.close()
+        for tracker in self._trackers:
+            _guarded(tracker, tracker.finish)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record `values` (numbers, or dicts and lists of numbers) as of `step`."""
@@ -47,8 +52,23 @@ class MetricsWriter:
             self._file.write(_line({"step": step, **values}))
         except OSError as error:
             raise files.cannot_write(self._path, error) from error
-        for name, value in _scalars("", values):
+        scalars = dict(_scalars("", values))
+        for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
+        self._trackers = [
+            tracker for tracker in self._trackers if _guarded(tracker, tracker.log, step, scalars)
+        ]
+
+
+def _guarded(tracker: Tracker, call: Callable[..., None], *arguments: Any) -> bool:
+    """Returns whether a call to a tracker ended well."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("%s no longer records this run: %s", tracker.name, reason)
+        return False
+    return True
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -37,29 +37,41 @@ if TYPE_CHECKING:
     import networkx
 
     from wsparse.circuits.drawing import Drawing
+    from wsparse.interop.hub import Push
 
 # Difference between a circuit's loss and the same loss computed again that devices do not explain.
 _SAME_LOSS = 0.01
 
 
-def load(source: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None) -> Run:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> Run:
     """Returns a run with its newest undamaged checkpoint, or a model in the layout of the Hugging Face Hub.
 
     Args:
-      source: A run's folder; or a folder of `save_pretrained`, or a repository id, "owner/name".
+      source: A run's folder; or a folder of `save_pretrained`, or a repository id, "owner/name", whose
+        circuits come with it.
       folder: Run folder to make for a model that is not a run; "runs/NAME" by default.
+      revision: Branch, tag or commit of the repository.
 
     Raises:
       UserError: The source is not a run and not a model, or `folder` holds another model.
     """
     path = pathlib.Path(source)
     if not path.is_dir() or (path / "model.safetensors").exists():
-        from wsparse.interop.pretrained import from_pretrained
+        from wsparse.interop import hub, pretrained
 
         path = pathlib.Path(folder or pathlib.Path("runs") / path.name)
-        config, params, tokenizer = from_pretrained(source)
+        found = pathlib.Path(source)
+        if not found.is_dir():
+            found = pretrained.download(str(source), revision, more=hub.LOADED)
+        config, params, tokenizer = pretrained.from_pretrained(found)
         if not path.exists():
             runs.create(path, TrainConfig(model=config), params, tokenizer, summary={})
+            hub.copy_circuits(found, path)
         elif trees.digest(runs.load(path).params) != trees.digest(params):
             raise UserError(f"{path} holds another model than {source}: give load another folder=")
     return Run(**vars(runs.load(path)))
@@ -104,6 +116,12 @@ class Run(runs.Run):
     def circuits(self) -> Circuits:
         """The circuits that were found in this run, by task."""
         return Circuits(self)
+
+    def push_to_hub(self, repository: str, *, private: bool = False, dry_run: bool = False) -> Push:
+        """Publishes the run on the Hugging Face Hub, see `wsparse.interop.hub.push_to_hub`."""
+        from wsparse.interop.hub import push_to_hub
+
+        return push_to_hub(self, repository, private=private, dry_run=dry_run)
 
     def prune(self, task: str, *, name: str = "", **settings: Any) -> Circuit:
         """Finds the circuit of a task, or reads it where it was found before with the same settings.

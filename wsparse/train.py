@@ -23,7 +23,19 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from wsparse import checkpoint, files, locks, metrics, model, processes, recipes, sharding, sparsity, trees
+from wsparse import (
+    checkpoint,
+    files,
+    locks,
+    metrics,
+    model,
+    processes,
+    recipes,
+    sharding,
+    sparsity,
+    trackers,
+    trees,
+)
 from wsparse.command import run_command
 from wsparse.config import TrainConfig, describe, differences, from_dict, to_dict
 from wsparse.data import batches
@@ -49,22 +61,27 @@ from wsparse.step import (  # noqa: F401
 log = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None) -> int:
+def run(
+    config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None, tracker: Sequence[str] = ()
+) -> int:
     """Train to the end, or on from where an earlier call stopped.
 
     Args:
       config: The run.
       workdir: Folder of the run.
       origin: Checkpoint to begin from where the folder has none, "RUN" or "RUN@STEP".
+      tracker: Names of trackers that record it too, see `wsparse.trackers`.
 
     Returns:
       The exit status: 0 when training is complete, 128 + the signal's number when it was told to stop.
 
     Raises:
       UserError: The folder belongs to another config or other data, or is in use; the data or mesh does not
-        fit the config; a weight became NaN or infinite; something could not be written.
+        fit the config; a weight became NaN or infinite; something could not be written; a tracker is unknown
+        or not installed.
     """
     started = time.monotonic()
+    _in_all_processes(lambda: trackers.check(tracker))
     _refuse_unwritable(workdir)
     refuse_other(workdir, config)
     summary = workdir / "summary.json"
@@ -85,9 +102,11 @@ def run(config: TrainConfig, workdir: pathlib.Path, *, origin: str | None = None
                 log.info("resuming at step %d of %d", step, config.steps)
             elif checkpoint.has_steps(workdir):
                 metrics.set_aside(workdir, workdir / checkpoint.SET_ASIDE)
+            tracked = _in_all_processes(lambda: trackers.start(tracker, workdir, config))
             # One process writes for all: what it writes is the same in all of them.
             first = jax.process_index() == 0
-            with metrics.MetricsWriter(workdir, step) if first else contextlib.nullcontext() as writer:
+            writing = metrics.MetricsWriter(workdir, step, tracked) if first else contextlib.nullcontext()
+            with writing as writer:
                 # Checkpoints used to be without the turnover.
                 memory = past["losses"], past.get("turnover", 0.0), started - past["seconds"]
                 return _Loop(config, program, dataset, checkpoints, writer, step, *memory).run(state)
@@ -533,7 +552,12 @@ def main(argv: Sequence[str]) -> int:
     name, config = recipes.from_flag()
     processes.initialize_processes()
     cpu.enable()
-    return run(config, pathlib.Path(options.workdir or f"runs/{name}"), origin=options["from"].value)
+    return run(
+        config,
+        pathlib.Path(options.workdir or f"runs/{name}"),
+        origin=options["from"].value,
+        tracker=[each for given in options.tracker or () for each in given.split(",")],
+    )
 
 
 def _define_flags() -> None:
@@ -543,6 +567,9 @@ def _define_flags() -> None:
         "from",
         None,
         "RUN or RUN@STEP: begin a new run from another one's checkpoint, with a config that may differ.",
+    )
+    flags.DEFINE_multi_string(
+        "tracker", None, "wandb or trackio, or both with a comma: record the run there too."
     )
 
 

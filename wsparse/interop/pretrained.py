@@ -6,6 +6,7 @@ dtype), `tokenizer.json` and `README.md`, a model card made from them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import os
 import pathlib
 import re
@@ -23,7 +24,8 @@ from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError, missing_extra, quoted
 
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-_MODEL_TYPE = "wsparse"
+MODEL_FILES = (_CONFIG, _WEIGHTS, _TOKENIZER)
+MODEL_TYPE = "wsparse"
 
 
 class Pretrained(NamedTuple):
@@ -42,6 +44,8 @@ def save_pretrained(
     *,
     name: str | None = None,
     val_loss: float | None = None,
+    repository: str = "",
+    about: str = "",
 ) -> None:
     """Writes a model with its tokenizer and a model card.
 
@@ -52,6 +56,8 @@ def save_pretrained(
       tokenizer: Tokenizer of the model.
       name: Title of the card; None is the name of the folder.
       val_loss: Held-out loss in nats per token, for the card.
+      repository: Repository id, "owner/name", that the folder is made for; the card says how to load that.
+      about: Sections of the card between its table and how the model is loaded, in Markdown.
 
     Raises:
       UserError: The parameters or the tokenizer do not fit the config, or the folder cannot be made.
@@ -64,12 +70,12 @@ def save_pretrained(
         # The library writes arrays as they lie in memory, transposed ones included. `save_file` would make
         # a file that only its owner can read.
         contiguous = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
-        part.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": _MODEL_TYPE}))
+        part.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": MODEL_TYPE}))
     tokenizer.save(folder / _TOKENIZER)
-    files.write_json(folder / _CONFIG, {"model_type": _MODEL_TYPE, "model": to_dict(config)})
+    files.write_json(folder / _CONFIG, {"model_type": MODEL_TYPE, "model": to_dict(config)})
     with files.replacing(folder / "README.md") as part:
         title = name or folder.absolute().name
-        part.write_text(_card(title, config, params, val_loss), encoding="utf-8")
+        part.write_text(_card(title, config, params, val_loss, repository, about), encoding="utf-8")
 
 
 def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Pretrained:
@@ -88,9 +94,9 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
-        folder = _download(str(source), revision)
+        folder = download(str(source), revision)
     values = files.read_json(folder / _CONFIG)
-    if values.get("model_type") != _MODEL_TYPE or not isinstance(values.get("model"), dict):
+    if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("model"), dict):
         raise UserError(
             f"{folder / _CONFIG} is not of a wsparse model (model_type={values.get('model_type')!r}): "
             "published checkpoints of other formats are read by wsparse.interop.openai"
@@ -124,8 +130,23 @@ def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, 
         )
 
 
-def _download(repository: str, revision: str | None) -> pathlib.Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+def is_repository(text: str) -> bool:
+    """Returns whether a text has the form of a repository id of the Hub, "owner/name"."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+
+def download(repository: str, revision: str | None, *, more: Sequence[str] = ()) -> pathlib.Path:
+    """Returns the folder of a repository's model files, from the Hub or its client's cache.
+
+    Args:
+      repository: Repository id, "owner/name".
+      revision: Branch, tag or commit.
+      more: Patterns of other files that are wanted.
+
+    Raises:
+      UserError: It is no repository id, the extra is missing, or the repository cannot be loaded.
+    """
+    if not is_repository(repository):
         raise UserError(
             f"{repository} is neither a folder nor a repository id of the Hugging Face Hub (owner/name)"
         )
@@ -136,7 +157,7 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS, _TOKENIZER]
+                repository, revision=revision, allow_patterns=[*MODEL_FILES, *more]
             )
         )
     except Exception as error:  # HTTP, name resolution and cache errors of several libraries.
@@ -150,7 +171,9 @@ def _download(repository: str, revision: str | None) -> pathlib.Path:
         raise UserError(f"{repository} is not a folder here, {failure}") from error
 
 
-def _card(title: str, config: ModelConfig, params: model.Params, val_loss: float | None) -> str:
+def _card(
+    title: str, config: ModelConfig, params: model.Params, val_loss: float | None, repository: str, about: str
+) -> str:
     sizes = runs.sizes(params)
     rows = {
         "layers": config.n_layer,
@@ -181,20 +204,30 @@ circuits ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)). Trained with wsp
 | | |
 |---|---|
 {table}
-
+{f"{chr(10)}{about}{chr(10)}" if about else ""}
 ## Load it
 
 ```python
-import jax.numpy as jnp
+{_LOAD_RUN.format(repository) if repository else _LOAD_FOLDER}
+```
+
+`config.json` has the architecture, `model.safetensors` the parameters by path, `tokenizer.json` a byte-level
+BPE tokenizer that the `tokenizers` library reads too.
+"""
+
+
+_LOAD_FOLDER = """import jax.numpy as jnp
 from wsparse import hooks
 from wsparse.interop.pretrained import from_pretrained
 
 config, params, tokenizer = from_pretrained("path/of/this/folder")  # or its id on the Hub
 tokens = jnp.array([tokenizer.encode("def add(a, b):")])
 logits, cache = hooks.run_with_cache(params, tokens, config)
-cache["0.mlp.post_act"]  # (batch, time, neurons)
-```
+cache["0.mlp.post_act"]  # (batch, time, neurons)"""
 
-`config.json` has the architecture, `model.safetensors` the parameters by path, `tokenizer.json` a byte-level
-BPE tokenizer that the `tokenizers` library reads too.
-"""
+_LOAD_RUN = """import wsparse
+
+run = wsparse.load("{}")
+logits, cache = run.run_with_cache("def add(a, b):")
+cache["0.mlp.post_act"]  # (batch, time, neurons)
+run.circuits  # by task"""

@@ -1,0 +1,356 @@
+"""Circuits as attribution graphs for Neuronpedia and the frontend of circuit-tracer.
+
+    python -m wsparse.interop.neuronpedia --run=RUN --task=TASK --out=FILE [--prompt=TEXT] [--notes=FILE]
+
+The file is a circuit unrolled over a prompt (`wsparse.circuits.unrolled` says what the numbers are) in the
+JSON that neuronpedia.org/graph/validator checks. A node of the circuit is a feature there, its layer a row of
+the drawing: a location of a layer of the model. Constants are error nodes, below the row that they enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+from typing import Any
+
+from absl import flags
+
+import wsparse
+from wsparse import files, runs
+from wsparse.circuits import evidence
+from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.unrolled import Unrolled, Vertex, row, unroll
+from wsparse.command import run_command
+from wsparse.errors import UserError, closest, quoted
+from wsparse.nodes import NODES, Node
+from wsparse.ops import cpu
+
+log = logging.getLogger(__name__)
+
+# Their types of nodes: every feature of whatever kind is the first.
+_TYPES = {
+    "node": "cross layer transcoder",
+    "constants": "mlp reconstruction error",
+    "embedding": "embedding",
+    "logit": "logit",
+}
+# Nodes in the subgraph where there are no labels and groups.
+_PINNED = 10
+_NOTES = ("schema", "task", "circuit", "caption", "labels", "groups", "pins", "tour")
+# Numbers of features are layer and index paired by Cantor's function.
+_SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What people call things.
+
+    Attributes:
+      labels: Node of the circuit, "layer.location.channel" -> label.
+      groups: Label -> nodes of the circuit that belong together.
+      pins: Further nodes that are shown first.
+    """
+
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    pins: Sequence[str] = ()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Labels:
+        """Returns the labels, groups and pins of a notes file, as the page writes it.
+
+        It is a JSON object with `"labels": {node: text}`, `"groups": [{"name": text, "nodes": [node]}]` and
+        `"pins": [node]`, of which any may be missing; its other keys are for the page.
+        """
+        values = files.read_json(path)
+        for name in values:
+            if name not in _NOTES:
+                raise UserError(f"{path}: unknown key {quoted(name)}{closest(name, _NOTES)}")
+        labels, groups, pins = values.get("labels", {}), values.get("groups", []), values.get("pins", [])
+        if not isinstance(labels, dict) or not _are_texts(labels.values()):
+            raise UserError(f"{path}: 'labels' must be an object of nodes and their labels")
+        if not isinstance(groups, list) or not all(map(_is_group, groups)):
+            raise UserError(f"{path}: 'groups' must be a list of objects with a name and a list of nodes")
+        if not isinstance(pins, list) or not _are_texts(pins):
+            raise UserError(f"{path}: 'pins' must be a list of nodes")
+        return cls(labels=labels, groups={group["name"]: group["nodes"] for group in groups}, pins=pins)
+
+    def check(self, circuit: Circuit) -> None:
+        """Refuse nodes that are not in the circuit."""
+        known = [node.name for node in circuit.nodes]
+        grouped = [name for group in self.groups.values() for name in group]
+        for name in [*self.labels, *grouped, *self.pins]:
+            if name not in known:
+                raise UserError(
+                    f"no node {quoted(name)} in the circuit of {circuit.task!r}{closest(name, known)}"
+                )
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_group(value: Any) -> bool:
+    is_one = isinstance(value, dict) and isinstance(value.get("name"), str)
+    return is_one and isinstance(value.get("nodes"), list) and _are_texts(value["nodes"])
+
+
+def graph(
+    run: runs.Run,
+    circuit: Circuit,
+    tokens: Sequence[int],
+    answers: Sequence[int] = (),
+    *,
+    labels: Labels | None = None,
+    model_name: str = "",
+    slug: str = "",
+) -> dict[str, Any]:
+    """Returns the attribution graph of a circuit on a prompt, as JSON values.
+
+    Args:
+      run: The run that the circuit was found in.
+      circuit: The circuit.
+      tokens: The prompt.
+      answers: Tokens whose logits are in the graph; the five most likely ones where there are none.
+      labels: Names of nodes, and groups of them, which become supernodes.
+      model_name: Name of the model on Neuronpedia; that of the run's folder by default.
+      slug: Name of the graph; model and task by default.
+
+    Raises:
+      UserError: The prompt does not fit the context, the circuit is another run's, or a label's node is not
+        in it.
+    """
+    labels = labels or Labels()
+    labels.check(circuit)
+    circuit.check(run.params)
+    unrolled = unroll(run.params, run.config.model, circuit, tokens, answers)
+    model_name = model_name or _slug(run.folder.absolute().name)
+    texts = [run.tokenizer.decode([token]) for token in unrolled.tokens]
+    names = {(row(node), node.channel): str(node) for node in (Node.parse(n.name) for n in circuit.nodes)}
+    metadata = {
+        "slug": slug or _slug(f"{model_name}-{circuit.task}"),
+        "scan": model_name,
+        "prompt_tokens": texts,
+        "prompt": run.tokenizer.decode(list(unrolled.tokens)),
+        "transcoder_list": [],
+        "schema_version": _SCHEMA_VERSION,
+        "info": {
+            "description": _description(circuit, unrolled),
+            "generator": {"name": "wsparse", "version": wsparse.__version__},
+        },
+        "generation_settings": {"task": circuit.task, "circuit": circuit.digest},
+    }
+    links = [
+        {"source": _id(source), "target": _id(target), "weight": number}
+        for (source, target), number in unrolled.links.items()
+    ]
+    nodes = [
+        _node(vertex, value, names, texts, labels, run, unrolled) for vertex, value in unrolled.values.items()
+    ]
+    state = _state(circuit, unrolled, names, labels)
+    return {"metadata": metadata, "qParams": state, "nodes": nodes, "links": links}
+
+
+def _description(circuit: Circuit, unrolled: Unrolled) -> str:
+    rows = ", ".join(NODES)
+    layers = (
+        f"{circuit.config.n_layer} layers of the model" if circuit.config.n_layer > 1 else "the model's layer"
+    )
+    return (
+        f"The circuit of {circuit.task} ({circuit.counts.nodes} nodes, {circuit.counts.edges} edges) in a "
+        f"weight-sparse transformer, on a prompt of {len(unrolled.tokens)} tokens. Rows from the first are, "
+        f"for {layers}: {rows}. Links into a node add up to its value before its nonlinearity; error nodes "
+        "are biases and the constants that stand for what is not in the circuit."
+    )
+
+
+def _node(
+    vertex: Vertex,
+    value: float | None,
+    names: Mapping[tuple[int, int], str],
+    texts: Sequence[str],
+    labels: Labels,
+    run: runs.Run,
+    unrolled: Unrolled,
+) -> dict[str, Any]:
+    """Returns a node of the JSON."""
+    probability, feature, clerp = 0.0, vertex.index, ""
+    if vertex.kind == "node":
+        name = names[vertex.row, vertex.index]
+        feature = _paired(vertex.row, vertex.index)
+        meaning = NODES[Node.parse(name).location].meaning
+        clerp = labels.labels.get(name) or f"{name}, {meaning}"
+    elif vertex.kind == "embedding":
+        feature, clerp = vertex.position, f'Emb: "{texts[vertex.position]}"'
+    elif vertex.kind == "constants":
+        clerp = "biases, and constants of what is not in the circuit"
+    else:
+        probability = unrolled.probabilities[vertex.index]
+        clerp = f'Output "{run.tokenizer.decode([vertex.index])}" (p={probability:.3f})'
+    identity = _id(vertex)
+    return {
+        "node_id": identity,
+        "feature": feature,
+        "layer": "E" if vertex.kind == "embedding" else identity.split("_")[0],
+        "ctx_idx": vertex.position,
+        "feature_type": _TYPES[vertex.kind],
+        "token_prob": probability,
+        "is_target_logit": vertex.kind == "logit" and vertex.index == next(iter(unrolled.probabilities)),
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": _hover_id(vertex),
+        "clerp": clerp,
+        "influence": None,
+        "activation": value,
+    }
+
+
+def _id(vertex: Vertex) -> str:
+    """Returns the id of a node: layer, feature and token, as circuit-tracer writes it."""
+    if vertex.kind == "embedding":
+        return f"E_{vertex.index}_{vertex.position}"
+    height = vertex.row - 1 if vertex.kind == "constants" else vertex.row
+    return f"{height}_{vertex.index}_{vertex.position}"
+
+
+def _hover_id(vertex: Vertex) -> str:
+    """Returns what is highlighted together: a node of the circuit at all tokens, anything else alone."""
+    if vertex.kind == "node":
+        return f"{vertex.row}_{vertex.index}-0"
+    prefix = {"embedding": "E", "logit": "L", "constants": str(vertex.row - 1)}[vertex.kind]
+    return f"{prefix}_{vertex.index}-{vertex.position}"
+
+
+def _paired(layer: int, index: int) -> int:
+    """Returns Cantor's number of a pair."""
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
+def _state(
+    circuit: Circuit, unrolled: Unrolled, names: Mapping[tuple[int, int], str], labels: Labels
+) -> dict[str, Any]:
+    """Returns what is pinned and grouped when the graph opens.
+
+    A group is a supernode of its nodes at all tokens, a labelled node one of its own. Without either, the
+    most important nodes are.
+    """
+    groups = {label: list(group) for label, group in labels.groups.items()}
+    grouped = {name for group in groups.values() for name in group}
+    groups |= {text: [name] for name, text in labels.labels.items() if name not in grouped}
+    if not groups and not labels.pins:
+        ranked = sorted(circuit.nodes, key=lambda node: -node.importance)
+        groups = {node.name: [node.name] for node in ranked[:_PINNED]}
+    places: dict[str, list[str]] = {}
+    for vertex in unrolled.values:
+        if vertex.kind == "node":
+            places.setdefault(names[vertex.row, vertex.index], []).append(_id(vertex))
+    supernodes = [
+        [label, *(place for name in group for place in places.get(name, []))]
+        for label, group in groups.items()
+    ]
+    supernodes = [supernode for supernode in supernodes if len(supernode) > 1]
+    logits = [_id(vertex) for vertex in unrolled.values if vertex.kind == "logit"]
+    pinned = [place for _, *group in supernodes for place in group]
+    pinned += [place for name in labels.pins for place in places.get(name, [])]
+    pinned = list(dict.fromkeys([*pinned, *logits]))
+    return {
+        "pinnedIds": pinned,
+        "supernodes": supernodes,
+        "linkType": "both",
+        "clickedId": logits[0],
+        "sg_pos": "",
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "wsparse"
+
+
+def export(
+    folder: str | os.PathLike[str],
+    task: str,
+    out: str | os.PathLike[str],
+    *,
+    prompt: str = "",
+    number: int = 0,
+    labels: Labels | None = None,
+    model_name: str = "",
+    slug: str = "",
+) -> dict[str, Any]:
+    """Writes the graph of a run's circuit to a file, and returns it.
+
+    Args:
+      folder: The run's folder.
+      task: Name of the task, or the file of a task of the user's own.
+      out: The JSON file.
+      prompt: Text to run the circuit on; by default a prompt of the task, on which the logits are those of
+        its two answers.
+      number: Which prompt of the task's report split that is.
+      labels: See `graph`, as for the other arguments.
+    """
+    folder, out = pathlib.Path(folder), pathlib.Path(out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"cannot write {out}: --out must be a file in a folder that exists")
+    name = pathlib.Path(task).stem
+    circuit = Circuit.load(folder / "circuits" / name)
+    run = runs.load(folder)
+    if prompt:
+        tokens, answers = run.tokenizer.encode(prompt), []
+    else:
+        # It names the file that is missing.
+        known = evidence.known_tasks([task], [circuit])
+        pairs = evidence.report_pairs(run, circuit, known[circuit.task])
+        if not 0 <= number < len(pairs.position):
+            raise UserError(f"--number must be from 0 to {len(pairs.position) - 1}, got {number}")
+        tokens = pairs.tokens[number][: pairs.position[number] + 1].tolist()
+        answers = [int(pairs.answer[number]), int(pairs.other[number])]
+    found = graph(run, circuit, tokens, answers, labels=labels, model_name=model_name, slug=slug)
+    with files.replacing(out) as part:
+        part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; see the module's docstring."""
+    del argv
+    options: Any = flags.FLAGS
+    cpu.enable()
+    labels = Labels.load(options.notes) if options.notes else None
+    found = export(
+        options.run,
+        options.task,
+        options.out,
+        prompt=options.prompt or "",
+        number=options.number,
+        labels=labels,
+        model_name=options.model or "",
+        slug=options.slug or "",
+    )
+    log.info(
+        "written to %s: %d nodes, %d links; neuronpedia.org/graph/validator checks and shows it",
+        options.out, len(found["nodes"]), len(found["links"]),
+    )  # fmt: skip
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("run", None, "The run's folder.")
+    flags.DEFINE_string("task", None, "Task of the circuit: its name, or its .jsonl or .py file.")
+    flags.DEFINE_string("out", None, "The JSON file to write.")
+    flags.DEFINE_string("prompt", None, "Text to run the circuit on, instead of a prompt of the task.")
+    flags.DEFINE_integer("number", 0, "Which prompt of the task's report split, where --prompt is not given.")
+    flags.DEFINE_string("notes", None, "Notes file: its labels and groups of nodes become supernodes.")
+    flags.DEFINE_string(
+        "model", None, "Name of the model on Neuronpedia; that of the run's folder by default."
+    )
+    flags.DEFINE_string("slug", None, "Name of the graph; model and task by default.")
+    flags.mark_flags_as_required(["run", "task", "out"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(main)
