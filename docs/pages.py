@@ -126,8 +126,8 @@ class Site:
 
     def _recipe_list(self) -> Iterator[str]:
         yield (
-            "# Recipes\n\nA recipe is a Python file; `--config` takes its name from any folder, or the path of one of "
-            "yours. A variant follows after a colon: `tiny:dense`.\n"
+            "# Recipes\n\nA recipe is a Python file; `--config` takes its name from any folder, or the path "
+            "of one of yours. A variant follows after a colon: `tiny:dense`.\n"
         )
         for kind, text in KINDS.items():
             yield f"\n## {kind.capitalize() or 'Train'}\n\n{text}\n\n| recipe | what |\n|---|---|\n"
@@ -174,7 +174,7 @@ def _values(names: Sequence[str], kind: str) -> Iterator[str]:
 
 def _cells(names: Sequence[str]) -> Iterator[str]:
     """Yields a table of the models that sweeps train."""
-    yield "\n## What it trains\n\n| sweep | points | seeds | tasks | settings of pruning |\n|---|---|---|---|---|\n"
+    yield "\n## What it trains\n\n| sweep | points | seeds | tasks | pruned with |\n|---|---|---|---|---|\n"
     for name in names:
         sweep = recipes.load_as(Sweep, name, "sweeps", "")
         tasks = ", ".join(f"`{task}`" for task in sweep.tasks)
@@ -240,8 +240,9 @@ def options(module: Any) -> list[Option]:
     found = []
     for name in (name for name in flags.FLAGS if name not in before):
         flag = flags.FLAGS[name]
-        known = flag.default is not None and not (isinstance(flag, flags.BooleanFlag) and not flag.default)
-        found.append(Option(name, str(flag.default_as_str or "").strip("'") if known else "", flag.help or ""))
+        # A switch is off, if nothing else is said.
+        default = "" if flag.default in (None, False) else flag.default_as_str.strip("'")
+        found.append(Option(name, default, flag.help or ""))
     for option in found:
         delattr(flags.FLAGS, option.name)
     return found
@@ -250,12 +251,13 @@ def options(module: Any) -> list[Option]:
 def commands_page() -> Iterator[str]:
     """Yields every command with its options."""
     yield (
-        "# Commands\n\n`wsparse NAME` and `python -m MODULE` are the same command; `--help` lists its options. "
-        "Options of a list take\n`a,b`. An option that is a switch is `--name`, and `--noname` turns it off.\n"
+        "# Commands\n\n`wsparse NAME` and `python -m MODULE` are the same command; `--help` lists its "
+        "options. A list is `a,b`; a switch is `--name`, and `--noname` turns it off.\n"
     )
     for name, (path, summary) in cli.COMMANDS.items():
         module = importlib.import_module(path)
-        yield f"\n## wsparse {name}\n\n{summary} `python -m {path}`\n\n| option | default | |\n|---|---|---|\n"
+        yield f"\n## wsparse {name}\n\n{summary} `python -m {path}`\n\n"
+        yield "| option | default | |\n|---|---|---|\n"
         for option in options(module):
             default = f"`{option.default}`" if option.default else ""
             yield f"| `--{option.name}` | {default} | {_plain(option.text)} |\n"
