@@ -141,7 +141,8 @@ def recipe_page(path: pathlib.Path, kind: str) -> Iterator[str]:
     """Yields what a recipe's docstring says, what its variants set, and its code."""
     yield f"# `{path.stem}`\n\n{_summary(path)}\n"
     for name, text in _entries(path):
-        yield f"\n**{name}:** {text}\n"
+        space = "\n" if text.startswith("```") else " "
+        yield f"\n**{name}:**{space}{text}\n"
     names = [f"{path.stem}:{variant}" if variant else path.stem for variant in recipes.variants(path)]
     if kind == "sweeps":
         yield from _cells(names)
@@ -202,9 +203,11 @@ def _entries(path: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def _documents(text: str) -> str:
-    """Returns text whose names of documents are links, and whose commands are code."""
+    """Returns text whose names of documents are links, and whose lines of commands are blocks."""
     text = re.sub(r"docs/(\w+)\.md", r"[\g<0>](/\1.md)", text)
-    return re.sub(r"(?m)^( *)(python -m .*)$", r"\1`\2`  ", text)
+    return re.sub(
+        r"(?m)(?:^python -m .*(?:\n|\Z))+", lambda lines: f"```bash\n{lines[0].rstrip()}\n```\n", text
+    )
 
 
 def settings_page() -> Iterator[str]:
