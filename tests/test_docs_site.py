@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from wsparse import cli, recipes
+from wsparse.config import TrainConfig, describe
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -19,6 +20,7 @@ DOCUMENTS = [
 ]
 RECIPES = sorted((REPO / "configs").rglob("*.py"))
 MODULES = {module: name for name, (module, _) in cli.COMMANDS.items()}
+KEYS = {key for key, _, _ in describe(TrainConfig())}
 # Commands that have no name of their own.
 OTHERS = ("wsparse.interop.parity",)
 
@@ -86,7 +88,8 @@ def test_every_command_in_a_document_exists_and_has_the_options_it_is_given(docu
             name, _, value = argument.removeprefix("--").partition("=")
             if name == "help":
                 continue
-            option = name.partition(".")[0]
+            option, _, key = name.partition(".")
+            assert not key or module == "wsparse.prune" or key in KEYS, argument
             assert option in names or option.removeprefix("no") in names, f"{module} {argument}"
             if name == "config" and re.fullmatch(r"[\w/]+(\.py)?(:\w+)?", value) and value != "NAME":
                 recipes.find(value, kinds.get(module, ""))
