@@ -96,11 +96,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def environment(folder, monkeypatch):
-    """That of a shell in which the environment is active; what notebooks compile in common, they share."""
+    """That of a shell where the environment is active, with quick compilation, whose results are shared."""
     monkeypatch.setenv("PATH", os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])))
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
