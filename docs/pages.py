@@ -222,7 +222,7 @@ def settings_page() -> Iterator[str]:
         owner = key.rpartition(".")[0]
         if owner != group:
             group = owner
-            yield f"\n## {owner or 'Training'}\n\n| key | default | |\n|---|---|---|\n"
+            yield f"\n## {owner or 'Training'}\n\n| key | default | meaning |\n|---|---|---|\n"
         yield f"| `{key}` | {_code(default)} | {_plain(text)} |\n"
 
 
@@ -260,7 +260,7 @@ def commands_page() -> Iterator[str]:
     for name, (path, summary) in cli.COMMANDS.items():
         module = importlib.import_module(path)
         yield f"\n## wsparse {name}\n\n{summary} `python -m {path}`\n\n"
-        yield "| option | default | |\n|---|---|---|\n"
+        yield "| option | default | meaning |\n|---|---|---|\n"
         for option in options(module):
             default = f"`{option.default}`" if option.default else ""
             yield f"| `--{option.name}` | {default} | {_plain(option.text)} |\n"
@@ -299,5 +299,6 @@ def _code(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text for a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
+    """Returns text for a cell of a table, in which only what stands between backticks is code."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    return "`".join(re.sub(r"([<*])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
