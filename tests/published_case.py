@@ -71,7 +71,7 @@ def prompts_of(rng):
     first = [rng.integers(1, CONFIG.vocab_size, n) for n in lengths]
     second = [prompt.copy() for prompt in first]
     for prompt in second:
-        prompt[1] = rng.integers(1, CONFIG.vocab_size)
+        prompt[[1, -1]] = rng.integers(1, CONFIG.vocab_size, 2)
     return [*first, *second]
 
 
@@ -79,8 +79,9 @@ def viz_data(k, rng, params, means, prompts):
     """The tree of one `viz_data.pt`, of NumPy arrays."""
     names = [(name, channel) for name, width in WIDTHS.items() for channel in range(width)]
     chosen = [names[i] for i in sorted(rng.choice(len(names), k, replace=False))]
-    # Some of each location of a layer, so that there are edges.
-    chosen += [(name, c) for name in WIDTHS if name.startswith("1.") for c in range(3)]
+    # Most of a layer, so that there are edges, and of the final stream, so that what it does is seen.
+    chosen += [(name, c) for name in WIDTHS if name.startswith("2.") for c in range(k // 4)]
+    chosen += [("final_resid", c) for c in range(k // 2)]
     kept = {name: sorted({c for n, c in chosen if n == name}) for name in WIDTHS}
     loss, _ = runs_of(params, None, means, prompts)
     circuit_loss, seen = runs_of(params, kept, means, prompts)
@@ -141,9 +142,7 @@ def connections(params, kept):
 def trees():
     """Path below `FOLDER` -> tree, of every file."""
     rng = np.random.default_rng(0)
-    params = {
-        part: {key: value for key, value in tree.items()} for part, tree in as_numpy(PARAMS).items()
-    }
+    params = as_numpy(PARAMS)
     means = {name: rng.normal(size=width).astype(np.float32) * 0.1 for name, width in WIDTHS.items()}
     means |= {
         f"{i}.attn.y": rng.normal(size=CONFIG.attention_width).astype(np.float32)

@@ -4,9 +4,9 @@
         --answer='")' --answer="')"
 
 RUN is the imported checkpoint of the circuits' model (`wsparse.interop.openai`), --from the folder of one
-sweep, with a folder K/viz_data.pt for each size, or one of these. Each becomes `circuits/TASK@published-K/` in
-the run, with `comparison.json`: stored numbers beside those that this library gets for the same prompts. The
-table of all is printed, and written as `circuits/TASK@published.md`.
+sweep, with a folder K/viz_data.pt for each size, or one of these. Each becomes a folder
+`circuits/TASK@published-K/` of the run, with `comparison.json`: stored numbers beside those that this library
+gets for the same prompts. The table of all is printed, and written as `circuits/TASK@published.md`.
 
 Which answers the two classes of prompts have is not in the files: --answer says it, first for class 1. Closed
 nodes are at the means of `mean_baseline_pretrain.pt`, found beside the files or given with --means; without
@@ -54,8 +54,8 @@ class Row(NamedTuple):
     circuit: str
     quantity: str
     stored: float
-    recomputed: float | None
-    difference: float | None
+    recomputed: float
+    difference: float
     numbers: int
 
 
@@ -77,7 +77,7 @@ class Replay:
 
     def gates(self, kept: Mapping[str, np.ndarray]) -> Tree:
         """Returns 1 for kept nodes and 0 for others: location -> `(L, N)`, "final_resid" -> `(N,)`."""
-        closable = {name for name in self.means if name in NODES or name == FINAL and FINAL in kept}
+        closable = {name for name in self.means if name in NODES or (name == FINAL and FINAL in kept)}
         gates = {name: np.zeros(self.means[name].shape, np.float32) for name in closable}
         for name, channels in kept.items():
             layer, location = _place(name)
@@ -179,7 +179,7 @@ def compare(name: str, published: VizData, replay: Replay, *, max_nodes: int) ->
       max_nodes: Nodes whose own loss is recomputed: as many of them as come first.
     """
     gates = replay.gates(published.kept)
-    open_gates = jax.tree.map(np.ones_like, gates)
+    all_open = jax.tree.map(np.ones_like, gates)
     without_final = {location: gate for location, gate in gates.items() if location != FINAL}
     circuit = replay.score(gates).loss
 
@@ -189,7 +189,7 @@ def compare(name: str, published: VizData, replay: Replay, *, max_nodes: int) ->
         return Row(name, quantity, float(stored.mean()), float(recomputed.mean()), difference, stored.size)
 
     rows = [
-        row("loss of the model", published.loss, replay.score(open_gates).loss),
+        row("loss of the model", published.loss, replay.score(all_open).loss),
         row("loss of the circuit", published.circuit_loss, circuit),
     ]
     if FINAL in gates:
@@ -202,12 +202,13 @@ def compare(name: str, published: VizData, replay: Replay, *, max_nodes: int) ->
         rows.append(row("losses without a node", stored, recomputed))
     if published.layer_losses:
         losses = {block: replay.score(_without_block(gates, block)).loss for block in published.layer_losses}
-        rows.append(row("losses without a block", list(published.layer_losses.values()), list(losses.values())))
+        stored = list(published.layer_losses.values())
+        rows.append(row("losses without a block", stored, list(losses.values())))
     if published.activations:
         rows.append(_activation_row(name, published, replay, gates))
     if published.weights:
-        differences = [_weights_of(weights, replay) for weights in published.weights]
-        stored, recomputed = (np.concatenate(arrays) for arrays in zip(*differences, strict=True))
+        both = [_weights_of(weights, replay) for weights in published.weights]
+        stored, recomputed = (np.concatenate(arrays) for arrays in zip(*both, strict=True))
         rows.append(row("weights between nodes", stored, recomputed))
     if published.n_nodes is not None:
         nodes = sum(viz_data.location_widths(replay.config).values())
@@ -294,12 +295,10 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        recomputed, difference = (
-            "–" if value is None else f"{value:{form}}"
-            for value, form in ((row.recomputed, ".6g"), (row.difference, ".1e"))
+        lines.append(
+            f"| {row.circuit} | {row.quantity} | {row.stored:.6g} | {row.recomputed:.6g} "
+            f"| {row.difference:.1e} | {row.numbers} |"
         )
-        cells = [row.circuit, row.quantity, f"{row.stored:.6g}", recomputed, difference, str(row.numbers)]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -388,7 +387,8 @@ def import_circuits(
     task = task or sweep.resolve().parent.name
     tokens = [_token(run, answer) for answer in answers]
     if len(tokens) != 2 or tokens[0] == tokens[1]:
-        raise UserError(f"--answer must be given twice, with two different tokens, got {quoted(list(answers))}")
+        got = quoted(" ".join(answers))
+        raise UserError(f"--answer must be given twice, with two different tokens, got {got}")
     # All are read before anything is computed or written.
     published = {path.parent.name: viz_data.read(path, run.config.model) for path in paths}
     means = means or _means_file(source)
@@ -400,28 +400,28 @@ def import_circuits(
     for name, circuit in published.items():
         replay = make_replay(run.params, run.config.model, circuit, tokens, tree)
         own = compare(name, circuit, replay, max_nodes=max_nodes)
-        _store(run.folder / "circuits" / f"{task}@published-{name}", task, answers, circuit, replay, own)
+        folder = run.folder / "circuits" / f"{task}@published-{name}"
+        _store(folder, as_circuit(task, answers, circuit, replay), own)
         rows += own
     with files.replacing(run.folder / "circuits" / f"{task}@published.md") as part:
         part.write_text(table(rows), encoding="utf-8")
     return rows
 
 
-def _store(folder, task, answers, published: VizData, replay: Replay, rows: Sequence[Row]) -> None:
-    circuit = as_circuit(task, answers, published, replay)
+def _store(folder: pathlib.Path, circuit: Circuit, rows: Sequence[Row]) -> None:
     circuit.save(folder)
     files.write_json(folder / "comparison.json", {"rows": [row._asdict() for row in rows]})
-    Status(
-        task=task, status=circuit.status, model=circuit.scores.model, digest=circuit.model_digest
-    ).save(folder)
+    model, digest = circuit.scores.model, circuit.model_digest
+    Status(task=circuit.task, status=circuit.status, model=model, digest=digest).save(folder)
 
 
 def _circuit_files(source: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files of a folder, smallest size first, named ones last."""
-    paths = [source / viz_data.FILE] if (source / viz_data.FILE).exists() else source.glob(f"*/{viz_data.FILE}")
+    one = source / viz_data.FILE
+    paths = [one] if one.exists() else source.glob(f"*/{viz_data.FILE}")
     found = sorted(paths, key=lambda path: (len(path.parent.name), path.parent.name))
     if not found:
-        raise UserError(f"{source} has no K/{viz_data.FILE}: give the folder of one sweep, VIZ/MODEL/TASK/SWEEP")
+        raise UserError(f"{source} has no K/{viz_data.FILE}: give a sweep's folder, VIZ/MODEL/TASK/SWEEP")
     return found
 
 

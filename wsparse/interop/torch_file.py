@@ -98,9 +98,7 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
     return _opened(path, _TreeInterpreter, _MAX_TREE_BYTES, "tree")
 
 
-def _opened(
-    path: str | os.PathLike[str], interpreter: type[_Interpreter], max_bytes: int, what: str
-) -> Any:
+def _opened(path: str | os.PathLike[str], interpreter: type[_Interpreter], max_bytes: int, what: str) -> Any:
     """Returns the content of a file; its pickle, "what", may have `max_bytes`."""
     path = pathlib.Path(path)
     try:

@@ -52,10 +52,9 @@ def load(folder: str | os.PathLike[str]) -> Any:
     try:
         from safetensors import torch as safetensors_torch
         import torch
-        import transformers
-
         from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
         from transformer_lens.model_bridge.sources import build_bridge_from_module
+        import transformers
     except ImportError as error:
         raise missing_extra(str(error.name or "transformer_lens"), "lens", "a bridge") from error
     from wsparse.interop import lens_adapter, torch_model

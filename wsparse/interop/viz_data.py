@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import dataclasses
 import math
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,8 @@ FILE = "viz_data.pt"
 MEANS_FILE = "mean_baseline_pretrain.pt"
 FINAL = "final_resid"
 
-# Sizes of the model that a file repeats, by our names.
-_SIZES = {
-    "n_layer": "n_layer", "d_model": "d_model", "n_head": "n_head", "vocab_size": "vocab_size",
-}  # fmt: skip
+# Sizes of the model that a file repeats; they have our names.
+_SIZES = ("n_layer", "d_model", "n_head", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +163,13 @@ def _parsed(tree: dict[Any, Any], config: ModelConfig) -> VizData:
 
 
 def _check_model(fields: dict[Any, Any], config: ModelConfig) -> None:
-    for theirs, ours in _SIZES.items():
-        if theirs in fields and fields[theirs] != getattr(config, ours):
+    for name in _SIZES:
+        own, value = getattr(config, name), fields.get(name)
+        if name in fields and not (type(value) is int and value == own):
+            shown = value if type(value) is int else type(value).__name__
             raise UserError(
-                f"it is of a model with {theirs} {quoted(fields[theirs])}, the run's has "
-                f"{getattr(config, ours)}: give the run of the model that the circuit was found in"
+                f"it is of a model with {name} {shown}, the run's has {own}: give the run of the model that "
+                "the circuit was found in"
             )
 
 
@@ -180,7 +179,8 @@ def _kept(circuit_data: dict[Any, Any], widths: Mapping[str, int]) -> dict[str, 
         if name == "prune_config":
             continue
         if name not in widths:
-            raise UserError(f"circuit_data has a location that the model has not: {quoted(name)}")
+            shown = quoted(name) if type(name) is str else name
+            raise UserError(f"circuit_data has a location that the model has not: {shown}")
         channels = _array(channels, f"circuit_data of {name}")
         if channels.ndim != 1 or (channels.size and channels.dtype.kind not in "iu"):
             raise UserError(f"circuit_data of {name} must be a list of channels")
@@ -207,9 +207,7 @@ def _prompts(tokens: Any, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def _layer_losses(losses: dict[Any, Any], config: ModelConfig) -> dict[str, float]:
     names = [f"{layer}.{part}" for layer in range(config.n_layer) for part in ("attn", "mlp")]
-    return {
-        name: _number(losses[name], f"layer_interv_losses of {name}") for name in names if name in losses
-    }
+    return {name: _number(losses[name], f"layer_interv_losses of {name}") for name in names if name in losses}
 
 
 def _activations(
@@ -253,7 +251,8 @@ def _weights(entries: list[Any], kept: Mapping[str, np.ndarray]) -> list[Weights
             raise UserError(
                 f"pair_data_connections of {layer}.{source} must be of shape {shape}, is {values.shape}"
             )
-        weights.append(Weights(source, target, int(layer), *names, has_bias, values.astype(np.float32)))
+        of_place = (source, target, int(layer), names[0], names[1])
+        weights.append(Weights(*of_place, has_bias, values.astype(np.float32)))
     return weights
 
 
@@ -289,9 +288,8 @@ def _number(value: Any, what: str) -> float:
 
 
 def _numbers(values: Any, length: int, what: str) -> np.ndarray:
-    if isinstance(values, np.ndarray):
-        values = list(np.ravel(values))
-    numbers = [_number(getattr(value, "item", lambda v=value: v)(), what) for value in _typed(values, list, what)]
+    values = values.ravel().tolist() if isinstance(values, np.ndarray) else values
+    numbers = [_number(value, what) for value in _typed(values, list, what)]
     if len(numbers) != length:
         raise UserError(f"{what} must be {length} numbers, it has {len(numbers)}")
     return np.array(numbers, np.float64)
