@@ -7,6 +7,7 @@ import types
 import numpy as np
 import published_case as case
 import pytest
+from test_interop_torch_file import archive, entries_of
 
 from wsparse import runs
 from wsparse.circuits import report
@@ -47,15 +48,17 @@ def run(tmp_path, monkeypatch):
 # ---- Reading ----
 
 
-def same(got, want):
+def same(got, want, tolerance=0.0):
     if isinstance(want, np.ndarray):
-        return type(got) is np.ndarray and got.dtype == want.dtype and np.array_equal(got, want)
+        alike = type(got) is np.ndarray and (got.dtype, got.shape) == (want.dtype, want.shape)
+        return alike and np.allclose(got, want, rtol=0, atol=tolerance)
     if isinstance(want, dict):
-        return list(got) == list(want) and all(same(got[key], value) for key, value in want.items())
+        return list(got) == list(want) and all(same(got[k], v, tolerance) for k, v in want.items())
     if isinstance(want, (list, tuple)):
-        same_kind = type(got) is type(want) and len(got) == len(want)
-        return same_kind and all(map(same, got, want))
-    return type(got) is type(want) and got == want
+        parts = zip(got, want, strict=False)
+        alike = type(got) is type(want) and len(got) == len(want)
+        return alike and all(same(*each, tolerance) for each in parts)
+    return type(got) is type(want) and (got == want or abs(got - want) <= tolerance)
 
 
 TREE = {
@@ -96,7 +99,7 @@ def test_a_tree_calls_nothing(tmp_path):
 def test_a_circuit_is_read_as_it_was_written(replay):
     published, _ = replay
     assert published.size == sum(channels.size for channels in published.kept.values())
-    assert published.size > 60 and any(not channels.size for channels in published.kept.values())
+    assert published.size > 90 and any(not channels.size for channels in published.kept.values())
     assert published.tokens_BT.shape == (8, int(published.length_B.max()))
     assert set(published.length_B[:4]) == set(published.length_B[4:])
     assert published.prune_config == {"k_coef": 1e-4, "target": None, "seeds": [0, 1]}
@@ -149,7 +152,7 @@ def test_a_changed_mask_answer_or_mean_gives_another_loss(replay):
     zeros = {name: 0 * mean for name, mean in good.means.items()}
     for answers, means in ((case.ANSWERS[::-1], good.means), (case.ANSWERS, zeros)):
         other = published_circuits.make_replay(case.PARAMS, case.CONFIG, published, answers, means)
-        assert abs(other.score(other.gates(published.kept)).loss - loss) > 1e-4
+        assert abs(other.score(other.gates(published.kept)).loss - loss) > 1e-3
 
 
 # ---- Into a run ----
@@ -170,7 +173,7 @@ def test_a_sweep_becomes_circuit_folders_and_a_table(run):
     alone = next(row for row in stored if row["quantity"].startswith("the same"))
     assert circuit.loss == pytest.approx(alone["recomputed"], abs=1e-6)
     importance = {node.name: node.importance for node in circuit.nodes}
-    place, losses = "1.attn.v", published.node_losses["1.attn.v"]
+    place, losses = "2.attn.v", published.node_losses["2.attn.v"]
     first = f"{place}.{published.kept[place][0]}"
     assert importance[first] == pytest.approx(losses[0] - published.circuit_loss)
     assert len(report.table(report.collect(folder)).splitlines()) > 2
@@ -191,7 +194,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(run, tmp_path):
     shutil.copytree(case.SWEEP, tmp_path / "sweep")
     path = tmp_path / "sweep" / "60" / viz_data.FILE
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[content.index(b"circuit_data")] ^= 1
     path.write_bytes(content)
     assert "is damaged" in refused(tmp_path / "sweep")
     path.write_bytes(b"")
@@ -211,8 +214,8 @@ BROKEN = {
         {"0.attn.q": np.array([1, 1])}
     ),
     "interv_loss must be a number": lambda tree: tree["importances"].update(interv_loss=float("nan")),
-    "ch_interv_losses of 1.attn.v must be": lambda tree: tree["importances"]["ch_interv_losses"][
-        "1.attn.v"
+    "ch_interv_losses of 2.attn.v must be": lambda tree: tree["importances"]["ch_interv_losses"][
+        "2.attn.v"
     ].pop(),
     "task_samples must be an even number": lambda tree: tree["importances"].update(
         task_samples=(np.ones((3, 4), np.int64), {})
@@ -236,6 +239,37 @@ def test_a_file_of_another_form_says_which_entry_is_wrong(message, monkeypatch):
         viz_data.read(FILES[60], case.CONFIG)
 
 
+def test_a_mutated_pickle_gives_a_circuit_or_one_line(tmp_path):
+    entries = entries_of(FILES[12])
+    (name,) = (name for name in entries if name.endswith("data.pkl"))
+    rng, messages = np.random.default_rng(0), []
+    for _ in range(60):
+        pickled = bytearray(entries[name])
+        for place in rng.integers(0, len(pickled), 2):
+            pickled[place] = rng.integers(256)
+        path = tmp_path / viz_data.FILE
+        path.write_bytes(archive(entries | {name: bytes(pickled)}))
+        try:
+            viz_data.read(path, case.CONFIG)
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert not any("\n" in message for message in messages)
+
+
+def test_means_over_a_runs_own_text_are_those_of_the_reference(run, monkeypatch):
+    windows = np.random.default_rng(0).integers(0, case.CONFIG.vocab_size, (2, 5)).astype(np.int32)
+    monkeypatch.setattr(runs.Run, "windows", lambda self, split: windows)
+    means = published_circuits.own_means(run)
+    params = case.as_numpy(case.PARAMS)
+    seen = [case.Masked(params, None, {}).run(window)[1] for window in windows]
+    for name in ("attn.act_in", "attn.y", "mlp.resid_delta"):
+        want = np.mean([acts[name] for acts in seen], axis=(0, 2))
+        np.testing.assert_allclose(means[name], want, atol=1e-5)
+    want = np.mean([acts["final_resid"] for acts in seen], axis=(0, 1))
+    np.testing.assert_allclose(means["final_resid"], want, atol=1e-5)
+
+
 def thawed(tree):
     """A copy whose dicts and lists may be changed."""
     if isinstance(tree, dict):
@@ -246,4 +280,4 @@ def thawed(tree):
 @pytest.mark.slow
 def test_the_files_are_those_that_the_case_makes():
     for name, tree in case.trees().items():
-        assert same(torch_file.read_tree(case.FOLDER / name), tree), name
+        assert same(torch_file.read_tree(case.FOLDER / name), tree, 1e-6), name

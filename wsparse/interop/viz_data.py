@@ -140,7 +140,8 @@ def _parsed(tree: dict[Any, Any], config: ModelConfig) -> VizData:
     samples = _sequence(_entry(importances, "task_samples", (tuple, list)), 2, "task_samples")
     tokens_BT, length_B = _prompts(samples[0], config)
     sums = _entry(importances, "ch_interv_losses", dict)
-    curve = tree.get("all_loss") or []
+    curve = tree.get("all_loss")
+    curve = [] if curve is None else _typed(curve, list, "all_loss")
     n_nodes, settings = tree.get("num_total_nodes"), tree.get("prune_config")
     return VizData(
         kept=kept,
@@ -195,9 +196,9 @@ def _prompts(tokens: Any, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     tokens_BT = _array(tokens, "task_samples")
     if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or not len(tokens_BT) or len(tokens_BT) % 2:
         raise UserError("task_samples must be an even number of rows of tokens")
-    tokens_BT = tokens_BT.astype(np.int32)
     if np.any((tokens_BT < 0) | (tokens_BT >= config.vocab_size)):
         raise UserError(f"task_samples has a token that is not one of the model's {config.vocab_size}")
+    tokens_BT = tokens_BT.astype(np.int32)
     present_BT = tokens_BT != 0
     length_B = np.where(present_BT.any(1), tokens_BT.shape[1] - np.argmax(present_BT[:, ::-1], axis=1), 0)
     if not length_B.min() or length_B.max() > config.context:
@@ -238,7 +239,7 @@ def _weights(entries: list[Any], kept: Mapping[str, np.ndarray]) -> list[Weights
         if (source, target) not in pairs or layer != same_layer or not layer.isdecimal():
             continue
         names = [list(_typed(part, list, "pair_data_connections")) for part in (sources, targets)]
-        has_bias = bool(names[0]) and names[0][-1] == "bias"
+        has_bias = bool(names[0]) and type(names[0][-1]) is str and names[0][-1] == "bias"
         names[0] = names[0][:-1] if has_bias else names[0]
         for location, channels in zip((source, target), names, strict=True):
             known = set(kept.get(f"{layer}.{location}", np.zeros(0, int)).tolist())
@@ -282,8 +283,10 @@ def _array(value: Any, what: str) -> np.ndarray:
 def _number(value: Any, what: str) -> float:
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) is not float and not (type(value) is int and abs(value) < 2**53):
         raise UserError(f"{what} must be a number, got a {type(value).__name__}")
+    if not math.isfinite(value):
+        raise UserError(f"{what} must be a number, got {value}")
     return float(value)
 
 
