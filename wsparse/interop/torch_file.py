@@ -52,6 +52,8 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 # A list of 3,000 tensors takes about half a megabyte. Every byte may be an instruction that makes an object,
 # so the limit bounds memory and time as well.
 _MAX_PICKLE_BYTES = 1 << 19
+# A tree of tensors may have many more.
+_MAX_TREE_BYTES = 1 << 26
 # NumPy's limit, and PyTorch's.
 _MAX_AXES = 64
 _ALIGNMENT, _LOCAL_HEADER_SIZE = 64, 30
@@ -73,6 +75,31 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         compressed, repeated or overlapping entries, describes a tensor that its storage cannot hold, or its
         pickle contains anything but tensors, storages and OrderedDict.
     """
+    tensors = _opened(path, _Interpreter, _MAX_PICKLE_BYTES, "list of tensors")
+    if (bad := _not_tensor(tensors)) is not None:
+        reason = f"it must hold a dict of tensors, but {bad}"
+        raise TorchFileError(f"{path} cannot be read: {reason}")
+    return tensors
+
+
+def read_tree(path: str | os.PathLike[str]) -> Any:
+    """Reads a `.pt` file of nested dicts, lists and tuples of tensors, numbers, strings, bools and None.
+
+    Keys of dicts are strings, ints, floats, or tensors of one number, which become that number. What is the
+    same object in the file is the same object in the tree, so a list may hold itself: do not walk a tree
+    without knowing its form.
+
+    Returns:
+      The tree; tensors are read-only arrays, as `read` gives them, or empty ones.
+
+    Raises:
+      TorchFileError: As `read`; the pickle contains anything else.
+    """
+    return _opened(path, _TreeInterpreter, _MAX_TREE_BYTES, "tree")
+
+
+def _opened(path: str | os.PathLike[str], interpreter: type[_Interpreter], max_bytes: int, what: str) -> Any:
+    """Returns the content of a file; its pickle, "what", may have `max_bytes`."""
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
@@ -84,14 +111,24 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             if start != b"PK\3\4":
                 raise TorchFileError("it is not a PyTorch file (no zip archive)")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _read(path, mapped)
+        return _read(path, mapped, interpreter, max_bytes, what)
     except OSError as error:
         raise TorchFileError(f"{path} cannot be read: {error.strerror or error}") from error
     except TorchFileError as error:
         raise TorchFileError(f"{path} cannot be read: {error}") from error
 
 
-def _read(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
+def _not_tensor(tensors: Any) -> str | None:
+    """Returns what of a file's content is not as a dict of tensors."""
+    if type(tensors) is not dict:
+        return f"its pickle has a {type(tensors).__name__} in place of a dict"
+    names = (name for name, tensor in tensors.items() if type(tensor) is not np.ndarray)
+    return next((f"{quoted(name)} is not a tensor" for name in names), None)
+
+
+def _read(
+    path: pathlib.Path, mapped: mmap.mmap, interpreter: type[_Interpreter], max_bytes: int, what: str
+) -> Any:
     entries = _entries(path, mapped)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -111,17 +148,13 @@ def _read(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
             raise TorchFileError(f"a tensor is stored in {quoted(name)}, which is missing")
         if len(entries[name][0]) != expected:
             raise TorchFileError(f"{quoted(name)} must have {expected} bytes, it has {len(entries[name][0])}")
-        return np.frombuffer(content(name), dtype)
+        return np.frombuffer(content(name), dtype) if size else np.empty(0, dtype)
 
     if f"{root}byteorder" in entries and bytes(content(f"{root}byteorder")) != b"little":
         raise TorchFileError("it was written on a big-endian machine")
-    if len(entries[pickles[0]][0]) > _MAX_PICKLE_BYTES:
-        raise TorchFileError(f"its list of tensors has more than {_MAX_PICKLE_BYTES} bytes")
-    tensors = _of_type(_Interpreter(bytes(content(pickles[0])), storage).result(), dict)
-    for name, tensor in tensors.items():
-        if type(tensor) is not np.ndarray:
-            raise TorchFileError(f"it must hold a dict of tensors, but {quoted(name)} is not a tensor")
-    return tensors
+    if len(entries[pickles[0]][0]) > max_bytes:
+        raise TorchFileError(f"its {what} has more than {max_bytes} bytes")
+    return interpreter(bytes(content(pickles[0])), storage).result()
 
 
 def _entries(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
@@ -229,9 +262,12 @@ class _Interpreter(pickle._Unpickler):
     def _set_items(self, items: list[Any]) -> None:
         if len(items) % 2:
             raise TorchFileError("its pickle has a key without a value")
-        pairs = zip(items[::2], items[1::2], strict=True)
-        _of_type(self.stack[-1], dict).update((_of_type(key, str), value) for key, value in pairs)
+        if bad := [key for key in items[::2] if type(key) not in self._key_types]:
+            raise TorchFileError(f"its pickle has a {type(bad[0]).__name__} in place of a str")
+        _of_type(self.stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
 
+    # Of types whose hashes are quick.
+    _key_types: tuple[type, ...] = (str,)
     _allowed = (
         *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
         *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
@@ -249,6 +285,54 @@ class _Interpreter(pickle._Unpickler):
             pickle.SETITEMS[0]: load_setitems,
         }
     )
+
+
+class _TreeInterpreter(_Interpreter):
+    """Runs a pickle that has lists and floats too, empty tensors, and numbers as keys."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _tensor_or_none if f"{module} {name}" == _TENSOR else super().find_class(module, name)
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        _of_type(self.stack[-1], list).append(value)
+
+    def load_appends(self) -> None:
+        items = self.pop_mark()
+        _of_type(self.stack[-1], list).extend(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        super()._set_items([_scalar(item) if i % 2 == 0 else item for i, item in enumerate(items)])
+
+    _key_types = (str, int, float)
+    dispatch = _Instructions(
+        {
+            **_Interpreter.dispatch,
+            pickle.BINFLOAT[0]: pickle._Unpickler.dispatch[pickle.BINFLOAT[0]],
+            pickle.EMPTY_LIST[0]: pickle._Unpickler.dispatch[pickle.EMPTY_LIST[0]],
+            pickle.APPEND[0]: load_append,
+            pickle.APPENDS[0]: load_appends,
+            pickle.SETITEM[0]: _Interpreter.load_setitem,
+            pickle.SETITEMS[0]: _Interpreter.load_setitems,
+        }
+    )
+
+
+def _scalar(key: Any) -> Any:
+    """Returns the number of a tensor of one number; other keys as they are."""
+    return key.item() if type(key) is np.ndarray and key.size == 1 else key
+
+
+def _tensor_or_none(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
+) -> np.ndarray:
+    """Returns what `_tensor` does, and an empty array for a tensor without numbers."""
+    if type(shape) is tuple and 0 in shape and len(shape) <= _MAX_AXES:
+        for size in shape:
+            if _of_type(size, int) < 0 or size >= 1 << 31:
+                raise TorchFileError("an empty tensor has a size that is none")
+        return np.ndarray(shape, _of_type(storage, _Storage).array.dtype)
+    return _tensor(storage, offset, shape, strides, requires_grad, hooks)
 
 
 def _of_type(value: Any, kind: type) -> Any:
