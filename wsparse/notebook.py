@@ -94,11 +94,14 @@ class Run(runs.Run):
         return logits_1TV[:, : tokens.shape[1]], cache.first(tokens.shape[1])
 
     def tasks(self, **options: Any) -> Tasks:
-        """Returns the model's loss and accuracy on every task; options: see `wsparse.tasks.report`."""
-        from wsparse import tasks
-        from wsparse.circuits.tasks import TASKS
+        """Returns the model's loss and accuracy on every task of its kind of text.
 
-        return Tasks(tasks.report(self, TASKS.values(), **options))
+        Options: see `wsparse.tasks.report`.
+        """
+        from wsparse import tasks
+        from wsparse.circuits.tasks import find, names_of
+
+        return Tasks(tasks.report(self, map(find, names_of(self.config.data.domain)), **options))
 
     @property
     def circuits(self) -> Circuits:

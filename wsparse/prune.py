@@ -255,12 +255,14 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; see the module's docstring."""
     del argv
     options: Any = flags.FLAGS
-    names = list(tasks.TASKS) if options.task == ["all"] else options.task
+    folder = pathlib.Path(options.run)
+    names = options.task
+    if names == ["all"]:
+        names = tasks.names_of(runs.read_config(folder).data.domain)
     if not names:
         raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     chosen = [tasks.find(name) for name in names]
     settings, shown = settings_from_flags(), evidence.Options(**given_fields(evidence.Options))
-    folder = pathlib.Path(options.run)
     rows: list[dict[str, Any]] = []
     if options.report:
         rows = write_report(folder)

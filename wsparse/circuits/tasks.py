@@ -1,4 +1,4 @@
-"""The 20 tasks, by name, and tasks of a user's own.
+"""The 20 tasks of Python code and those of little stories, by name, and tasks of a user's own.
 
     batch = build("bracket_counting", tokenizer, 64, seed=0)
     logits_BPV, _ = model.forward(
@@ -6,9 +6,9 @@
     )
     loss = task_loss(logits_BPV[:, 0], batch.answer, batch.other)
 
-The prompts are another reading of the grammar behind the source `idioms` (`wsparse.pytext.contrasts`). They
-are divided into three splits, for the search of a circuit, for its discretization and for the report: two
-splits share neither templates nor names, words and numbers.
+The prompts are another reading of the grammars behind the sources `idioms` (`wsparse.pytext.contrasts`) and
+`stories` (`wsparse.stories.contrasts`). They are divided into three splits, for the search of a circuit, for its discretization and for the report: two
+splits share neither templates nor names, words and numbers, but for those that decide.
 
 `python -m wsparse.tasks` shows how well a model does the tasks.
 """
@@ -37,10 +37,12 @@ from wsparse.pytext import prompts
 from wsparse.pytext.contrasts import CONTRASTS, Form
 from wsparse.pytext.prompts import Pair, Program
 from wsparse.pytext.words import SPLITS, Split
+from wsparse.stories import contrasts as story_contrasts
+from wsparse.stories import prompts as story_prompts
 
 __all__ = [
     "SPLITS", "TASKS", "Form", "Pair", "Program", "Split", "Task", "TaskBatch", "build", "build_all", "find",
-    "load", "margins", "padded", "task_accuracy", "task_loss",
+    "load", "margins", "names_of", "padded", "task_accuracy", "task_loss",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -53,9 +55,27 @@ TASKS: dict[str, Task] = {
         forms=contrast.forms,
         local=contrast.local,
         has_knobs=True,
+        domain="python",
+        statements=partial(prompts.statements, name),
     )
     for name, contrast in CONTRASTS.items()
+} | {
+    name: Task(
+        name=name,
+        summary=contrast.summary,
+        stream=partial(story_prompts.pairs, name),
+        forms=contrast.forms,
+        has_knobs=True,
+        domain="stories",
+        statements=partial(story_prompts.statements, name),
+    )
+    for name, contrast in story_contrasts.CONTRASTS.items()
 }
+
+
+def names_of(domain: str) -> tuple[str, ...]:
+    """Returns the names of the tasks that all tasks are for a run whose text is of a domain."""
+    return tuple(name for name, task in TASKS.items() if task.domain == domain)
 
 
 def build(
