@@ -3,8 +3,8 @@
 Reproduces: the kind of text of the replications in PyTorch, whose models have 2 layers, read the data set
     SimpleStories and do tasks such as `pronoun`, `tense` and `indirect_object`. Their tokenizer and sizes are
     others.
-    The variant `generated` reads the generated source `stories` instead, which takes no network: a few hundred
-    words, enough to learn the tasks from, and smaller.
+    The variant `generated` reads the generated source `stories` instead, which takes no network; it is
+    smaller, as fits a few hundred words.
 Hardware: 2 CPU cores. The data set is streamed from the Hugging Face Hub and needs the extra `datasets`.
 Minutes: not measured: the recipe was not run on the data set.
 Expected loss: not measured. Expected L0: exactly round(size / 16) in every projected matrix.

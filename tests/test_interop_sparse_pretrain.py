@@ -25,7 +25,10 @@ WEIGHTS = {
     "no_bias_resid_mid": "sparse_model.bin",
     "sinks_bigram": "pytorch_model.bin",
 }
-STORY = "When Mia and Leo went to the park, Mia gave the red ball to Leo. He was happy. She is here. Five quick wizards jump over boxes. "
+STORY = (
+    "When Mia and Leo went to the park, Mia gave the red ball to Leo. He was happy. She is here. "
+    "Five quick wizards jump over boxes. "
+)
 
 
 @functools.cache
@@ -117,7 +120,7 @@ def test_every_number_of_a_state_is_used_once():
             "abs_top_k_fraction=0.01 keeps no channel",
         ),
         (golden("sinks_bigram")[0] | {"moe_config": {}}, "unknown section 'moe_config'"),
-        ({"model_config": {}}, "sparsity_config must be an object, got None"),
+        ({"model_config": {}}, "must have the section sparsity_config"),
     ],
 )
 def test_a_field_that_is_missing_unknown_or_without_a_variant_is_refused_by_name(fields, message):

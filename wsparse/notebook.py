@@ -247,10 +247,10 @@ class Circuit(circuit_file.Circuit):
     def _pairs(self, task: str) -> PairArrays:
         """Returns the pairs that the circuit's loss is from, made again."""
         from wsparse.circuits import evidence
-        from wsparse.circuits.tasks import TASKS, find
+        from wsparse.circuits.tasks import built_in, find
 
         if task not in self._pairs_of:
-            if not task and self.task not in TASKS:
+            if not task and self.task not in built_in():
                 raise UserError(
                     f"the pairs of task {self.task!r} come from a file of yours: name it, "
                     f"task='{self.task}.jsonl'"

@@ -256,12 +256,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     options: Any = flags.FLAGS
     folder = pathlib.Path(options.run)
-    names = options.task
-    if names == ["all"]:
-        names = tasks.names_of(runs.read_config(folder).data.domain)
-    if not names:
-        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
-    chosen = [tasks.find(name) for name in names]
+    chosen = chosen_tasks(folder, options.task)
     settings, shown = settings_from_flags(), evidence.Options(**given_fields(evidence.Options))
     rows: list[dict[str, Any]] = []
     if options.report:
@@ -274,6 +269,19 @@ def main(argv: Sequence[str]) -> int:
         shown = shown if options.evidence is None else None
         rows = run(folder, chosen, settings, storage=storage, lease=options.lease, shown=shown)
     return int(options.strict and not _all_confirmed(rows, [task.name for task in chosen]))
+
+
+def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]:
+    """Returns the tasks of names and files; "all" is every task for the kind of text of the run in a folder.
+
+    Raises:
+      UserError: There is no name, or a task or the run does not exist.
+    """
+    if not names:
+        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
+    if list(names) == ["all"]:
+        names = tasks.names_of(runs.read_config(folder).data.domain)
+    return [tasks.find(name) for name in names]
 
 
 def _all_confirmed(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:

@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     which = {"n_pairs": options.pairs, "seed": options.seed, "split": options.split}
     judged = runs.load(options.run) if options.run else tokenizer_lib.load(options.tokenizer)
-    every = tasks.names_of(judged.config.data.domain) if isinstance(judged, runs.Run) else tasks.TASKS
+    every = tasks.names_of(judged.config.data.domain) if isinstance(judged, runs.Run) else tasks.built_in()
     chosen = [tasks.find(name) for name in options.task or every]
     print(report(judged, chosen, n_examples=options.examples, by=options.by, **which))
 

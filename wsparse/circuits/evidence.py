@@ -187,7 +187,7 @@ def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, 
       UserError: The task of a circuit is not among them.
     """
     of_files = [tasks.find(name) for name in names if name.endswith((".jsonl", ".py"))]
-    known = tasks.TASKS | {task.name: task for task in of_files}
+    known = tasks.built_in() | {task.name: task for task in of_files}
     for circuit in circuits:
         if circuit.task not in known:
             raise UserError(

@@ -50,9 +50,9 @@ class Task:
       equal_lengths: Skip pairs whose prompts differ in length, where enough pairs do not.
       local: Why one token decides, in a task where it does by its nature; else "".
       has_knobs: Whether the stream takes `knobs=`, values of knobs that are not to be drawn.
-      domain: The kind of text that a model of it reads, as in `config.data.domain`; "" where that is not known.
-      statements: `(side, seed, split) -> lines`, finished statements of a side, or of none where that is None;
-        without, they are made from the stream.
+      domain: The kind of text that its models read, as in `config.data.domain`; "" where that is not known.
+      statements: `(side, seed, split) -> lines`, finished statements of a side, of none where that is None;
+        by default they are made from the stream.
     """
 
     name: str

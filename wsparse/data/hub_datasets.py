@@ -35,8 +35,8 @@ def open_dataset(source: str, name: Name) -> Iterable[Mapping[str, Any]]:
     """Returns the examples of a data set, which are streamed: nothing is downloaded before it is read.
 
     Raises:
-      UserError: `datasets` is not installed, the data set or the split does not exist or cannot be reached, or
-        there is no such column.
+      UserError: `datasets` is not installed, the data set or the split does not exist or cannot be reached,
+        or there is no such column.
     """
     try:
         import datasets

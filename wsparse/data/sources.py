@@ -8,12 +8,12 @@
 | `files:GLOB` | one per file; `**` is any depth: `files:~/src/**/*.py` |
 | `jsonl:PATH?field=text` | one per line of the JSON-lines files PATH (a glob may be given) |
 | `parquet:PATH?field=text` | one per row of the Parquet files PATH (a glob may be given) |
-| `hf:NAME[:SPLIT[:COLUMN]]` | one per row of a data set of the Hugging Face Hub (`owner/name`), or of a folder |
+| `hf:NAME[:SPLIT[:COLUMN]]` | one per row of a data set of the Hugging Face Hub, or of a folder |
 | `tfds:NAME?field=text&split=train&data_dir=DIR` | examples of a TFDS dataset in ArrayRecord |
 | `arrayrecord:DIR` | tokens written by `python -m wsparse.data.prepare` (`wsparse.data.tokens`) |
 
-The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own; of `hf:` they are the split
-`train` and the column `text`. A mix is
+The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own; those of `hf:` are the
+split `train` and the column `text`. A mix is
 `0.7*idioms+0.3*stdlib`; weights are normalized and a missing one counts as 1. A `+` inside a path belongs to
 the path unless what follows it is `NUMBER*` or the name of a source.
 

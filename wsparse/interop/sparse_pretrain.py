@@ -63,7 +63,8 @@ class _Fields:
     def __init__(self, section: str, config: Mapping[str, Any]):
         self.section = section
         values = config.get(section)
-        require(isinstance(values, dict), f"{section} must be an object", values)
+        if not isinstance(values, dict):
+            raise UserError(f"the published config must have the section {section}")
         self._remaining = dict(values)
         self._known = set(_IGNORED_FIELDS[section])
 
@@ -237,8 +238,7 @@ def import_run(
     if not path.is_file():
         raise UserError(
             f"no tokenizer at {path}: give the tokenizer.json of the tokenizer that config.json names with "
-            "--tokenizer=FILE. Without one there is no run, but wsparse.interop.sparse_pretrain.load works from "
-            "Python"
+            "--tokenizer=FILE. Without one there is no run, but the module's load works from Python"
         )
     data = DataConfig(source=source, domain="stories")
     return imported.write(out, config, params, tokenizer_lib.load(path), data, folder)

@@ -1,9 +1,10 @@
 """The contrasts of little stories: small decisions of English, each with two sides.
 
-Each contrast is one function that writes either side, as in `wsparse.pytext.contrasts`. Documents show the sides
-one by one. A pair of prompts is the same draw written twice, once for each side, and cut where the sides part
-(`Draw.cut`). Up to there both sides hold the same words in another order, but for `indirect_object`, where one
-of two names occurs twice; what decides stands more than three tokens before the decision.
+Each contrast is one function that writes either side, as in `wsparse.pytext.contrasts`. Documents show the
+sides one by one. A pair of prompts is the same draw written twice, once for each side, and cut where the
+sides part (`Draw.cut`). Up to there both sides hold the same words in another order, but for
+`indirect_object`, where one of two names occurs twice; what decides stands more than three tokens before the
+decision.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class Draw(Choices):
     """The random choices of a passage. Its knobs are
 
     - `distractors`: finished passages of the same contrast, of both its sides, before the one that is cut;
-    - `order`: of `pronoun`, whether the other person is in a sentence before (0) or in the same (1); of `tense`,
-      whether the verb alone tells the time (0) or a word before it as well (1); of `indirect_object`, whether who
-      gives in the first prompt of the pair is named first (0) or second (1);
+    - `order`: whether who gives in the first prompt of a pair is named first (0) or second (1);
+    - `joint`: whether the other person is in a sentence before (0) or in the same (1);
+    - `times`: whether the verb alone tells the time (0) or a word before it as well (1);
     - `length`: further words between what decides and the decision.
     """
 
@@ -81,7 +82,7 @@ def _pronoun(d: Draw, side: int) -> str:
     after = f"{name} {d.one(words.MOVES)} to {d.place()}"
     if d.knob("length", (0, 1)):
         after = f"{after} with a {d.one(words.ADJECTIVES)} {d.one(words.GIFTS)}"
-    joint = d.knob("order", (0, 1))
+    joint = d.knob("joint", (0, 1))
     end = f" {who} was {d.one(words.FEELINGS)}."
     if d.chance(0.5):
         return f"{f'When {before} and' if joint else f'{before}. When'} {after},{d.cut}{end}"
@@ -93,7 +94,7 @@ def _tense(d: Draw, side: int) -> str:
     """Two animals that do the same, one in the past and one now; the second is spoken of on."""
     verb = d.one(words.STAYS)
     first, second = d.one(words.ANIMALS), d.one(words.ANIMALS)
-    times, timed = (d.one(words.PAST_TIMES), d.one(words.PRESENT_TIMES)), d.knob("order", (0, 1))
+    times, timed = (d.one(words.PAST_TIMES), d.one(words.PRESENT_TIMES)), d.knob("times", (0, 1))
     here, there = d.near(), f"{d.either('by', 'near')} {d.place()}"
 
     def sentence(time: int, animal: str, where: str) -> str:

@@ -1,7 +1,7 @@
 """Synthetic little stories that show both sides of every contrast of theirs.
 
-They are no substitute for a data set of stories: a few hundred words and a dozen kinds of sentences, so that a model
-can learn the tasks within minutes and without a network.
+They are no substitute for a data set of stories: some hundred words and a dozen kinds of sentences, to learn
+the tasks from without a network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pairs of stories' beginnings: one draw of a contrast written twice, once for each side, after the same words."""
+"""Pairs of beginnings of stories: one draw of a contrast written twice, once for each side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None
 
 
 def statements(name: str, side: int | None, seed: int, split: Split) -> Iterator[str]:
-    """Yields finished passages of one side of a contrast, lines without end, or of none where side is None."""
+    """Yields finished passages of one side of a contrast, or of none where side is None, without end."""
     d = Draw(random.Random(next(prompts.keys(f"{name}/{side}/statements", split, seed))), split)
     while True:
         yield f"{opening(d) if side is None else CONTRASTS[name].write(d, side)}\n"

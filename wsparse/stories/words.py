@@ -17,8 +17,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# The names of the public data set SimpleStories, as their owners are spoken of there; Jean, who may be either,
-# is left out.
+# The names of the public data set SimpleStories, as their owners are spoken of there (Jean is both).
 GIRLS = _words("Mia Kim Rita Lily Alice Maria Lena Anne")
 BOYS = _words("Leo Alex Samuel Jose Emmanuel Peter Luis")
 
