@@ -1,4 +1,4 @@
-"""The source `hf:`: data sets through the `datasets` library, here from local folders and without a network."""
+"""The source `hf:`: data sets through the `datasets` library, from local folders and without a network."""
 
 import collections
 import json
