@@ -24,7 +24,7 @@ import optax
 
 from wsparse import model, taps
 from wsparse.circuits import graph, masks
-from wsparse.circuits.pairs import PairArrays, row_losses
+from wsparse.circuits.pairs import PairArrays, pairs_loss
 from wsparse.config import ModelConfig, check, setting
 from wsparse.nodes import NODES
 
@@ -224,7 +224,7 @@ def _optimal(params, pairs, kept_U, edges, background: Background, *, config, co
             background._replace(constants=constants),
             contenders=contenders,
         )
-        return jnp.mean(row_losses(logits_BV, pairs))
+        return pairs_loss(logits_BV, pairs)
 
     def step(carry, _):
         constants, state, best = carry

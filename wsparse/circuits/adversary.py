@@ -19,7 +19,7 @@ import numpy as np
 from wsparse import model
 from wsparse.circuits import graph
 from wsparse.circuits.ablation import Background, Contenders, circuit_logits
-from wsparse.circuits.pairs import PairArrays, row_losses
+from wsparse.circuits.pairs import PairArrays, pairs_loss
 from wsparse.config import ModelConfig
 
 STEPS, STEP_SIZE = 20, 0.1
@@ -82,7 +82,7 @@ def _ascend(params, pairs, kept_U, edges, background, start_U, *, config, steps,
         logits_BV = circuit_logits(
             params, config, pairs, kept_U, edges, background, contenders=contenders, strengths=strengths_U
         )
-        return jnp.mean(row_losses(logits_BV, pairs))
+        return pairs_loss(logits_BV, pairs)
 
     def step(carry, _):
         strengths_U, best, best_U = carry
@@ -128,7 +128,7 @@ def ablate_few(
 def _ablate_few(params, pairs, kept_U, edges, background, budget, *, config, steps):
     def loss(ablated_U):
         logits_BV = circuit_logits(params, config, pairs, kept_U, edges, background, strengths=1 - ablated_U)
-        return jnp.mean(row_losses(logits_BV, pairs))
+        return pairs_loss(logits_BV, pairs)
 
     def step(carry, _):
         ablated_U, summed_U, best, best_U = carry

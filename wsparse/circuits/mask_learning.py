@@ -23,7 +23,7 @@ import optax
 
 from wsparse import model, taps
 from wsparse.circuits import masks
-from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, row_losses
+from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, pairs_loss
 from wsparse.circuits.settings import Objective
 from wsparse.config import ModelConfig
 from wsparse.nodes import NODES
@@ -115,7 +115,7 @@ def prune(
             gates = jax.tree.map(jnp.multiply, gates, allowed)
         shares = _shares(gates, adversaries, rows.position.size, key, objective)
         logits_BV = answer_logits(params, config, rows, taps.mask(shares, means))
-        loss = jnp.mean(row_losses(logits_BV, rows))
+        loss = pairs_loss(logits_BV, rows)
         n_open = sum(jnp.sum(gate) for gate in gates.values())
         return loss + hparams.k_coef * n_open, (loss, n_open)
 

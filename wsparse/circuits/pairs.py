@@ -333,6 +333,11 @@ def row_losses(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:
     return losses_B if pairs.certainty is None else losses_B + (1 - pairs.certainty) * margins_B
 
 
+def pairs_loss(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:
+    """Returns the mean of `row_losses`."""
+    return jnp.mean(row_losses(logits_BV, pairs))
+
+
 def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
     """Returns the fraction of rows whose answer has a larger logit than the other candidate, float32."""
     return jnp.mean(margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)

@@ -20,7 +20,7 @@ from wsparse import model, nodes, trees
 from wsparse.circuits import graph
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.circuit import Score
-from wsparse.circuits.pairs import PairArrays, margins, row_losses, task_accuracy
+from wsparse.circuits.pairs import PairArrays, margins, pairs_loss, row_losses, task_accuracy
 from wsparse.config import ModelConfig
 
 # Rank of what is never removed, and of what always is; see `_Ranks`.
@@ -239,7 +239,7 @@ def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, 
         i, scores = carry
         kept = _kept(ranks, spans_M2[i])
         logits_BV = _logits(params, means, pairs, kept, config)
-        loss = jnp.mean(row_losses(logits_BV, pairs))
+        loss = pairs_loss(logits_BV, pairs)
         if bank is not None:
             loss = jnp.maximum(loss, jnp.max(_bank_losses(params, means, pairs, kept, config, bank)))
         new = MaskScores(loss, task_accuracy(logits_BV, pairs.answer, pairs.other))
@@ -253,7 +253,7 @@ def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, 
 def _attributions(params, means, pairs, ranks: _Ranks, bank, *, config) -> _Ranks:
     def loss(kept):
         logits_BV = _logits(params, means, pairs, kept, config)
-        loss = jnp.mean(row_losses(logits_BV, pairs))
+        loss = pairs_loss(logits_BV, pairs)
         # The largest alone would say nothing of the others, which removals may make the largest.
         return (
             loss if bank is None else loss + jnp.mean(_bank_losses(params, means, pairs, kept, config, bank))

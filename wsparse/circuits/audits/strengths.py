@@ -18,7 +18,7 @@ from wsparse.circuits.ablation import Ablation, Background
 from wsparse.circuits.audits import random_sets
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Curve, Measurement, TestResult
-from wsparse.circuits.pairs import row_losses
+from wsparse.circuits.pairs import pairs_loss
 
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = (5, 10, 20, 40)
@@ -197,7 +197,7 @@ def _losses(params, pairs, kept_U, edges, background: Background, strengths_DU, 
         logits_BV = ablation.circuit_logits(
             params, config, pairs, kept_U, edges, background, strengths=strengths_U
         )
-        return jnp.mean(row_losses(logits_BV, pairs))
+        return pairs_loss(logits_BV, pairs)
 
     return jax.lax.map(loss, strengths_DU)
 
