@@ -257,8 +257,15 @@ def test_the_table_of_a_run_of_stories_has_its_tasks_and_no_others(run):
     assert str(notebook.load(run.folder).tasks(n_pairs=8)) == every
 
 
-def test_prune_tries_the_tasks_of_stories_as_all_tasks(run):
+def test_all_tasks_of_prune_are_those_of_the_runs_text(run):
     assert prune.chosen_tasks(run.folder, ["all"]) == list(tasks.STORY_TASKS.values())
+    assert prune.chosen_tasks(run.folder, ["for_while"]) == [tasks.TASKS["for_while"]]
+    with pytest.raises(UserError, match="--task is empty"):
+        prune.chosen_tasks(run.folder, [])
+
+
+@pytest.mark.slow
+def test_prune_tries_a_task_of_stories(run):
     rows = prune.run(run.folder, [tasks.find("pronoun")], prune.Settings(trials=1, steps=1))
     assert [row["task"] for row in rows] == ["pronoun"]
     status = json.loads((run.folder / "circuits" / "pronoun" / "status.json").read_text())
