@@ -145,8 +145,14 @@ def largest_per_row(x: jax.Array, k: int) -> jax.Array:
     if k == 0:
         return jnp.zeros(x.shape, bool)
     by_kernel = cpu.enabled() and jnp.dtype(x.dtype).itemsize <= 4
+    return _largest_per_row(lax.stop_gradient(x), k, by_kernel)
+
+
+# Traced once for a shape: a model selects at many places, and its programs are many.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _largest_per_row(x: jax.Array, k: int, by_kernel: bool) -> jax.Array:
     return lax.platform_dependent(
-        lax.stop_gradient(x),
+        x,
         cpu=functools.partial(cpu.largest_per_row if by_kernel else _largest_per_row_blocked, k=k),
         cuda=functools.partial(largest_per_row_sorted, k=k),
         default=lambda x: largest_along(magnitude_keys(x) + 1, k, -1),
