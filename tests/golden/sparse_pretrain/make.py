@@ -18,7 +18,8 @@ SITES = "attn_in,attn_out,mlp_in,mlp_out,mlp_neuron,attn_v,attn_k,attn_q"
 MODEL = {
     "n_layer": 2, "d_model": 32, "n_ctx": 24, "d_head": 8, "d_mlp": 64, "vocab_size": 80,
     "use_rms_norm": True, "tie_embeddings": False, "use_positional_embeddings": False,
-    "use_bigram_table": True, "use_attention_sinks": True, "activation": "gelu", "dropout": 0.0, "use_bias": True,
+    "use_bigram_table": True, "use_attention_sinks": True, "activation": "gelu", "dropout": 0.0,
+    "use_bias": True,
 }  # fmt: skip
 SPARSITY = {
     "enable_weight_sparsity": True, "target_l0_fraction": 0.25, "enable_activation_sparsity": True,
