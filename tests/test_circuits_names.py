@@ -255,7 +255,7 @@ def test_another_name_leaves_the_circuit_where_it_is(tmp_path, logged):
 
 def test_a_circuits_name_is_no_task_to_look_for(tmp_path):
     with pytest.raises(UserError, match="--task=if_equals --name=tight"):
-        prune._tasks(["if_equals@tight"])
+        prune.chosen_tasks(tmp_path, ["if_equals@tight"])
     with pytest.raises(UserError, match="letters, digits"):
         prune.run(tmp_path, [], Settings(), name="a/b")
     options: Any = types.SimpleNamespace(task=["some/mine.jsonl", "if_equals"], name="tight")

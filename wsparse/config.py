@@ -245,6 +245,9 @@ class DataConfig:
         "idioms",
         'A source or a weighted mix of them, e.g. "0.7*idioms+0.3*stdlib" (`wsparse.data.sources`).',
     )
+    domain: Literal["python", "stories"] = setting(
+        "python", 'What the text is, which says which tasks `--task=all` stands for: "python" or "stories".'
+    )
     megabytes: float = setting(
         16.0,
         "Text taken from all sources together, in units of 10^6 bytes, before the split; a source that holds "

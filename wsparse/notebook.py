@@ -106,11 +106,14 @@ class Run(runs.Run):
         return logits_1TV[:, : tokens.shape[1]], cache.first(tokens.shape[1])
 
     def tasks(self, **options: Any) -> Tasks:
-        """Returns the model's loss and accuracy on every task; options: see `wsparse.tasks.report`."""
-        from wsparse import tasks
-        from wsparse.circuits.tasks import TASKS
+        """Returns the model's loss and accuracy on every task of its kind of text.
 
-        return Tasks(tasks.report(self, TASKS.values(), **options))
+        Options: see `wsparse.tasks.report`.
+        """
+        from wsparse import tasks
+        from wsparse.circuits.tasks import find, names_of
+
+        return Tasks(tasks.report(self, map(find, names_of(self.config.data.domain)), **options))
 
     @property
     def circuits(self) -> Circuits:
@@ -265,10 +268,10 @@ class Circuit(circuit_file.Circuit):
     def _pairs(self, task: str) -> PairArrays:
         """Returns the pairs that the circuit's loss is from, made again."""
         from wsparse.circuits import evidence
-        from wsparse.circuits.tasks import TASKS, find
+        from wsparse.circuits.tasks import built_in, find
 
         if task not in self._pairs_of:
-            if not task and self.task not in TASKS:
+            if not task and self.task not in built_in():
                 raise UserError(
                     f"the pairs of task {self.task!r} come from a file of yours: name it, "
                     f"task='{self.task}.jsonl'"

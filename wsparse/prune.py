@@ -300,23 +300,31 @@ def main(argv: Sequence[str]) -> int:
     elif options.evidence:
         evidence.measure_run(folder, [joined(name, options.name) for name in options.task], shown)
     else:
+        chosen = chosen_tasks(folder, options.task)
         storage = None if options.storage is None else open_storage(options.storage)
         cpu.enable()
         shown = shown if options.evidence is None else None
-        chosen = _tasks(options.task)
         sharing: dict[str, Any] = {"storage": storage, "lease": options.lease}
         rows = run(folder, chosen, settings, shown=shown, name=options.name, **sharing)
-    return int(options.strict and not options.evidence and not _all_confirmed(rows, _wanted(options)))
+    return int(options.strict and not options.evidence and not _all_confirmed(rows, _wanted(folder, options)))
 
 
-def _wanted(options: Any) -> list[str]:
+def _wanted(folder: pathlib.Path, options: Any) -> list[str]:
     """Returns the names of the circuits that flags ask for."""
-    names = list(tasks.TASKS) if options.task == ["all"] else options.task
-    return [report.name_in_run(joined(name, options.name)) for name in names]
+    return [report.name_in_run(joined(name, options.name)) for name in _named(folder, options.task)]
 
 
-def _tasks(names: Sequence[str]) -> list[tasks.Task]:
-    """Returns the tasks of `--task`."""
+def _named(folder: pathlib.Path, names: Sequence[str]) -> Sequence[str]:
+    """Returns the names of `--task`; "all" is every task for the kind of text of the run in a folder."""
+    return tasks.names_of(runs.read_config(folder).data.domain) if list(names) == ["all"] else names
+
+
+def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]:
+    """Returns the tasks of names and files, or "all" of a run.
+
+    Raises:
+      UserError: A task or the run does not exist, or a circuit is named.
+    """
     for full_name in names:
         task, name = split(full_name)
         if name:
@@ -324,7 +332,7 @@ def _tasks(names: Sequence[str]) -> list[tasks.Task]:
                 f"--task={full_name} names a circuit, and circuits are found for tasks: "
                 f"--task={task} --name={name}"
             )
-    return [tasks.find(task) for task in (tasks.TASKS if names == ["all"] else names)]
+    return [tasks.find(name) for name in _named(folder, names)]
 
 
 def _all_confirmed(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:

@@ -163,9 +163,10 @@ def main(argv: Sequence[str]) -> None:
     """Run the command; see the module's docstring."""
     del argv
     options = flags.FLAGS
-    chosen = [tasks.find(name) for name in options.task or tasks.TASKS]
     which = {"n_pairs": options.pairs, "seed": options.seed, "split": options.split}
     judged = runs.load(options.run) if options.run else tokenizer_lib.load(options.tokenizer)
+    every = tasks.names_of(judged.config.data.domain) if isinstance(judged, runs.Run) else tasks.built_in()
+    chosen = [tasks.find(name) for name in options.task or every]
     print(report(judged, chosen, n_examples=options.examples, by=options.by, **which))
 
 
@@ -173,7 +174,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("run", None, "Folder of a training run.")
     flags.DEFINE_string("tokenizer", None, "A tokenizer.json: the prompts and the probes, without a run.")
     flags.mark_flags_as_mutual_exclusive(["run", "tokenizer"], required=True)
-    flags.DEFINE_list("task", None, "Names, or .jsonl and .py files (default: all 20).")
+    flags.DEFINE_list(
+        "task", None, "Names, or .jsonl and .py files (default: all for the run's kind of text)."
+    )
     flags.DEFINE_integer("pairs", 64, "Pairs of each task.", lower_bound=1, upper_bound=_MOST_PAIRS)
     flags.DEFINE_integer("seed", 0, "Seed of the pairs.")
     flags.DEFINE_enum("split", "report", pairs.SPLITS, "Templates and words to score a model on.")

@@ -202,7 +202,7 @@ def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, 
     """
     sources = [split(name)[0] for name in names]
     of_files = [tasks.find(source) for source in sources if source.endswith((".jsonl", ".py"))]
-    known = tasks.TASKS | {task.name: task for task in of_files}
+    known = tasks.built_in() | {task.name: task for task in of_files}
     for circuit in circuits:
         if circuit.task not in known:
             raise UserError(

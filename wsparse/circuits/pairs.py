@@ -50,6 +50,9 @@ class Task:
       equal_lengths: Skip pairs whose prompts differ in length, where enough pairs do not.
       local: Why one token decides, in a task where it does by its nature; else "".
       has_knobs: Whether the stream takes `knobs=`, values of knobs that are not to be drawn.
+      domain: The kind of text that its models read, as in `config.data.domain`; "" where that is not known.
+      statements: `(side, seed, split) -> lines`, finished statements of a side, of none where that is None;
+        by default they are made from the stream.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Task:
     equal_lengths: bool = True
     local: str = ""
     has_knobs: bool = False
+    domain: str = ""
+    statements: Callable[[int | None, int, Split], Iterator[str]] | None = None
 
 
 class PairArrays(NamedTuple):
@@ -271,7 +276,8 @@ def _encode(
         tokens = [tokenizer.decode([i]) for i in program_ids[len(ids) : len(ids) + 2]]
         if form.beginning and tokens and text.startswith(tokens[0]):
             text = tokens[0]
-        if tokens[:1] != [text]:
+        # A tokenizer that loses white space decodes " he" as "he", which is the same token.
+        if tokens[:1] != [text] and program_ids[len(ids) : len(ids) + 1] != [tokenizer.token_id(text)]:
             raise _Unfit(f"{after[:12]!r} is cut as {', '.join(map(repr, tokens))}, not as {text!r}")
         sides.append(_Side(prompt, ids, text, program_ids[len(ids)], after[len(text) :]))
     if sides[0].answer == sides[1].answer:

@@ -1,4 +1,4 @@
-"""The 20 tasks, by name, and tasks of a user's own.
+"""The 20 tasks of Python code and those of little stories, by name, and tasks of a user's own.
 
     batch = build("bracket_counting", tokenizer, 64, seed=0)
     logits_BPV, _ = model.forward(
@@ -6,9 +6,10 @@
     )
     loss = task_loss(logits_BPV[:, 0], batch.answer, batch.other)
 
-The prompts are another reading of the grammar behind the source `idioms` (`wsparse.pytext.contrasts`). They
-are divided into three splits, for the search of a circuit, for its discretization and for the report: two
-splits share neither templates nor names, words and numbers.
+The prompts are another reading of the grammars behind the sources `idioms` (`wsparse.pytext.contrasts`) and
+`stories` (`wsparse.stories.contrasts`). They are divided into three splits, for the search of a circuit, for
+its discretization and for the report: two splits share neither templates nor names, words and numbers, except
+those that decide.
 
 `python -m wsparse.tasks` shows how well a model does the tasks.
 """
@@ -37,10 +38,12 @@ from wsparse.pytext import prompts
 from wsparse.pytext.contrasts import CONTRASTS, Form
 from wsparse.pytext.prompts import Pair, Program
 from wsparse.pytext.words import SPLITS, Split
+from wsparse.stories import contrasts as story_contrasts
+from wsparse.stories import prompts as story_prompts
 
 __all__ = [
-    "SPLITS", "TASKS", "Form", "Pair", "Program", "Split", "Task", "TaskBatch", "build", "build_all", "find",
-    "load", "margins", "padded", "task_accuracy", "task_loss",
+    "SPLITS", "STORY_TASKS", "TASKS", "Form", "Pair", "Program", "Split", "Task", "TaskBatch", "build",
+    "build_all", "built_in", "find", "load", "margins", "names_of", "padded", "task_accuracy", "task_loss",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -53,9 +56,36 @@ TASKS: dict[str, Task] = {
         forms=contrast.forms,
         local=contrast.local,
         has_knobs=True,
+        domain="python",
+        statements=partial(prompts.statements, name),
     )
     for name, contrast in CONTRASTS.items()
 }
+"""Those of Python code."""
+
+STORY_TASKS: dict[str, Task] = {
+    name: Task(
+        name=name,
+        summary=contrast.summary,
+        stream=partial(story_prompts.pairs, name),
+        forms=contrast.forms,
+        has_knobs=True,
+        domain="stories",
+        statements=partial(story_prompts.statements, name),
+    )
+    for name, contrast in story_contrasts.CONTRASTS.items()
+}
+"""Those of little stories."""
+
+
+def names_of(domain: str) -> tuple[str, ...]:
+    """Returns the names of all tasks for a run whose text is of a domain, see `config.data.domain`."""
+    return tuple({"python": TASKS, "stories": STORY_TASKS}[domain])
+
+
+def built_in() -> dict[str, Task]:
+    """Returns all tasks that are not a user's own, by name."""
+    return {**TASKS, **STORY_TASKS}
 
 
 def build(
@@ -68,7 +98,7 @@ def build(
     max_tokens: int | None = None,
     knobs: Mapping[str, int] | None = None,
 ) -> TaskBatch:
-    """Encodes `n_pairs` pairs of a task, or of the name of one in `TASKS`; see `pairs.build`."""
+    """Encodes `n_pairs` pairs of a task, or of a built-in one by its name; see `pairs.build`."""
     task = _named(task) if isinstance(task, str) else task
     return pairs.build(task, tokenizer, n_pairs, seed, split=split, max_tokens=max_tokens, knobs=knobs)
 
@@ -99,7 +129,7 @@ def build_all(
 
 
 def find(name: str) -> Task:
-    """Returns the task of a name in `TASKS`, or of a .jsonl or .py file.
+    """Returns the built-in task of a name, or the task of a .jsonl or .py file.
 
     Raises:
       UserError: The task does not exist, or its file is malformed.
@@ -108,9 +138,10 @@ def find(name: str) -> Task:
 
 
 def _named(name: str) -> Task:
-    if name not in TASKS:
-        raise UserError(f"no task {quoted(name)}{closest(name, TASKS)}; tasks are {', '.join(TASKS)}")
-    return TASKS[name]
+    known = built_in()
+    if name not in known:
+        raise UserError(f"no task {quoted(name)}{closest(name, known)}; tasks are {', '.join(known)}")
+    return known[name]
 
 
 # ---- A user's own tasks ----

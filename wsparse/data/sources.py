@@ -3,14 +3,17 @@
 | name | documents |
 |---|---|
 | `stdlib` | modules of the running interpreter's own library |
-| `idioms` | generated modules that show both sides of every circuit task; endless |
+| `idioms` | generated modules that show both sides of every task of Python; endless |
+| `stories` | generated little stories in English that show both sides of every task of theirs; endless |
 | `files:GLOB` | one per file; `**` is any depth: `files:~/src/**/*.py` |
 | `jsonl:PATH?field=text` | one per line of the JSON-lines files PATH (a glob may be given) |
 | `parquet:PATH?field=text` | one per row of the Parquet files PATH (a glob may be given) |
+| `hf:NAME[:SPLIT[:COLUMN]]` | one per row of a data set of the Hugging Face Hub, or of a folder |
 | `tfds:NAME?field=text&split=train&data_dir=DIR` | examples of a TFDS dataset in ArrayRecord |
 | `arrayrecord:DIR` | tokens written by `python -m wsparse.data.prepare` (`wsparse.data.tokens`) |
 
-The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own. A mix is
+The fields shown after `?` are the defaults, except `data_dir`, which is TFDS's own; those of `hf:` are the
+split `train` and the column `text`. A mix is
 `0.7*idioms+0.3*stdlib`; weights are normalized and a missing one counts as 1. A `+` inside a path belongs to
 the path unless what follows it is `NUMBER*` or the name of a source.
 
@@ -20,7 +23,7 @@ Every source yields the same documents in the same order each time. Nothing is s
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import enum
 import glob
@@ -35,20 +38,24 @@ from typing import Any
 import urllib.parse
 
 from wsparse import files
+from wsparse.data import hub_datasets
 from wsparse.errors import UserError, closest, missing_extra
 from wsparse.pytext.documents import documents as python_documents
+from wsparse.stories.documents import documents as story_documents
 
 # What each kind of source accepts after `?`, with defaults.
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
     "stdlib": {},
     "idioms": {},
+    "stories": {},
     "files": {},
     "jsonl": {"field": "text"},
     "parquet": {"field": "text"},
+    "hf": {},
     "tfds": {"field": "text", "split": "train", "data_dir": ""},
     "arrayrecord": {},
 }
-_WITHOUT_PATH = ("stdlib", "idioms")
+_WITHOUT_PATH = ("stdlib", "idioms", "stories")
 _USAGE = ", ".join(kind if kind in _WITHOUT_PATH else f"{kind}:..." for kind in _OPTIONS)
 
 # Left out: installed packages, the library's own tests and programs, and modules that are tables.
@@ -142,7 +149,7 @@ def open_source(name: str, *, seed: int = 0) -> Source:
 
     Args:
       name: See the table above; not `arrayrecord:`, which holds tokens and no documents.
-      seed: Seed of the generated documents of `idioms`.
+      seed: Seed of the generated documents of `idioms` and `stories`.
 
     Raises:
       UserError: The name is unknown, a path is missing, a glob is empty, or a package is not installed.
@@ -154,6 +161,12 @@ def open_source(name: str, *, seed: int = 0) -> Source:
         return Source(name, False, lambda: _read_files(_stdlib_files()))
     if kind == "idioms":
         return Source(name, True, lambda: python_documents(seed))
+    if kind == "stories":
+        return Source(name, True, lambda: story_documents(seed))
+    if kind == "hf":
+        parts = hub_datasets.parse(name, path)
+        rows = hub_datasets.open_dataset(name, parts)
+        return Source(name, False, lambda: _read_rows(name, rows, parts.column))
     if kind == "tfds":
         examples = _open_tfds(name, path, options["split"], options["data_dir"])
         return Source(name, False, lambda: _read_tfds(name, examples, options["field"]))
@@ -249,7 +262,7 @@ def _kind_path_options(name: str) -> tuple[str, str, dict[str, str]]:
             raise UserError(f"unknown option {option!r}{near} of {name!r}; options are {', '.join(options)}")
         options |= given
     if not path:
-        raise UserError(f"the source {name!r} must be {kind}:{'NAME' if kind == 'tfds' else 'PATH'}")
+        raise UserError(f"the source {name!r} must be {kind}:{'NAME' if kind in ('tfds', 'hf') else 'PATH'}")
     return kind, path, options
 
 
@@ -369,6 +382,11 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:
 def _read_tfds(name: str, examples: Any, field: str) -> Iterator[str | bytes | Skip]:
     for index in range(len(examples)):
         yield _text(examples[index], field, f"the source {name!r}")
+
+
+def _read_rows(name: str, rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str | bytes | Skip]:
+    for row in hub_datasets.read(name, rows):
+        yield _text(row, column, f"the source {name!r}")
 
 
 def _text(record: Mapping[str, Any], field: str, where: str) -> str | bytes | Skip:

@@ -1,5 +1,7 @@
 """Byte-level BPE, a frozen wrapper around the `tokenizers` library.
 
+Tokenizers of models from elsewhere may be of another kind, such as WordPiece, which loses white space.
+
 The vocabulary is the 256 bytes, then merges in the order they were learned, then `<|endoftext|>` as the last
 id. Special tokens are never recognized inside a text: the characters `<|endoftext|>` are encoded one by one.
 """
@@ -20,6 +22,8 @@ from wsparse import files
 from wsparse.errors import UserError, quoted
 
 END_OF_TEXT = "<|endoftext|>"
+# What ends a text in tokenizers from elsewhere.
+_ENDS = (END_OF_TEXT, "[EOS]")
 
 # The published pre-split: words with one leading mark, one to three digits, punctuation, line ends.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +34,7 @@ SMALLEST_VOCAB = 257
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text to token ids and back, without loss; two are equal when their `digest`s are.
+    """Text to token ids and back, without loss if byte-level; two are equal when their `digest`s are.
 
     Attributes:
       core: The library's tokenizer, not to be changed.
@@ -39,8 +43,9 @@ class Tokenizer:
     core: tokenizers.Tokenizer
 
     def __post_init__(self):
-        if self.core.token_to_id(END_OF_TEXT) is None:
-            raise UserError(f"a tokenizer must have the token {END_OF_TEXT!r}, this one has none")
+        if all(self.core.token_to_id(end) is None for end in _ENDS):
+            known = " or ".join(map(repr, _ENDS))
+            raise UserError(f"a tokenizer must have the token {known}, this one has none")
         # Not part of the saved file, so it is set on every way in.
         self.core.encode_special_tokens = True
 
@@ -52,9 +57,8 @@ class Tokenizer:
     @functools.cached_property
     def end_of_text(self) -> int:
         """Token that separates documents; no text encodes to it."""
-        token = self.core.token_to_id(END_OF_TEXT)
-        assert token is not None  # __post_init__ refuses such a tokenizer
-        return token
+        # __post_init__ refuses a tokenizer without any.
+        return next(token for end in _ENDS if (token := self.core.token_to_id(end)) is not None)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -62,7 +66,7 @@ class Tokenizer:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text, of which `decode` returns the same text."""
+        """Returns the tokens of a text, of which a byte-level `decode` returns the same text."""
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

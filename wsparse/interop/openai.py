@@ -12,17 +12,14 @@ A run folder that `prune`, `sample` and the other commands accept like one that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import os
 import pathlib
-import re
 from typing import Any
 
 from absl import flags
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from wsparse import files, model, runs, trees
@@ -30,7 +27,7 @@ from wsparse.command import run_command
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
 from wsparse.data import sources
 from wsparse.errors import UserError, closest, quoted
-from wsparse.interop import bpe_files, torch_file
+from wsparse.interop import bpe_files, imported, state_dict, torch_file
 
 CONFIG_FILE = "beeg_config.json"
 WEIGHTS_FILE = "final_model.pt"
@@ -53,10 +50,14 @@ _FIELDS_OFF = frozenset([
 _DEFAULT_SITES = "attn_in,attn_out,mlp_in,mlp_out"
 _TOKENIZER_NAME = "tinypython_2k"
 
-_CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")
-_POSITIONS, _UNEMBED = "transformer.wpe.weight", "lm_head.weight"
 _LOGITS_BIAS = "final_logits_bias"
-_WEIGHT_TYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+_KEYS = state_dict.Keys(
+    root="transformer.",
+    block="transformer.h.{}",
+    sink="attn.attn_imp.sink_logit",
+    logits_bias=_LOGITS_BIAS,
+    causal_mask=r"transformer\.h\.\d+\.attn\.bias",
+)
 
 
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:
@@ -171,67 +172,6 @@ def published_fields(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A published array and the parameters that lie side by side in it.
-
-    Attributes:
-      paths: Paths of the parameters; several share the output axis.
-      shape: Shape of the published array; weights are `(out, in)` there, and transposed here.
-      layer: Index into the stacked parameters; None where there is no layer axis.
-    """
-
-    key: str
-    paths: tuple[str, ...]
-    shape: tuple[int, ...]
-    layer: int | None = None
-    transposed: bool = False
-
-
-def _entries(config: ModelConfig) -> Iterator[_Entry]:
-    """Yields an entry for every published array that holds parameters."""
-    vocab, d_model, width = config.vocab_size, config.d_model, config.attention_width
-
-    def norm(key, path, size, layer=None):
-        yield _Entry(f"{key}.weight", (f"{path}/gain",), (size,), layer)
-        if config.norm == "layer" and config.norm_bias:
-            yield _Entry(f"{key}.bias", (f"{path}/bias",), (size,), layer)
-
-    def linear(key, paths, inputs, outputs, layer):
-        kernels = tuple(f"{path}/kernel" for path in paths)
-        yield _Entry(f"{key}.weight", kernels, (outputs, inputs), layer, transposed=True)
-        if config.bias:
-            biases = tuple(f"{path}/bias" for path in paths)
-            yield _Entry(f"{key}.bias", biases, (outputs,), layer)
-
-    yield _Entry("transformer.wte.weight", ("embed/tokens",), (vocab, d_model))
-    if config.position != "none":
-        table = "sinusoids" if config.position == "concat_sinusoid" else "positions"
-        shape = (config.context, config.d_pos or d_model)
-        yield _Entry(_POSITIONS, (f"embed/{table}",), shape)
-    qkv = tuple(f"blocks/attn/{part}" for part in "qkv")
-    for i in range(config.n_layer):
-        key = f"transformer.h.{i}"
-        yield from norm(f"{key}.ln_1", "blocks/attn_norm", d_model, i)
-        yield from norm(f"{key}.ln_2", "blocks/mlp_norm", d_model, i)
-        if config.concatenates_positions:
-            yield from norm(f"{key}.ln_p1", "blocks/attn_pos_norm", config.d_pos, i)
-            yield from norm(f"{key}.ln_p2", "blocks/mlp_pos_norm", config.d_pos, i)
-        yield from linear(f"{key}.attn.c_attn", qkv, config.read_width, 3 * width, i)
-        yield from linear(f"{key}.attn.c_proj", ("blocks/attn/out",), width, d_model, i)
-        if config.sink:
-            yield _Entry(f"{key}.attn.attn_imp.sink_logit", ("blocks/attn/sink",), (config.n_head,), i)
-        yield from linear(f"{key}.mlp.c_fc", ("blocks/mlp/fc",), config.read_width, config.mlp_width, i)
-        yield from linear(f"{key}.mlp.c_proj", ("blocks/mlp/proj",), config.mlp_width, d_model, i)
-    yield from norm("transformer.ln_f", "head/norm", d_model)
-    if not config.tied_embeddings:
-        yield _Entry(_UNEMBED, ("head/unembed",), (vocab, d_model), transposed=True)
-    if config.bigram != "none":
-        yield _Entry("bigram_table", ("head/bigram",), (vocab, vocab))
-    if config.logits_bias:
-        yield _Entry(_LOGITS_BIAS, ("head/logits_bias",), (vocab,))
-
-
 def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the parameters of a published state dict of arrays.
 
@@ -240,38 +180,9 @@ def params_from_state(config: ModelConfig, state: Mapping[str, np.ndarray]) -> d
     Raises:
       UserError: A key is missing or unknown, or the shape of an array does not fit the config.
     """
-    remaining = {key: value for key, value in state.items() if not _CAUSAL_MASK.fullmatch(key)}
-
-    def take(key, shape):
-        if key not in remaining:
-            raise UserError(f"the checkpoint lacks {key!r}{closest(key, remaining)}")
-        array = np.asarray(remaining.pop(key))
-        if array.shape != shape:
-            raise UserError(f"{key!r} must have shape {shape} for this config, got {array.shape}")
-        return array
-
-    leaves: dict[str, Any] = {}
-    for entry in _entries(config):
-        if entry.key == _LOGITS_BIAS:
-            remaining.setdefault(_LOGITS_BIAS, np.zeros(entry.shape, np.float32))
-        array = take(entry.key, entry.shape)
-        array = array.T if entry.transposed else array
-        for path, part in zip(entry.paths, np.split(array, len(entry.paths), axis=-1), strict=True):
-            if entry.layer is None:
-                leaves[path] = part
-            else:
-                leaves.setdefault(path, []).append(part)
-    if config.tied_embeddings:
-        unembed = take(_UNEMBED, (config.vocab_size, config.d_model))
-        if not np.array_equal(unembed, leaves["embed/tokens"]):
-            raise UserError("the config ties the embeddings, but lm_head.weight and wte.weight differ")
-    if remaining:
-        raise UserError(
-            f"the checkpoint has {len(remaining)} keys that do not belong to the config, such as "
-            f"{quoted(min(remaining))}"
-        )
-    stacked = {p: np.stack(leaf) if isinstance(leaf, list) else leaf for p, leaf in leaves.items()}
-    return trees.unflatten(stacked)
+    if config.logits_bias:
+        state = {_LOGITS_BIAS: np.zeros(config.vocab_size, np.float32), **state}
+    return state_dict.params_from_state(config, state, _KEYS)
 
 
 def state_from_params(config: ModelConfig, params: model.Params) -> dict[str, np.ndarray]:
@@ -282,14 +193,14 @@ def state_from_params(config: ModelConfig, params: model.Params) -> dict[str, np
     """
     leaves = trees.flatten(jax.device_get(params))
     state = {}
-    for entry in _entries(config):
+    for entry in state_dict.entries(config, _KEYS):
         parts = [leaves[path] for path in entry.paths]
         array = np.concatenate([p if entry.layer is None else p[entry.layer] for p in parts], axis=-1)
         state[entry.key] = np.ascontiguousarray(array.T if entry.transposed else array)
     if config.tied_embeddings:
-        state[_UNEMBED] = state["transformer.wte.weight"]
+        state[state_dict.UNEMBED] = state[_KEYS.tokens]
     if config.position == "none":
-        state[_POSITIONS] = np.zeros((config.context, config.d_model), np.float32)
+        state[_KEYS.positions] = np.zeros((config.context, config.d_model), np.float32)
     state.setdefault(_LOGITS_BIAS, np.zeros(config.vocab_size, np.float32))
     return state
 
@@ -308,31 +219,15 @@ def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
         or an array has another dtype (`torch_file.TorchFileError` for errors of the file itself).
     """
     folder = pathlib.Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is not a published checkpoint: it has no {CONFIG_FILE}")
-    fields = files.read_json(folder / CONFIG_FILE)
-    try:
-        config = model_config(fields)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
-    state = torch_file.read(folder / WEIGHTS_FILE)
-    try:
-        for key, array in state.items():
-            if array.dtype not in _WEIGHT_TYPES and not _CAUSAL_MASK.fullmatch(key):
-                raise UserError(
-                    f"{quoted(key)} is of type {array.dtype}; weights must be float32, float16 or bfloat16"
-                )
-        params = params_from_state(config, state)
-    except UserError as error:
-        raise UserError(f"{folder / WEIGHTS_FILE}: {error}") from error
+    config = state_dict.read_config(folder / CONFIG_FILE, model_config)
+    params = state_dict.read_params(folder / WEIGHTS_FILE, config, _KEYS, params_from_state)
     if config.position == "added" and not params["embed"]["positions"].any():
         config = dataclasses.replace(config, position="none")
         del params["embed"]["positions"]
     if not params["head"]["logits_bias"].any():
         config = dataclasses.replace(config, logits_bias=False)
         del params["head"]["logits_bias"]
-    # Copies, since the arrays of the state are views of the file.
-    return config, jax.tree.map(lambda leaf: jnp.array(np.array(leaf, np.float32)), params)
+    return config, params
 
 
 def save(folder: str | os.PathLike[str], config: ModelConfig, params: model.Params) -> None:
@@ -374,10 +269,9 @@ def import_run(
     Raises:
       UserError: As `load`; there is no tokenizer, or it does not fit the model; `out` exists.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} exists and is not empty: choose another folder")
+    imported.check_out(out)
     sources.parse_mix(source)
-    model_config, params = load(folder)
+    config, params = load(folder)
     try:
         tokenizer = bpe_files.load(tokenizer_folder or folder)
     except bpe_files.NoTokenizerError as error:
@@ -385,14 +279,7 @@ def import_run(
             f"{error}: say where they are with --tokenizer=FOLDER. Without a tokenizer there is no run for "
             "prune and sample, but wsparse.interop.openai.load works from Python"
         ) from error
-    if tokenizer.vocab_size != model_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}: "
-            "give the model's own tokenizer with --tokenizer=FOLDER"
-        )
-    config = TrainConfig(model=model_config, data=DataConfig(source=source))
-    runs.create(out, config, params, tokenizer, summary={"imported_from": str(folder)})
-    return config
+    return imported.write(out, config, params, tokenizer, DataConfig(source=source), folder)
 
 
 def export_run(folder: pathlib.Path, out: pathlib.Path) -> None:

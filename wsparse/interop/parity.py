@@ -1,7 +1,7 @@
 """Compares our numbers with recorded ones: `python -m wsparse.interop.parity --folder=tests/golden`.
 
-Each folder inside it is a published checkpoint with an `expected.npz`: `tokens`, `logits`, `loss` and
-`act/NAME` for every recorded location, computed by the published code. Prints a table in Markdown; the exit
+Each folder inside it is a published checkpoint of either format with an `expected.npz`: `tokens`, `logits`,
+`loss` and `act/NAME` for every recorded location, computed by PyTorch. Prints a table in Markdown; the exit
 status is 1 if an error is above 1e-5.
 """
 
@@ -18,9 +18,11 @@ import numpy as np
 from wsparse import model, nodes
 from wsparse.command import run_command
 from wsparse.errors import UserError
-from wsparse.interop import openai
+from wsparse.interop import openai, sparse_pretrain
 
 TOLERANCE = 1e-5
+# What reads a checkpoint with a config of this name.
+_LOADERS = {openai.CONFIG_FILE: openai.load, sparse_pretrain.CONFIG_FILE: sparse_pretrain.load}
 # Locations that are recorded under another name.
 _RECORDED = {"attn.resid_in": "resid_in", "mlp.resid_mid": "resid_mid"}
 
@@ -38,7 +40,8 @@ def measure(folder: pathlib.Path) -> dict[str, Error]:
     Raises:
       UserError: The folder is not a checkpoint, has no recorded numbers, or has some of an unknown location.
     """
-    config, params = openai.load(folder)
+    loaders = (load for name, load in _LOADERS.items() if (folder / name).is_file())
+    config, params = next(loaders, openai.load)(folder)
     try:
         with np.load(folder / "expected.npz") as file:
             expected = dict(file)
@@ -95,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     options: Any = flags.FLAGS
     folder = pathlib.Path(options.folder)
-    models = sorted(path.parent for path in folder.glob(f"*/{openai.CONFIG_FILE}"))
+    models = sorted(path.parent for name in _LOADERS for path in folder.glob(f"*/{name}"))
     if not models:
         raise UserError(f"{folder} has no published checkpoint in a folder of its own")
     errors = {path.name: measure(path) for path in models}

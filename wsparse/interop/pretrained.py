@@ -99,7 +99,7 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
     if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("model"), dict):
         raise UserError(
             f"{folder / _CONFIG} is not of a wsparse model (model_type={values.get('model_type')!r}): "
-            "published checkpoints of other formats are read by wsparse.interop.openai"
+            "published checkpoints are read by wsparse.interop.openai and wsparse.interop.sparse_pretrain"
         )
     config = from_dict(ModelConfig, values["model"], where="model.")
     tokenizer = tokenizer_lib.load(folder / _TOKENIZER)

@@ -15,8 +15,6 @@ and set from outside by whoever wants to see a model's loss by its value. The kn
 - `order`: what of two comes first; `callee`: `print` (0) or another function (1);
 - `nested`: whether a string holds the other quote;
 - `kind`: of what a list or a dict is, numbers (0), variables (1) or strings (2).
-
-Only `random.Random.random` is called, the one method whose sequence Python promises to keep between versions.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ import itertools
 import random
 from typing import Literal, TypeVar
 
-from wsparse.errors import UserError
 from wsparse.pytext import words
+from wsparse.pytext.choices import Choices
 from wsparse.pytext.words import NOUNS, Split
 
 T = TypeVar("T")
@@ -78,15 +76,11 @@ def imports(d: Draw, needs: Mapping[str, Kind]) -> list[list[str]]:
     return [[f"from {d.either('helpers', 'tools')} import {', '.join(calls)}"]] if calls else []
 
 
-class Draw:
+class Draw(Choices):
     """The random choices of one snippet, and its names: each is new, and those it needs are noted.
 
     Attributes:
-      split: Split whose words are used; None in documents, which use all of them.
-      cut: Mark that ends the prompt in a snippet's lines; "" in documents and in distractors.
       arguments: Names that a definition reads instead of outer names.
-      fixed: Knobs that are set from outside.
-      knobs: Knobs with the values that were drawn.
       taken: Names that are in use.
       needs: Names that must exist before the snippet, with their kind of value.
     """
@@ -100,12 +94,8 @@ class Draw:
         arguments: Sequence[str] = (),
         fixed: Mapping[str, int] | None = None,
     ):
-        self.rng = rng
-        self.split = split
-        self.cut = cut
+        super().__init__(rng, split, cut=cut, fixed=fixed)
         self.arguments = arguments
-        self.fixed = fixed or {}
-        self.knobs: dict[str, int] = {}
         self.taken = set(arguments)
         self.needs: dict[str, Kind] = {}
 
@@ -118,46 +108,6 @@ class Draw:
     def snippet(self, *lines: str, result: str = "") -> Snippet:
         """Returns the lines with the names that they need."""
         return Snippet(lines=list(lines), needs=self.needs, result=result)
-
-    @property
-    def paired(self) -> bool:
-        """Whether this draws a prompt, one side of a pair."""
-        return self.split is not None
-
-    # ---- Choices ----
-
-    def chance(self, probability: float) -> bool:
-        return self.rng.random() < probability
-
-    def embellish(self, probability: float) -> bool:
-        """Returns whether to elaborate: by chance in documents, never in prompts."""
-        return not self.paired and self.chance(probability)
-
-    def plain(self, probability: float) -> bool:
-        """Returns whether to keep to the plain form: by chance in documents, always in prompts."""
-        return self.paired or self.chance(probability)
-
-    def knob(self, name: str, choices: Sequence[int], *, common: Sequence[int] = ()) -> int:
-        """Returns a knob's value: one of the choices or, in documents, of those and the `common` ones.
-
-        Raises:
-          UserError: It is set from outside to a value that is not among the choices.
-        """
-        drawn = self.either(*choices) if self.paired else self.either(*choices, *common)
-        if name in self.fixed:
-            drawn = self.fixed[name]
-            if drawn not in choices:
-                known = ", ".join(str(choice) for choice in sorted(set(choices)))
-                raise UserError(f"the knob {name!r} must be one of {known} here, got {drawn}")
-        self.knobs[name] = drawn
-        return drawn
-
-    def between(self, low: int, high: int) -> int:
-        return low + int(self.rng.random() * (high - low + 1))
-
-    def either(self, *choices: T) -> T:
-        """Returns one of a few turns of phrase, which all splits share."""
-        return choices[int(self.rng.random() * len(choices))]
 
     def one(self, fillers: Sequence[T], *, early: bool = False) -> T:
         """Returns one of the split's fillers; with `early`, often a common word, which is one token."""

@@ -19,7 +19,7 @@ from wsparse.pytext.contrasts import CONTRASTS, Place
 from wsparse.pytext.draw import Draw, Kind, imports, indented, joined
 from wsparse.pytext.words import Split
 
-_CUT = "¦"
+CUT = "¦"
 """Marks in a program where the prompt ends and, where the form does not say it, the answer."""
 
 
@@ -66,9 +66,28 @@ def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None
     Raises:
       UserError: The contrast has no such knob, or not with this value.
     """
+    for key in keys(name, split, seed):
+        yield _pair(name, key, split, knobs or {})
+
+
+def keys(name: str, split: Split, seed: int) -> Iterator[int]:
+    """Yields the seeds of a stream's draws."""
     for index in itertools.count():
         key = hashlib.blake2b(f"{name}/{split}/{seed}/{index}".encode(), digest_size=8).digest()
-        yield _pair(name, int.from_bytes(key, "big"), split, knobs or {})
+        yield int.from_bytes(key, "big")
+
+
+def check_knobs(name: str, fixed: Mapping[str, int], knobs: Mapping[str, int]) -> None:
+    """Raises a UserError if a knob was set that is not among those of a pair."""
+    if unknown := sorted(fixed.keys() - knobs.keys()):
+        near = closest(unknown[0], knobs)
+        raise UserError(f"task {name!r} has no knob {unknown[0]!r}{near}; it has {', '.join(sorted(knobs))}")
+
+
+def cut_program(text: str) -> Program:
+    """Returns a program from a text that is marked where it is to be cut."""
+    prompt, answer, *others = text.split(CUT)
+    return Program(prompt=prompt, rest=answer + "".join(others), answer=answer if others else "")
 
 
 def statements(name: str, side: int | None, seed: int, split: Split) -> Iterator[str]:
@@ -107,15 +126,13 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
     needs = dict(d.needs)
     knobs = dict(outer.knobs)
     for side in (0, 1):
-        inner = Draw(random.Random(key + 1), split, cut=_CUT, fixed={**d.fixed, **fixed})
+        inner = Draw(random.Random(key + 1), split, cut=CUT, fixed={**d.fixed, **fixed})
         inner.taken, inner.needs = set(d.taken), dict(d.needs)
         ends.append(contrast.write(inner, side).lines)
         needs |= inner.needs
         knobs |= inner.knobs
     d.taken |= set(needs)
-    if unknown := sorted(fixed.keys() - knobs.keys()):
-        near = closest(unknown[0], knobs)
-        raise UserError(f"task {name!r} has no knob {unknown[0]!r}{near}; it has {', '.join(sorted(knobs))}")
+    check_knobs(name, fixed, knobs)
 
     around = _surroundings(d, place, needs)
     before = [*imports(d, needs), beginning]
@@ -126,9 +143,8 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
 def _program(blocks: list[list[str]]) -> Program:
     """Returns a program from its blocks of lines, one of which is marked where it is to be cut."""
     # A cut at the start of a line comes before that line's indentation.
-    text = re.sub(rf"^( +){_CUT}", rf"{_CUT}\1", joined(blocks), flags=re.MULTILINE)
-    prompt, answer, *others = text.split(_CUT)
-    return Program(prompt=prompt, rest=answer + "".join(others), answer=answer if others else "")
+    text = re.sub(rf"^( +){CUT}", rf"{CUT}\1", joined(blocks), flags=re.MULTILINE)
+    return cut_program(text)
 
 
 # ---- Surroundings ----

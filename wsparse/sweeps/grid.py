@@ -101,10 +101,9 @@ def cells(sweep: Sweep) -> list[Cell]:
       UserError: A recipe, key, value, task, axis or metric is unknown or refused; a point is named.
     """
     _check_grid(sweep)
-    chosen = tuple(task_lib.TASKS) if sweep.tasks == ("all",) else sweep.tasks
-    for name in chosen:
+    for name in sweep.tasks if sweep.tasks != ("all",) else ():
         task_lib.find(name)
-    settings = from_dict(Settings, recipes.load(sweep.prune, "prune").to_dict()) if chosen else None
+    settings = from_dict(Settings, recipes.load(sweep.prune, "prune").to_dict()) if sweep.tasks else None
     found: dict[str, Cell] = {}
     for point in sweep.points:
         for seed in sweep.seeds:
@@ -118,9 +117,13 @@ def cells(sweep: Sweep) -> list[Cell]:
                 raise UserError(f"{name}: {error}") from error
             found[name] = Cell(
                 name=name, axes=dict(point.axes), seed=seed, config=config, pairs=sweep.pairs,
-                tasks=chosen, settings=settings,
+                tasks=_tasks(sweep, config), settings=settings,
             )  # fmt: skip
     return list(found.values())
+
+
+def _tasks(sweep: Sweep, config: TrainConfig) -> tuple[str, ...]:
+    return task_lib.names_of(config.data.domain) if sweep.tasks == ("all",) else sweep.tasks
 
 
 def _check_grid(sweep: Sweep) -> None:

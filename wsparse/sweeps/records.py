@@ -41,7 +41,7 @@ _SUMMARY = ("val_loss", "nonzeros", "parameters", "tokens_per_s", "steps", "seco
 def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: str = "") -> dict[str, Any]:
     """Returns the results of a run that is complete.
 
-    Its model is scored on pairs of the report split of every built-in task.
+    Its model is scored on pairs of the report split of every task of its kind of text.
 
     Args:
       pairs: How many pairs of each task.
@@ -54,7 +54,8 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: 
     run, summary = runs.load(folder), report.training_summary(folder)
     if missing := [key for key in _SUMMARY if key not in summary]:
         raise UserError(f"{folder} is not a complete run: its summary.json has no {missing[0]!r}")
-    wanted = map(task_lib.find, dict.fromkeys((*task_lib.TASKS, *chosen)))
+    every = task_lib.names_of(run.config.data.domain)
+    wanted = map(task_lib.find, dict.fromkeys((*every, *chosen)))
     splits: dict[Split, int] = {"report": pairs}
     built, refused = task_lib.build_all(wanted, run.tokenizer, splits, 0, max_tokens=run.config.model.context)
     losses = {

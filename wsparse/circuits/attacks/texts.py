@@ -11,7 +11,6 @@ from wsparse.circuits.pairs import Task, TaskBatch
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError
 from wsparse.pytext import prompts
-from wsparse.pytext.contrasts import CONTRASTS
 
 
 class Text(NamedTuple):
@@ -74,8 +73,11 @@ def make_texts(
 
 def _statements(task: Task, side: int | None, seed: int) -> Iterator[str]:
     """Yields lines of code of one side of a task, or neutral ones."""
-    if side is None or task.name in CONTRASTS:
-        yield from prompts.statements(task.name, side, seed, "report")
+    if task.statements is not None:
+        yield from task.statements(side, seed, "report")
+        return
+    if side is None:
+        yield from prompts.statements(task.name, None, seed, "report")
         return
     # Of a user's task, finished programs of the report split, from a place of its own for each seed.
     programs = [(pair.first, pair.second)[side] for pair in task.stream(seed, "report")]

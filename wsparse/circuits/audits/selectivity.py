@@ -73,7 +73,7 @@ def _growth(before_B: np.ndarray, after_B: np.ndarray) -> float:
 def _others(context: Context, rng: np.random.Generator):
     """Yields other tasks with pairs in the shape of the context's own, so that one function serves all."""
     own = context.pairs.report
-    names = [name for name in tasks.TASKS if name != context.circuit.task]
+    names = [name for name in tasks.names_of(context.run.config.data.domain) if name != context.circuit.task]
     for name in rng.permutation(names).tolist():
         try:
             batch = tasks.build(
