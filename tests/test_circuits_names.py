@@ -165,7 +165,9 @@ def test_comparisons_and_results_take_the_circuits_of_one_name(folder, monkeypat
         compare.read(folder, "loose")
     summary = dict.fromkeys(("val_loss", "nonzeros", "parameters", "tokens_per_s", "steps", "seconds"), 1)
     (folder / "summary.json").write_text(json.dumps(summary))
-    config = types.SimpleNamespace(model=types.SimpleNamespace(context=8))
+    config = types.SimpleNamespace(
+        model=types.SimpleNamespace(context=8), data=types.SimpleNamespace(domain="python")
+    )
     stub = types.SimpleNamespace(config=config, params={}, tokenizer=None)
     monkeypatch.setattr(records.runs, "load", lambda folder: stub)
     monkeypatch.setattr(records.task_lib, "build_all", lambda *_, **__: ([], {}))
@@ -259,4 +261,4 @@ def test_a_circuits_name_is_no_task_to_look_for(tmp_path):
     with pytest.raises(UserError, match="letters, digits"):
         prune.run(tmp_path, [], Settings(), name="a/b")
     options: Any = types.SimpleNamespace(task=["some/mine.jsonl", "if_equals"], name="tight")
-    assert prune._wanted(options) == ["mine@tight", "if_equals@tight"]
+    assert prune._wanted(tmp_path, options) == ["mine@tight", "if_equals@tight"]

@@ -12,11 +12,13 @@ import pytest
 import viewer_case as case
 
 from wsparse import runs
+from wsparse.circuits import notes
 from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.notes import Group, Notes
 from wsparse.circuits.unrolled import unroll
 from wsparse.errors import UserError
 from wsparse.interop import neuronpedia
-from wsparse.interop.neuronpedia import Labels, graph
+from wsparse.interop.neuronpedia import graph
 
 SCHEMA = json.loads((pathlib.Path(__file__).parent / "attribution_graph.schema.json").read_text())
 
@@ -139,16 +141,16 @@ def test_links_lead_to_a_higher_layer(made):
 def test_labels_name_nodes_and_groups_become_supernodes(run, circuit, tmp_path):
     shown = {node["clerp"].split(",")[0] for node in _features(graph(run, circuit, [5, 6, 7], [1]))}
     a, b, c, d, *_ = sorted(name for name in shown if "resid_delta" in name or "act_in" in name)
-    path = tmp_path / "notes.json"
-    notes = {
-        "schema": 1,
-        "caption": "For the page.",
-        "labels": {a: "opens?", c: "closes"},
-        "groups": [{"name": "both", "nodes": [a, b], "open": True}],
-        "pins": [d],
-    }
-    path.write_text(json.dumps(notes))
-    made = graph(run, circuit, [5, 6, 7], [1], labels=Labels.load(path))
+    written = Notes(
+        task="closing",
+        circuit=circuit.digest,
+        caption="For the page.",
+        labels={a: "opens?", c: "closes"},
+        groups=(Group(name="both", nodes=(a, b), open=True),),
+        pins=(d,),
+    )
+    written.save(tmp_path)
+    made = graph(run, circuit, [5, 6, 7], [1], notes=notes.beside(tmp_path))
     jsonschema.validate(made, SCHEMA)
     clerps = {node["node_id"]: node["clerp"] for node in _features(made)}
     supernodes = {label: ids for label, *ids in made["qParams"]["supernodes"]}
@@ -171,27 +173,21 @@ def _features(made):
     return [node for node in made["nodes"] if node["feature_type"] == "cross layer transcoder"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"label": {}}, r"unknown key 'label' \(did you mean 'labels'\?\)"),
-        ({"labels": {"0.attn.q.1": 3}}, "'labels' must be an object of nodes and their labels"),
-        ({"groups": {"both": ["0.attn.q.1"]}}, "'groups' must be a list of objects with a name and a list"),
-        ({"groups": [{"name": "both", "nodes": [1]}]}, "'groups' must be a list of objects with a name"),
-        ({"pins": "0.attn.q.1"}, "'pins' must be a list of nodes"),
-    ],
-)
-def test_a_file_that_is_not_of_labels_is_refused(content, message, tmp_path):
-    path = tmp_path / "notes.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
-        Labels.load(path)
-
-
-def test_a_label_of_a_node_that_is_not_in_the_circuit_is_refused(run, circuit):
+def test_notes_on_a_node_that_is_not_in_the_circuit_are_refused(run, circuit):
     name = circuit.nodes[0].name
-    with pytest.raises(UserError, match=rf"no node '{name}9' in the circuit of 'closing' \(did you mean"):
-        graph(run, circuit, [5], [1], labels=Labels(groups={"one": [f"{name}9"]}))
+    written = Notes(task="closing", circuit=circuit.digest, pins=(f"{name}9",))
+    with pytest.raises(
+        UserError, match=rf"name the node '{name}9', which its circuit has not \(did you mean"
+    ):
+        graph(run, circuit, [5], [1], notes=written)
+
+
+def test_notes_on_another_circuit_are_used_as_far_as_they_fit(run, circuit, logged):
+    name = circuit.nodes[0].name
+    written = Notes(task="closing", circuit="f" * 64, labels={name: "opens?", f"{name}9": "elsewhere"})
+    made = graph(run, circuit, [5, 6, 7], [1], notes=written)
+    assert any("another circuit" in line for line in logged)
+    assert "elsewhere" not in {label for label, *_ in made["qParams"]["supernodes"]}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ the drawing: a location of a layer of the model. Constants are error nodes, belo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-import dataclasses
+from collections.abc import Mapping, Sequence
 import json
 import logging
 import os
@@ -22,11 +21,12 @@ from absl import flags
 
 import wsparse
 from wsparse import files, runs
-from wsparse.circuits import evidence
+from wsparse.circuits import evidence, report
 from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.notes import Notes, beside, fitted
 from wsparse.circuits.unrolled import Unrolled, Vertex, row, unroll
 from wsparse.command import run_command
-from wsparse.errors import UserError, closest, quoted
+from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.ops import cpu
 
@@ -41,63 +41,8 @@ _TYPES = {
 }
 # Nodes in the subgraph where there are no labels and groups.
 _PINNED = 10
-_NOTES = ("schema", "task", "circuit", "caption", "labels", "groups", "pins", "tour")
 # Numbers of features are layer and index paired by Cantor's function.
 _SCHEMA_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Labels:
-    """What people call things.
-
-    Attributes:
-      labels: Node of the circuit, "layer.location.channel" -> label.
-      groups: Label -> nodes of the circuit that belong together.
-      pins: Further nodes that are shown first.
-    """
-
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    pins: Sequence[str] = ()
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Labels:
-        """Returns the labels, groups and pins of a notes file, as the page writes it.
-
-        It is a JSON object with `"labels": {node: text}`, `"groups": [{"name": text, "nodes": [node]}]` and
-        `"pins": [node]`, of which any may be missing; its other keys are for the page.
-        """
-        values = files.read_json(path)
-        for name in values:
-            if name not in _NOTES:
-                raise UserError(f"{path}: unknown key {quoted(name)}{closest(name, _NOTES)}")
-        labels, groups, pins = values.get("labels", {}), values.get("groups", []), values.get("pins", [])
-        if not isinstance(labels, dict) or not _are_texts(labels.values()):
-            raise UserError(f"{path}: 'labels' must be an object of nodes and their labels")
-        if not isinstance(groups, list) or not all(map(_is_group, groups)):
-            raise UserError(f"{path}: 'groups' must be a list of objects with a name and a list of nodes")
-        if not isinstance(pins, list) or not _are_texts(pins):
-            raise UserError(f"{path}: 'pins' must be a list of nodes")
-        return cls(labels=labels, groups={group["name"]: group["nodes"] for group in groups}, pins=pins)
-
-    def check(self, circuit: Circuit) -> None:
-        """Refuse nodes that are not in the circuit."""
-        known = [node.name for node in circuit.nodes]
-        grouped = [name for group in self.groups.values() for name in group]
-        for name in [*self.labels, *grouped, *self.pins]:
-            if name not in known:
-                raise UserError(
-                    f"no node {quoted(name)} in the circuit of {circuit.task!r}{closest(name, known)}"
-                )
-
-
-def _are_texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _is_group(value: Any) -> bool:
-    is_one = isinstance(value, dict) and isinstance(value.get("name"), str)
-    return is_one and isinstance(value.get("nodes"), list) and _are_texts(value["nodes"])
 
 
 def graph(
@@ -106,7 +51,7 @@ def graph(
     tokens: Sequence[int],
     answers: Sequence[int] = (),
     *,
-    labels: Labels | None = None,
+    notes: Notes | None = None,
     model_name: str = "",
     slug: str = "",
 ) -> dict[str, Any]:
@@ -117,16 +62,18 @@ def graph(
       circuit: The circuit.
       tokens: The prompt.
       answers: Tokens whose logits are in the graph; the five most likely ones where there are none.
-      labels: Names of nodes, and groups of them, which become supernodes.
+      notes: Names of nodes, and groups of them, which become supernodes.
       model_name: Name of the model on Neuronpedia; that of the run's folder by default.
       slug: Name of the graph; model and task by default.
 
     Raises:
-      UserError: The prompt does not fit the context, the circuit is another run's, or a label's node is not
-        in it.
+      UserError: The prompt does not fit the context, the circuit is another run's, or it has not a node that
+        notes on it name.
     """
-    labels = labels or Labels()
-    labels.check(circuit)
+    notes = notes or Notes(task=circuit.full_name, circuit=circuit.digest)
+    notes, remarks = fitted(notes, circuit, [node.name for node in circuit.nodes])
+    for remark in remarks:
+        log.info("note: %s", remark)
     circuit.check(run.params)
     unrolled = unroll(run.params, run.config.model, circuit, tokens, answers)
     model_name = model_name or _slug(run.folder.absolute().name)
@@ -150,9 +97,9 @@ def graph(
         for (source, target), number in unrolled.links.items()
     ]
     nodes = [
-        _node(vertex, value, names, texts, labels, run, unrolled) for vertex, value in unrolled.values.items()
+        _node(vertex, value, names, texts, notes, run, unrolled) for vertex, value in unrolled.values.items()
     ]
-    state = _state(circuit, unrolled, names, labels)
+    state = _state(circuit, unrolled, names, notes)
     return {"metadata": metadata, "qParams": state, "nodes": nodes, "links": links}
 
 
@@ -174,7 +121,7 @@ def _node(
     value: float | None,
     names: Mapping[tuple[int, int], str],
     texts: Sequence[str],
-    labels: Labels,
+    notes: Notes,
     run: runs.Run,
     unrolled: Unrolled,
 ) -> dict[str, Any]:
@@ -184,7 +131,7 @@ def _node(
         name = names[vertex.row, vertex.index]
         feature = _paired(vertex.row, vertex.index)
         meaning = NODES[Node.parse(name).location].meaning
-        clerp = labels.labels.get(name) or f"{name}, {meaning}"
+        clerp = notes.labels.get(name) or f"{name}, {meaning}"
     elif vertex.kind == "embedding":
         feature, clerp = vertex.position, f'Emb: "{texts[vertex.position]}"'
     elif vertex.kind == "constants":
@@ -232,17 +179,17 @@ def _paired(layer: int, index: int) -> int:
 
 
 def _state(
-    circuit: Circuit, unrolled: Unrolled, names: Mapping[tuple[int, int], str], labels: Labels
+    circuit: Circuit, unrolled: Unrolled, names: Mapping[tuple[int, int], str], notes: Notes
 ) -> dict[str, Any]:
     """Returns what is pinned and grouped when the graph opens.
 
     A group is a supernode of its nodes at all tokens, a labelled node one of its own. Without either, the
     most important nodes are.
     """
-    groups = {label: list(group) for label, group in labels.groups.items()}
+    groups = {group.name: list(group.nodes) for group in notes.groups}
     grouped = {name for group in groups.values() for name in group}
-    groups |= {text: [name] for name, text in labels.labels.items() if name not in grouped}
-    if not groups and not labels.pins:
+    groups |= {text: [name] for name, text in notes.labels.items() if name not in grouped}
+    if not groups and not notes.pins:
         ranked = sorted(circuit.nodes, key=lambda node: -node.importance)
         groups = {node.name: [node.name] for node in ranked[:_PINNED]}
     places: dict[str, list[str]] = {}
@@ -256,7 +203,7 @@ def _state(
     supernodes = [supernode for supernode in supernodes if len(supernode) > 1]
     logits = [_id(vertex) for vertex in unrolled.values if vertex.kind == "logit"]
     pinned = [place for _, *group in supernodes for place in group]
-    pinned += [place for name in labels.pins for place in places.get(name, [])]
+    pinned += [place for name in notes.pins for place in places.get(name, [])]
     pinned = list(dict.fromkeys([*pinned, *logits]))
     return {
         "pinnedIds": pinned,
@@ -278,7 +225,7 @@ def export(
     *,
     prompt: str = "",
     number: int = 0,
-    labels: Labels | None = None,
+    notes: Notes | None = None,
     model_name: str = "",
     slug: str = "",
 ) -> dict[str, Any]:
@@ -291,13 +238,13 @@ def export(
       prompt: Text to run the circuit on; by default a prompt of the task, on which the logits are those of
         its two answers.
       number: Which prompt of the task's report split that is.
-      labels: See `graph`, as for the other arguments.
+      notes: See `graph`, as for the other arguments; by default those beside the circuit, if there are any.
     """
     folder, out = pathlib.Path(folder), pathlib.Path(out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: --out must be a file in a folder that exists")
-    name = pathlib.Path(task).stem
-    circuit = Circuit.load(folder / "circuits" / name)
+    place = folder / "circuits" / report.name_in_run(task)
+    circuit = Circuit.load(place)
     run = runs.load(folder)
     if prompt:
         tokens, answers = run.tokenizer.encode(prompt), []
@@ -309,7 +256,9 @@ def export(
             raise UserError(f"--number must be from 0 to {len(pairs.position) - 1}, got {number}")
         tokens = pairs.tokens[number][: pairs.position[number] + 1].tolist()
         answers = [int(pairs.answer[number]), int(pairs.other[number])]
-    found = graph(run, circuit, tokens, answers, labels=labels, model_name=model_name, slug=slug)
+    found = graph(
+        run, circuit, tokens, answers, notes=notes or beside(place), model_name=model_name, slug=slug
+    )
     with files.replacing(out) as part:
         part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
     return found
@@ -320,14 +269,13 @@ def main(argv: Sequence[str]) -> None:
     del argv
     options: Any = flags.FLAGS
     cpu.enable()
-    labels = Labels.load(options.notes) if options.notes else None
     found = export(
         options.run,
         options.task,
         options.out,
         prompt=options.prompt or "",
         number=options.number,
-        labels=labels,
+        notes=Notes.load(options.notes) if options.notes else None,
         model_name=options.model or "",
         slug=options.slug or "",
     )
@@ -343,7 +291,11 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "The JSON file to write.")
     flags.DEFINE_string("prompt", None, "Text to run the circuit on, instead of a prompt of the task.")
     flags.DEFINE_integer("number", 0, "Which prompt of the task's report split, where --prompt is not given.")
-    flags.DEFINE_string("notes", None, "Notes file: its labels and groups of nodes become supernodes.")
+    flags.DEFINE_string(
+        "notes",
+        None,
+        "Notes file, by default that beside the circuit: its names and groups become supernodes.",
+    )
     flags.DEFINE_string(
         "model", None, "Name of the model on Neuronpedia; that of the run's folder by default."
     )
