@@ -11,15 +11,14 @@ const graph = {
 };
 
 /** Draws a circuit, or a part of one; returns how many of its edges. */
-function drawGraph(circuit, { select, selectGroup, pin, moved, toggle }) {
+function drawGraph(circuit, actions) {
   const root = byId('graph');
   root.replaceChildren();
   root.setAttribute('aria-label', `Circuit of ${circuit.task}: arrow keys move among its nodes`);
   const place = arrange(folded(circuit));
   unfold(circuit);
   Object.assign(graph, {
-    circuit, place, items: new Map(), lines: [], named: [], reached: null, near: null, chosen: null,
-    moved, select, selectGroup, pin, toggle,
+    circuit, place, items: new Map(), lines: [], named: [], reached: null, near: null, chosen: null, ...actions,
   });
   const world = svg('g');
   root.append(world);
@@ -253,9 +252,7 @@ function choose(item) {
 function nodeKey(event, node) {
   if (event.key === 'Enter' || event.key === ' ') {
     event.preventDefault();
-    const { group } = event.target.closest('.group')?.dataset ?? {};
-    if (group) graph.selectGroup(group);
-    else graph.select({ node: node.name });
+    choose(event.target.closest('.node'));
     byId('panel').focus({ preventScroll: true });
     return;
   }
@@ -266,7 +263,7 @@ function nodeKey(event, node) {
   }
   if (event.key === 'f') {
     const other = otherEnd(node, graph.edge);
-    if (other) graph.items.get(other.name).focus();
+    if (other) elementOf(other).focus();
     return;
   }
   const next = neighbor(node, event.key);

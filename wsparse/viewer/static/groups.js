@@ -3,12 +3,12 @@
 const BOX = { width: 86, height: 28 };
 const clipped = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 
-/** Groups that are drawn as one box, with those of their nodes that are drawn, the most important one first. */
+/** Groups that are drawn as one box, with those of their nodes that are drawn: those with lines first, by importance. */
 function closedGroups(circuit) {
   const drawn = new Set(circuit.nodes);
   return notesOf(circuit.task).groups.filter(({ open }) => !open).map((group) => ({
     group,
-    nodes: group.nodes.map((name) => circuit.byName.get(name)).filter((node) => drawn.has(node)).sort((a, b) => a.rank - b.rank),
+    nodes: group.nodes.map((name) => circuit.byName.get(name)).filter((node) => drawn.has(node)).sort((a, b) => Boolean(a.alone) - Boolean(b.alone) || a.rank - b.rank),
   })).filter(({ nodes }) => nodes.length);
 }
 

@@ -12,13 +12,15 @@ const BESIDE = NODE.width + 8;
 
 /** Sets x and y of the nodes; returns the columns, the blocks around them, the tray of constants, the ends and the extent. */
 function arrange(circuit) {
-  const inColumns = circuit.nodes.filter((node) => !node.alone);
+  // Of a part of a circuit all nodes may be without lines: there is nothing to put them below.
+  const inTray = circuit.nodes.every((node) => node.alone) ? () => false : (node) => node.alone;
+  const inColumns = circuit.nodes.filter((node) => !inTray(node));
   const byColumn = d3.group(circuit.nodes, (node) => node.layer * 6 + node.column);
   const tallest = Math.max(20, 1.2 * Math.sqrt(circuit.nodes.length));
   const gap = Math.max(GAP_X[0], Math.min(GAP_X[1], WIDTH / (byColumn.size + 1)));
   let right = gap / 2;
   const columns = [...byColumn.keys()].sort(d3.ascending).map((key) => {
-    const [nodes, tray] = [byColumn.get(key).filter((node) => !node.alone), byColumn.get(key).filter((node) => node.alone)];
+    const [nodes, tray] = [byColumn.get(key).filter((node) => !inTray(node)), byColumn.get(key).filter(inTray)];
     const across = Math.max(1, Math.ceil(nodes.length / tallest), Math.ceil(tray.length / TALLEST_TRAY));
     const width = gap + (across - 1) * BESIDE;
     right += width;
