@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import shutil
 import types
 
 import jax
 import jax.numpy as jnp
 import model_case
 import numpy as np
-import pytest
 
 from wsparse import model, taps, trees
 from wsparse.circuits import graph, masks, model_file, scoring
@@ -18,12 +16,9 @@ from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.nodes import NODES
 from wsparse.viewer import live, page
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
 TINY = ModelConfig(vocab_size=257, context=16, n_layer=2, d_model=12, n_head=3, d_head=4, d_mlp=20)
 ALONE = dataclasses.replace(TINY, n_layer=1)
 TASK = "task"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 # Starts the page's own worker and returns its answers to messages.
 ASK = """async ([code, load, requests]) => {
@@ -45,17 +40,6 @@ ASK = """async ([code, load, requests]) => {
   worker.terminate();
   return answers;
 }"""
-
-
-def chromium():
-    """Yields a headless Chromium, or skips where there is none."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("there is no Chromium on the path: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield running
-        running.close()
 
 
 @functools.cache

@@ -2,12 +2,11 @@
 
 import dataclasses
 import html.parser
-import os
 import pathlib
 import re
-import shutil
 
 import audit_case as case
+import browser_case
 import pytest
 
 from wsparse.circuits.audits import claims, report
@@ -262,17 +261,7 @@ def test_a_test_that_this_version_does_not_know_is_shown_without_a_claim():
 # ---- In a browser ----
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        assert "WSPARSE_NEEDS_BROWSER" not in os.environ, "there is no Chromium on the path"
-        pytest.skip("there is no Chromium on the path: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield running
-        running.close()
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 
 
 def test_the_page_fits_screen_and_paper_runs_nothing_and_prints_as_a4(browser, tmp_path):

@@ -3,10 +3,10 @@
 import base64
 import copy
 import json
-import os
 import pathlib
-import shutil
 
+import browser_case
+from browser_case import state
 import jax
 import numpy as np
 import pytest
@@ -14,17 +14,7 @@ import viewer_case as case
 
 from wsparse.viewer import page as page_lib
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 # What the page writes for a hyphen.
 MINUS = "\N{MINUS SIGN}"
 HOSTILE = [
@@ -33,18 +23,6 @@ HOSTILE = [
     "<!--<script>",
     '"><b onmouseover=window.ran=3>',
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        assert "WSPARSE_NEEDS_BROWSER" not in os.environ, "there is no Chromium on the path"
-        pytest.skip("there is no Chromium on the path: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -74,35 +52,12 @@ def path(data, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def open_page(browser, path):
-    """Opens the page at a fragment; nothing may be logged, raised, run or fetched while it is open."""
-    contexts, trouble = [], []
-
-    def opened(fragment="", file=path, **options):
-        context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda r: trouble.append(r.url) if r.resource_type != "document" else None)
-        page.goto(f"{file.as_uri()}{fragment}")
-        page.wait_for_selector("main:not([hidden])")
-        return page
-
-    opened.trouble = trouble
-    yield opened
-    for context in contexts:
-        for page in context.pages:
-            assert page.evaluate("window.ran") is None
-        context.close()
-    assert trouble == []
+    with browser_case.opening(browser, path) as opened:
+        yield opened
 
 
 def names(page) -> list[str]:
     return page.locator("#tasks tbody th a").all_text_contents()
-
-
-def state(page) -> dict[str, str]:
-    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
 
 
 def node_of(data: dict, kind: str) -> str:

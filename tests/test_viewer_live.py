@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import browser_case
 import live_case
 from live_case import ALONE, TINY, agrees, case, in_browser, in_jax, request
 import numpy as np
@@ -14,7 +15,7 @@ from wsparse.config import ABS_TOP_K_SITES
 
 TEXT = 'f("a b'
 TOKENS = live_case.tokenizer().encode(TEXT)
-browser = pytest.fixture(scope="module")(live_case.chromium)
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 
 
 def changed(config, **changes):

@@ -4,7 +4,8 @@ import copy
 import json
 import pathlib
 
-import live_case
+import browser_case
+from browser_case import state
 import pytest
 import viewer_case as case
 
@@ -13,7 +14,7 @@ from wsparse.circuits.notes import FILE, Notes, Step
 from wsparse.viewer import contents
 from wsparse.viewer import page as page_lib
 
-browser = pytest.fixture(scope="module")(live_case.chromium)
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 OPEN = f"#task={case.TASK}"
 NOTES = f"{OPEN}&notes=true"
 LABEL = "is the string <b>open</b>?"
@@ -52,29 +53,8 @@ def written(data: dict, path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture
 def open_page(browser, path):
-    """Opens the page at a fragment; nothing may be logged, raised or fetched but the page's own texts."""
-    contexts, trouble = [], []
-
-    def opened(fragment=OPEN, file=path, **options):
-        context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else trouble.append(r.url))
-        page.goto(f"{file.as_uri()}{fragment}")
-        page.wait_for_selector("main:not([hidden])")
-        return page
-
-    opened.trouble = trouble
-    yield opened
-    for context in contexts:
-        context.close()
-    assert trouble == []
-
-
-def state(page) -> dict[str, str]:
-    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+    with browser_case.opening(browser, path, OPEN) as opened:
+        yield opened
 
 
 def node(page, name):

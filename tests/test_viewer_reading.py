@@ -8,8 +8,9 @@ import pathlib
 import re
 from xml.etree import ElementTree
 
+import browser_case
+from browser_case import state
 import jax
-import live_case
 import numpy as np
 from PIL import Image
 import pytest
@@ -17,7 +18,7 @@ import viewer_case as case
 
 from wsparse.viewer import page as page_lib
 
-browser = pytest.fixture(scope="module")(live_case.chromium)
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 CIRCUIT = f"#task={case.TASK}"
 MINUS = "\N{MINUS SIGN}"
 # The two sides' first answers and quotes, as the page has the pairs.
@@ -50,28 +51,8 @@ def path(data, written) -> pathlib.Path:
 
 @pytest.fixture
 def open_page(browser, path):
-    """Opens the page at a fragment; nothing may be logged, raised or fetched."""
-    contexts, trouble = [], []
-
-    def opened(fragment=CIRCUIT, file=path, **options):
-        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else trouble.append(r.url))
-        page.goto(f"{file.as_uri()}{fragment}")
-        page.wait_for_selector("main:not([hidden])")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert trouble == []
-
-
-def state(page) -> dict[str, str]:
-    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+    with browser_case.opening(browser, path, CIRCUIT) as opened:
+        yield opened
 
 
 def shown_circuit(data: dict) -> dict:

@@ -6,14 +6,14 @@ import random
 import sys
 import unicodedata
 
-import live_case
+import browser_case
 import pytest
 
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.pytext.documents import documents
 from wsparse.viewer import live, page
 
-browser = pytest.fixture(scope="module")(live_case.chromium)
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 # Characters that ways to split text tell apart, and bytes of which a token may end within a character.
 MARKS = "abzA_ \t\n\r\x0b\x0c\x1c\x85\u00a0\u1680\u2003\u2028\u2029\u202f\u3000\ufeff\u200b\u180e"
 MARKS += "'\"()[]{}:+=.,/\\"

@@ -4,9 +4,10 @@ import json
 import pathlib
 import re
 
+import browser_case
+from browser_case import state
 import jax
 import jax.numpy as jnp
-import live_case
 import numpy as np
 import pytest
 import viewer_case as case
@@ -16,7 +17,7 @@ from wsparse.circuits import Circuit
 from wsparse.viewer import contents
 from wsparse.viewer import page as page_lib
 
-browser = pytest.fixture(scope="module")(live_case.chromium)
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 TRY = f"#task={case.TASK}&try=true"
 MINUS = "\N{MINUS SIGN}"
 PROMPT = "f('abc"
@@ -50,35 +51,14 @@ def path(data, folder) -> pathlib.Path:
 
 @pytest.fixture
 def open_page(browser, path):
-    """Opens the page at a fragment; nothing may be logged, raised or fetched but the worker's own text."""
-    contexts, trouble = [], []
-
-    def opened(fragment=TRY, file=path, **options):
-        context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else trouble.append(r.url))
-        page.goto(f"{file.as_uri()}{fragment}")
-        page.wait_for_selector("main:not([hidden])")
-        return page
-
-    opened.trouble = trouble
-    yield opened
-    for context in contexts:
-        context.close()
-    assert trouble == []
+    with browser_case.opening(browser, path, TRY) as opened:
+        yield opened
 
 
 def settled(page) -> None:
     """Waits until what is shown is of the prompt and the edits that the page has."""
     page.wait_for_timeout(50)
     page.wait_for_selector(".losses:not(.waiting)")
-
-
-def state(page) -> dict[str, str]:
-    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
 
 
 def shares(page) -> list[str]:

@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 
+import browser_case
+from browser_case import state
 import jax
-import live_case
 import numpy as np
 import pytest
 import viewer_case as case
@@ -196,9 +197,7 @@ def test_the_command_takes_further_runs_and_names_of_circuits(folder, other, tmp
 # ---- The page ----
 
 
-@pytest.fixture(scope="module")
-def browser():
-    yield from live_case.chromium()
+browser = pytest.fixture(scope="module")(browser_case.chromium)
 
 
 @pytest.fixture(scope="module")
@@ -217,31 +216,12 @@ def pages(folder, other, tmp_path_factory) -> dict[str, pathlib.Path]:
 
 @pytest.fixture
 def open_page(browser, pages):
-    """Opens a page at a fragment; nothing may be logged, raised, run or fetched while it is open."""
-    contexts, trouble = [], []
+    with browser_case.opening(browser, pages["one"]) as opened:
 
-    def opened(fragment="", name="one", width=1440):
-        context = browser.new_context(viewport={"width": width, "height": 900})
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: trouble.append(message.text))
-        tab.on("pageerror", lambda error: trouble.append(str(error)))
-        kinds = ("document", "script")
-        tab.on("request", lambda r: trouble.append(r.url) if r.resource_type not in kinds else None)
-        tab.goto(f"{pages[name].as_uri()}{fragment}")
-        tab.wait_for_selector("main:not([hidden])")
-        return tab
+        def of_name(fragment="", name="one", width=1440):
+            return opened(fragment, pages[name], viewport={"width": width, "height": 900})
 
-    yield opened
-    for context in contexts:
-        for tab in context.pages:
-            assert tab.evaluate("window.ran") is None
-        context.close()
-    assert trouble == []
-
-
-def state(tab) -> dict[str, str]:
-    return tab.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+        yield of_name
 
 
 def test_the_page_counts_statuses_and_its_matrix_has_the_overlaps(open_page, circuits):

@@ -1,0 +1,72 @@
+"""Pages in a headless Chromium, for the tests of the viewer."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import pathlib
+import shutil
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def chromium() -> Iterator[sync_api.Browser]:
+    """Yields a headless Chromium, or skips where there is none."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        assert "WSPARSE_NEEDS_BROWSER" not in os.environ, "there is no Chromium on the path"
+        pytest.skip("there is no Chromium on the path: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=_ARGUMENTS)
+        yield running
+        running.close()
+
+
+@contextlib.contextmanager
+def opening(browser: sync_api.Browser, path: pathlib.Path, fragment: str = "") -> Iterator[Callable]:
+    """Yields a function that opens a page, by default that at `path` with `fragment`.
+
+    Nothing may be logged, raised or run (`window.ran`) while it is open, or fetched but by the page itself.
+    Its `trouble` is the list of what was, which a test that expects some takes out.
+    """
+    contexts, trouble = [], []
+
+    def opened(fragment=fragment, file=path, **options):
+        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: None if _is_own(request) else trouble.append(request.url))
+        page.goto(f"{file.as_uri()}{fragment}")
+        page.wait_for_selector("main:not([hidden])")
+        return page
+
+    opened.trouble = trouble
+    yield opened
+    for context in contexts:
+        for page in context.pages:
+            assert page.evaluate("window.ran") is None
+        context.close()
+    assert trouble == []
+
+
+def _is_own(request) -> bool:
+    """Returns whether a request is for the page itself, or for what it has made."""
+    return request.resource_type == "document" or request.url.startswith("blob:")
+
+
+def state(page) -> dict[str, str]:
+    """Returns what the address of a page says."""
+    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
