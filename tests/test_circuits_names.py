@@ -163,6 +163,8 @@ def test_comparisons_and_results_take_the_circuits_of_one_name(folder, monkeypat
     assert {task: row["edges"] for task, row in tight.items()} == {"one": 16, "two": 25}
     with pytest.raises(UserError, match=r"no circuits: .* --name=loose"):
         compare.read(folder, "loose")
+    with pytest.raises(UserError, match="letters, digits, _ and -"):
+        compare.run([str(folder), str(folder)], name="a b")
     summary = dict.fromkeys(("val_loss", "nonzeros", "parameters", "tokens_per_s", "steps", "seconds"), 1)
     (folder / "summary.json").write_text(json.dumps(summary))
     config = types.SimpleNamespace(
@@ -217,6 +219,23 @@ def test_each_name_has_a_folder_and_a_search_of_its_own(tmp_path, monkeypatch):
     names = [job.store.name for job in jobs.values()]
     assert len(set(names)) == 2 and names[0].split("-")[-1] == names[1].split("-")[-1]
     assert all(name in str(job.store.folder) for name, job in zip(names, jobs.values(), strict=True))
+
+
+def test_a_refused_task_does_not_name_the_circuits_of_the_others(tmp_path, monkeypatch, logged):
+    pairs = types.SimpleNamespace(task="one", search={}, discretize={})
+    monkeypatch.setattr(
+        prune.procedure, "Subject", lambda *_: types.SimpleNamespace(digest="abc", held=lambda p, _: p)
+    )
+    monkeypatch.setattr(prune.procedure, "build_pairs", lambda *_, **__: ([pairs], {"two": "too long"}))
+    monkeypatch.setattr(prune, "Pruner", lambda *_, **__: None)
+    config = types.SimpleNamespace(model=types.SimpleNamespace(context=8))
+    trained: Any = types.SimpleNamespace(
+        folder=tmp_path, config=config, params={}, tokenizer=None, windows=lambda *_, **__: None
+    )
+    for name in ("", "tight"):
+        (job,) = prune._jobs(trained, [task_lib.TASKS["if_equals"]], Settings(), None, 1.0, None, name)
+        assert job.folder.name == joined("one", name)
+    assert "two: refused: too long" in logged
 
 
 def job(folder: pathlib.Path, settings: Settings, digest: str = "abc") -> prune._Job:

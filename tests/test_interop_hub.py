@@ -6,6 +6,7 @@ The client is the real one; `hub_case` is the server.
 import builtins
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -213,6 +214,9 @@ def test_the_card_has_the_table_of_circuits_and_how_to_load_them(folder, tmp_pat
         audit_case.result("sufficiency"), audit_case.result("necessity", "failed"), circuit=circuit.digest
     )
     audit.save(folder / "circuits" / case.TASK)
+    # Another circuit of the task has an audit of its own.
+    named = shutil.copytree(folder / "circuits" / case.TASK, folder / "circuits" / f"{case.TASK}@b")
+    audit_case.audit(audit_case.result("sufficiency"), circuit=circuit.digest).save(named)
     kept = {}
 
     def upload(stage, push, *, private):
@@ -223,6 +227,7 @@ def test_the_card_has_the_table_of_circuits_and_how_to_load_them(folder, tmp_pat
     try:
         push_to_hub(runs.load(folder), "someone/tiny")
     finally:
+        shutil.rmtree(named)
         for path in (folder / "circuits" / case.TASK).glob("audit.*"):
             path.unlink()
     card = kept["card"]
@@ -233,6 +238,8 @@ def test_the_card_has_the_table_of_circuits_and_how_to_load_them(folder, tmp_pat
         "| 0.100 | 1 passed, 1 failed |"
     )
     assert "| hard | not found |  |  |  | 0.100 |  |" in card
+    assert f"| {case.TASK}@b | " in card and card.count("1 passed, 1 failed") == 1
+    assert card.count("| 1 passed |") == 1
     assert "| held-out loss | 2.3457 nats per token |" in card and "`report.html` shows" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert 'wsparse.load("someone/tiny")' in code

@@ -1,6 +1,7 @@
 """Attribution graphs fit the published schema, and say what the unrolled circuit says."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -190,6 +191,16 @@ def test_notes_on_another_circuit_are_used_as_far_as_they_fit(run, circuit, logg
     assert "elsewhere" not in {label for label, *_ in made["qParams"]["supernodes"]}
 
 
+def test_a_named_circuit_is_exported_under_its_own_name_and_notes_on_another_task_are_refused(run, circuit):
+    named = dataclasses.replace(circuit, name="tight")
+    made = [graph(run, each, [5, 6, 7], [1])["metadata"] for each in (circuit, named)]
+    assert [each["slug"] for each in made] == ["my-run-closing", "my-run-closing-tight"]
+    assert made[1]["generation_settings"]["task"] == "closing@tight"
+    assert "circuit of closing@tight (" in made[1]["info"]["description"]
+    with pytest.raises(UserError, match="notes are on the task 'opening', the circuit is of 'closing'"):
+        graph(run, circuit, [5], [1], notes=Notes(task="opening", circuit=circuit.digest))
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
@@ -203,6 +214,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(task, options
     task = str(folder / task) if task.endswith(".jsonl") else task
     with pytest.raises(UserError, match=message):
         neuronpedia.export(folder, task, tmp_path / "graph.json", **options)
+    with pytest.raises(UserError, match="is not a run folder"):
+        neuronpedia.export(tmp_path, task, tmp_path / "graph.json", **options)
     with pytest.raises(UserError, match="--out must be a file in a folder that exists"):
         neuronpedia.export(folder, task, tmp_path / "missing" / "graph.json", **options)
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,6 @@ import json
 import pathlib
 import shutil
 
-from absl import flags
 import helpers
 import jax
 import ml_dtypes
@@ -495,18 +494,3 @@ def test_an_import_to_where_no_folder_can_be_names_the_folder_that_was_asked_for
     with pytest.raises(UserError) as error:
         openai.import_run(published[0], tmp_path / "file" / "run")
     assert str(error.value) == f"cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory"
-
-
-def test_the_command_imports_and_exports(published, tmp_path, capsys, monkeypatch):
-    values = flags.FlagValues()
-    monkeypatch.setattr(flags, "FLAGS", values)
-    for name, default in (("from", None), ("out", None), ("tokenizer", None), ("source", "stdlib")):
-        flags.DEFINE_string(name, default, "", flag_values=values)
-    flags.DEFINE_bool("export", False, "", flag_values=values)
-    values(["", f"--from={published[0]}", f"--out={tmp_path / 'run'}"])
-    openai.main([])
-    assert runs.read_config(tmp_path / "run").data.source == "stdlib"
-    values(["", f"--from={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--export"])
-    openai.main([])
-    assert_same(openai.load(tmp_path / "out")[1], published[1])
-    assert "wrote" in capsys.readouterr().out

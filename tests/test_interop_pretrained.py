@@ -108,6 +108,22 @@ def test_parameters_or_a_tokenizer_of_another_model_are_not_written(tokenizer, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_files_that_are_not_a_models_are_not_replaced(name, tokenizer, tmp_path):
+    (tmp_path / name).write_text('{"steps": 3}')
+    with pytest.raises(UserError, match=f"holds {name}, which is not of a model in this layout"):
+        save_pretrained(tmp_path, CONFIG, random_params(), tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"steps": 3}'
+
+
+def test_an_earlier_model_is_replaced(saved, tokenizer):
+    params = random_params(seed=1)
+    save_pretrained(saved, CONFIG, params, tokenizer)
+    for path, leaf in trees.flatten(from_pretrained(saved).params).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(params)[path])
+
+
 def damage_config(folder, change):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(change(values)))

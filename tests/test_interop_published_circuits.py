@@ -9,7 +9,7 @@ import published_case as case
 import pytest
 from test_interop_torch_file import archive, entries_of
 
-from wsparse import runs
+from wsparse import locks, runs
 from wsparse.circuits import report
 from wsparse.circuits.circuit import Circuit
 from wsparse.config import TrainConfig
@@ -189,6 +189,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(run, tmp_path):
 
     assert "--answer must be given twice" in refused(answers=("first",))
     assert "--answer must be given twice" in refused(answers=("first", "first"))
+    assert "must be the name of a task" in refused(task="../elsewhere")
+    assert "must be the name of a task" in refused(task="two_tokens@mine")
     assert "is 2 tokens of the run's tokenizer" in refused(answers=("first", "third"))
     assert f"has no K/{viz_data.FILE}" in refused(tmp_path)
     shutil.copytree(case.SWEEP, tmp_path / "sweep")
@@ -202,6 +204,14 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(run, tmp_path):
     means = tmp_path / "means.pt"
     torch_file.write(means, {"0.attn.q": np.zeros(3, np.float32)})
     assert "has no mean of 0.attn.act_in" in refused(means=means)
+
+
+def test_circuits_are_not_imported_while_another_command_writes_there(run):
+    folder = run.folder / "circuits"
+    folder.mkdir(parents=True)
+    with locks.hold(folder, "pruning"), pytest.raises(UserError, match="is pruning there"):
+        published_circuits.import_circuits(run.folder, case.SWEEP, answers=TEXTS, max_nodes=2)
+    assert not list(folder.iterdir())
 
 
 BROKEN = {

@@ -199,6 +199,11 @@ def test_a_run_is_exported_with_one_command_and_the_module_needs_no_torch(tmp_pa
     got = pretrained.from_pretrained(tmp_path / "out")
     assert got.config == config
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got.params), params)
+    with pytest.raises(UserError, match="choose another folder"):
+        transformer_lens.export(tmp_path / "run", tmp_path / "run")
+    assert runs.read_config(tmp_path / "run") == train_config
+    with pytest.raises(UserError, match=r"out is a model .*, not a run: wsparse\.load"):
+        transformer_lens.export(tmp_path / "out", tmp_path / "other")
     program = (
         "import sys, wsparse.interop.transformer_lens;"
         "assert not {'torch', 'transformers', 'transformer_lens', 'jax'} & set(sys.modules)"

@@ -228,7 +228,9 @@ def test_a_figure_has_every_node_and_edge_of_the_circuit_in_columns(run):
         for s in c.get_segments()
     ]
     assert {(place[edge.source], place[edge.target]) for edge in circuit.edges} <= set(drawn)
-    assert circuit.edges and "closing" in axes.get_title()
+    assert circuit.edges and axes.get_title().startswith("closing: ")
+    named = dataclasses.replace(circuit, name="tight").plot()
+    assert named.axes[0].get_title().startswith("closing@tight: ")
     assert figure._repr_png_().startswith(b"\x89PNG")
     # A circuit of constants alone has nothing to draw, and a name for it.
     empty = dataclasses.replace(circuit, nodes=[], edges=[]).plot()
@@ -302,6 +304,11 @@ def test_a_circuits_page_is_shown_inline_and_nothing_in_it_ends_the_attribute(ru
     assert html.unescape(shown[1]) == page.text
     page.save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == page.text
+    # A page that cannot be written leaves the earlier one.
+    with pytest.raises(UnicodeEncodeError):
+        dataclasses.replace(page, text="half a pair: \ud800").save(tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == page.text
 
 
 def test_representations_are_one_short_line(run):
@@ -335,6 +342,10 @@ def test_a_pretrained_folder_becomes_a_run(tmp_path, monkeypatch):
     assert run.folder.as_posix() == "runs/model"
     np.testing.assert_array_equal(run.logits("x = 1"), wsparse.load("runs/model").logits("x = 1"))
     assert wsparse.load("model", folder="runs/model").step == 0
+    # An earlier call may have been stopped before it had copied the circuits.
+    pathlib.Path("model/circuits/a").mkdir(parents=True)
+    pathlib.Path("model/circuits/a/circuit.json").write_text("{}")
+    assert list(wsparse.load("model").circuits) == ["a"]
 
     other = jax.tree.map(lambda leaf: 2 * leaf, source.params)
     save_pretrained("elsewhere/model", case.CONFIG, other, source.tokenizer)

@@ -66,6 +66,13 @@ def test_the_console_command_runs_modules_and_refuses_names_it_does_not_know():
     assert sampled.stderr.startswith("error: /none")
 
 
+def test_the_module_of_the_console_command_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "wsparse.cli", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"wsparse {wsparse.__version__}\n"
+
+
 def test_every_folder_of_the_package_is_installed():
     folders = {path.parent for path in [*(REPO / "wsparse").rglob("*.py")]}
     packages = {".".join(folder.relative_to(REPO).parts) for folder in folders}

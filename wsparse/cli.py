@@ -22,7 +22,7 @@ COMMANDS = {
     "prepare": ("wsparse.data.prepare", "Tokenize a large text once, into a folder."),
     "graph": ("wsparse.interop.neuronpedia", "Write a circuit as an attribution graph for Neuronpedia."),
     "push": ("wsparse.interop.hub", "Publish a run on the Hugging Face Hub."),
-    "convert": ("wsparse.interop.openai", "Import published checkpoints, and export runs."),
+    "convert": ("wsparse.interop.convert", "Import published checkpoints, and export runs."),
     "doctor": ("wsparse.doctor", "Check a machine before it costs money."),
     "aot": ("wsparse.aot", "Compile a recipe for a TPU slice without having one."),
 }
@@ -53,3 +53,7 @@ def usage() -> str:
         f"usage: wsparse COMMAND [--option=value ...]\n\n{''.join(lines)}\n"
         "wsparse COMMAND --help lists the command's options."
     )
+
+
+if __name__ == "__main__":
+    main()

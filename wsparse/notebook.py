@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import hooks, model, runs, taps, trees
+from wsparse import files, hooks, model, runs, taps, trees
 from wsparse.circuits import circuit as circuit_file
 from wsparse.circuits import graph, masks, scoring
 from wsparse.circuits.audits import record
@@ -71,9 +71,11 @@ def load(
         config, params, tokenizer = pretrained.from_pretrained(found)
         if not path.exists():
             runs.create(path, TrainConfig(model=config), params, tokenizer, summary={})
-            hub.copy_circuits(found, path)
         elif trees.digest(runs.load(path).params) != trees.digest(params):
             raise UserError(f"{path} holds another model than {source}: give load another folder=")
+        # Also where an earlier call was stopped between the model and its circuits.
+        if not (path / "circuits").exists():
+            hub.copy_circuits(found, path)
     return Run(**vars(runs.load(path)))
 
 
@@ -405,7 +407,8 @@ class Page:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the page to a file."""
-        pathlib.Path(path).write_text(self.text, encoding="utf-8")
+        with files.replacing(path) as part:
+            part.write_text(self.text, encoding="utf-8")
 
 
 def _logits(run: Run, text: str | Sequence[str], params, config: ModelConfig, ablation=None) -> jax.Array:

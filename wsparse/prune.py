@@ -109,8 +109,8 @@ def _jobs(
     config = trained.config.model
     subject = procedure.Subject(trained.params, config, trained.windows("train", n=N_WINDOWS))
     pairs, refused = procedure.build_pairs(chosen, trained.tokenizer, settings, context=config.context)
-    for name, reason in refused.items():
-        log.info("%s: refused: %s", name, reason)
+    for task, reason in refused.items():
+        log.info("%s: refused: %s", task, reason)
     if not pairs:
         raise UserError("no task is left: see the reasons above")
     pruner = Pruner(
@@ -292,6 +292,7 @@ def main(argv: Sequence[str]) -> int:
     options: Any = flags.FLAGS
     if not options.task:
         raise UserError("--task is empty: give names, .jsonl or .py files, or all")
+    check_name(options.name)
     settings, shown = settings_from_flags(), evidence.Options(**given_fields(evidence.Options))
     folder = pathlib.Path(options.run)
     rows: list[dict[str, Any]] = []

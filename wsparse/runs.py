@@ -107,7 +107,16 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
         ) from error
     except OSError:
         pass  # Reading it says what is wrong.
-    return from_dict(TrainConfig, files.read_json(path))
+    values = files.read_json(path)
+    if "model_type" in values:
+        raise UserError(
+            f"{folder} is a model in the layout of the Hugging Face Hub, not a run: "
+            f"wsparse.load({str(folder)!r}) makes a run of it"
+        )
+    try:
+        return from_dict(TrainConfig, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:

@@ -16,6 +16,7 @@ from absl import flags
 
 from wsparse import files
 from wsparse.circuits import report
+from wsparse.circuits.circuit import check_name
 from wsparse.command import run_command
 from wsparse.errors import UserError
 
@@ -125,6 +126,7 @@ def run(folders: Sequence[str], out: str | None = None, name: str = "") -> None:
     """Log the table of two runs, and write it and the curves into `out` or the first run's circuits."""
     if len(folders) != 2:
         raise UserError(f"--runs must be two run folders, A,B, got {len(folders)}")
+    check_name(name)
     runs = [read(pathlib.Path(folder), name) for folder in folders]
     result = _compare(*runs)
     log.info("%s", text(result))

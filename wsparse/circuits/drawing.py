@@ -62,7 +62,7 @@ def draw(circuit: Circuit) -> Drawing:
     figure = Drawing(figsize=(2.0 + 1.25 * len(columns), min(2.0 + 0.2 * most, 14.0)), layout="constrained")
     axes = figure.add_subplot()
     loss = f"{len(names)} nodes, {len(circuit.edges)} edges, loss {circuit.loss:.3f}"
-    axes.set_title(f"{circuit.task}: {loss}")
+    axes.set_title(f"{circuit.full_name}: {loss}")
     if links:
         segments = [[places[end] for end in link] for link in links]
         axes.add_collection(LineCollection(segments, colors=_RESIDUAL, linewidths=0.6, linestyles="dotted"))

@@ -92,7 +92,7 @@ class Notes:
     """What is written about one circuit.
 
     Attributes:
-      task: Name of the circuit's task.
+      task: Name of the circuit in its run, "TASK" or "TASK@NAME".
       circuit: `Circuit.digest` of the circuit.
       caption: Text about all of it.
       labels: Names of nodes, by node.

@@ -142,7 +142,7 @@ def _overview(about: _Measured) -> Step:
     circuit, scores = about.circuit, about.circuit.scores
     return Step(
         pair=0,
-        caption=f"{circuit.task}: {about.evidence.summary.rstrip('.')}. "
+        caption=f"{circuit.full_name}: {about.evidence.summary.rstrip('.')}. "
         f"The circuit has {len(circuit.nodes)} nodes and {len(circuit.edges)} edges. Alone, with everything "
         f"else at its mean, its loss is {circuit.loss:.3f} nats on the report split; that of the whole model "
         f"is {scores.model.loss:.3f}, and chance is 0.693. This tour is made from measurements in the "
@@ -257,7 +257,7 @@ def _writers(about: _Measured, read: str) -> list[str]:
 def _write(about: _Measured, writers: Sequence[str], read: str) -> Step:
     name, many = writers[0], len(writers)
     which = (
-        f"Of the {many} nodes of the circuit that write it before, this one changes most"
+        f"Of the {many} nodes of the circuit that write it before, this one changes most:"
         if many > 1
         else "No other node of the circuit writes it before; it changes"
     )
@@ -265,7 +265,7 @@ def _write(about: _Measured, writers: Sequence[str], read: str) -> Step:
         node=name,
         pair=0,
         caption=f"{read} reads residual channel {Node.parse(read).channel}, which {name} "
-        f"({about.words(name)}) writes. {which}: by {_plain(about.change(name))}. {about.removed(name)}",
+        f"({about.words(name)}) writes. {which} by {_plain(about.change(name))}. {about.removed(name)}",
     )
 
 

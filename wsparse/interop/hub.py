@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _CARD, _PAGE, _CIRCUITS = "README.md", "report.html", "circuits"
 _OF_A_TASK = (
     "circuit.json", "circuit.npz", "circuit.txt", "status.json", "evidence.json", "evidence.npz",
-    "audit.json", "audit.html", "notes.json", "attack.json", "attack.png",
+    "audit.json", "audit.html", "notes.json", "attack.json", "attack.png", "comparison.json",
 )  # fmt: skip
 _OF_ALL_TASKS = ("table.txt", "results.json", "curves.png", "model.npz")
 # What a run reads of them; pages are for people, who open them on the Hub.
@@ -145,7 +145,7 @@ def _verdicts(folder: pathlib.Path, circuit: Circuit | None) -> str:
     """Returns how many tests of a circuit's audit came out how; empty where it has none."""
     if circuit is None:
         return ""
-    audit = Audit.load(folder / _CIRCUITS / circuit.task, circuit=circuit.digest)
+    audit = Audit.load(folder / _CIRCUITS / circuit.full_name, circuit=circuit.digest)
     counts = collections.Counter(test.verdict for test in audit.tests) if audit else {}
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 

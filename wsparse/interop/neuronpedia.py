@@ -22,11 +22,11 @@ from absl import flags
 import wsparse
 from wsparse import files, runs
 from wsparse.circuits import evidence, report
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import Circuit, split
 from wsparse.circuits.notes import Notes, beside, fitted
 from wsparse.circuits.unrolled import Unrolled, Vertex, row, unroll
 from wsparse.command import run_command
-from wsparse.errors import UserError
+from wsparse.errors import UserError, quoted
 from wsparse.nodes import NODES, Node
 from wsparse.ops import cpu
 
@@ -64,13 +64,15 @@ def graph(
       answers: Tokens whose logits are in the graph; the five most likely ones where there are none.
       notes: Names of nodes, and groups of them, which become supernodes.
       model_name: Name of the model on Neuronpedia; that of the run's folder by default.
-      slug: Name of the graph; model and task by default.
+      slug: Name of the graph; model and circuit by default.
 
     Raises:
-      UserError: The prompt does not fit the context, the circuit is another run's, or it has not a node that
-        notes on it name.
+      UserError: The prompt does not fit the context, the circuit is another run's, the notes are on another
+        task, or it has not a node that notes on it name.
     """
     notes = notes or Notes(task=circuit.full_name, circuit=circuit.digest)
+    if split(notes.task)[0] != circuit.task:
+        raise UserError(f"the notes are on the task {quoted(notes.task)}, the circuit is of {circuit.task!r}")
     notes, remarks = fitted(notes, circuit, [node.name for node in circuit.nodes])
     for remark in remarks:
         log.info("note: %s", remark)
@@ -80,7 +82,7 @@ def graph(
     texts = [run.tokenizer.decode([token]) for token in unrolled.tokens]
     names = {(row(node), node.channel): str(node) for node in (Node.parse(n.name) for n in circuit.nodes)}
     metadata = {
-        "slug": slug or _slug(f"{model_name}-{circuit.task}"),
+        "slug": slug or _slug(f"{model_name}-{circuit.full_name}"),
         "scan": model_name,
         "prompt_tokens": texts,
         "prompt": run.tokenizer.decode(list(unrolled.tokens)),
@@ -90,7 +92,7 @@ def graph(
             "description": _description(circuit, unrolled),
             "generator": {"name": "wsparse", "version": wsparse.__version__},
         },
-        "generation_settings": {"task": circuit.task, "circuit": circuit.digest},
+        "generation_settings": {"task": circuit.full_name, "circuit": circuit.digest},
     }
     links = [
         {"source": _id(source), "target": _id(target), "weight": number}
@@ -109,8 +111,8 @@ def _description(circuit: Circuit, unrolled: Unrolled) -> str:
         f"{circuit.config.n_layer} layers of the model" if circuit.config.n_layer > 1 else "the model's layer"
     )
     return (
-        f"The circuit of {circuit.task} ({circuit.counts.nodes} nodes, {circuit.counts.edges} edges) in a "
-        f"weight-sparse transformer, on a prompt of {len(unrolled.tokens)} tokens. Rows from the first are, "
+        f"The circuit of {circuit.full_name} ({circuit.counts.nodes} nodes, {circuit.counts.edges} edges) in "
+        f"a weight-sparse transformer, on a prompt of {len(unrolled.tokens)} tokens. Rows from the first are, "
         f"for {layers}: {rows}. Links into a node add up to its value before its nonlinearity; error nodes "
         "are biases and the constants that stand for what is not in the circuit."
     )
@@ -233,7 +235,7 @@ def export(
 
     Args:
       folder: The run's folder.
-      task: Name of the task, or the file of a task of the user's own.
+      task: Name of the circuit, "TASK" or "TASK@NAME", or with the file of a task of the user's own.
       out: The JSON file.
       prompt: Text to run the circuit on; by default a prompt of the task, on which the logits are those of
         its two answers.
@@ -244,6 +246,7 @@ def export(
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: --out must be a file in a folder that exists")
     place = folder / "circuits" / report.name_in_run(task)
+    runs.read_config(folder)  # It says what is not a run.
     circuit = Circuit.load(place)
     run = runs.load(folder)
     if prompt:
@@ -287,7 +290,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _define_flags() -> None:
     flags.DEFINE_string("run", None, "The run's folder.")
-    flags.DEFINE_string("task", None, "Task of the circuit: its name, or its .jsonl or .py file.")
+    flags.DEFINE_string("task", None, "The circuit: TASK or TASK@NAME, a .jsonl or .py file for TASK.")
     flags.DEFINE_string("out", None, "The JSON file to write.")
     flags.DEFINE_string("prompt", None, "Text to run the circuit on, instead of a prompt of the task.")
     flags.DEFINE_integer("number", 0, "Which prompt of the task's report split, where --prompt is not given.")
@@ -299,7 +302,7 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "model", None, "Name of the model on Neuronpedia; that of the run's folder by default."
     )
-    flags.DEFINE_string("slug", None, "Name of the graph; model and task by default.")
+    flags.DEFINE_string("slug", None, "Name of the graph; model and circuit by default.")
     flags.mark_flags_as_required(["run", "task", "out"])
 
 

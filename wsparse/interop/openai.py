@@ -6,24 +6,23 @@ A published checkpoint is a folder with `beeg_config.json` and `final_model.pt`.
 
 A run folder that `prune`, `sample` and the other commands accept like one that was trained here, and back:
 
-    python -m wsparse.interop.openai --from=FOLDER --out=RUN [--tokenizer=FOLDER] [--source=stdlib]
-    python -m wsparse.interop.openai --from=RUN --out=FOLDER --export
+    python -m wsparse.interop.convert --from=FOLDER --out=RUN [--tokenizer=FOLDER] [--source=stdlib]
+    python -m wsparse.interop.convert --from=RUN --out=FOLDER --export
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
+import runpy
 from typing import Any
 
-from absl import flags
 import jax
 import numpy as np
 
 from wsparse import files, model, runs, trees
-from wsparse.command import run_command
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
 from wsparse.data import sources
 from wsparse.errors import UserError, closest, quoted
@@ -293,32 +292,6 @@ def export_run(folder: pathlib.Path, out: pathlib.Path) -> None:
     bpe_files.save(out, run.tokenizer)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command; see the module's docstring."""
-    del argv
-    options: Any = flags.FLAGS
-    # `from` is a keyword, so the flag cannot be read as an attribute.
-    folder, out = pathlib.Path(options["from"].value), pathlib.Path(options.out)
-    if options.export:
-        export_run(folder, out)
-        print(f"wrote {out}: read it with --from={out}, or with the published code")
-        return
-    tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else None
-    import_run(folder, out, tokenizer_folder=tokenizer, source=options.source)
-    print(f"wrote {out}: python -m wsparse.sample --run={out} --prompt='def add(a, b):'")
-
-
-def _define_flags() -> None:
-    flags.DEFINE_string("from", None, "A published checkpoint's folder; a run with --export.")
-    flags.DEFINE_string("out", None, "The folder to write: a run; a checkpoint with --export.")
-    flags.DEFINE_bool("export", False, "Write the run --from as a published checkpoint to --out.")
-    flags.DEFINE_string(
-        "tokenizer", None, "The folder of encoder.json and vocab.bpe, where it is not --from."
-    )
-    flags.DEFINE_string("source", "stdlib", "Source of text for prune, as config.data.source in training.")
-    flags.mark_flags_as_required(["from", "out"])
-
-
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    # The command's first name.
+    runpy.run_module("wsparse.interop.convert", run_name="__main__", alter_sys=True)

@@ -50,7 +50,7 @@ def save_pretrained(
     """Writes a model with its tokenizer and a model card.
 
     Args:
-      folder: Made if missing; files of the same names are replaced.
+      folder: Made if missing; the files of an earlier model are replaced.
       config: Model config.
       params: Parameters, written bit for bit in their own dtype.
       tokenizer: Tokenizer of the model.
@@ -60,9 +60,11 @@ def save_pretrained(
       about: Sections of the card between its table and how the model is loaded, in Markdown.
 
     Raises:
-      UserError: The parameters or the tokenizer do not fit the config, or the folder cannot be made.
+      UserError: The parameters or the tokenizer do not fit the config, the folder cannot be made, or it holds
+        files of the same names that are not such a model's, as a run's folder does.
     """
     folder = pathlib.Path(folder)
+    _refuse_foreign(folder)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
     _check_fit(config, leaves, tokenizer, "the given model")
     files.make_folder(folder)
@@ -110,6 +112,18 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
         raise UserError(f"{path} cannot be read: {error}") from error
     _check_fit(config, leaves, tokenizer, str(path))
     return Pretrained(config, trees.unflatten(jax.tree.map(jnp.array, leaves)), tokenizer)
+
+
+def _refuse_foreign(folder: pathlib.Path) -> None:
+    """Refuse a folder with files that would be replaced, and that are not of a model written here."""
+    present = [name for name in MODEL_FILES if (folder / name).exists()]
+    if not present:
+        return
+    config = files.read_json(folder / _CONFIG) if _CONFIG in present else {}
+    if config.get("model_type") != MODEL_TYPE:
+        raise UserError(
+            f"{folder} holds {present[0]}, which is not of a model in this layout: choose another folder"
+        )
 
 
 def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, what: str) -> None:

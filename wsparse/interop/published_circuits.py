@@ -3,7 +3,7 @@
     python -m wsparse.interop.published_circuits --run=RUN --from=VIZ/MODEL/TASK/SWEEP \
         --answer='")' --answer="')"
 
-RUN is the imported checkpoint of the circuits' model (`wsparse.interop.openai`), --from the folder of one
+RUN is the imported checkpoint of the circuits' model (`wsparse.interop.convert`), --from the folder of one
 sweep, with a folder K/viz_data.pt for each size, or one of these. Each becomes a folder
 `circuits/TASK@published-K/` of the run, with `comparison.json`: stored numbers beside those that this library
 gets for the same prompts. The table of all is printed, and written as `circuits/TASK@published.md`.
@@ -26,9 +26,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import files, model, runs, taps, trees
+from wsparse import files, locks, model, runs, taps, trees
 from wsparse.circuits import graph, masks, scoring
-from wsparse.circuits.circuit import Baseline, Calibration, Circuit, CircuitNode, Score, Scores, Status
+from wsparse.circuits.circuit import (
+    Baseline,
+    Calibration,
+    Circuit,
+    CircuitNode,
+    Score,
+    Scores,
+    Status,
+    check_name,
+    joined,
+    split,
+)
 from wsparse.circuits.pairs import PairArrays, row_losses
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
@@ -379,12 +390,18 @@ def import_circuits(
       The lines of the table.
 
     Raises:
-      UserError: A file is damaged or of another model, there is none, or an answer is not one token.
+      UserError: A file is damaged or of another model, there is none, an answer is not one token, a name
+        cannot be that of a folder of a circuit, or another command writes to the run's circuits.
     """
     paths = _circuit_files(source)
     run = runs.load(run_folder)
     sweep = source.parent if (source / viz_data.FILE).exists() else source
     task = task or sweep.resolve().parent.name
+    if pathlib.Path(task).name != task or split(task)[1]:
+        raise UserError(f"--task={quoted(task)} must be the name of a task, and of a folder")
+    names = {path.parent.name: f"published-{path.parent.name}" for path in paths}
+    for name in names.values():
+        check_name(name)
     tokens = [_token(run, answer) for answer in answers]
     if len(tokens) != 2 or tokens[0] == tokens[1]:
         got = quoted(" ".join(answers))
@@ -396,15 +413,16 @@ def import_circuits(
         tree = own_means(run)
     else:
         tree = stacked(viz_data.read_means(means, run.config.model), run.config.model)
-    rows = []
-    for name, circuit in published.items():
-        replay = make_replay(run.params, run.config.model, circuit, tokens, tree)
-        own = compare(name, circuit, replay, max_nodes=max_nodes)
-        folder = run.folder / "circuits" / f"{task}@published-{name}"
-        _store(folder, as_circuit(task, answers, circuit, replay), own)
-        rows += own
-    with files.replacing(run.folder / "circuits" / f"{task}@published.md") as part:
-        part.write_text(table(rows), encoding="utf-8")
+    rows, folder = [], run.folder / "circuits"
+    files.make_folder(folder)
+    with locks.hold(folder, "importing circuits"):
+        for name, circuit in published.items():
+            replay = make_replay(run.params, run.config.model, circuit, tokens, tree)
+            own = compare(name, circuit, replay, max_nodes=max_nodes)
+            _store(folder / joined(task, names[name]), as_circuit(task, answers, circuit, replay), own)
+            rows += own
+        with files.replacing(folder / f"{task}@published.md") as part:
+            part.write_text(table(rows), encoding="utf-8")
     return rows
 
 

@@ -7,22 +7,20 @@ dense model has `sparse_model.bin` instead, and the bridges beside it are not re
 
 A run folder that `prune`, `sample` and the other commands accept like one that was trained here:
 
-    python -m wsparse.interop.sparse_pretrain --from=FOLDER --out=RUN [--tokenizer=FILE] [--source=...]
+    python -m wsparse.interop.convert --from=FOLDER --out=RUN [--tokenizer=FILE] [--source=...]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import logging
 import os
 import pathlib
 import re
+import runpy
 from typing import Any
 
-from absl import flags
-
 from wsparse import model
-from wsparse.command import run_command
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
 from wsparse.data import sources
 from wsparse.data import tokenizer as tokenizer_lib
@@ -221,7 +219,7 @@ def import_run(
     Args:
       folder: The checkpoint.
       out: The run folder, which must not exist or be empty.
-      tokenizer_file: A `tokenizer.json`; None is the one in `folder`.
+      tokenizer_file: A `tokenizer.json`, or a folder that has one; None is `folder`.
       source: Source of the run's text, as `config.data.source` in training. It is read when it is first
         needed.
 
@@ -234,7 +232,8 @@ def import_run(
     imported.check_out(out)
     sources.parse_mix(source)
     config, params = load(folder)
-    path = tokenizer_file or folder / _TOKENIZER_FILE
+    path = tokenizer_file or folder
+    path = path / _TOKENIZER_FILE if path.is_dir() else path
     if not path.is_file():
         raise UserError(
             f"no tokenizer at {path}: give the tokenizer.json of the tokenizer that config.json names with "
@@ -244,25 +243,6 @@ def import_run(
     return imported.write(out, config, params, tokenizer_lib.load(path), data, folder)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command; see the module's docstring."""
-    del argv
-    options: Any = flags.FLAGS
-    # `from` is a keyword, so the flag cannot be read as an attribute.
-    folder, out = pathlib.Path(options["from"].value), pathlib.Path(options.out)
-    tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else None
-    import_run(folder, out, tokenizer_file=tokenizer, source=options.source)
-    print(f"wrote {out}: python -m wsparse.sample --run={out} --prompt='Mia went to the park'")
-
-
-def _define_flags() -> None:
-    flags.DEFINE_string("from", None, "A checkpoint's folder.")
-    flags.DEFINE_string("out", None, "The run folder to write.")
-    flags.DEFINE_string("tokenizer", None, "The model's tokenizer.json, where it is not in --from.")
-    flags.DEFINE_string("source", SOURCE, "Source of text for prune, as config.data.source in training.")
-    flags.mark_flags_as_required(["from", "out"])
-
-
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    # The command's first name.
+    runpy.run_module("wsparse.interop.convert", run_name="__main__", alter_sys=True)

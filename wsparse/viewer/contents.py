@@ -90,7 +90,8 @@ def read(folder: pathlib.Path, options: Options) -> Reading:
         if not shown:
             raise UserError(missing)
         log.info("note: %s", missing)
-    log.info("%s: %d circuits of %d tasks", folder, len(shown), len(rows))
+    tasks = {split(row["task"])[0] for row in rows}
+    log.info("%s: %d circuits of %d tasks", folder, len(shown), len(tasks))
     summary = report.training_summary(folder)
     return Reading(folder.resolve().name, rows, shown, summary, folder / "circuits")
 

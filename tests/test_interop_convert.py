@@ -1,0 +1,83 @@
+"""The command that converts tells formats apart by their files, and keeps its first names."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+from test_interop_openai import CONFIG, TEXT
+from test_interop_openai import VOCAB as OPENAI_VOCAB
+from test_interop_sparse_pretrain import GOLDEN
+
+from wsparse import runs, trees
+from wsparse.data import tokenizer as tokenizer_lib
+from wsparse.errors import UserError
+from wsparse.interop import bpe_files, openai, sparse_pretrain
+from wsparse.interop.convert import import_run
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint of the published code, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("published")
+    openai.save(folder, CONFIG, helpers.random_params(CONFIG))
+    bpe_files.save(folder, tokenizer_lib.train(TEXT, OPENAI_VOCAB))
+    return folder
+
+
+@pytest.fixture
+def replicated(tmp_path, tokenizer_file):
+    """A checkpoint of the replication, with its tokenizer."""
+    folder = shutil.copytree(GOLDEN / "sinks_bigram", tmp_path / "replicated")
+    shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    return folder
+
+
+def test_either_format_becomes_a_run_with_the_text_of_its_kind(published, replicated, tmp_path):
+    for folder, module, domain, source in (
+        (published, openai, "python", "stdlib"),
+        (replicated, sparse_pretrain, "stories", sparse_pretrain.SOURCE),
+    ):
+        out = tmp_path / f"run of {domain}"
+        config = import_run(folder, out)
+        assert (config.data.domain, config.data.source) == (domain, source)
+        want = trees.flatten(module.load(folder)[1])
+        got = trees.flatten(runs.load(out).params)
+        assert got.keys() == want.keys() and all(np.array_equal(got[path], want[path]) for path in want)
+
+
+def test_a_tokenizer_may_be_given_as_its_file_or_its_folder(replicated, tmp_path):
+    for number, tokenizer in enumerate((replicated, replicated / "tokenizer.json")):
+        config = import_run(
+            GOLDEN / "sinks_bigram", tmp_path / str(number), tokenizer=tokenizer, source="stories"
+        )
+        assert config.data.source == "stories"
+
+
+def test_what_is_neither_format_is_refused_and_nothing_is_written(replicated, tmp_path):
+    (replicated / "pytorch_model.bin").unlink()
+    out = tmp_path / "out"
+    for folder in (replicated, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"it has neither beeg_config\.json nor pytorch_model\.bin nor"):
+            import_run(folder, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("module", ["convert", "openai"])
+def test_the_command_imports_and_exports_under_either_name(module, published, tmp_path):
+    def command(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"wsparse.interop.{module}", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run, back = tmp_path / "run", tmp_path / "back"
+    assert command(f"--from={published}", f"--out={run}").startswith(f"wrote {run}: python -m wsparse.sample")
+    assert runs.read_config(run).data.source == "stdlib"
+    assert "wrote" in command(f"--from={run}", f"--out={back}", "--export")
+    for name in (openai.CONFIG_FILE, openai.WEIGHTS_FILE):
+        assert (back / name).read_bytes() == (published / pathlib.Path(name)).read_bytes()
