@@ -198,6 +198,15 @@ def test_an_audit_that_is_stopped_leaves_what_was_there(folder, path, fakes, sto
     assert changed == {"audit.json", "audit.html"}
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_tested(
+    folder, path, fakes, monkeypatch
+):
+    fakes(sufficiency=KeyboardInterrupt())
+    monkeypatch.setattr(audit.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"cannot write the audit: .* is not a writable directory"):
+        audit.audit_run(folder, [path], OPTIONS, ["sufficiency"])
+
+
 def test_a_report_that_cannot_be_written_leaves_the_earlier_audit(folder, path, fakes, monkeypatch):
     fakes(sufficiency="passed")
     audit.audit_run(folder, [path], OPTIONS, ["sufficiency"])

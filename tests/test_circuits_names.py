@@ -277,6 +277,10 @@ def test_another_name_leaves_the_circuit_where_it_is(tmp_path, logged):
 def test_a_circuits_name_is_no_task_to_look_for(tmp_path):
     with pytest.raises(UserError, match="--task=if_equals --name=tight"):
         prune.chosen_tasks(tmp_path, ["if_equals@tight"])
+    line = {"prompt_a": "a", "prompt_b": "b", "answer_a": "x", "answer_b": "y"}
+    (tmp_path / "mine@b.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match="the task 'mine@b' has the name of a circuit, TASK@NAME: rename it"):
+        prune.chosen_tasks(tmp_path, [str(tmp_path / "mine@b.jsonl")])
     with pytest.raises(UserError, match="letters, digits"):
         prune.run(tmp_path, [], Settings(), name="a/b")
     options: Any = types.SimpleNamespace(task=["some/mine.jsonl", "if_equals"], name="tight")

@@ -156,6 +156,16 @@ def test_notes_of_another_circuit_keep_what_is_here_and_say_so(circuit):
     assert found.tour == (Step(caption="stays"),)
 
 
+def test_notes_are_of_the_same_task_by_whatever_name_of_its_circuits(circuit):
+    names = [node.name for node in circuit.nodes]
+    named = dataclasses.replace(notes_on(circuit), task=f"{circuit.task}@tight")
+    assert fitted(named, circuit, names) == (named, [])
+    with pytest.raises(
+        UserError, match=f"notes are on the task 'another', the circuit is of '{circuit.task}'"
+    ):
+        fitted(dataclasses.replace(named, task="another"), circuit, names)
+
+
 def test_notes_on_nodes_that_the_page_has_not_are_left_out_and_counted(circuit):
     first = circuit.nodes[0].name
     found, [remark] = fitted(notes_on(circuit, tour=()), circuit, [first])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_interop_openai import CONFIG, TEXT
 from test_interop_openai import VOCAB as OPENAI_VOCAB
-from test_interop_sparse_pretrain import GOLDEN
+from test_interop_sparse_pretrain import GOLDEN, word_pieces
 
 from wsparse import runs, trees
 from wsparse.data import tokenizer as tokenizer_lib
@@ -29,10 +29,10 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture
-def replicated(tmp_path, tokenizer_file):
+def replicated(tmp_path):
     """A checkpoint of the replication, with its tokenizer."""
     folder = shutil.copytree(GOLDEN / "sinks_bigram", tmp_path / "replicated")
-    shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    word_pieces(80).save(str(folder / "tokenizer.json"))
     return folder
 
 

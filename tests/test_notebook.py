@@ -281,6 +281,10 @@ def test_circuits_are_found_by_task(run):
     assert list(run.circuits) == [case.TASK]
     assert run.circuits[case.TASK].run is run
     assert isinstance(run.circuits[case.TASK], StoredCircuit)
+    with pytest.raises(UserError, match=r"run\.prune\('closing', name='tight'\) looks for one"):
+        run.circuits["closing@tight"]
+    with pytest.raises(UserError, match=r"run\.prune\('closing', name='tight'\) finds it"):
+        run.prune("closing@tight")
     with pytest.raises(UserError, match=r"no circuit of 'closin' \(did you mean 'closing'\?\)"):
         run.circuits["closin"]
 

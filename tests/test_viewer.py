@@ -322,6 +322,15 @@ def test_the_command_writes_one_page(folder, data, tmp_path, monkeypatch, caplog
     assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_circuits_of_one_task_count_it_once(copied, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "wsparse")
+    circuits = copied / "circuits"
+    shutil.copytree(circuits / case.TASK, circuits / f"{case.TASK}@b")
+    monkeypatch.setattr(flags, "FLAGS", options(copied, tmp_path / "report.html"))
+    view.main([])
+    assert "2 circuits of 2 tasks" in caplog.text
+
+
 def test_the_command_imports_no_jax_and_reads_neither_weights_nor_text(copied, data):
     for name in ("config.json", f"{case.TASK}.jsonl"):
         (copied / name).unlink()

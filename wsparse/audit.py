@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import logging
+import os
 import pathlib
 import shlex
 import time
@@ -103,6 +104,10 @@ def audit_run(
     run = run or runs.load(folder)
     for circuit in circuits:
         circuit.check(run.params)
+        place = folder / "circuits" / circuit.full_name
+        # The tests take minutes.
+        if not os.access(place, os.W_OK):
+            raise UserError(f"cannot write the audit: {place} is not a writable directory")
     made = [contexts.make(run, circuit, known[circuit.task], options) for circuit in circuits]
     sources = {report.name_in_run(name): name for name in tasks}
     audits = []

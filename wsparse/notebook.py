@@ -144,6 +144,9 @@ class Run(runs.Run):
         from wsparse.circuits.settings import Settings
         from wsparse.circuits.tasks import find
 
+        of_task, named = circuit_file.split(task)
+        if named:
+            raise UserError(f"{task!r} names a circuit: run.prune({of_task!r}, name={named!r}) finds it")
         chosen = find(task)
         with log_to_stdout():
             options: dict[str, Any] = {"shown": evidence.Options(), "name": name}
@@ -172,9 +175,10 @@ class Circuits(Mapping[str, "Circuit"]):
 
     def __getitem__(self, task: str) -> Circuit:
         if task not in self:
-            near = closest(task, self)
+            of_task, name = circuit_file.split(task)
+            call = f"run.prune({of_task!r}, name={name!r})" if name else f"run.prune({task!r})"
             raise UserError(
-                f"{self._folder} has no circuit of {task!r}{near}: run.prune({task!r}) looks for one"
+                f"{self._folder} has no circuit of {task!r}{closest(task, self)}: {call} looks for one"
             )
         found = circuit_file.Circuit.load(self._folder / task)
         found.check(self._run.params)
@@ -228,7 +232,7 @@ class Circuit(circuit_file.Circuit):
         for name in names:
             if name not in known:
                 raise UserError(
-                    f"no node {quoted(name)} in the circuit of {self.task!r}{closest(name, known)}"
+                    f"no node {quoted(name)} in the circuit of {self.full_name!r}{closest(name, known)}"
                 )
         return Ablated(self, tuple(names), self._file(task))
 

@@ -45,7 +45,7 @@ from wsparse.circuits.subject import N_WINDOWS
 from wsparse.circuits.workers import WorkPending, open_storage
 from wsparse.command import define_fields, given_fields, run_command
 from wsparse.config import differences, from_dict, to_dict
-from wsparse.errors import UserError
+from wsparse.errors import UserError, quoted
 from wsparse.ops import cpu
 
 log = logging.getLogger(__name__)
@@ -324,7 +324,7 @@ def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]
     """Returns the tasks of names and files, or "all" of a run.
 
     Raises:
-      UserError: A task or the run does not exist, or a circuit is named.
+      UserError: A task or the run does not exist, a circuit is named, or a task has the name of one.
     """
     for full_name in names:
         task, name = split(full_name)
@@ -333,7 +333,11 @@ def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]
                 f"--task={full_name} names a circuit, and circuits are found for tasks: "
                 f"--task={task} --name={name}"
             )
-    return [tasks.find(name) for name in _named(folder, names)]
+    chosen = [tasks.find(name) for name in _named(folder, names)]
+    for task in chosen:
+        if split(task.name)[1]:
+            raise UserError(f"the task {quoted(task.name)} has the name of a circuit, TASK@NAME: rename it")
+    return chosen
 
 
 def _all_confirmed(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bool:

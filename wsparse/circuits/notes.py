@@ -14,7 +14,7 @@ import pathlib
 from typing import Any, Literal
 
 from wsparse import files
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import Circuit, split
 from wsparse.config import from_dict, require, to_dict
 from wsparse.errors import UserError, closest, quoted
 from wsparse.nodes import Node
@@ -162,8 +162,11 @@ def fitted(notes: Notes, circuit: Circuit, shown: Iterable[str]) -> tuple[Notes,
       shown: The nodes of it that are shown.
 
     Raises:
-      UserError: Notes of just this circuit name a node or an edge that it has not.
+      UserError: The notes are on another task, or they are of just this circuit and name a node or an edge
+        that it has not.
     """
+    if split(notes.task)[0] != circuit.task:
+        raise UserError(f"the notes are on the task {quoted(notes.task)}, the circuit is of {circuit.task!r}")
     nodes, edges = {node.name for node in circuit.nodes}, {f"{e.source}>{e.target}" for e in circuit.edges}
     same, remarks = notes.circuit == circuit.digest, []
     unknown = [place for place in _places(notes) if place not in nodes and place not in edges]

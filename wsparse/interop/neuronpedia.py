@@ -22,11 +22,11 @@ from absl import flags
 import wsparse
 from wsparse import files, runs
 from wsparse.circuits import evidence, report
-from wsparse.circuits.circuit import Circuit, split
+from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.notes import Notes, beside, fitted
 from wsparse.circuits.unrolled import Unrolled, Vertex, row, unroll
 from wsparse.command import run_command
-from wsparse.errors import UserError, quoted
+from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.ops import cpu
 
@@ -71,8 +71,6 @@ def graph(
         task, or it has not a node that notes on it name.
     """
     notes = notes or Notes(task=circuit.full_name, circuit=circuit.digest)
-    if split(notes.task)[0] != circuit.task:
-        raise UserError(f"the notes are on the task {quoted(notes.task)}, the circuit is of {circuit.task!r}")
     notes, remarks = fitted(notes, circuit, [node.name for node in circuit.nodes])
     for remark in remarks:
         log.info("note: %s", remark)
@@ -112,9 +110,9 @@ def _description(circuit: Circuit, unrolled: Unrolled) -> str:
     )
     return (
         f"The circuit of {circuit.full_name} ({circuit.counts.nodes} nodes, {circuit.counts.edges} edges) in "
-        f"a weight-sparse transformer, on a prompt of {len(unrolled.tokens)} tokens. Rows from the first are, "
-        f"for {layers}: {rows}. Links into a node add up to its value before its nonlinearity; error nodes "
-        "are biases and the constants that stand for what is not in the circuit."
+        f"a weight-sparse transformer, on a prompt of {len(unrolled.tokens)} tokens. Rows from the first "
+        f"are, for {layers}: {rows}. Links into a node add up to its value before its nonlinearity; error "
+        "nodes are biases and the constants that stand for what is not in the circuit."
     )
 
 
