@@ -25,8 +25,9 @@ import numpy as np
 from wsparse import files, model, runs, trees
 from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
 from wsparse.data import sources
-from wsparse.errors import UserError, closest, quoted
+from wsparse.errors import UserError
 from wsparse.interop import bpe_files, imported, state_dict, torch_file
+from wsparse.interop.fields import Fields
 
 CONFIG_FILE = "beeg_config.json"
 WEIGHTS_FILE = "final_model.pt"
@@ -69,19 +70,8 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
       UserError: A field is missing, is unknown, has the wrong type, or has a value for which the model has no
         variant.
     """
-    remaining, known = dict(fields), set(_IGNORED_FIELDS | _FIELDS_OFF)
-
-    def take(name, *default):
-        known.add(name)
-        if name not in remaining and not default:
-            raise UserError(f"the published config lacks the field {name!r}")
-        return remaining.pop(name, *default)
-
-    def take_flag(name, default):
-        value = take(name, default)
-        require(isinstance(value, bool), f"{name} must be true or false", value)
-        return value
-
+    own = Fields(fields, ignored=_IGNORED_FIELDS)
+    take, take_flag = own.take, own.take_flag
     d_model, n_head, d_head = take("d_model"), take("n_head"), take("d_head", None)
     if d_head is None:
         for name, value in (("d_model", d_model), ("n_head", n_head)):
@@ -115,15 +105,11 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         "abs_top_k_fraction": take("afrac", None),
         "abs_top_k_sites": [site.strip() for site in sites.split(",") if site.strip()],
     }
-    for name in sorted(_FIELDS_OFF & set(remaining)):
-        value = remaining[name]
+    for name in sorted(_FIELDS_OFF):
+        value = take(name, None)
         off = value is None or (isinstance(value, bool | int | float) and not value)
         require(off, f"{name} must be off: there is no variant of the model for it", value)
-    if unknown := sorted(set(remaining) - _IGNORED_FIELDS - _FIELDS_OFF):
-        raise UserError(
-            f"the published config has an unknown field {quoted(unknown[0])}{closest(unknown[0], known)}: "
-            "it may change what the model computes"
-        )
+    own.finish()
     return from_dict(ModelConfig, values, where="model.")
 
 

@@ -26,6 +26,7 @@ from wsparse.data import sources
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError, closest, quoted
 from wsparse.interop import imported, state_dict
+from wsparse.interop.fields import Fields
 
 log = logging.getLogger(__name__)
 
@@ -55,36 +56,11 @@ _IGNORED_FIELDS = {
 }  # fmt: skip
 
 
-class _Fields:
-    """The fields of one section of a `config.json`, each to be taken once."""
-
-    def __init__(self, section: str, config: Mapping[str, Any]):
-        self.section = section
-        values = config.get(section)
-        if not isinstance(values, dict):
-            raise UserError(f"the published config must have the section {section}")
-        self._remaining = dict(values)
-        self._known = set(_IGNORED_FIELDS[section])
-
-    def take(self, name: str, *default: Any) -> Any:
-        self._known.add(name)
-        if name not in self._remaining and not default:
-            raise UserError(f"the published config lacks the field {self.section}.{name}")
-        return self._remaining.pop(name, *default)
-
-    def take_flag(self, name: str, default: bool) -> bool:
-        value = self.take(name, default)
-        require(isinstance(value, bool), f"{self.section}.{name} must be true or false", value)
-        return value
-
-    def finish(self) -> None:
-        """Raises a UserError if a field is left that may change what the model computes."""
-        if unknown := sorted(set(self._remaining) - _IGNORED_FIELDS[self.section]):
-            near = closest(unknown[0], self._known)
-            raise UserError(
-                f"the published config has an unknown field {quoted(unknown[0])}{near} in {self.section}: "
-                "it may change what the model computes"
-            )
+def _section(config: Mapping[str, Any], name: str) -> Fields:
+    """Returns the fields of a section of a `config.json`."""
+    if not isinstance(config.get(name), dict):
+        raise UserError(f"the published config must have the section {name}")
+    return Fields(config[name], ignored=_IGNORED_FIELDS[name], section=name)
 
 
 def model_config(fields: Mapping[str, Any]) -> ModelConfig:
@@ -99,7 +75,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     if unknown := sorted(set(fields) - _SECTIONS):
         near = closest(unknown[0], _SECTIONS)
         raise UserError(f"the published config has an unknown section {quoted(unknown[0])}{near}")
-    of_model, of_sparsity = _Fields("model_config", fields), _Fields("sparsity_config", fields)
+    of_model, of_sparsity = (_section(fields, name) for name in ("model_config", "sparsity_config"))
     d_model, d_head = of_model.take("d_model"), of_model.take("d_head")
     for name, value in (("d_model", d_model), ("d_head", d_head)):
         require(type(value) is int and value > 0, f"model_config.{name} must be a positive integer", value)
@@ -132,7 +108,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     return from_dict(ModelConfig, values, where="model.")
 
 
-def _abs_top_k(of_sparsity: _Fields) -> dict[str, Any]:
+def _abs_top_k(of_sparsity: Fields) -> dict[str, Any]:
     """Returns our fields of AbsTopK."""
     enabled = of_sparsity.take_flag("enable_activation_sparsity", True)
     fraction = of_sparsity.take("activation_topk_fraction", 0.25)
