@@ -4,6 +4,7 @@ import collections
 import copy
 import csv
 import io
+import itertools
 import json
 import pathlib
 from xml.etree import ElementTree
@@ -58,8 +59,8 @@ def pages(data, folder) -> dict[str, pathlib.Path]:
 def open_page(browser, pages):
     with browser_case.opening(browser, pages["one"], OPEN) as opened:
 
-        def of_name(fragment=OPEN, name="one", **options):
-            return opened(fragment, pages[name], **options)
+        def of_name(fragment=OPEN, name="one", path=None, **options):
+            return opened(fragment, path or pages[name], **options)
 
         yield of_name
 
@@ -136,6 +137,21 @@ def test_a_band_stands_for_no_edge_of_a_box_which_stands_elsewhere(open_page, da
     dense = [t for s, t in edges if t.split(".")[2] in "qkv" and int(t.split(".")[3]) < case.CONFIG.d_head]
     assert page.locator(".handle text").text_content() == str(sum(t not in members for t in dense))
     assert page.locator("path.edge:visible").count() == len(edges) - sum(t not in members for t in dense)
+
+
+def test_the_box_of_a_group_covers_no_node_beside_it(open_page, data, folder):
+    path = folder / "wide.html"
+    path.write_text(page_lib.render(case.dense(data, 24), title="wide"), encoding="utf-8")
+    page = open_page(OPEN, path=path)
+    group(page, ["0.attn.act_in.3", "0.attn.act_in.4"])
+    boxes = page.locator(".node:visible > rect").evaluate_all(
+        "all => all.map((e) => { const { x, y, width, height } = e.getBoundingClientRect();"
+        " return [x, y, width, height]; })"
+    )
+    left = [box for box in boxes if box[0] < page.locator(".group").bounding_box()["x"] + 100]
+    assert len({round(x + width / 2) for x, _, width, _ in left}) > 1, "they stand side by side"
+    for (x, y, width, height), (u, v, w, h) in itertools.combinations(boxes, 2):
+        assert min(x + width, u + w) <= max(x, u) or min(y + height, v + h) <= max(y, v)
 
 
 def test_a_group_that_is_selected_stays_so_when_it_is_renamed(open_page, names):
@@ -260,15 +276,12 @@ def test_a_name_can_be_read_in_the_files_of_the_graph_whatever_is_in_it(open_pag
     assert label.get("stroke") and label.get("paint-order") == "stroke"
 
 
-def test_a_task_without_a_circuit_on_the_page_has_no_curve_that_would_open_it(
-    open_page, browser, data, tmp_path
-):
+def test_a_task_without_a_circuit_on_the_page_has_no_curve_that_would_open_it(open_page, data, tmp_path):
     other = copy.deepcopy(data)
     other["tasks"].append(dict(other["tasks"][0], task="elsewhere"))
     path = tmp_path / "page.html"
     path.write_text(page_lib.render(other, title="a run"), encoding="utf-8")
-    with browser_case.opening(browser, path, OPEN) as opened:
-        page = opened()
-        page.wait_for_selector("#panel .curve")
-        tasks = page.locator("#panel .curve").evaluate_all("all => all.map((each) => each.dataset.task)")
-        assert tasks == [case.TASK]
+    page = open_page(path=path)
+    page.wait_for_selector("#panel .curve")
+    tasks = page.locator("#panel .curve").evaluate_all("all => all.map((each) => each.dataset.task)")
+    assert tasks == [case.TASK]

@@ -13,7 +13,7 @@ function closedGroups(circuit) {
   })).filter(({ nodes }) => nodes.length);
 }
 
-/** A circuit with one node in the place of each closed group, to be laid out. */
+/** A circuit with one node in the place of each closed group, to be laid out; `wide` are those. */
 function folded(circuit) {
   const first = new Map(closedGroups(circuit).flatMap(({ nodes }) => nodes.map((node) => [node, nodes[0]])));
   if (!first.size) return circuit;
@@ -22,7 +22,7 @@ function folded(circuit) {
     .filter(({ source, target }) => source !== target);
   return {
     ...circuit, nodes: circuit.nodes.filter((node) => end(node) === node),
-    edges: between(circuit.edges), streams: between(circuit.streams),
+    edges: between(circuit.edges), streams: between(circuit.streams), wide: new Set(first.values()),
   };
 }
 
