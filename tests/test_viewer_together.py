@@ -186,6 +186,17 @@ def test_however_the_last_pin_goes_the_next_one_does_not_hide_the_other_nodes(op
     assert page.locator("#graph .node").count() == case.N_NODES
 
 
+def test_the_address_that_is_gone_back_to_has_the_notes_that_are_shown(open_page, names):
+    page = open_page()
+    node(page, names[0]).click()
+    node(page, names[1]).click()
+    page.get_by_role("textbox", name=f"Name of {names[1]}").fill("later")
+    page.go_back()
+    assert state(page)["node"] == names[0] and page.locator("#graph .label").text_content() == "later"
+    copy_of = open_page(page.evaluate("location.hash"))
+    assert copy_of.locator("#graph .label").all_text_contents() == ["later"]
+
+
 # ---- Tours ----
 
 

@@ -257,8 +257,13 @@ function start() {
     Object.assign(state, read(location.hash));
     draw();
   };
-  window.addEventListener('popstate', follow);
-  window.addEventListener('hashchange', follow);
+  const followBack = () => {
+    follow();
+    // Going back takes no notes back: the address says those that are shown.
+    address();
+  };
+  window.addEventListener('popstate', followBack);
+  window.addEventListener('hashchange', followBack);
   let wait;
   window.addEventListener('resize', () => {
     clearTimeout(wait);
