@@ -59,43 +59,6 @@ def shown_circuit(data: dict) -> dict:
     return data["circuits"][case.TASK]
 
 
-def dense(data: dict, n_reads: int = 14) -> dict:
-    """A circuit whose first head reads at nearly all channels, and whose second reads at few."""
-    random = np.random.default_rng(0)
-    grown = copy.deepcopy(data)
-    shown = shown_circuit(grown)
-    like = {node["name"].split(".", 1)[1].rsplit(".", 1)[0]: node for node in shown["nodes"]}
-    about = grown["texts"][shown["text"]]["nodes"]
-    nodes = []
-
-    def add(location, channel):
-        model, name = like[location], f"0.{location}.{channel}"
-        nodes.append(model | {"name": name, "importance": 1 / (1 + len(nodes)), "constant": False})
-        for table in (shown["values"], about, shown["contrast"]["weights"]):
-            if model["name"] in table:
-                table[name] = table[model["name"]]
-        return len(nodes) - 1
-
-    reads = [add("attn.act_in", i) for i in range(n_reads)]
-    heads = [[add(f"attn.{kind}", 4 * head + i) for kind in "qkv" for i in range(4)] for head in range(2)]
-    edges = [
-        [read, node, float(random.normal())]
-        for head, share in zip(heads, (0.9, 0.3), strict=True)
-        for read in reads
-        for node in head
-        if random.random() < share
-    ]
-    pattern = next(iter(shown["patterns"].values()))
-    shown |= {
-        "nodes": nodes,
-        "edges": sorted(edges, key=lambda edge: -abs(edge[2])),
-        "total_nodes": len(nodes),
-        "prefix": [[1, 0.6], [len(nodes), 0.1]],
-        "patterns": {"0.0": pattern, "0.1": pattern},
-    }
-    return grown
-
-
 def edges_into(data: dict, head: int) -> int:
     names = [node["name"] for node in shown_circuit(data)["nodes"]]
     channels = [int(names[target].rsplit(".", 1)[1]) for _, target, _ in shown_circuit(data)["edges"]]
@@ -228,7 +191,7 @@ def test_nodes_without_lines_are_in_a_tray_below_and_keys_reach_them(open_page, 
 
 
 def test_a_dense_block_is_a_band_until_it_is_opened(open_page, data, written):
-    grown = dense(data)
+    grown = case.dense(data)
     many, few = edges_into(grown, 0), edges_into(grown, 1)
     assert many > 60 >= few > 20
     page = open_page(file=written(grown, "dense"))
@@ -248,7 +211,7 @@ def test_a_dense_block_is_a_band_until_it_is_opened(open_page, data, written):
 
 
 def test_the_edges_of_what_is_selected_are_seen_in_a_closed_block(open_page, data, written):
-    grown = dense(data)
+    grown = case.dense(data)
     page = open_page(f"{CIRCUIT}&node=0.attn.q.1", written(grown, "dense"))
     names = [node["name"] for node in shown_circuit(grown)["nodes"]]
     own = sum(names[target] == "0.attn.q.1" for _, target, _ in shown_circuit(grown)["edges"])
@@ -376,7 +339,7 @@ def pixels(file, size: tuple[int, int]) -> np.ndarray:
 def test_the_graph_is_saved_as_an_svg_that_needs_nothing_else_and_as_the_same_png(
     open_page, browser, data, written, tmp_path, scheme
 ):
-    grown = dense(data)
+    grown = case.dense(data)
     page = open_page(file=written(grown, "dense"), color_scheme=scheme)
     name, text = saved(page, page.locator("#save-svg").click)
     assert name.endswith(f"-{case.TASK}.svg")

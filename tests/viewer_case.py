@@ -1,5 +1,6 @@
 """A small run with one circuit, made in memory, that the tests of the viewer share."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -165,3 +166,40 @@ def data_text(folder: pathlib.Path) -> str:
         run(), Circuit.load(where), batch(task), text, summary=task.summary, options=OPTIONS
     ).save(where)
     return page.embedded(contents.read_run(folder, contents.Options()))
+
+
+def dense(data: dict, n_reads: int = 14) -> dict:
+    """A circuit whose first head reads at nearly all channels, and whose second reads at few."""
+    random = np.random.default_rng(0)
+    grown = copy.deepcopy(data)
+    shown = grown["circuits"][TASK]
+    like = {node["name"].split(".", 1)[1].rsplit(".", 1)[0]: node for node in shown["nodes"]}
+    about = grown["texts"][shown["text"]]["nodes"]
+    nodes = []
+
+    def add(location, channel):
+        model, name = like[location], f"0.{location}.{channel}"
+        nodes.append(model | {"name": name, "importance": 1 / (1 + len(nodes)), "constant": False})
+        for table in (shown["values"], about, shown["contrast"]["weights"]):
+            if model["name"] in table:
+                table[name] = table[model["name"]]
+        return len(nodes) - 1
+
+    reads = [add("attn.act_in", i) for i in range(n_reads)]
+    heads = [[add(f"attn.{kind}", 4 * head + i) for kind in "qkv" for i in range(4)] for head in range(2)]
+    edges = [
+        [read, node, float(random.normal())]
+        for head, share in zip(heads, (0.9, 0.3), strict=True)
+        for read in reads
+        for node in head
+        if random.random() < share
+    ]
+    pattern = next(iter(shown["patterns"].values()))
+    shown |= {
+        "nodes": nodes,
+        "edges": sorted(edges, key=lambda edge: -abs(edge[2])),
+        "total_nodes": len(nodes),
+        "prefix": [[1, 0.6], [len(nodes), 0.1]],
+        "patterns": {"0.0": pattern, "0.1": pattern},
+    }
+    return grown

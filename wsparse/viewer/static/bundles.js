@@ -8,8 +8,10 @@ const columnWords = (node) => (node.inHead ? `layer ${node.layer}, head ${node.h
 
 /** The blocks of edges between a column and one head that are dense: name -> the lines that draw them. */
 function denseBlocks(lines) {
-  const ofHeads = lines.filter(({ stream, source, target, line }) => (
-    !stream && (source.inHead || target.inHead) && !line.classList.contains('inside')));
+  // The box of a group stands elsewhere than the columns of its nodes.
+  const inBox = new Set([...graph.boxes.values()].flatMap(({ nodes }) => nodes));
+  const ofHeads = lines.filter(({ stream, source, target }) => (
+    !stream && (source.inHead || target.inHead) && !inBox.has(source) && !inBox.has(target)));
   const blocks = d3.group(ofHeads, ({ source, target }) => `${columnName(source)}>${columnName(target)}`);
   return new Map([...blocks].filter(([, each]) => each.length > DENSE));
 }

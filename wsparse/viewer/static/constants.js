@@ -23,7 +23,7 @@ function arrangeTray(columns, bottom) {
     column.tray.forEach((node, i) => {
       const row = Math.floor(i / column.across);
       const across = row === rows - 1 ? column.tray.length - row * column.across : column.across;
-      node.x = column.x + (i % column.across - (across - 1) / 2) * BESIDE;
+      node.x = column.x + (i % column.across - (across - 1) / 2) * column.beside;
       node.y = first + row * TRAY.row;
       last = Math.max(last, node.y);
     });

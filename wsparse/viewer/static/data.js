@@ -141,12 +141,14 @@ function circuitOf(task) {
   return circuit;
 }
 
-/** The circuit without all but its most important nodes. */
-function part(circuit, keep) {
-  const shown = (node) => !node || node.rank < keep;
-  const between = (lines) => lines.filter(({ source, target }) => shown(source) && shown(target));
-  return { ...circuit, nodes: circuit.nodes.slice(0, keep), edges: between(circuit.edges), streams: between(circuit.streams) };
+/** The circuit of some of its nodes, and the lines between them. */
+function restricted(circuit, isKept) {
+  const between = (lines) => lines.filter((line) => [line.source, line.target].every((node) => !node || isKept(node)));
+  return { ...circuit, nodes: circuit.nodes.filter(isKept), edges: between(circuit.edges), streams: between(circuit.streams) };
 }
+
+/** The circuit without all but its most important nodes. */
+const part = (circuit, keep) => restricted(circuit, (node) => node.rank < keep);
 
 /** Connections of the residual stream: the same channel, written before it is read. Null is an end. */
 function streams(nodes) {

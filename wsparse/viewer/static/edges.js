@@ -63,10 +63,11 @@ function standOut(kind, line) {
   }
 }
 
-/** The edge of a node that comes after the chosen one, from the largest to the smallest and round again. */
+/** The edge of a node, or of the box that it is in, that comes after the chosen one, from the largest to the smallest and round again. */
 function nextEdge(node, chosen, step) {
-  const drawn = graph.lines.filter(({ stream, source, target, line }) => (
-    !stream && (source.name === node.name || target.name === node.name) && !line.classList.contains('gone')));
+  const own = boxedWith(node);
+  const drawn = graph.lines.filter(({ stream, source, target, line: { classList } }) => (
+    !stream && (own.includes(source) || own.includes(target)) && !classList.contains('gone') && !classList.contains('inside')));
   const names = drawn.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)).map(({ line }) => line.dataset.edge);
   const at = names.indexOf(chosen);
   if (!names.length) return null;
@@ -76,6 +77,7 @@ function nextEdge(node, chosen, step) {
 
 /** The node at the other end of the chosen edge. */
 function otherEnd(node, chosen) {
-  const ends = (chosen ?? '').split('>');
-  return ends.includes(node.name) ? graph.circuit.byName.get(ends.find((name) => name !== node.name)) : null;
+  const ends = (chosen ?? '').split('>').map((name) => graph.circuit.byName.get(name));
+  const own = boxedWith(node);
+  return ends.some((end) => own.includes(end)) ? ends.find((end) => !own.includes(end)) ?? null : null;
 }

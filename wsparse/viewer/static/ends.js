@@ -66,7 +66,7 @@ function endPanel(circuit, end, change) {
       el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'node'), ...shown.map(({ id, roles }) => el('th', { scope: 'col', title: roles.join(', '), 'data-value': quoted(id) },
         el('code', {}, quoted(id)), el('br'), el('span', { class: 'quiet' }, roles.filter((role) => role.startsWith('answer') !== first)[0]))))),
       el('tbody', {}, ...nodes.map((node, row) => el('tr', {},
-        el('th', { scope: 'row' }, link(node, change)), ...weights[row].map(cell)))))) : el('p', { class: 'quiet' }, OLD_CONTRAST),
+        el('th', { scope: 'row', 'data-value': node.name }, link(node, change)), ...weights[row].map(cell)))))) : el('p', { class: 'quiet' }, OLD_CONTRAST),
     shown.length && silent.length ? el('p', { class: 'stream-list' }, 'No entry for these tokens: ',
       ...silent.flatMap((node, i) => [i ? ', ' : '', link(node, change)])) : null,
     el('p', { class: 'quiet' }, first ? 'The tokens are those in which the two prompts of a pair differ, those of the most pairs first.'

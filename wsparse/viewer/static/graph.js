@@ -274,7 +274,7 @@ function nodeKey(event, node) {
 
 /** The node that an arrow leads to; null where there is none, undefined for other keys. */
 function neighbor(node, key) {
-  const visible = (each) => !graph.items.get(each.name).classList.contains('gone');
+  const visible = (each) => !elementOf(each).classList.contains('gone');
   const columns = graph.place.columns.map((column) => column.nodes.filter(visible)).filter((nodes) => nodes.length);
   const at = columns.findIndex((nodes) => nodes.includes(node));
   const nearest = (nodes, cost) => d3.least(nodes ?? [], cost) ?? null;

@@ -1,7 +1,8 @@
 // What a person adds to the graph: groups drawn as one box, names of nodes, pins.
 
 const BOX = { width: 86, height: 28 };
-const clipped = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+// By characters, not by halves of them.
+const clipped = (text, length) => ([...text].length > length ? `${[...text].slice(0, length - 1).join('')}…` : text);
 
 /** Groups that are drawn as one box, with those of their nodes that are drawn: those with lines first, by importance. */
 function closedGroups(circuit) {
@@ -12,7 +13,7 @@ function closedGroups(circuit) {
   })).filter(({ nodes }) => nodes.length);
 }
 
-/** A circuit with one node in the place of each closed group, to be laid out. */
+/** A circuit with one node in the place of each closed group, to be laid out; `wide` are those. */
 function folded(circuit) {
   const first = new Map(closedGroups(circuit).flatMap(({ nodes }) => nodes.map((node) => [node, nodes[0]])));
   if (!first.size) return circuit;
@@ -21,7 +22,7 @@ function folded(circuit) {
     .filter(({ source, target }) => source !== target);
   return {
     ...circuit, nodes: circuit.nodes.filter((node) => end(node) === node),
-    edges: between(circuit.edges), streams: between(circuit.streams),
+    edges: between(circuit.edges), streams: between(circuit.streams), wide: new Set(first.values()),
   };
 }
 
@@ -71,6 +72,9 @@ function elementOf(node) {
   return [...graph.boxes.values()].find(({ nodes }) => nodes.includes(node)).box;
 }
 
+/** The nodes that the element of a node stands for. */
+const boxedWith = (node) => [...graph.boxes.values()].find(({ nodes }) => nodes.includes(node))?.nodes ?? [node];
+
 /** Shows names and pins, and makes boxes look as their nodes would; after `paintGraph`. */
 function paintNotes(circuit, { group: chosen }) {
   const { labels, pins, groups } = notesOf(circuit.task);
@@ -91,7 +95,7 @@ function paintNotes(circuit, { group: chosen }) {
   for (const [name, { box, nodes }] of graph.boxes) {
     const items = nodes.map((node) => graph.items.get(node.name));
     for (const mark of ['gone', 'dim']) box.classList.toggle(mark, items.every((item) => item.classList.contains(mark)));
-    for (const mark of ['edited']) box.classList.toggle(mark, items.some((item) => item.classList.contains(mark)));
+    box.classList.toggle('edited', items.some((item) => item.classList.contains('edited')));
     const selected = name === chosen || items.some((item) => item.classList.contains('selected'));
     box.classList.toggle('selected', selected);
     box.setAttribute('aria-pressed', String(selected));
@@ -111,7 +115,5 @@ function renameGroup(group, name) {
 /** The circuit of pinned nodes alone. */
 function pinnedPart(circuit) {
   const pinned = new Set(notesOf(circuit.task).pins);
-  const shown = (node) => !node || pinned.has(node.name);
-  const between = (lines) => lines.filter(({ source, target }) => shown(source) && shown(target));
-  return { ...circuit, nodes: circuit.nodes.filter(shown), edges: between(circuit.edges), streams: between(circuit.streams) };
+  return restricted(circuit, ({ name }) => pinned.has(name));
 }

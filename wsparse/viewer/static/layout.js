@@ -22,9 +22,10 @@ function arrange(circuit) {
   const columns = [...byColumn.keys()].sort(d3.ascending).map((key) => {
     const [nodes, tray] = [byColumn.get(key).filter((node) => !inTray(node)), byColumn.get(key).filter(inTray)];
     const across = Math.max(1, Math.ceil(nodes.length / tallest), Math.ceil(tray.length / TALLEST_TRAY));
-    const width = gap + (across - 1) * BESIDE;
+    const beside = BESIDE + (circuit.wide && byColumn.get(key).some((node) => circuit.wide.has(node)) ? BOX.width - NODE.width : 0);
+    const width = gap + (across - 1) * beside;
     right += width;
-    return { key, nodes, tray, across, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
+    return { key, nodes, tray, across, beside, left: right - width, right, x: right - width / 2, title: COLUMNS[key % 6] };
   });
   const neighbors = new Map(circuit.nodes.map((node) => [node, []]));
   const near = (source, target, weight) => {
@@ -84,7 +85,7 @@ function reorder(column, aim) {
   column.rows = d3.groups(column.nodes, (node) => node.head).flatMap(([, nodes]) => (
     d3.range(0, nodes.length, column.across).map((start) => nodes.slice(start, start + column.across))));
   for (const row of column.rows) {
-    row.forEach((node, i) => { node.x = column.x + (i - (row.length - 1) / 2) * BESIDE; });
+    row.forEach((node, i) => { node.x = column.x + (i - (row.length - 1) / 2) * column.beside; });
   }
   spread(column, aim);
 }

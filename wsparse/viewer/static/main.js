@@ -101,6 +101,7 @@ function change(changes, step = false) {
   if (changes.notes) state.try = false;
   if ('pair' in changes) state.token = null;
   Object.assign(state, changes);
+  if (state.only && !notesOf(state.task).pins.length) state.only = false;
   address(step);
   draw(changes);
 }
@@ -152,12 +153,12 @@ function draw(changes = state) {
   byId('residual').checked = state.residual;
   paintGraph({ ...state, keep: only ? Infinity : keep });
   drawPrefix(byId('prefix'), circuit, keep);
-  const moved = drawTour(circuit);
-  // After all that takes room from the graph.
-  if (opened || (moved && !state.view) || ('view' in changes && !same(state.view, settled))) show(state.view);
   byId('try').hidden = !canRun(circuit);
   byId('try').setAttribute('aria-pressed', String(state.try));
   byId('circuit').classList.toggle('trying', state.try);
+  const moved = drawTour(circuit);
+  // After all that takes room from the graph.
+  if (opened || (moved && !state.view) || ('view' in changes && !same(state.view, settled))) show(state.view);
   drawPanel(circuit, state, change);
   byId('notes-open').setAttribute('aria-pressed', String(state.notes));
   paintLive(circuit, state);
@@ -192,7 +193,7 @@ function openCircuit(circuit, keep, only) {
     selectGroup: (group) => change({ ...NOTHING, group: group === state.group ? null : group }, true),
     pin: (names) => {
       togglePins(circuit, names, !names.every((name) => isPinned(circuit, name)));
-      change(notesOf(circuit.task).pins.length ? {} : { only: false });
+      change({});
     },
     toggle: (name) => change({ open: toggledBundle(state.open, name) }, true),
     moved: () => {
@@ -256,8 +257,13 @@ function start() {
     Object.assign(state, read(location.hash));
     draw();
   };
-  window.addEventListener('popstate', follow);
-  window.addEventListener('hashchange', follow);
+  const followBack = () => {
+    follow();
+    // Going back takes no notes back: the address says those that are shown.
+    address();
+  };
+  window.addEventListener('popstate', followBack);
+  window.addEventListener('hashchange', followBack);
   let wait;
   window.addEventListener('resize', () => {
     clearTimeout(wait);
@@ -286,19 +292,21 @@ function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId('help').open) return;
   if (['INPUT', 'SELECT', 'TEXTAREA'].includes(event.target.tagName) && event.key !== 'Escape') return;
   const inGraph = event.target.closest('.graph');
-  const pairs = state.task ? circuitOf(state.task).rows.length / 2 : 0;
+  const alone = state.task && !state.with ? circuitOf(state.task) : null;
   if (event.key === '?') byId('help').showModal();
   else if (event.key === 'Escape' && SELECTED.some((name) => state[name])) {
     const item = graph.boxes.get(state.group)?.box ?? graph.items.get(state.node) ?? (state.edge && inGraph ? event.target.closest('.node') : null);
     change(NOTHING, true);
     item?.focus({ preventScroll: true });
-  } else if (event.key === 't' && state.task && !state.with && canRun(circuitOf(state.task))) toggleTry();
-  else if (event.key === 'n' && state.task && !state.with) toggleNotes();
-  else if (event.key === 'p' && state.node && !state.with) graph.pin([state.node]);
-  else if (event.key === '.' && state.task && !state.with) goTo(circuitOf(state.task), state.tour === null ? 0 : state.tour + 1);
-  else if (event.key === ',' && state.tour !== null) goTo(circuitOf(state.task), state.tour - 1);
+  } else if (!alone) {
+    // All other keys are of the graph of one circuit.
+  } else if (event.key === 't' && canRun(alone)) toggleTry();
+  else if (event.key === 'n') toggleNotes();
+  else if (event.key === 'p' && state.node) graph.pin([state.node]);
+  else if (event.key === '.') goTo(alone, state.tour === null ? 0 : state.tour + 1);
+  else if (event.key === ',' && state.tour !== null) goTo(alone, state.tour - 1);
   else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
-  else if (event.key === ']' && state.node && state.pair < pairs - 1) change({ pair: state.pair + 1 });
+  else if (event.key === ']' && state.node && state.pair < alone.rows.length / 2 - 1) change({ pair: state.pair + 1 });
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);
   else if (inGraph && event.key === '-') zoomBy(1 / 1.4);
   else if (inGraph && event.key === '0') change({ view: everything() });

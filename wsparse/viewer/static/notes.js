@@ -145,13 +145,6 @@ function pageWithNotes() {
   return `<!doctype html>\n${copy.outerHTML}\n`;
 }
 
-/** Hands a text to the browser as a file to keep. */
-function keepFile(name, type, text) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
-  el('a', { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60000);
-}
-
 // ---- Changes; each takes the circuit ----
 
 const nameOf = (node) => notesOf(state.task).labels[node.name] ?? '';

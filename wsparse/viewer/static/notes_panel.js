@@ -54,10 +54,10 @@ function groupPanel(circuit, group, change) {
   const inside = new Set(nodes);
   const table = (title, way) => {
     const edges = crossing(nodes, inside, way);
-    return edges.length ? el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length})`),
+    return edges.length ? Object.assign(el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length})`),
       el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
-        el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)), el('td', { class: 'number' }, exact(edge.weight)),
-        el('td', {}, link(edge.source, change), ' → ', link(edge.target, change)))))) : null;
+        el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)), el('td', { class: 'number' }, edgeLink(edge, change)),
+        el('td', {}, link(edge.source, change), ' → ', link(edge.target, change)))))), { csv: () => edgeRows(edges) }) : null;
   };
   const outside = [table('In', 'in'), table('Out', 'out')].filter(Boolean);
   const pinned = group.nodes.every((name) => isPinned(circuit, name));
@@ -109,8 +109,8 @@ function notesPanel(circuit, state, change) {
     groupsSection(circuit, notes, change),
     tourSection(circuit, notes, change),
     section('Keep', el('p', { class: 'quiet saved', role: 'status' }, savedText(circuit)), el('div', { class: 'controls' },
-      button('Download the page with the notes', () => keepFile(fileName('html'), 'text/html', pageWithNotes())),
-      button('Download notes.json', () => keepFile(fileName('json'), 'application/json', notesFile(circuit))),
+      button('Download the page with the notes', () => save(`${nameOfPage}-notes.html`, new Blob([pageWithNotes()], { type: 'text/html' }))),
+      button('Download notes.json', () => save('notes.json', new Blob([notesFile(circuit)], { type: 'application/json' }))),
       button('Back to the page’s notes', () => {
         notebook.delete(circuit.task);
         change({ group: null, tour: null, only: false });
@@ -118,8 +118,6 @@ function notesPanel(circuit, state, change) {
     el('p', { class: 'quiet' }, 'view reads the file again as ', el('code', {}, `circuits/${data.circuits[circuit.task].written.task}/notes.json`), ', or with ', el('code', {}, '--notes=FILE'), '.')),
   ];
 }
-
-const fileName = (kind) => (kind === 'html' ? `${data.run.name}-notes.html` : 'notes.json').replaceAll(/[^\w.-]+/g, '_');
 
 function namesSection(circuit, notes, change) {
   const names = Object.keys(notes.labels);
@@ -144,7 +142,7 @@ function pinsSection(circuit, notes, change) {
       button(state.only ? 'Show all nodes' : 'Show only these', () => change({ only: !state.only, view: null }, true), { 'aria-pressed': String(state.only) }),
       button('Unpin all', () => {
         notes.pins = [];
-        change({ only: false });
+        change({});
       }),
       canRun(circuit) ? button('Hold the rest at its mean', () => {
         const before = state.edits;
@@ -167,6 +165,7 @@ function groupsSection(circuit, notes, change) {
       const name = text.trim();
       // A name that is empty or another group's is not taken.
       if (!name || notes.groups.some((each) => each.name === name)) return;
+      if (state.group === group.name) state.group = name;
       renameGroup(group, name);
       typed(circuit);
     }),

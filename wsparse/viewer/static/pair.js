@@ -51,7 +51,7 @@ function chooseTask(task) {
 /** The selection that stays when another circuit is put beside the one that is shown. */
 function inBoth(other) {
   const stays = [state.task, other].some((task) => task && circuitOf(task).byName.has(state.node));
-  return { node: stays ? state.node : null, edge: null };
+  return { ...NOTHING, node: stays ? state.node : null };
 }
 
 function openPair(both, shared, change) {

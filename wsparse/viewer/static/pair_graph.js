@@ -58,7 +58,7 @@ function drawHalf(root, circuit, { place, at, largestWeight }, shared, { pick, z
   const inside = (head) => circuit.nodes.map((node) => at.get(node.name)).some(({ x, y }) => (
     x >= head.left && x <= head.right && y >= head.top && y <= head.bottom));
   world.append(...place.blocks.flatMap((block) => halfBlock(block, place)), ...place.heads.filter(inside).flatMap(headBox),
-    ...['embedding', 'unembedding'].flatMap((title, i) => halfEnd(title, place.ends[i], place)),
+    ...ENDS.flatMap((title, i) => halfEnd(title, place.ends[i], place)),
     svg('g', {}, ...streams), svg('g', {}, ...lines), svg('g', {}, ...items.values()));
   root.replaceChildren(world);
   const zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', ({ transform, sourceEvent }) => {

@@ -49,7 +49,7 @@ function circuitPanel(circuit, state, change) {
   const { scores, counts, controls } = circuit;
   const curves = el('div', {});
   // Drawn when it is in the page, and has a width.
-  requestAnimationFrame(() => drawCurves(curves, data.tasks.filter((each) => each.curve), circuit.task, {
+  requestAnimationFrame(() => drawCurves(curves, data.tasks.filter((each) => data.circuits[each.task]), circuit.task, {
     height: 230, pick: (task) => change({ task, node: null, view: null }, true),
   }));
   return [
@@ -78,8 +78,8 @@ function circuitPanel(circuit, state, change) {
       ['found by gradient attribution', scores.attribution_baseline?.reached ? plural(scores.attribution_baseline.edges, 'edge') : 'target missed'],
       ['embedding entries it reads', counts.embedding_edges], ['unembedding entries it writes', counts.unembedding_edges],
       ['biases', counts.biases],
-    ]), el('p', {}, csvButton(`${circuit.task} nodes`, () => nodeRows(circuit), 'nodes as CSV'), ' ',
-      csvButton(`${circuit.task} edges`, () => edgeRows(circuit.edges), 'edges as CSV'))),
+    ]), el('p', {}, csvButton(() => `${ownName()} nodes`, () => nodeRows(circuit), 'nodes as CSV'), ' ',
+      csvButton(() => `${ownName()} edges`, () => edgeRows(circuit.edges), 'edges as CSV'))),
     section('Loss against edges', curves, el('p', { class: 'quiet' }, `Losses ${REPORT}.`)),
     section('Most important nodes', el('ol', { class: 'links' }, ...circuit.nodes.slice(0, 12).map((node) => el('li', {},
       link(node, change), el('span', { class: 'quiet' }, ` ${signed(node.importance)}`))))),
@@ -136,7 +136,7 @@ function nodePanel(circuit, node, state, change) {
     el('p', { class: 'quiet' }, `Growth of the task loss on the report split: all its pairs in the circuit, ${circuit.ablation_pairs} of them in the whole model.`),
     section('Edges', ...edgeTables(circuit, node, change)),
     section('On the task: prompts of the report split', ...onTask(circuit, node, state, change),
-      csvButton(`${circuit.task} ${node.name} values`, () => valueRows(circuit, node), 'values as CSV')),
+      csvButton(() => `${ownName()} ${node.name} values`, () => valueRows(circuit, node), 'values as CSV')),
     node.inHead ? section(`Attention of head ${node.head}`, ...attention(circuit, node, state, change)) : null,
     section('In other text', ...inText(circuit, about)),
   ].filter(Boolean);

@@ -95,6 +95,9 @@ function picture() {
 const transformOf = ({ a, b, c, d, e, f }) => (
   a === 1 && b === 0 && c === 0 && d === 1 ? (e || f ? `translate(${e} ${f})` : null) : `matrix(${[a, b, c, d, e, f].map((each) => +each.toFixed(4)).join(' ')})`);
 
+// Characters that a name may have and XML may not.
+const NOT_XML = /[\u0000-\u0008\u000B\u000C\u000E-\u001F\uFFFE\uFFFF]/g;
+
 /** The graph as the text of an SVG file. */
 function svgText() {
   const { frame: { left, right, top, bottom }, parts } = picture();
@@ -112,7 +115,9 @@ function svgText() {
         'stroke-dasharray': part.dash.join(' ') || null, 'stroke-linecap': part.cap,
       } : {}),
       ...(tag === 'text' ? { 'font-size': part.size, 'font-weight': part.weight, 'font-family': part.family, 'text-anchor': part.anchor } : {}),
-    }, ...(tag === 'text' ? [part.text] : [])));
+      // The edge of a text lies around its letters, not on them.
+      'paint-order': tag === 'text' && stroke ? 'stroke' : null,
+    }, ...(tag === 'text' ? [part.text.replace(NOT_XML, '\uFFFD')] : [])));
   }
   return `<?xml version="1.0" encoding="UTF-8"?>\n${new XMLSerializer().serializeToString(root)}\n`;
 }
@@ -133,11 +138,18 @@ function canvasOf() {
   return canvas;
 }
 
-function paintWords(brush, { x, y, text, size, weight, family, anchor, fill, opacity }) {
-  brush.globalAlpha = opacity * fill.alpha;
-  brush.fillStyle = fill.rgb;
+function paintWords(brush, { x, y, text, size, weight, family, anchor, fill, stroke, strokeWidth, opacity }) {
   brush.font = `${weight} ${size}px ${family}`;
   brush.textAlign = { middle: 'center', end: 'right' }[anchor] ?? 'left';
+  if (stroke) {
+    brush.globalAlpha = opacity * stroke.alpha;
+    brush.strokeStyle = stroke.rgb;
+    brush.lineWidth = strokeWidth;
+    brush.setLineDash([]);
+    brush.strokeText(text, x, y);
+  }
+  brush.globalAlpha = opacity * fill.alpha;
+  brush.fillStyle = fill.rgb;
   brush.fillText(text, x, y);
 }
 
@@ -158,9 +170,7 @@ function paintShape(brush, { tag, x, y, width, height, rx, d, fill, stroke, stro
   brush.stroke(outline);
 }
 
-const pictureName = () => `${data.run.name}-${graph.circuit.task}`;
-
 function listenToSaving() {
-  byId('save-svg').addEventListener('click', () => save(`${pictureName()}.svg`, new Blob([svgText()], { type: 'image/svg+xml' })));
-  byId('save-png').addEventListener('click', () => canvasOf().toBlob((blob) => save(`${pictureName()}.png`, blob), 'image/png'));
+  byId('save-svg').addEventListener('click', () => save(`${ownName()}.svg`, new Blob([svgText()], { type: 'image/svg+xml' })));
+  byId('save-png').addEventListener('click', () => canvasOf().toBlob((blob) => save(`${ownName()}.png`, blob), 'image/png'));
 }

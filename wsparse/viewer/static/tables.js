@@ -18,8 +18,8 @@ const csv = (rows) => rows.map((row) => `${row.map(csvField).join(',')}\r\n`).jo
 const saveCsv = (name, rows) => save(`${name}.csv`, new Blob([csv(rows)], { type: 'text/csv' }));
 
 /** A button that saves the rows that a function returns. */
-const csvButton = (name, rows, text = 'CSV') => el('button', {
-  type: 'button', class: 'csv', title: `Save as CSV: ${name}`, click: () => saveCsv(name, rows()),
+const csvButton = (nameOfFile, rows, text = 'CSV') => el('button', {
+  type: 'button', class: 'csv', title: 'Save as CSV', click: () => saveCsv(nameOfFile(), rows()),
 }, text);
 
 /** What a cell says; numbers with the minus sign that programs read. */
@@ -37,20 +37,24 @@ function tableRows(table) {
   return rows.map((row) => kept.map((column) => row[column] ?? ''));
 }
 
-/** The table's place on the page in words: the run, the task, the section, the caption. */
+/** What a file is of: the run, which the names of several say, and the circuits. */
+const ownName = () => [RUNS.length > 1 && state.task ? null : nameOfPage, state.task, state.with].filter(Boolean).join('-');
+
+/** The table's place on the page in words: the circuit, what is selected, the section, the caption. */
 function tableName(table) {
   const heading = table.closest('section')?.querySelector('h2, h3')?.textContent;
   const caption = [...table.caption.childNodes].filter((child) => child.nodeType === Node.TEXT_NODE).map((child) => child.data);
-  return [data.run.name, state.task, state.node, heading, ...caption].filter(Boolean).join(' ').slice(0, 120);
+  return [ownName(), state.group ?? state.node, heading, ...caption].filter(Boolean).join(' ').slice(0, 120);
 }
 
-/** Puts a button into the caption of every table that is put into the page; `table.csv` may know more than it shows. */
+/** Puts a button into the caption of every table of the page that has none; `table.csv` may know more than it shows. */
 function watchTables() {
   const add = () => {
-    for (const table of document.querySelectorAll('main table:not([data-csv])')) {
-      table.dataset.csv = '';
+    for (const table of document.querySelectorAll('main table')) {
+      // A table that is filled anew loses its caption.
+      if (table.caption?.querySelector('.csv')) continue;
       const caption = table.caption ?? table.createCaption();
-      caption.append(csvButton(tableName(table), () => table.csv?.() ?? tableRows(table)));
+      caption.append(csvButton(() => tableName(table), () => table.csv?.() ?? tableRows(table)));
     }
   };
   const observer = new MutationObserver(add);

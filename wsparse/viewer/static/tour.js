@@ -7,7 +7,7 @@ function stepState(circuit, at) {
   const shownPair = pair ?? state.pair;
   const needed = 1 + (d3.max([node, ...(edge ?? '').split('>')], (name) => circuit.byName.get(name)?.rank) ?? -1);
   return {
-    tour: at, node, edge, group: null, pair: shownPair, token, second: 0, notes: false, only: false,
+    ...NOTHING, tour: at, node, edge, pair: shownPair, token, second: 0, notes: false, only: false,
     keep: needed > keptAtFirst(circuit) ? needed : null,
     edits: running ? writeEdits(edits) : '', try: running, ...(running ? { prompt: promptOf(circuit, 2 * shownPair) } : {}),
   };

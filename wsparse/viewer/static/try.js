@@ -203,7 +203,7 @@ function whatChanged(circuit, state) {
     found.length ? el('table', { class: 'changes' },
       el('thead', {}, el('tr', {}, ...['node', 'at token', 'was', 'is'].map((title) => el('th', { scope: 'col' }, title)))),
       el('tbody', {}, ...found.slice(0, CHANGES_SHOWN).map(({ node, at, before, now }) => el('tr', {},
-        el('td', {}, link(node, change)), el('td', {}, el('code', {}, quoted(live.answer.tokens[at]))),
+        el('td', { 'data-value': node.name }, link(node, change)), el('td', {}, el('code', {}, quoted(live.answer.tokens[at]))),
         el('td', { class: 'number' }, number(before)), el('td', { class: 'number' }, number(now)))))) : null,
   ].filter(Boolean);
 }

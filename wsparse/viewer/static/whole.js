@@ -56,7 +56,7 @@ function drawMatrix(state, change) {
     const same = i === j;
     const link = el('a', { href: pairHref(names[i], names[j]), 'aria-label': `${names[i]} and ${names[j]}: ${sharedText(i, j, state.overlap)}` },
       same ? String(sizes[i]) : shared[i][j] === null ? '·' : share(value));
-    const item = el('td', { class: same ? 'own' : value === null ? 'apart' : null }, link);
+    const item = el('td', { class: same ? 'own' : value === null ? 'apart' : null, 'data-value': same ? sizes[i] : value ?? '' }, link);
     if (!same && value) item.style.setProperty('--depth', Math.sqrt(value).toFixed(3));
     hover(item, () => (same ? [names[i]] : [`${names[i]} and ${names[j]}`]).concat(sharedText(i, j, state.overlap)));
     return item;
@@ -87,6 +87,10 @@ function drawUses(state, change) {
       el('td', { class: 'number' }, `${node.used.length} of ${models.filter((model) => model === node.group).length}`),
       el('td', {}, el('ul', { class: 'uses' }, ...node.used.map(([i, importance]) => el('li', {},
         el('a', { href: pairHref(names[i], null, node.name) }, names[i]), el('span', { class: 'number' }, ` ${signed(importance, 2)}`)))))))));
+  byId('uses-table').csv = () => [
+    ['node', 'circuit', 'loss without it in the circuit'],
+    ...chosen.flatMap((node) => node.used.map(([i, importance]) => [node.name, names[i], importance])),
+  ];
   byId('uses-more').hidden = shown.length === chosen.length;
   byId('uses-more').textContent = `Show all ${plural(chosen.length, 'node')}`;
   byId('uses-more').onclick = () => change({ all: true });

@@ -1,0 +1,298 @@
+"""Parts of the page together, in Chromium: groups with bands, ends, tours, tables, and two circuits."""
+
+import collections
+import copy
+import csv
+import io
+import itertools
+import json
+import pathlib
+from xml.etree import ElementTree
+
+import browser_case
+from browser_case import state
+import pytest
+import viewer_case as case
+
+from wsparse.viewer import contents, several
+from wsparse.viewer import page as page_lib
+
+browser = pytest.fixture(scope="module")(browser_case.chromium)
+OPEN = f"#task={case.TASK}"
+LABEL = "open\u0001 <b>&"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("viewer")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> dict:
+    case.write_live_run(folder)
+    return json.loads(page_lib.embedded(contents.read_run(folder, contents.Options())))
+
+
+@pytest.fixture(scope="module")
+def names(data) -> list[str]:
+    """Nodes of the circuit, most important first."""
+    return [each["name"] for each in data["circuits"][case.TASK]["nodes"]]
+
+
+@pytest.fixture(scope="module")
+def pages(data, folder) -> dict[str, pathlib.Path]:
+    """The page of a run, that of a circuit with dense blocks, and that of two runs with the same circuit."""
+    circuit = case.Circuit.load(folder / "circuits" / case.TASK)
+    second = copy.deepcopy(data)
+    second["run"]["name"] = "again"
+    named = {f"{name}/{case.TASK}": circuit for name in ("first", "again")}
+    shown = {"one": data, "dense": case.dense(data)}
+    shown["two"] = several.joined({"first": data, "again": second}, named)
+    found = {}
+    for name, each in shown.items():
+        found[name] = folder / f"{name}.html"
+        found[name].write_text(page_lib.render(each, title=name), encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def open_page(browser, pages):
+    with browser_case.opening(browser, pages["one"], OPEN) as opened:
+
+        def of_name(fragment=OPEN, name="one", path=None, **options):
+            return opened(fragment, path or pages[name], **options)
+
+        yield of_name
+
+
+def node(page, name):
+    return page.locator(f'.node[data-name="{name}"]').first
+
+
+def group(page, names: list[str]):
+    """Puts nodes into a group; returns its box."""
+    for name in names:
+        node(page, name).click(modifiers=["Shift"])
+    page.keyboard.press("n")
+    page.get_by_role("button", name="Group the").click()
+    page.get_by_role("button", name="Close").click()
+    return page.locator(".node.group")
+
+
+def ends(data: dict) -> list[tuple[str, str]]:
+    """The edges of the circuit, the largest first."""
+    circuit = data["circuits"][case.TASK]
+    nodes = [each["name"] for each in circuit["nodes"]]
+    return [(nodes[source], nodes[target]) for source, target, _ in circuit["edges"]]
+
+
+def saved(page, button) -> tuple[str, list[list[str]]]:
+    with page.expect_download() as download:
+        button.click()
+    text = pathlib.Path(download.value.path()).read_text(encoding="utf-8")
+    return download.value.suggested_filename, list(csv.reader(io.StringIO(text)))
+
+
+# ---- Groups ----
+
+
+def test_keys_go_through_the_edges_between_a_group_and_what_is_outside_and_along_them(open_page, data):
+    edges = ends(data)
+    degree = collections.Counter(end for edge in edges for end in edge)
+    inside = set(max(edges, key=lambda edge: min(degree[end] for end in edge)))
+    outer = [edge for edge in edges if len(inside & set(edge)) == 1]
+    assert {end for edge in outer for end in edge} >= inside
+    page = open_page()
+    group(page, sorted(inside)).focus()
+    found = []
+    for _ in outer:
+        page.keyboard.press("e")
+        found.append(state(page)["edge"])
+        assert page.locator("path.edge.lit:visible").count() == 1
+    assert found == [f"{source}>{target}" for source, target in outer]
+    page.keyboard.press("f")
+    assert page.evaluate("document.activeElement.dataset.name") == next(iter(set(outer[-1]) - inside))
+
+
+def test_arrows_leave_a_box_whose_first_node_is_hidden_by_the_slider(open_page, data, names):
+    alone = [name for name in names if not any(name in edge for edge in ends(data))]
+    first = next(name for name in alone if name.split(".")[2] not in ("act_in", "resid_delta"))
+    lined = next(name for name in names[names.index(first) + 1 :] if name in ends(data)[0])
+    page = open_page()
+    box = group(page, [first, lined])
+    assert box.get_attribute("data-name") == lined
+    page.locator("#keep").fill(str(names.index(lined)))
+    box.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.dataset.name") not in (first, lined)
+
+
+def test_a_band_stands_for_no_edge_of_a_box_which_stands_elsewhere(open_page, data):
+    edges = ends(case.dense(data))
+    members = ["0.attn.q.0", "0.attn.v.5"]
+    page = open_page(OPEN, "dense")
+    group(page, members)
+    dense = [t for s, t in edges if t.split(".")[2] in "qkv" and int(t.split(".")[3]) < case.CONFIG.d_head]
+    assert page.locator(".handle text").text_content() == str(sum(t not in members for t in dense))
+    assert page.locator("path.edge:visible").count() == len(edges) - sum(t not in members for t in dense)
+
+
+def test_the_box_of_a_group_covers_no_node_beside_it(open_page, data, folder):
+    path = folder / "wide.html"
+    path.write_text(page_lib.render(case.dense(data, 24), title="wide"), encoding="utf-8")
+    page = open_page(OPEN, path=path)
+    group(page, ["0.attn.act_in.3", "0.attn.act_in.4"])
+    boxes = page.locator(".node:visible > rect").evaluate_all(
+        "all => all.map((e) => { const { x, y, width, height } = e.getBoundingClientRect();"
+        " return [x, y, width, height]; })"
+    )
+    left = [box for box in boxes if box[0] < page.locator(".group").bounding_box()["x"] + 100]
+    assert len({round(x + width / 2) for x, _, width, _ in left}) > 1, "they stand side by side"
+    for (x, y, width, height), (u, v, w, h) in itertools.combinations(boxes, 2):
+        assert min(x + width, u + w) <= max(x, u) or min(y + height, v + h) <= max(y, v)
+
+
+def test_a_group_that_is_selected_stays_so_when_it_is_renamed(open_page, names):
+    page = open_page()
+    group(page, names[:2]).click()
+    page.keyboard.press("n")
+    page.get_by_role("textbox", name="Name of the group group").fill("quotes")
+    assert state(page)["group"] == "quotes" and page.locator(".group.selected").count() == 1
+    page.get_by_role("button", name="Close").click()
+    assert page.locator("#panel h2").inner_text() == "quotes"
+
+
+def test_long_names_are_cut_between_characters(open_page, names):
+    page = open_page(f"{OPEN}&node={names[0]}")
+    page.get_by_role("textbox", name=f"Name of {names[0]}").fill("\N{GRINNING FACE}" * 30)
+    assert page.locator("#graph .label").text_content() == "\N{GRINNING FACE}" * 25 + "…"
+
+
+@pytest.mark.parametrize("way", ["Pinned", "Unpin"])
+def test_however_the_last_pin_goes_the_next_one_does_not_hide_the_other_nodes(open_page, names, way):
+    page = open_page()
+    node(page, names[0]).click(modifiers=["Shift"])
+    page.keyboard.press("n")
+    page.get_by_role("button", name="Show only these").click()
+    if way == "Pinned":
+        node(page, names[0]).click()
+        page.get_by_role("button", name="Pinned", exact=True).click()
+    else:
+        page.get_by_role("button", name=f"Unpin {names[0]}").click()
+    assert "only" not in state(page)
+    node(page, names[1]).click(modifiers=["Shift"])
+    assert page.locator("#graph .node").count() == case.N_NODES
+
+
+def test_the_address_that_is_gone_back_to_has_the_notes_that_are_shown(open_page, names):
+    page = open_page()
+    node(page, names[0]).click()
+    node(page, names[1]).click()
+    page.get_by_role("textbox", name=f"Name of {names[1]}").fill("later")
+    page.go_back()
+    assert state(page)["node"] == names[0] and page.locator("#graph .label").text_content() == "later"
+    copy_of = open_page(page.evaluate("location.hash"))
+    assert copy_of.locator("#graph .label").all_text_contents() == ["later"]
+
+
+# ---- Tours ----
+
+
+def test_a_step_that_selects_nothing_does_not_leave_an_end_selected(open_page, data):
+    assert data["circuits"][case.TASK]["written"]["tour"][0]["node"] is None
+    page = open_page(f"{OPEN}&end=embedding")
+    page.keyboard.press(".")
+    assert state(page).get("tour") == "0" and "end" not in state(page)
+
+
+def test_keys_of_one_circuit_do_nothing_beside_another(open_page, names):
+    page = open_page(f"#task=first/{case.TASK}&with=again/{case.TASK}&node={names[0]}&tour=1&pair=1", "two")
+    before = page.evaluate("location.hash")
+    for key in (".", ",", "t", "n", "p", "[", "]"):
+        page.keyboard.press(key)
+    assert page.evaluate("location.hash") == before
+    page.keyboard.press("Escape")
+    assert "node" not in state(page)
+
+
+def test_nothing_but_a_node_stays_selected_when_a_circuit_is_put_beside(open_page):
+    page = open_page(f"#task=first/{case.TASK}&end=embedding", "two")
+    page.locator("#with").select_option(f"again/{case.TASK}")
+    assert set(state(page)) == {"task", "with"}
+
+
+def test_a_view_is_that_of_the_address_while_the_circuit_is_tried(open_page, data):
+    source, target = ends(data)[0]
+    low = {"width": 1440, "height": 460}
+    page = open_page(f"{OPEN}&view=3,0,-300&try=true&edge={source}>{target}", viewport=low)
+    # It has been panned to the edge, which writes how far it is zoomed into the address.
+    assert state(page)["try"] == "true" and state(page)["view"].startswith("3.000,")
+
+
+# ---- Files ----
+
+
+def test_every_table_of_whole_runs_and_of_two_circuits_has_its_csv_again_after_it_is_drawn_anew(
+    open_page, data, folder
+):
+    page = open_page("", "two")
+    page.locator("#overlap-part").get_by_role("button", name="edges").click()
+    page.locator("#location").select_option("attn.q")
+    tables = page.locator("main table:visible")
+    assert tables.count() == tables.locator("caption button.csv").count() == 3
+    name, rows = saved(page, page.locator("#matrix .csv"))
+    assert name == f"{data['run']['name']}_again_Overlap_of_circuits.csv"
+    circuit = case.Circuit.load(folder / "circuits" / case.TASK)
+    size = str(len(circuit.edges))
+    assert [row[1:] for row in rows[1:]] == [[size, "1"], ["1", size]]
+    _, rows = saved(page, page.locator("#uses-table .csv"))
+    uses = {(node.name, task) for node in circuit.nodes if ".attn.q." in node.name for task in named()}
+    assert {(row[0], row[1]) for row in rows[1:]} == uses
+    importance = {node.name: node.importance for node in circuit.nodes}
+    assert all(float(row[2]) == pytest.approx(importance[row[0]], rel=1e-8) for row in rows[1:])
+    page = open_page(f"#task={named()[0]}&with={named()[1]}", "two")
+    tables = page.locator("main table:visible")
+    assert tables.count() == tables.locator("caption button.csv").count() == 2
+    name, _ = saved(page, page.locator("#pair-sizes .csv"))
+    assert name == f"first_{case.TASK}-again_{case.TASK}.csv"
+
+
+def named() -> list[str]:
+    return [f"{run}/{case.TASK}" for run in ("first", "again")]
+
+
+def test_names_that_a_person_gives_do_not_enter_the_tables_of_edges(open_page, data):
+    source, target = ends(data)[0]
+    page = open_page(f"{OPEN}&node={source}")
+    page.get_by_role("textbox", name=f"Name of {source}").fill(LABEL)
+    page.keyboard.press("Escape")
+    group(page, [target]).click()
+    _, rows = saved(page, page.locator("table.edges .csv").first)
+    into = [edge for edge in ends(data) if edge[1] == target]
+    assert rows[0] == ["source", "target", "weight"] and [tuple(row[:2]) for row in rows[1:]] == into
+
+
+def test_a_name_can_be_read_in_the_files_of_the_graph_whatever_is_in_it(open_page, names):
+    page = open_page(f"{OPEN}&node={names[0]}")
+    page.get_by_role("textbox", name=f"Name of {names[0]}").fill(LABEL)
+    with page.expect_download() as download:
+        page.locator("#save-svg").click()
+    root = ElementTree.fromstring(pathlib.Path(download.value.path()).read_bytes())
+    [label] = [
+        each for each in root.iter() if each.text == LABEL.replace("\u0001", "\N{REPLACEMENT CHARACTER}")
+    ]
+    # Its edge in the color of the ground lies behind the letters.
+    assert label.get("stroke") and label.get("paint-order") == "stroke"
+
+
+def test_a_task_without_a_circuit_on_the_page_has_no_curve_that_would_open_it(open_page, data, tmp_path):
+    other = copy.deepcopy(data)
+    other["tasks"].append(dict(other["tasks"][0], task="elsewhere"))
+    path = tmp_path / "page.html"
+    path.write_text(page_lib.render(other, title="a run"), encoding="utf-8")
+    page = open_page(path=path)
+    page.wait_for_selector("#panel .curve")
+    tasks = page.locator("#panel .curve").evaluate_all("all => all.map((each) => each.dataset.task)")
+    assert tasks == [case.TASK]
