@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 # Seconds between looks at what other workers have left.
 _POLL = 10.0
+_NO_TASK = "--task is empty: give names, .jsonl or .py files, or all"
 
 
 def run(
@@ -291,7 +292,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     options: Any = flags.FLAGS
     if not options.task:
-        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
+        raise UserError(_NO_TASK)
     check_name(options.name)
     settings, shown = settings_from_flags(), evidence.Options(**given_fields(evidence.Options))
     folder = pathlib.Path(options.run)
@@ -324,8 +325,11 @@ def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]
     """Returns the tasks of names and files, or "all" of a run.
 
     Raises:
-      UserError: A task or the run does not exist, a circuit is named, or a task has the name of one.
+      UserError: There is no name, a task or the run does not exist, a circuit is named, or a task has the name
+        of one.
     """
+    if not names:
+        raise UserError(_NO_TASK)
     for full_name in names:
         task, name = split(full_name)
         if name:
