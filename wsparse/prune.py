@@ -325,8 +325,8 @@ def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]
     """Returns the tasks of names and files, or "all" of a run.
 
     Raises:
-      UserError: There is no name, a task or the run does not exist, a circuit is named, or a task has the name
-        of one.
+      UserError: There is no name, a task or the run does not exist, a circuit is named, or a task has the
+        name of one.
     """
     if not names:
         raise UserError(_NO_TASK)
