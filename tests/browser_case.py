@@ -62,6 +62,26 @@ def opening(browser: sync_api.Browser, path: pathlib.Path, fragment: str = "") -
     assert trouble == []
 
 
+@contextlib.contextmanager
+def framing(
+    browser: sync_api.Browser, path: pathlib.Path, folder: pathlib.Path, *, width: int
+) -> Iterator[sync_api.FrameLocator]:
+    """Yields the frame of a page in the `srcdoc` of an `iframe`, in which nothing may be raised.
+
+    The page around it is written into `folder`.
+    """
+    outer = folder / "outer.html"
+    outer.write_text(f"<iframe width={width} height=800></iframe>")
+    page = browser.new_page()
+    trouble = []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto(outer.as_uri())
+    page.locator("iframe").evaluate("(e, text) => { e.srcdoc = text; }", path.read_text())
+    yield page.frame_locator("iframe")
+    assert trouble == []
+    page.close()
+
+
 def _is_own(request) -> bool:
     """Returns whether a request is for the page itself, or for what it has made."""
     return request.resource_type == "document" or request.url.startswith("blob:")

@@ -317,7 +317,7 @@ def test_what_a_run_was_given_is_not_changed_afterwards(params, monkeypatch):
 
     def watched(params, tokens_BT, acts, changed, *, config):
         given.append((changed, {name: mask.copy() for name, mask in changed.items()}))
-        return forward(params, tokens_BT, dict(acts), dict(changed), config=config)
+        return forward(params, tokens_BT, acts, changed, config=config)
 
     monkeypatch.setattr(hooks, "_forward_with_taps", watched)
     hooks.run_with_taps(params, TOKENS, CONFIG, taps={"attn.q": jnp.sin, "mlp.post_act": jnp.sin})

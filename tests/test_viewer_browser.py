@@ -425,23 +425,14 @@ def test_a_circuit_above_its_target_is_marked_in_table_and_panel(open_page, data
 
 def test_the_page_works_in_the_srcdoc_of_a_frame(open_page, browser, path, tmp_path):
     """Where links to fragments would lead to the page around it, and the address cannot be written."""
-    outer = tmp_path / "outer.html"
-    outer.write_text("<iframe width=1200 height=800></iframe>")
-    page = browser.new_page()
-    trouble = []
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.goto(outer.as_uri())
-    page.locator("iframe").evaluate("(e, text) => { e.srcdoc = text; }", path.read_text())
-    frame = page.frame_locator("iframe")
-    frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
-    frame.locator(".node").first.click()
-    assert frame.locator("#panel .prompt").count() == 3
-    frame.locator("#keep").fill("9")
-    assert frame.locator(".node:not(.gone)").count() == 9
-    frame.locator("#home").click()
-    assert frame.locator("#overview").is_visible()
-    page.close()
-    assert trouble == []
+    with browser_case.framing(browser, path, tmp_path, width=1200) as frame:
+        frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
+        frame.locator(".node").first.click()
+        assert frame.locator("#panel .prompt").count() == 3
+        frame.locator("#keep").fill("9")
+        assert frame.locator(".node:not(.gone)").count() == 9
+        frame.locator("#home").click()
+        assert frame.locator("#overview").is_visible()
 
 
 def test_labels_can_be_read_on_a_phone(open_page, data):

@@ -9,27 +9,16 @@ from browser_case import state
 import pytest
 import viewer_case as case
 
-from wsparse.circuits import Circuit
 from wsparse.circuits.notes import FILE, Notes, Step
 from wsparse.viewer import contents
 from wsparse.viewer import page as page_lib
 
 browser = pytest.fixture(scope="module")(browser_case.chromium)
+folder = pytest.fixture(scope="module")(case.live_folder)
+circuit = pytest.fixture(scope="module")(case.live_circuit)
 OPEN = f"#task={case.TASK}"
 NOTES = f"{OPEN}&notes=true"
 LABEL = "is the string <b>open</b>?"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("viewer")
-    case.write_live_run(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def circuit(folder) -> Circuit:
-    return Circuit.load(folder / "circuits" / case.TASK)
 
 
 @pytest.fixture(scope="module")
@@ -504,29 +493,20 @@ def test_narrow_windows_do_not_scroll_sideways_and_controls_have_names(open_page
 
 def test_notes_work_in_the_srcdoc_of_a_frame(browser, path, names, tmp_path):
     """Where the address cannot be written, notes are kept in the page."""
-    outer = tmp_path / "outer.html"
-    outer.write_text("<iframe width=1400 height=800></iframe>")
-    page = browser.new_page()
-    trouble = []
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.goto(outer.as_uri())
-    page.locator("iframe").evaluate("(e, text) => { e.srcdoc = text; }", path.read_text())
-    frame = page.frame_locator("iframe")
-    frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
-    frame.locator(f'.node[data-name="{names[0]}"]').click()
-    frame.get_by_role("textbox", name=f"Name of {names[0]}").fill("open?")
-    frame.get_by_role("button", name="Tour", exact=True).click()
-    frame.get_by_role("button", name="Next", exact=True).click()
-    assert frame.locator("#graph .label").all_text_contents() == ["open?"]
-    frame.locator("#home").click()
-    frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
-    assert frame.locator("#graph .label").all_text_contents() == ["open?"]
-    with page.expect_download() as download:
-        frame.get_by_role("button", name="Notes").click()
-        frame.get_by_role("button", name="Download the page with the notes").click()
-    assert download.value.suggested_filename.endswith("-notes.html")
-    page.close()
-    assert trouble == []
+    with browser_case.framing(browser, path, tmp_path, width=1400) as frame:
+        frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
+        frame.locator(f'.node[data-name="{names[0]}"]').click()
+        frame.get_by_role("textbox", name=f"Name of {names[0]}").fill("open?")
+        frame.get_by_role("button", name="Tour", exact=True).click()
+        frame.get_by_role("button", name="Next", exact=True).click()
+        assert frame.locator("#graph .label").all_text_contents() == ["open?"]
+        frame.locator("#home").click()
+        frame.locator("#tasks tbody th a").get_by_text(case.TASK).click()
+        assert frame.locator("#graph .label").all_text_contents() == ["open?"]
+        with frame.owner.page.expect_download() as download:
+            frame.get_by_role("button", name="Notes").click()
+            frame.get_by_role("button", name="Download the page with the notes").click()
+        assert download.value.suggested_filename.endswith("-notes.html")
 
 
 def test_the_captions_and_steps_of_a_file_are_those_of_the_page(open_page, circuit, folder, tmp_path):

@@ -13,11 +13,12 @@ import pytest
 import viewer_case as case
 
 from wsparse import model, taps
-from wsparse.circuits import Circuit
 from wsparse.viewer import contents
 from wsparse.viewer import page as page_lib
 
 browser = pytest.fixture(scope="module")(browser_case.chromium)
+folder = pytest.fixture(scope="module")(case.live_folder)
+circuit = pytest.fixture(scope="module")(case.live_circuit)
 TRY = f"#task={case.TASK}&try=true"
 MINUS = "\N{MINUS SIGN}"
 PROMPT = "f('abc"
@@ -26,20 +27,8 @@ ANSWERS = "'\""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("viewer")
-    case.write_live_run(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(folder) -> dict:
     return json.loads(page_lib.embedded(contents.read_run(folder, contents.Options())))
-
-
-@pytest.fixture(scope="module")
-def circuit(folder) -> Circuit:
-    return Circuit.load(folder / "circuits" / case.TASK)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from wsparse import files, model, runs, trees
 from wsparse.circuits import Circuit, evidence, graph, masks, pairs, procedure, scoring, tasks
@@ -155,6 +156,18 @@ def write_live_run(folder: pathlib.Path) -> None:
     """A run with a circuit, its evidence and its model."""
     data_text(folder)
     evidence.store_model(dataclasses.replace(run(), folder=folder))
+
+
+def live_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A fixture: the folder of `write_live_run`."""
+    folder = tmp_path_factory.mktemp("viewer")
+    write_live_run(folder)
+    return folder
+
+
+def live_circuit(folder: pathlib.Path) -> Circuit:
+    """A fixture: the circuit of the fixture `folder`."""
+    return Circuit.load(folder / "circuits" / TASK)
 
 
 def data_text(folder: pathlib.Path) -> str:
