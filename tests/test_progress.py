@@ -2,6 +2,7 @@
 
 import io
 import sys
+import types
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_in_a_terminal_there_is_a_bar_with_what_is_done_and_left(logged, monkeyp
     assert "loss=3.25" in shown
     assert "\r" in shown
     assert logged == []
+
+
+@pytest.mark.parametrize(("shell", "bar"), [(None, False), (types.SimpleNamespace(kernel=1), True)])
+def test_a_notebook_shows_a_bar_and_a_library_of_notebooks_does_not(monkeypatch, capsys, logged, shell, bar):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = lambda: shell
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    show_steps()
+    assert ("10/20" in capsys.readouterr().err) == bar
+    assert bool(logged) != bar
 
 
 def test_where_log_lines_are_hidden_there_is_no_bar_either(logged, monkeypatch):

@@ -41,7 +41,7 @@ class progress(Generic[T]):
         self._began: float | None = None
         self._last_line = time.monotonic()
         self._bar = None
-        if _in_terminal() and logging.getLogger("wsparse").level <= logging.INFO:
+        if _shows_bars() and logging.getLogger("wsparse").level <= logging.INFO:
             self._bar = tqdm(total=self._total, initial=start, desc=label, leave=False)
 
     def __iter__(self) -> Iterator[T]:
@@ -99,9 +99,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
-def _in_terminal() -> bool:
-    # A notebook shows bars as well.
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+def _shows_bars() -> bool:
+    """Returns whether standard error is a terminal or the output of a notebook's cell."""
+    # Libraries import ipykernel in processes that are no notebook's; only a notebook's shell has a kernel.
+    ipython = sys.modules.get("IPython")
+    return sys.stderr.isatty() or (ipython is not None and hasattr(ipython.get_ipython(), "kernel"))
 
 
 def _length(work: Iterable[T]) -> int | None:
