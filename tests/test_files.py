@@ -61,6 +61,13 @@ def test_a_full_disk_is_told_in_one_line_with_the_space_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_the_space_left_is_not_told_where_it_is_not_the_reason(tmp_path, number):
+    with pytest.raises(UserError) as error, files.replacing(tmp_path / "a.txt"):
+        raise OSError(number, os.strerror(number))
+    assert str(error.value) == f"cannot write {tmp_path / 'a.txt'}: {os.strerror(number)}"
+
+
 def test_a_new_folder_appears_complete_or_not_at_all(tmp_path):
     folder = tmp_path / "run" / "data"
 

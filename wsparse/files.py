@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,9 @@ import socket
 from typing import Any
 
 from wsparse.errors import UserError
+
+# Reasons for which nothing could be written even to an empty disk.
+_NOT_OF_SPACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def replacing(
       part: Temporary path; by default one beside `path` that no other process uses.
 
     Raises:
-      UserError: The file cannot be written; the message says how much space is left.
+      UserError: The file cannot be written; the message says how much space is left, where that may be why.
     """
     path = pathlib.Path(path)
     part = part or _temporary(path)
@@ -79,9 +83,10 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 
 
 def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> UserError:
-    """Returns the error for a file or folder that could not be written, with the space that is left."""
+    """Returns the error for a file or folder that cannot be written, with the space left where it may matter."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(f"cannot write {path}: {reason}{_space_left(pathlib.Path(path))}")
+    space = "" if getattr(error, "errno", None) in _NOT_OF_SPACE else _space_left(pathlib.Path(path))
+    return UserError(f"cannot write {path}: {reason}{space}")
 
 
 def _space_left(path: pathlib.Path) -> str:
