@@ -83,7 +83,7 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 
 
 def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> UserError:
-    """Returns the error for a file or folder that cannot be written, with the space left where it may matter."""
+    """Returns the error for a file or folder not written, with the space left where that may be why."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     space = "" if getattr(error, "errno", None) in _NOT_OF_SPACE else _space_left(pathlib.Path(path))
     return UserError(f"cannot write {path}: {reason}{space}")
