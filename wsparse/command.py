@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
 import math
@@ -157,7 +156,7 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
     except OSError as error:
         if flags.FLAGS.verbosity > 0:
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in files.OUT_OF_SPACE:
             _fail(str(files.cannot_write(error.filename or _destination(), error)))
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")

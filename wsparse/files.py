@@ -15,8 +15,8 @@ from typing import Any
 
 from wsparse.errors import UserError
 
-# Reasons for which nothing could be written even to an empty disk.
-_NOT_OF_SPACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+# Errors of a write for which more space is the remedy.
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -85,7 +85,9 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> UserError:
     """Returns the error for a file or folder not written, with the space left where that may be why."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    space = "" if getattr(error, "errno", None) in _NOT_OF_SPACE else _space_left(pathlib.Path(path))
+    # Errors of libraries, such as orbax's, have no number: space may be why.
+    may_be_space = getattr(error, "errno", None) in (None, *OUT_OF_SPACE)
+    space = _space_left(pathlib.Path(path)) if may_be_space else ""
     return UserError(f"cannot write {path}: {reason}{space}")
 
 
