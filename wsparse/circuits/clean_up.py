@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from wsparse.circuits.criterion import Criterion
 from wsparse.circuits.discretize import GRID, Subgraph, first_within, grid_between
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.scoring import Scorer
+from wsparse.config import ModelConfig
 
 # Passes of `clean_up`: nodes, edges, nodes again.
 PASSES = 3
@@ -19,6 +21,60 @@ PASSES = 3
 _FIRST_SHARE = 1 / 6
 
 Advance = Callable[[int], Any]
+
+
+class Removed(NamedTuple):
+    """Nodes or edges that a clean-up removed at once."""
+
+    items: np.ndarray
+    """Indices of nodes, or indices into `graph.flatten_edges`."""
+    of_edges: bool
+    loss: float
+    """Task loss without them, on the pairs that the circuit is chosen on."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CleanUp:
+    """The way of a clean-up, on which a circuit can be chosen that is less than cleaned up.
+
+    Attributes:
+      start: The subgraph before it.
+      stages: What was removed, in order; the loss under attack is known after each stage.
+      config: Config of the model.
+    """
+
+    start: Subgraph
+    stages: Sequence[Sequence[Removed]]
+    config: ModelConfig
+
+    def after(self, n_stages: int) -> Subgraph:
+        """Returns the subgraph after the first stages."""
+        subgraph = self.start
+        for stage in self.stages[:n_stages]:
+            for removed in stage:
+                subgraph = _without(subgraph, removed, self.config)
+        return subgraph
+
+    @property
+    def result(self) -> Subgraph:
+        """The subgraph at its end."""
+        return self.after(len(self.stages))
+
+    def last_within(self, loss: Callable[[Subgraph], float], bound: float) -> Subgraph:
+        """Returns the subgraph of the latest stage that a bisection finds within a bound of another loss.
+
+        It is the result where that is within the bound, or where the start is not.
+        """
+        if loss(self.result) <= bound or loss(self.start) > bound:
+            return self.result
+        within, beyond = 0, len(self.stages)
+        while beyond - within > 1:
+            middle = (within + beyond) // 2
+            if loss(self.after(middle)) <= bound:
+                within = middle
+            else:
+                beyond = middle
+        return self.after(within)
 
 
 def clean_up(
@@ -29,47 +85,72 @@ def clean_up(
     *,
     single_removals: int = 256,
     advance: Advance = lambda count: None,
-) -> Subgraph:
-    """Returns the subgraph without nodes, then single edges, then nodes again, that the target does not need.
+) -> CleanUp:
+    """Returns the removal of nodes, then single edges, then nodes again, that the target does not need.
 
     A node is worth removing the more edges it takes with it and the less the loss grows. A pass whose result
     adversaries refute is done again; where they refute every result, it removes nothing.
     `advance` is called with counts that add up to `PASSES * (single_removals + 1)`, for a progress bar.
     """
+    start, stages = subgraph, []
     if criterion.is_adversarial:
-        subgraph = _shrunk(criterion, pairs, subgraph, target)
+        subgraph = _shrink(criterion, pairs, subgraph, target, stages)
     for of_edges in (False, True, False):
         reports = iter([advance])
 
-        def removed(scorer: Scorer, start: Subgraph = subgraph, of_edges: bool = of_edges) -> Subgraph:
-            removal = _Removal(scorer, pairs, start, target, of_edges=of_edges)
+        def proposal(scorer: Scorer, now: Subgraph = subgraph, of_edges: bool = of_edges) -> _Removal:
+            removal = _Removal(scorer, pairs, now, target, of_edges=of_edges)
             removal.run(single_removals, next(reports, _nothing))  # noqa: B023 (called in this pass alone)
-            return removal.subgraph
+            return removal
 
-        subgraph = criterion.settle(removed, lambda result: result, target) or subgraph
-    return subgraph
+        removal = criterion.settle(proposal, lambda removal: removal.subgraph, target)
+        if removal:
+            subgraph = removal.subgraph
+            # Where adversaries matter, only the end of a pass was attacked.
+            stages += [removal.removed] if criterion.is_adversarial else [[each] for each in removal.removed]
+    return CleanUp(start, stages, criterion.scorer.config)
 
 
-def _shrunk(criterion: Criterion, pairs: PairArrays, subgraph: Subgraph, target: float) -> Subgraph:
+def _shrink(
+    criterion: Criterion,
+    pairs: PairArrays,
+    subgraph: Subgraph,
+    target: float,
+    stages: list[Sequence[Removed]],
+) -> Subgraph:
     """Returns the subgraph without the nodes that can go a few at a time, each time under attack.
 
-    What is removed up to the edge of a bank of adversaries falls to the next one.
+    What is removed up to the edge of a bank of adversaries falls to the next one. What goes joins `stages`.
     """
     share = _FIRST_SHARE
     while subgraph.n_nodes * share >= 1:
         limit = int(subgraph.n_nodes * share)
 
-        def removed(scorer: Scorer, start: Subgraph = subgraph, limit: int = limit) -> Subgraph:
-            removal = _Removal(scorer, pairs, start, target, of_edges=False)
+        def proposal(scorer: Scorer, now: Subgraph = subgraph, limit: int = limit) -> _Removal:
+            removal = _Removal(scorer, pairs, now, target, of_edges=False)
             removal.run_prefix(limit)
-            return removal.subgraph
+            return removal
 
-        smaller = criterion.settle(removed, lambda result: result, target)
-        if smaller is None or smaller.n_nodes == subgraph.n_nodes:
+        removal = criterion.settle(proposal, lambda removal: removal.subgraph, target)
+        if removal is None or not removal.removed:
             share /= 4
         else:
-            subgraph = smaller
+            subgraph = removal.subgraph
+            stages.append(removal.removed)
     return subgraph
+
+
+def _without(subgraph: Subgraph, removed: Removed, config: ModelConfig) -> Subgraph:
+    """Returns the subgraph without nodes or edges that are removed at once."""
+    if removed.of_edges:
+        size = graph.flatten_edges(subgraph.edges).size
+        gone = graph.unflatten_edges(_bools(size, removed.items), subgraph.edges)
+        edges = {path: subgraph.edges[path] & ~gone[path] for path in gone}
+        cut = {path: subgraph.removed[path] | gone[path] for path in gone}
+        return Subgraph(subgraph.nodes, edges, cut, removed.loss)
+    nodes_U = subgraph.nodes & ~_bools(subgraph.nodes.size, removed.items)
+    edges = graph.between(nodes_U, subgraph.edges, config)
+    return Subgraph(nodes_U, edges, subgraph.removed, removed.loss)
 
 
 def _nothing(count: int) -> None:
@@ -152,12 +233,13 @@ class _Removal:
         self, scorer: Scorer, pairs: PairArrays, subgraph: Subgraph, target: float, *, of_edges: bool
     ):
         self._scorer, self._pairs, self._target, self._of_edges = scorer, pairs, target, of_edges
+        self.removed: list[Removed] = []
         self._continue_with(subgraph)
 
     def _continue_with(self, subgraph: Subgraph) -> None:
         self.subgraph = subgraph
         is_item = graph.flatten_edges(subgraph.edges) if self._of_edges else subgraph.nodes
-        self._size, self._kept = is_item.size, np.flatnonzero(is_item)
+        self._kept = np.flatnonzero(is_item)
 
     def run(self, single_removals: int, advance: Advance) -> None:
         """Remove what can go; see `clean_up`."""
@@ -231,20 +313,10 @@ class _Removal:
             between = grid_between(lengths[found[0]], lengths[found[0] + 1])
             if between.size and (further := longest(between)):
                 lengths, found = between, further
-        self._remove(order[: lengths[found[0]]], found[1])
-        return int(lengths[found[0]])
-
-    def _remove(self, items: np.ndarray, loss: float) -> None:
-        now, is_gone = self.subgraph, _bools(self._size, items)
-        if self._of_edges:
-            gone = graph.unflatten_edges(is_gone, now.edges)
-            edges = {path: now.edges[path] & ~gone[path] for path in gone}
-            removed = {path: now.removed[path] | gone[path] for path in gone}
-            self._continue_with(Subgraph(now.nodes, edges, removed, loss))
-        else:
-            nodes_U = now.nodes & ~is_gone
-            edges = graph.between(nodes_U, now.edges, self._scorer.config)
-            self._continue_with(Subgraph(nodes_U, edges, now.removed, loss))
+        n_items = int(lengths[found[0]])
+        self.removed.append(Removed(order[:n_items], self._of_edges, found[1]))
+        self._continue_with(_without(self.subgraph, self.removed[-1], self._scorer.config))
+        return n_items
 
 
 def _bools(size: int, indices: np.ndarray) -> np.ndarray:

@@ -160,14 +160,14 @@ def curve(
     subgraphs = {target: subgraph}
     for looser in sorted(t for t in settings.sweep if t > target):
         goal = looser - settings.margin
-        subgraph = clean_up(criterion, pairs.discretize, subgraph, goal, single_removals=0)
+        subgraph = clean_up(criterion, pairs.discretize, subgraph, goal, single_removals=0).result
         subgraphs[looser] = subgraph
         advance(1)
     for tighter in sorted(t for t in settings.sweep if t < target):
         goal = tighter - settings.margin * tighter / target
         cut, _ = discretize(criterion.scorer, pairs.discretize, tau_U, goal)
         if cut is not None:
-            subgraphs[tighter] = clean_up(criterion, pairs.discretize, cut, goal, single_removals=0)
+            subgraphs[tighter] = clean_up(criterion, pairs.discretize, cut, goal, single_removals=0).result
         advance(1)
     return [
         CurvePoint(

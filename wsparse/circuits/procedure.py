@@ -160,8 +160,7 @@ class CircuitSearch:
         choice = self._choice(finalists, self._goal)
         for _ in range(_CHOICES - 1):
             loss = self._confirm_loss(choice.subgraph)
-            # Half of the margin is for the templates of the third split.
-            excess = loss - (self._goal + self.target) / 2
+            excess = loss - self._confirm_bound
             if excess <= 0:
                 break
             log.info("  loss %.3f on other pairs: chosen again, for a lower loss", loss)
@@ -171,6 +170,11 @@ class CircuitSearch:
                 break
             choice = self._choice(lower, goal)
         return self._measured(choice, cuts, started)
+
+    @property
+    def _confirm_bound(self) -> float:
+        """The loss on other pairs; the other half of the margin is for the templates of the third split."""
+        return (self._goal + self.target) / 2
 
     def _confirm_loss(self, subgraph: Subgraph) -> float:
         if self.pairs.confirm is None:
@@ -187,6 +191,8 @@ class CircuitSearch:
                 clean_up(criterion, pairs, cut, goal, single_removals=singles, advance=bar.advance)
                 for _, cut in finalists
             ]
+        # What the last removals cost on other pairs is known only there.
+        cleaned = [way.last_within(self._confirm_loss, self._confirm_bound) for way in cleaned]
         sufficient = min(cleaned, key=lambda subgraph: subgraph.n_edges)
         trial, cut = finalists[cleaned.index(sufficient)]
         log.info("  cleaned up: %d nodes, %d edges", sufficient.n_nodes, sufficient.n_edges)

@@ -42,7 +42,7 @@ class Settings:
     confirm_pairs: int = setting(
         48,
         "More pairs of the second split, on which the chosen circuit is tried: where it misses the target, "
-        "one is chosen again, for a lower loss. 0 tries none.",
+        "removals are taken back, or one is chosen again, for a lower loss. 0 tries none.",
         "at least 0",
     )
     report_pairs: int = setting(96, "Pairs that numbers are reported on.", "at least 1")
