@@ -33,7 +33,8 @@ def test_every_stage_has_the_loss_that_it_says_and_fewer_edges_or_nodes(way):
             assert loss == pytest.approx(subgraph.loss, abs=1e-5)
     assert len(sizes) > 2
     assert sizes == sorted(set(sizes), reverse=True)
-    assert cleaned.result.n_nodes == subgraph.n_nodes
+    np.testing.assert_array_equal(cleaned.result.nodes, subgraph.nodes)
+    assert cleaned.result.n_edges == subgraph.n_edges
 
 
 def test_removals_are_taken_back_until_another_loss_is_within_its_bound(way):

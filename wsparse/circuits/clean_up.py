@@ -39,12 +39,14 @@ class CleanUp:
 
     Attributes:
       start: The subgraph before it.
-      stages: What was removed, in order; the loss under attack is known after each stage.
+      stages: What was removed, in order. After every stage the subgraph is known to meet the criterion.
+      result: The subgraph at its end.
       config: Config of the model.
     """
 
     start: Subgraph
     stages: Sequence[Sequence[Removed]]
+    result: Subgraph
     config: ModelConfig
 
     def after(self, n_stages: int) -> Subgraph:
@@ -54,11 +56,6 @@ class CleanUp:
             for removed in stage:
                 subgraph = _without(subgraph, removed, self.config)
         return subgraph
-
-    @property
-    def result(self) -> Subgraph:
-        """The subgraph at its end."""
-        return self.after(len(self.stages))
 
     def last_within(self, loss: Callable[[Subgraph], float], bound: float) -> Subgraph:
         """Returns the subgraph of the latest stage that a bisection finds within a bound of another loss.
@@ -94,50 +91,59 @@ def clean_up(
     """
     start, stages = subgraph, []
     if criterion.is_adversarial:
-        subgraph = _shrink(criterion, pairs, subgraph, target, stages)
+        subgraph, stages = _shrink(criterion, pairs, subgraph, target)
     for of_edges in (False, True, False):
         reports = iter([advance])
 
-        def proposal(scorer: Scorer, now: Subgraph = subgraph, of_edges: bool = of_edges) -> _Removal:
-            removal = _Removal(scorer, pairs, now, target, of_edges=of_edges)
+        def run(removal: _Removal) -> None:
             removal.run(single_removals, next(reports, _nothing))  # noqa: B023 (called in this pass alone)
-            return removal
 
-        removal = criterion.settle(proposal, lambda removal: removal.subgraph, target)
-        if removal:
+        if removal := _settled(criterion, pairs, subgraph, target, run, of_edges=of_edges):
             subgraph = removal.subgraph
             # Where adversaries matter, only the end of a pass was attacked.
             stages += [removal.removed] if criterion.is_adversarial else [[each] for each in removal.removed]
-    return CleanUp(start, stages, criterion.scorer.config)
+    return CleanUp(start, stages, subgraph, criterion.scorer.config)
 
 
 def _shrink(
-    criterion: Criterion,
-    pairs: PairArrays,
-    subgraph: Subgraph,
-    target: float,
-    stages: list[Sequence[Removed]],
-) -> Subgraph:
-    """Returns the subgraph without the nodes that can go a few at a time, each time under attack.
+    criterion: Criterion, pairs: PairArrays, subgraph: Subgraph, target: float
+) -> tuple[Subgraph, list[Sequence[Removed]]]:
+    """Returns the subgraph without the nodes that can go a few at a time, each time under attack; the stages.
 
-    What is removed up to the edge of a bank of adversaries falls to the next one. What goes joins `stages`.
+    What is removed up to the edge of a bank of adversaries falls to the next one.
     """
-    share = _FIRST_SHARE
-    while subgraph.n_nodes * share >= 1:
-        limit = int(subgraph.n_nodes * share)
+    share, stages = _FIRST_SHARE, []
+    while (limit := int(subgraph.n_nodes * share)) >= 1:
 
-        def proposal(scorer: Scorer, now: Subgraph = subgraph, limit: int = limit) -> _Removal:
-            removal = _Removal(scorer, pairs, now, target, of_edges=False)
+        def run(removal: _Removal, limit: int = limit) -> None:
             removal.run_prefix(limit)
-            return removal
 
-        removal = criterion.settle(proposal, lambda removal: removal.subgraph, target)
+        removal = _settled(criterion, pairs, subgraph, target, run, of_edges=False)
         if removal is None or not removal.removed:
             share /= 4
         else:
             subgraph = removal.subgraph
             stages.append(removal.removed)
-    return subgraph
+    return subgraph, stages
+
+
+def _settled(
+    criterion: Criterion,
+    pairs: PairArrays,
+    subgraph: Subgraph,
+    target: float,
+    run: Callable[[_Removal], None],
+    *,
+    of_edges: bool,
+) -> _Removal | None:
+    """Returns the first removal, made by `run`, that no adversary refutes; None if all are refuted."""
+
+    def proposal(scorer: Scorer) -> _Removal:
+        removal = _Removal(scorer, pairs, subgraph, target, of_edges=of_edges)
+        run(removal)
+        return removal
+
+    return criterion.settle(proposal, lambda removal: removal.subgraph, target)
 
 
 def _without(subgraph: Subgraph, removed: Removed, config: ModelConfig) -> Subgraph:
