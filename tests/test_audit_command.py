@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import wsparse
-from wsparse import audit, cli, runs, trees
+from wsparse import audit, cli, files, runs, trees
 from wsparse.circuits import Circuit, pairs, tasks
 from wsparse.circuits.audits import context as contexts
 from wsparse.circuits.audits import tests
@@ -23,6 +23,7 @@ from wsparse.circuits.audits.context import Options
 from wsparse.circuits.audits.record import Audit
 from wsparse.circuits.circuit import NOT_CONFIRMED
 from wsparse.errors import UserError
+from wsparse.sweeps import records
 
 OPTIONS = Options(pairs=8, draws=8, resamples=50)
 NAMES = ("sufficiency", "shift", "stability")
@@ -112,6 +113,9 @@ def test_the_audit_of_the_planted_circuit_is_of_its_model_its_text_and_its_pairs
     assert measured["task loss"].value == pytest.approx(circuit.loss, abs=1e-5)
     assert measured["task loss"].control > np.log(2) - 0.01
     assert done.pairs == 8
+    # The docs' tables read the verdicts.
+    stored = records.read(folder, pairs=1)["circuits"][case.TASK]["audit"]
+    assert stored == {test.name: test.verdict for test in done.tests}
     lines = "\n".join(logged)
     assert all(f"  {test.name:<20} {test.verdict}" in lines for test in done.tests)
     assert "has no knobs" in lines
@@ -202,7 +206,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_tested
     folder, path, fakes, monkeypatch
 ):
     fakes(sufficiency=KeyboardInterrupt())
-    monkeypatch.setattr(audit.os, "access", lambda *_: False)
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"cannot write the audit: .* is not a writable directory"):
         audit.audit_run(folder, [path], OPTIONS, ["sufficiency"])
 

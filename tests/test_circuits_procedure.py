@@ -67,6 +67,43 @@ def test_a_circuit_that_misses_the_target_on_other_pairs_is_chosen_again_for_a_l
     assert sum("chosen again" in line for line in logged) == 2
 
 
+def test_a_smaller_circuit_that_misses_on_other_pairs_gives_way_to_one_that_does_not(subject, monkeypatch):
+    settings = dataclasses.replace(
+        case.SETTINGS,
+        target=0.16,
+        margin=0.02,
+        trials=2,
+        finalists=2,
+        necessity=0.0,
+        controls=False,
+        sweep=(0.3,),
+    )
+
+    def of(nodes: set[str]) -> discretize.Subgraph:
+        kept = np.array([name in nodes for name in masks.names(PLANTED)])
+        return discretize.subgraph_of(subject.scorer, kept, 0.1)
+
+    # Without its last node nothing reaches the answer.
+    circuits = [of(PLANTED_NODES - {"1.mlp.resid_delta.11"}), of(PLANTED_NODES)]
+
+    def found(order, confirm) -> set[str]:
+        results = iter(circuits[number] for number in order)
+
+        def cleaned(*_, **__) -> clean_up.CleanUp:
+            result = next(results)
+            return clean_up.CleanUp(result, [], result, subject.config)
+
+        monkeypatch.setattr(procedure, "clean_up", cleaned)
+        pairs = dataclasses.replace(case.pairs(), confirm=confirm)
+        search = procedure.CircuitSearch(subject, pairs, case.pruner(), settings)
+        return {node.name for node in search.circuit(search.trials(), started=0.0).nodes}
+
+    for order in ([0, 1], [1, 0]):
+        assert found(order, planted_pairs(16, 3)) == PLANTED_NODES
+        # Negative control: where nothing is tried on other pairs, the smaller one is chosen.
+        assert len(found(order, None)) == len(PLANTED_NODES) - 1
+
+
 def test_where_the_model_cannot_do_a_task_the_hint_is_a_target_that_would_try_it(subject, pairs):
     """The number comes from the pairs that circuits are chosen on; the report split has no part in it."""
     rows = np.array(pairs.discretize.answer)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import circuits_case as case
-from circuits_case import PLANTED, planted_pairs, planted_params, windows
+from circuits_case import PLANTED, PLANTED_NODES, planted_pairs, planted_params, windows
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 
 from wsparse import model, taps, trees
 from wsparse.circuits import discretize, graph, masks, measurements, procedure, scoring
+from wsparse.circuits.circuit import Score
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_models_without_biases_can_lose_edges():
 
 
 class FakeScorer:
-    """Losses given by a table over the number of nodes."""
+    """Losses given by a table over the number of nodes, each of which is worth as much as its index says."""
 
     def __init__(self, losses):
         self.losses = losses
@@ -134,9 +135,15 @@ class FakeScorer:
         self.weights = {c.kernel: np.zeros((2, 1, 1), bool) for c in graph.CONNECTIONS}
 
     def without(self, pairs, nodes_U, edges, order, spans, *, until=-np.inf):
-        loss = np.array([self.losses(lo) for lo, _ in spans])
+        loss = np.array([self.losses(nodes_U.sum() - (hi - lo)) for lo, hi in spans])
         after = np.cumsum(loss <= until) > (loss <= until)
         return scoring.MaskScores(*[np.where(after, np.nan, loss)] * 2)
+
+    def mask(self, pairs, nodes_U, edges=None):
+        return Score(self.losses(nodes_U.sum()), 1.0)
+
+    def openings(self, pairs, nodes_U, others_U):
+        return -np.arange(nodes_U.size, dtype=float)
 
 
 @pytest.mark.parametrize("smallest", [1, 2, 17, 90, 224])
@@ -147,23 +154,62 @@ def test_discretize_finds_the_smallest_size_of_a_falling_loss(smallest, monkeypa
     tau = np.linspace(1, -1, size)
     (kept, loss), least = discretize.discretize(scorer, None, tau, 0.15)
     assert kept.sum() == smallest
-    assert kept[:smallest].all()
+    # Open nodes in the order of tau, then closed ones in that of the estimates.
+    n_open = size // 2
+    assert kept[: min(smallest, n_open)].all()
+    assert kept[size - max(smallest - n_open, 0) :].all()
     assert (loss, least) == (0.1, 0.1)
 
 
-def test_discretize_accepts_a_size_below_a_bump_and_never_one_that_misses(monkeypatch):
+def test_what_is_forbidden_is_not_added_to_open_nodes(monkeypatch):
     monkeypatch.setattr(discretize, "subgraph_of", lambda scorer, kept, loss: (kept, loss))
     size = masks.n_nodes(PLANTED)
+    tau = np.where(np.arange(size) < 4, 1.0, -1.0)
+    forbidden = np.arange(size) >= 30
 
-    def bumpy(k):
-        return 0.6 if k < 20 or 60 < k < 120 else 0.1
+    def found(smallest):
+        scorer = FakeScorer(lambda k: 0.1 if k >= smallest else 0.6)
+        return discretize.discretize(scorer, None, tau, 0.15, forbidden_U=forbidden).subgraph
 
-    (kept, loss), _ = discretize.discretize(FakeScorer(bumpy), None, np.linspace(1, -1, size), 0.15)
-    assert kept.sum() == 20
-    assert loss <= 0.15
-    cut = discretize.discretize(FakeScorer(lambda k: 0.5), None, np.ones(size), 0.15)
-    assert cut.subgraph is None
-    assert cut.least_loss == 0.5
+    kept, _ = found(smallest=20)
+    np.testing.assert_array_equal(np.flatnonzero(kept), [0, 1, 2, 3, *range(14, 30)])
+    assert found(smallest=30)[0].sum() == 30
+    # What needs them is no circuit.
+    assert found(smallest=31) is None
+
+
+def test_with_no_open_node_a_circuit_is_grown_from_none(monkeypatch):
+    monkeypatch.setattr(discretize, "subgraph_of", lambda scorer, kept, loss: (kept, loss))
+    scorer = FakeScorer(lambda k: 0.1 if k >= 5 else 0.6)
+    kept, _ = discretize.discretize(scorer, None, -np.ones(masks.n_nodes(PLANTED)), 0.15).subgraph
+    assert kept.sum() == 5
+
+
+def test_openings_are_the_slopes_along_the_path_from_the_circuit_to_the_model(subject):
+    pairs, names = planted_pairs(16, 3), masks.names(PLANTED)
+    nodes = np.array([name in PLANTED_NODES for name in names])
+    missing = np.flatnonzero(nodes)[[0, -1]]
+    nodes[missing] = False
+    estimates = subject.scorer.openings(pairs, nodes, np.ones(nodes.size, bool))
+    assert not np.any(estimates[nodes])
+
+    def loss(gates_U: np.ndarray) -> float:
+        gates = masks.unflatten(jnp.asarray(gates_U, jnp.float32), PLANTED)
+        logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=taps.mask(gates, subject.means))
+        last = np.asarray(logits, np.float64)[np.arange(32), pairs.position]
+        margin = last[np.arange(32), pairs.answer] - last[np.arange(32), pairs.other]
+        return float(np.mean(np.logaddexp(0, -margin)))
+
+    step = 1e-2
+    for node in missing:
+        aside = step * (np.arange(nodes.size) == node)
+        path = [nodes + share * ~nodes for share in (0.125, 0.375, 0.625, 0.875)]
+        slopes = [(loss(gates + aside) - loss(gates - aside)) / (2 * step) for gates in path]
+        assert estimates[node] == pytest.approx(np.mean(slopes), rel=0.02)
+    # The nodes that are missing are those that are found, though nothing reads the first without the last.
+    assert set(np.argsort(estimates)[:2]) == set(missing)
+    # Nodes that may not be opened stay closed.
+    np.testing.assert_array_equal(subject.scorer.openings(pairs, nodes, nodes), np.zeros(nodes.size))
 
 
 def test_calibration_finds_the_scale_and_shift_of_a_fine_grid_search():

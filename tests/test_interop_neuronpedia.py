@@ -216,7 +216,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(task, options
         neuronpedia.export(folder, task, tmp_path / "graph.json", **options)
     with pytest.raises(UserError, match="is not a run folder"):
         neuronpedia.export(tmp_path, task, tmp_path / "graph.json", **options)
-    with pytest.raises(UserError, match="--out must be a file in a folder that exists"):
+    with pytest.raises(UserError, match="is not a writable directory"):
         neuronpedia.export(folder, task, tmp_path / "missing" / "graph.json", **options)
     assert not list(tmp_path.iterdir())
 

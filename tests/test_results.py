@@ -9,6 +9,7 @@ import pytest
 from train_case import finished, source  # noqa: F401
 
 from wsparse import recipes, results
+from wsparse.circuits.audits.claims import CLAIMS
 from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.sweeps import records
@@ -141,6 +142,21 @@ def test_a_table_says_how_many_circuits_are_confirmed():
     row = table("confirmed", entries, "tiny")[2]
     assert row == ["`tiny`", "7", "5 of 6 (83%)", "4 of 6 (67%)", "4 of 5 (80%)", "2"]
     assert table("confirmed", [entry()], "tiny")[2][2:5] == ["-", "-", "-"]
+
+
+def test_a_table_of_audits_counts_the_seeds_that_pass_each_test_by_task():
+    entries = [entry(seed=seed, edges={"x": 4, "y": 8, "z": None}) for seed in range(3)]
+    for seed, (one, two) in enumerate([("passed", "failed"), ("failed", "failed"), ("passed", "not run")]):
+        verdicts = {"sufficiency": one, "adversarial_steps": two, "selectivity": "reported"}
+        entries[seed]["circuits"]["x"]["audit"] = verdicts
+    entries[0]["circuits"]["y"]["audit"] = {"sufficiency": "passed"}
+    header, _, *rows = table("audits", entries, "tiny")
+    # Columns of audited tasks, rows of tests that have a criterion.
+    assert header == ["test", "`tiny`: `x`", "`tiny`: `y`"]
+    assert rows == [
+        ["The circuit alone", "2 of 3", "1 of 1"],
+        [CLAIMS["adversarial_steps"].title, "0 of 2", "-"],
+    ]
 
 
 def test_a_table_of_ratios_is_over_tasks_and_seeds_that_both_have():

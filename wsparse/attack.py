@@ -19,10 +19,11 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from wsparse import plots, runs
+from wsparse import files, plots, runs
 from wsparse.circuits import evidence, report
 from wsparse.circuits.attacks.measure import Options, attack
 from wsparse.circuits.attacks.record import KINDS, MEANING, PICTURE, Attack, text_of
+from wsparse.circuits.circuit import folder_of
 from wsparse.command import define_fields, given_fields, run_command
 from wsparse.errors import UserError
 from wsparse.ops import cpu
@@ -59,18 +60,19 @@ def attack_run(
     """Attacks with circuits of a run, writes the results into their folders, and returns them.
 
     Raises:
-      UserError: A task or circuit does not exist, or a circuit belongs to other parameters; nothing is
-        computed then.
+      UserError: A task or circuit does not exist, or a circuit belongs to other parameters, or its folder
+        cannot be written to; nothing is computed then.
     """
     circuits = report.select(folder, names)[1]
     known = evidence.known_tasks(names, circuits)
     run = run or runs.load(folder)
     for circuit in circuits:
         circuit.check(run.params)
+        files.check_writable(folder_of(folder, circuit.full_name), "the attack")
     done = []
     for circuit in circuits:
         result = attack(run, circuit, known[circuit.task], options)
-        place = folder / "circuits" / circuit.full_name
+        place = folder_of(folder, circuit.full_name)
         _draw(result, place / PICTURE)
         result.save(place)
         log.info("%s\nwritten to %s\n", text_of(result), place / PICTURE)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import logging
-import os
 import pathlib
 import shlex
 import time
@@ -27,7 +26,7 @@ from wsparse.circuits.audits import report as audit_report
 from wsparse.circuits.audits import tests
 from wsparse.circuits.audits.context import Context, Options
 from wsparse.circuits.audits.record import Audit
-from wsparse.circuits.circuit import FOUND
+from wsparse.circuits.circuit import FOUND, folder_of
 from wsparse.command import define_fields, given_fields, run_command
 from wsparse.errors import UserError
 from wsparse.ops import cpu
@@ -104,10 +103,8 @@ def audit_run(
     run = run or runs.load(folder)
     for circuit in circuits:
         circuit.check(run.params)
-        place = folder / "circuits" / circuit.full_name
         # The tests take minutes.
-        if not os.access(place, os.W_OK):
-            raise UserError(f"cannot write the audit: {place} is not a writable directory")
+        files.check_writable(folder_of(folder, circuit.full_name), "the audit")
     made = [contexts.make(run, circuit, known[circuit.task], options) for circuit in circuits]
     sources = {report.name_in_run(name): name for name in tasks}
     audits = []
@@ -118,7 +115,7 @@ def audit_run(
         log.info("[%d/%d] %s: %d nodes", number, len(circuits), task, len(context.circuit.nodes))
         command = _command(folder, sources.get(task, task), options, names)
         audits.append(audit(context, names, command=command))
-        _write(folder / "circuits" / task, audits[-1])
+        _write(folder_of(folder, task), audits[-1])
     return audits
 
 
@@ -147,7 +144,7 @@ def rewrite(folder: pathlib.Path, tasks: Sequence[str]) -> list[Audit]:
       UserError: A task that was named, or all of them, has no audit of its circuit.
     """
     circuits = report.select(folder, tasks)[1]
-    places = {c.full_name: folder / "circuits" / c.full_name for c in circuits}
+    places = {c.full_name: folder_of(folder, c.full_name) for c in circuits}
     found = {c.full_name: Audit.load(places[c.full_name], circuit=c.digest) for c in circuits}
     audits = {task: done for task, done in found.items() if done is not None}
     if missing := [task for task in found if task not in audits]:

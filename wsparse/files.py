@@ -100,6 +100,31 @@ def _space_left(path: pathlib.Path) -> str:
     return ""
 
 
+def check_writable(folder: pathlib.Path, what: str) -> None:
+    """Checks, before long work, that what comes of it can be written.
+
+    Args:
+      folder: Directory that is written to.
+      what: What is written, for the message.
+
+    Raises:
+      UserError: It cannot be.
+    """
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {what}: {folder} is not a writable directory")
+
+
+def check_output(path: pathlib.Path) -> None:
+    """Checks, before long work, that a file can be written.
+
+    Raises:
+      UserError: The path is a directory, or the one that it is in cannot be written to.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory; give the name of a file")
+    check_writable(path.absolute().parent, str(path))
+
+
 def make_folder(path: str | os.PathLike[str], *, shown: str | os.PathLike[str] | None = None) -> None:
     """Makes a folder, and those above it, where there is none.
 

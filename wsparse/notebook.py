@@ -74,7 +74,7 @@ def load(
         elif trees.digest(runs.load(path).params) != trees.digest(params):
             raise UserError(f"{path} holds another model than {source}: give load another folder=")
         # Also where an earlier call was stopped between the model and its circuits.
-        if not (path / "circuits").exists():
+        if not circuit_file.folder_of(path).exists():
             hub.copy_circuits(found, path)
     return Run(**vars(runs.load(path)))
 
@@ -152,7 +152,7 @@ class Run(runs.Run):
             options: dict[str, Any] = {"shown": evidence.Options(), "name": name}
             prune.run(self.folder, [chosen], from_dict(Settings, settings), **options)
         full_name = circuit_file.joined(chosen.name, name)
-        status = circuit_file.Status.load(self.folder / "circuits" / full_name)
+        status = circuit_file.Status.load(circuit_file.folder_of(self.folder, full_name))
         if not status.has_circuit:
             reason = status.hint or status.status
             raise UserError(f"no circuit of {full_name!r} in {self.folder}: {reason}")
@@ -171,7 +171,7 @@ class Circuits(Mapping[str, "Circuit"]):
     """The circuits of a run by "TASK" or "TASK@NAME"; each is read when it is asked for."""
 
     def __init__(self, run: Run):
-        self._run, self._folder = run, run.folder / "circuits"
+        self._run, self._folder = run, circuit_file.folder_of(run.folder)
 
     def __getitem__(self, task: str) -> Circuit:
         if task not in self:
@@ -308,7 +308,7 @@ class Circuit(circuit_file.Circuit):
         """Returns the page of this circuit, which a notebook shows inline."""
         from wsparse.viewer import contents
 
-        return Page(contents.circuit_page(self.run.folder / "circuits" / self.full_name))
+        return Page(contents.circuit_page(circuit_file.folder_of(self.run.folder, self.full_name)))
 
     def audit(self, *, tests: Sequence[str] | None = None, task: str = "", **options: Any) -> Audit:
         """Tests this circuit, as `python -m wsparse.audit` does, and returns the audit.
@@ -329,7 +329,7 @@ class Circuit(circuit_file.Circuit):
         known, names = from_dict(Options, options), list(TESTS) if tests is None else list(tests)
         file = self._file(task)
         name = self.full_name
-        if circuit_file.Circuit.load(self.run.folder / "circuits" / name).digest != self.digest:
+        if circuit_file.Circuit.load(circuit_file.folder_of(self.run.folder, name)).digest != self.digest:
             raise UserError(f"another circuit of {name!r} was found since: run.circuits[...] reads it")
         with log_to_stdout():
             given = circuit_file.joined(file or self.task, self.name)

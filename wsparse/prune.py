@@ -35,6 +35,7 @@ from wsparse.circuits.circuit import (
     Score,
     Status,
     check_name,
+    folder_of,
     joined,
     split,
 )
@@ -80,7 +81,7 @@ def run(
     """
     check_name(name)
     trained = runs.load(folder)
-    out = folder / "circuits"
+    out = folder_of(folder)
     files.make_folder(out)
     with locks.hold(out, "pruning") if storage is None else contextlib.nullcontext():
         jobs = _jobs(trained, chosen, settings, storage, lease, shown, name)
@@ -144,7 +145,7 @@ def _jobs(
 
     def job(of_task: procedure.Pairs) -> _Job:
         full_name = joined(of_task.task, name)
-        task_folder = trained.folder / "circuits" / full_name
+        task_folder = folder_of(trained.folder, full_name)
         splits = trees.digest({"search": of_task.search, "discretize": of_task.discretize})
         key = json.dumps([subject.digest, to_dict(settings), splits]).encode()
         study = f"{full_name}-{hashlib.sha256(key).hexdigest()[:16]}"
@@ -278,7 +279,7 @@ def _set_aside(folder: pathlib.Path) -> None:
 
 def write_report(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Write the table and curves of the tasks that are done, and return the table's rows."""
-    out = folder / "circuits"
+    out = folder_of(folder)
     rows = report.collect(out)
     if not rows:
         raise UserError(f"{out} holds no finished task: run without --report first")

@@ -13,6 +13,7 @@ tasks NAME ...      loss of every task on the report split
 circuits NAME ...   size and loss of every task's circuit, and the ratio of edges between two recipes
 confirmed NAME ...  how many circuits hold on the report split
 ratios NAME ...     how many times as large the circuits of other recipes are as those of the first
+audits NAME ...     how many audited circuits pass each test, by task
 
 With `prune=RECIPE` among the names, a table is of circuits that were found with the settings of that recipe.
 """
@@ -31,7 +32,8 @@ from absl import flags
 
 from wsparse import files, recipes, runs
 from wsparse.circuits import report
-from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, NOT_FOUND, Status
+from wsparse.circuits.audits.claims import CLAIMS
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, NOT_FOUND, Status, folder_of
 from wsparse.circuits.settings import Settings
 from wsparse.command import run_command
 from wsparse.config import TrainConfig, differences, from_dict, to_dict
@@ -68,7 +70,7 @@ def entry(folder: pathlib.Path, *, pairs: int, circuits: str = "") -> Entry:
         "name": name(config),
         "seed": config.seed,
         "config": _telling(config),
-        "prune": _prune_recipe(folder / "circuits", circuits),
+        "prune": _prune_recipe(folder_of(folder), circuits),
         **record,
     }
 
@@ -329,12 +331,33 @@ def _ratios(groups: _Groups) -> str:
     return _table(["ratio of", *counts.values(), "tasks", "seeds", *held], rows)
 
 
+def _audits(groups: _Groups) -> str:
+    # By the table's column: the verdicts on the circuits of a task, one for each seed.
+    columns: dict[str, list[Mapping[str, str]]] = {}
+    for task in _task_names(groups, "circuits"):
+        for wanted, entries in groups.items():
+            circuits = [run["circuits"].get(task, {}) for run in entries]
+            if audits := [circuit["audit"] for circuit in circuits if "audit" in circuit]:
+                columns[f"{_shown(wanted, entries)}: `{task}`"] = audits
+    rows = []
+    for test, claim in CLAIMS.items():
+        judged = [
+            [audit[test] for audit in audits if audit.get(test) in ("passed", "failed")]
+            for audits in columns.values()
+        ]
+        if any(judged):
+            cells = [f"{found.count('passed')} of {len(found)}" if found else "-" for found in judged]
+            rows.append([claim.title, *cells])
+    return _table(["test", *columns], rows)
+
+
 _TABLES: dict[str, Callable[[_Groups], str]] = {
     "models": _models,
     "tasks": _tasks,
     "circuits": _circuits,
     "confirmed": _confirmed,
     "ratios": _ratios,
+    "audits": _audits,
 }
 
 
@@ -347,6 +370,8 @@ _ABOUT = {
     "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
     "report split; 95% bootstrap intervals over tasks and the seeds of each. Weights between nodes: all "
     "nonzero ones, the count of Gao et al. 2025; edges: those that the clean-up left.",
+    "audits": "Circuits of as many seeds that pass each test of `python -m wsparse.audit`, of those that it "
+    "could be made of; tests without a criterion are left out.",
 }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import logging
-import os
 import pathlib
 import shutil
 import signal
@@ -143,8 +142,7 @@ def _refuse_unwritable(workdir: pathlib.Path) -> None:
     if workdir.parts[:1] and workdir.parts[0].endswith(":") and not workdir.drive:
         raise UserError(f"--workdir={workdir} must be a folder: mount the bucket and give the folder in it")
     parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to --workdir={workdir}: {parent} is not a writable directory")
+    files.check_writable(parent, f"to --workdir={workdir}")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -34,8 +33,7 @@ def write(
     for each in (folder, *others):
         if not each.is_dir():
             raise UserError(f"{each} is not a run folder: name one that train has written")
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write {out}: --out must be a file in a folder that can be written to")
+    files.check_output(out)
     data = several.read([folder, *others], options)
     names = [each["run"]["name"] for each in (data, *data["others"])]
     text = page.render(data, title=f"{', '.join(names)}: circuits")

@@ -34,6 +34,8 @@ NOT_FOUND = "not found"
 # The words of older files.
 _FORMERLY = {"above target on the report split": NOT_CONFIRMED}
 
+# Where they are in a run's folder.
+FOLDER = "circuits"
 _JSON, _ARRAYS, _STATUS = "circuit.json", "circuit.npz", "status.json"
 # Between a task and the name of one of its circuits.
 _AT, _NAME = "@", re.compile(r"[A-Za-z0-9_-]+")
@@ -50,6 +52,11 @@ def split(full_name: str) -> tuple[str, str]:
     task, at, name = full_name.rpartition(_AT)
     # The path of a file may have the sign as well.
     return (task, name) if at and _NAME.fullmatch(name) else (full_name, "")
+
+
+def folder_of(run: str | os.PathLike[str], full_name: str = "") -> pathlib.Path:
+    """Returns the folder of a circuit in a run's folder; without a name, the one of all its circuits."""
+    return pathlib.Path(run) / FOLDER / full_name
 
 
 def check_name(name: str) -> None:

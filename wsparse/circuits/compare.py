@@ -16,7 +16,7 @@ from absl import flags
 
 from wsparse import files
 from wsparse.circuits import report
-from wsparse.circuits.circuit import check_name
+from wsparse.circuits.circuit import check_name, folder_of
 from wsparse.command import run_command
 from wsparse.errors import UserError
 
@@ -33,7 +33,7 @@ class Pruned(NamedTuple):
 
 def read(folder: pathlib.Path, name: str = "") -> Pruned:
     """Returns the circuits of a run that have a name, or none, and its training summary."""
-    rows = report.collect_named(folder / "circuits", name)
+    rows = report.collect_named(folder_of(folder), name)
     if not rows:
         flag = f" --name={name}" if name else ""
         raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}{flag}")
@@ -130,7 +130,7 @@ def run(folders: Sequence[str], out: str | None = None, name: str = "") -> None:
     runs = [read(pathlib.Path(folder), name) for folder in folders]
     result = _compare(*runs)
     log.info("%s", text(result))
-    path = pathlib.Path(out) if out else runs[0].folder / "circuits"
+    path = pathlib.Path(out) if out else folder_of(runs[0].folder)
     files.make_folder(path)
     files.write_json(path / "compare.json", result)
     shared = [task["task"] for task in result["tasks"]]

@@ -1,4 +1,4 @@
-"""From a learned mask to the smallest subgraph that reaches a target loss: a cut through the order of tau."""
+"""From a learned mask to a small subgraph that reaches a target: part of its open nodes, or some more."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsparse.circuits import graph
+from wsparse.circuits import graph, masks
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.scoring import Scorer
 
 # Sizes tried in one call of the scorer.
 GRID = 16
+# Nodes that are added at once to those that miss the target, as a share of them.
+_GROWTH = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,10 +48,10 @@ class Subgraph:
 
 
 class Cut(NamedTuple):
-    """Result of `discretize`."""
+    """Result of `discretize`, or of `shortest`."""
 
     subgraph: Subgraph | None
-    """None where no size reaches the target."""
+    """None where nothing reaches the target."""
     least_loss: float
     """The least loss that was seen."""
 
@@ -59,32 +61,80 @@ class Cut(NamedTuple):
         return f"{self.subgraph.n_nodes} nodes, {self.subgraph.n_edges} edges"
 
 
-def discretize(scorer: Scorer, pairs: PairArrays, tau_U: np.ndarray, target: float) -> Cut:
-    """Returns the fewest nodes, in the order of their learned `tau_U`, whose loss on `pairs` is the target's.
+def discretize(
+    scorer: Scorer,
+    pairs: PairArrays,
+    tau_U: np.ndarray,
+    target: float,
+    *,
+    forbidden_U: np.ndarray | None = None,
+) -> Cut:
+    """Returns a subgraph of few nodes whose loss on `pairs` is at most the target.
 
-    The loss need not fall as nodes are added, so a grid over all sizes comes first, and the smallest size
+    These are the first open nodes in the order of their learned `tau_U`. Where all of them miss the target,
+    closed ones are added, whose order in tau says nothing any more: those of which `Scorer.openings`
+    estimates that they lower the loss most, as few as reach it.
+
+    Args:
+      scorer: Scorer whose loss counts.
+      pairs: Pairs that the circuit is chosen on.
+      tau_U: Learned parameters; a node is open where its own is positive.
+      target: Loss to reach.
+      forbidden_U: Closed nodes that stay closed; None forbids none.
+    """
+    tau_U = np.asarray(tau_U)
+    open_U = tau_U > 0
+    order = np.argsort(-tau_U, kind="stable")[: np.count_nonzero(open_U)]
+    cut = shortest(scorer, pairs, order, target)
+    if cut.subgraph is not None:
+        return cut
+    allowed_U = np.ones(tau_U.size, bool) if forbidden_U is None else ~forbidden_U
+    # The path of the estimates leads there.
+    whole = scorer.mask(pairs, allowed_U).loss
+    grown = _grown(scorer, pairs, open_U, allowed_U, target) if whole <= target else None
+    return Cut(grown, min(cut.least_loss, whole))
+
+
+def _grown(
+    scorer: Scorer, pairs: PairArrays, nodes_U: np.ndarray, allowed_U: np.ndarray, target: float
+) -> Subgraph | None:
+    """Returns the nodes with as few others added as reach the target."""
+    while (outside := np.flatnonzero(allowed_U & ~nodes_U)).size:
+        estimates_U = scorer.openings(pairs, nodes_U, allowed_U)
+        n_added = max(GRID, int(_GROWTH * np.count_nonzero(nodes_U)))
+        order = outside[np.argsort(estimates_U[outside], kind="stable")][:n_added]
+        cut = shortest(scorer, pairs, order, target, base_U=nodes_U)
+        if cut.subgraph is not None:
+            return cut.subgraph
+        nodes_U = nodes_U.copy()
+        nodes_U[order] = True
+    return None
+
+
+def shortest(
+    scorer: Scorer, pairs: PairArrays, order: np.ndarray, target: float, *, base_U: np.ndarray | None = None
+) -> Cut:
+    """Returns the shortest prefix of an order of nodes that reaches the target, on top of the nodes `base_U`.
+
+    The loss need not fall as nodes are added, so a grid over all lengths comes first, and the smallest length
     that reaches the target is then refined towards its neighbor below.
     """
-    order = np.argsort(-np.asarray(tau_U), kind="stable")
-    all_nodes = np.ones(order.size, bool)
+    nodes_U = np.zeros(masks.n_nodes(scorer.config), bool) if base_U is None else base_U.copy()
+    nodes_U[order] = True
 
-    def first_reached(sizes: np.ndarray) -> tuple[int | None, np.ndarray]:
-        """Returns the index of the smallest size that reaches the target, and the losses."""
-        spans = [[size, order.size] for size in sizes]
-        losses = scorer.without(pairs, all_nodes, None, order, spans, until=target).loss
+    def first_reached(lengths: np.ndarray) -> tuple[int | None, np.ndarray]:
+        """Returns the index of the smallest length that reaches the target, and the losses."""
+        spans = [[length, order.size] for length in lengths]
+        losses = scorer.without(pairs, nodes_U, None, order, spans, until=target).loss
         return first_within(losses, target), losses
 
-    # Most circuits are somewhat smaller than the number of open gates: the grid is dense there.
-    n_open = max(int(np.count_nonzero(np.asarray(tau_U) > 0)), 1)
-    sizes = np.concatenate(
-        [np.geomspace(max(n_open / 16, 1), n_open, GRID - 4), np.geomspace(n_open, order.size, 5)[1:]]
-    )
-    sizes = np.unique(sizes.round().astype(int))
-    at, losses = first_reached(sizes)
+    # Most of an order is needed more often than little of it.
+    lengths = np.unique(np.geomspace(max(order.size / 16, 1), max(order.size, 1), GRID).round().astype(int))
+    at, losses = first_reached(np.minimum(lengths, order.size))
     least_loss = float(np.nanmin(losses))
     if at is None:
         return Cut(None, least_loss)
-    low, high, loss = (int(sizes[at - 1]) if at else 0), int(sizes[at]), float(losses[at])
+    low, high, loss = (int(lengths[at - 1]) if at else 0), int(lengths[at]), float(losses[at])
     while high - low > 1:
         between = grid_between(low, high)
         at, losses = first_reached(between)
@@ -93,9 +143,8 @@ def discretize(scorer: Scorer, pairs: PairArrays, tau_U: np.ndarray, target: flo
         else:
             low = int(between[at - 1]) if at else low
             high, loss = int(between[at]), float(losses[at])
-    kept = np.zeros(order.size, bool)
-    kept[order[:high]] = True
-    return Cut(subgraph_of(scorer, kept, loss), least_loss)
+    nodes_U[order[high:]] = False
+    return Cut(subgraph_of(scorer, nodes_U, loss), least_loss)
 
 
 def subgraph_of(scorer: Scorer, nodes_U: np.ndarray, loss: float) -> Subgraph:

@@ -31,7 +31,7 @@ from wsparse.circuits import (
     scoring,
     tasks,
 )
-from wsparse.circuits.circuit import Circuit, split
+from wsparse.circuits.circuit import Circuit, folder_of, split
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
@@ -155,7 +155,7 @@ def store_model(run: runs.Run) -> None:
     parameters = trees.flatten(jax.device_get(run.params))
     digest = trees.digest(run.params)
     found = model_file.stored(parameters, run.config.model, tokenizer=run.tokenizer.to_json(), digest=digest)
-    folder = run.folder / "circuits"
+    folder = folder_of(run.folder)
     if found is None:
         # That of an earlier, smaller model would only be refused.
         (folder / model_file.FILE).unlink(missing_ok=True)
@@ -181,7 +181,7 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
         task = known[circuit.task]
         pairs = report_pairs(run, circuit, task)
         evidence = measure(run, circuit, pairs, text, summary=task.summary, options=options)
-        evidence.save(folder / "circuits" / circuit.full_name)
+        evidence.save(folder_of(folder, circuit.full_name))
     return len(circuits)
 
 

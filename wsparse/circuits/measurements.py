@@ -16,7 +16,7 @@ from wsparse.circuits.ablation import Background
 from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint
 from wsparse.circuits.clean_up import clean_up
 from wsparse.circuits.criterion import Criterion
-from wsparse.circuits.discretize import Subgraph, discretize
+from wsparse.circuits.discretize import Subgraph, discretize, shortest
 from wsparse.circuits.mask_learning import HParams
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.search import Pruner
@@ -118,7 +118,8 @@ def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> Baselin
     scorer = subject.scorer
     all_nodes = np.ones(masks.n_nodes(subject.config), bool)
     effects = scorer.attributions(pairs.search, all_nodes)[0]
-    subgraph, least_loss = discretize(scorer, pairs.discretize, np.abs(effects), goal)
+    order = np.argsort(-np.abs(effects), kind="stable")
+    subgraph, least_loss = shortest(scorer, pairs.discretize, order, goal)
     if subgraph is None:
         return Baseline(reached=False, least_loss=least_loss)
     loss = scorer.mask(pairs.report, subgraph.nodes).loss

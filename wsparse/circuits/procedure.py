@@ -183,7 +183,10 @@ class CircuitSearch:
         return scorer.mask(self.pairs.confirm, subgraph.nodes, subgraph.remaining(scorer)).loss
 
     def _choice(self, finalists: Sequence[tuple[Trial, Subgraph]], goal: float) -> _Choice:
-        """Returns the smallest of trials' cuts once they are cleaned up, completed."""
+        """Returns the smallest of trials' cuts once they are cleaned up, completed.
+
+        One that misses on other pairs is chosen only where all do.
+        """
         settings, pairs, criterion = self.settings, self.pairs.discretize, self._criterion()
         singles = settings.single_removals
         with progress(len(finalists) * PASSES * (singles + 1), "  clean-up") as bar:
@@ -193,8 +196,9 @@ class CircuitSearch:
             ]
         # What the last removals cost on other pairs is known only there.
         cleaned = [way.last_within(self._confirm_loss, self._confirm_bound) for way in cleaned]
-        sufficient = min(cleaned, key=lambda subgraph: subgraph.n_edges)
-        trial, cut = finalists[cleaned.index(sufficient)]
+        misses = [self._confirm_loss(subgraph) > self._confirm_bound for subgraph in cleaned]
+        best = min(range(len(cleaned)), key=lambda number: (misses[number], cleaned[number].n_edges))
+        sufficient, (trial, cut) = cleaned[best], finalists[best]
         log.info("  cleaned up: %d nodes, %d edges", sufficient.n_nodes, sufficient.n_edges)
         subgraph = complete(
             self.subject.scorer,

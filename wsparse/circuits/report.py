@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wsparse import files, plots
-from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, Circuit, Status, joined, split
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, Circuit, Status, folder_of, joined, split
 from wsparse.errors import UserError, closest
 from wsparse.nodes import Node
 
@@ -80,7 +80,7 @@ def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, A
     "all@NAME" those of one name. A circuit without nodes is left out: it says that a constant reaches the
     target.
     """
-    tasks = read(folder / "circuits")
+    tasks = read(folder_of(folder))
     wanted = set(map(name_in_run, names))
     if "all" not in wanted:
         known = [row["task"] for row, _ in tasks]

@@ -26,6 +26,9 @@ from wsparse.config import ModelConfig
 # Rank of what is never removed, and of what always is; see `_Ranks`.
 _STAYS, _GONE = np.int32(2**31 - 1), np.int32(-1)
 
+# Points on the path from a circuit to the model at which slopes are taken.
+_POINTS = 4
+
 # Masks that one call scores. They are run one after the other: the rows of a batch fill a device, and its
 # activations stay in a CPU's cache.
 _MASKS = 16
@@ -187,6 +190,21 @@ class Scorer:
         estimates = _attributions(self.params, self.means, pairs, ranks, self.bank, config=self.config)
         return jax.tree.map(np.asarray, tuple(estimates))
 
+    def openings(self, pairs: PairArrays, nodes_U: np.ndarray, others_U: np.ndarray) -> np.ndarray:
+        """Returns `(U,)` estimates of the change of a mask's loss when a node is opened; 0 for its own nodes.
+
+        They are slopes in the node's gate, averaged along the straight path on which all gates of `others_U`
+        open together (integrated gradients, Sundararajan et al. 2017). At the circuit itself, a node that
+        nothing open reads from would have none.
+
+        Args:
+          nodes_U: Nodes that are open.
+          others_U: Nodes that may be opened.
+        """
+        ranks, opened_U = self._ranks(nodes_U), jnp.asarray(others_U & ~nodes_U, jnp.float32)
+        slopes_U = _openings(self.params, self.means, pairs, ranks, opened_U, self.bank, config=self.config)
+        return np.asarray(slopes_U)
+
     def margins(
         self, pairs: PairArrays, nodes_U: np.ndarray, edges: graph.EdgeMask | None = None
     ) -> np.ndarray:
@@ -251,16 +269,29 @@ def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _attributions(params, means, pairs, ranks: _Ranks, bank, *, config) -> _Ranks:
-    def loss(kept):
-        logits_BV = _logits(params, means, pairs, kept, config)
-        loss = pairs_loss(logits_BV, pairs)
-        # The largest alone would say nothing of the others, which removals may make the largest.
-        return (
-            loss if bank is None else loss + jnp.mean(_bank_losses(params, means, pairs, kept, config, bank))
-        )
-
     kept = _kept(ranks)
-    return jax.tree.map(lambda slope, gate: -slope * gate, jax.grad(loss)(kept), kept)
+    slopes = jax.grad(_total_loss, argnums=3)(params, means, pairs, kept, config, bank)
+    return jax.tree.map(lambda slope, gate: -slope * gate, slopes, kept)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _openings(params, means, pairs, ranks: _Ranks, opened_U, bank, *, config) -> jax.Array:
+    kept = _kept(ranks)
+
+    def slopes(share):
+        between = kept._replace(nodes=kept.nodes + share * opened_U)
+        return jax.grad(_total_loss, argnums=3)(params, means, pairs, between, config, bank).nodes
+
+    # One after the other, as masks are.
+    midpoints = (jnp.arange(_POINTS) + 0.5) / _POINTS
+    return opened_U * jnp.mean(lax.map(slopes, midpoints), axis=0)
+
+
+def _total_loss(params, means, pairs, kept: _Ranks, config, bank) -> jax.Array:
+    """Returns the loss of a mask and, under a bank, the mean of its groups' added to it."""
+    loss = pairs_loss(_logits(params, means, pairs, kept, config), pairs)
+    # The largest alone would say nothing of the others, which removals may make the largest.
+    return loss if bank is None else loss + jnp.mean(_bank_losses(params, means, pairs, kept, config, bank))
 
 
 @functools.partial(jax.jit, static_argnames="config")

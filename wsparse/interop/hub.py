@@ -23,21 +23,21 @@ from absl import flags
 from wsparse import files, runs
 from wsparse.circuits import report
 from wsparse.circuits.audits.record import Audit
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import FOLDER, Circuit, folder_of
 from wsparse.command import run_command
 from wsparse.errors import UserError, missing_extra, quoted
 from wsparse.interop import pretrained
 
 log = logging.getLogger(__name__)
 
-_CARD, _PAGE, _CIRCUITS = "README.md", "report.html", "circuits"
+_CARD, _PAGE = "README.md", "report.html"
 _OF_A_TASK = (
     "circuit.json", "circuit.npz", "circuit.txt", "status.json", "evidence.json", "evidence.npz",
     "audit.json", "audit.html", "notes.json", "attack.json", "attack.png", "comparison.json",
 )  # fmt: skip
 _OF_ALL_TASKS = ("table.txt", "results.json", "curves.png", "model.npz")
 # What a run reads of them; pages are for people, who open them on the Hub.
-LOADED = (f"{_CIRCUITS}/*.json", f"{_CIRCUITS}/*.npz")
+LOADED = (f"{FOLDER}/*.json", f"{FOLDER}/*.npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _write_stage(run: runs.Run, repository: str, stage: pathlib.Path) -> None:
         repository=repository,
         about=_about(run.folder),
     )
-    circuits = run.folder / _CIRCUITS
+    circuits = folder_of(run.folder)
     chosen = [circuits / name for name in _OF_ALL_TASKS]
     chosen += [path.parent / name for path in sorted(circuits.glob("*/status.json")) for name in _OF_A_TASK]
     for path in [run.folder / _PAGE, *chosen]:
@@ -114,7 +114,7 @@ def _write_stage(run: runs.Run, repository: str, stage: pathlib.Path) -> None:
 
 def _about(folder: pathlib.Path) -> str:
     """Returns the card's section on circuits; empty where there are none."""
-    found = report.read(folder / _CIRCUITS)
+    found = report.read(folder_of(folder))
     if not found:
         return ""
     lines = [
@@ -145,7 +145,7 @@ def _verdicts(folder: pathlib.Path, circuit: Circuit | None) -> str:
     """Returns how many tests of a circuit's audit came out how; empty where it has none."""
     if circuit is None:
         return ""
-    audit = Audit.load(folder / _CIRCUITS / circuit.full_name, circuit=circuit.digest)
+    audit = Audit.load(folder_of(folder, circuit.full_name), circuit=circuit.digest)
     counts = collections.Counter(test.verdict for test in audit.tests) if audit else {}
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
@@ -185,7 +185,7 @@ def _upload(stage: pathlib.Path, push: Push, *, private: bool) -> Push:
 
 def copy_circuits(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Copies the circuits beside a model into the folder of a run, where there are any."""
-    circuits = source / _CIRCUITS
+    circuits = folder_of(source)
     chosen = [
         path
         for pattern in LOADED
@@ -194,7 +194,7 @@ def copy_circuits(source: pathlib.Path, folder: pathlib.Path) -> None:
     ]
     if not chosen:
         return
-    with files.new_folder(folder / _CIRCUITS) as part:
+    with files.new_folder(folder_of(folder)) as part:
         for path in chosen:
             target = part / path.relative_to(circuits)
             files.make_folder(target.parent)
@@ -203,9 +203,9 @@ def copy_circuits(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _is_ours(path: str) -> bool:
     """Returns whether a push writes files of this name."""
-    names = [*pretrained.MODEL_FILES, _CARD, _PAGE, *(f"{_CIRCUITS}/{name}" for name in _OF_ALL_TASKS)]
+    names = [*pretrained.MODEL_FILES, _CARD, _PAGE, *(f"{FOLDER}/{name}" for name in _OF_ALL_TASKS)]
     parts = path.split("/")
-    return path in names or (len(parts) == 3 and parts[0] == _CIRCUITS and parts[2] in _OF_A_TASK)
+    return path in names or (len(parts) == 3 and parts[0] == FOLDER and parts[2] in _OF_A_TASK)
 
 
 def _refuse_foreign(repository: str, present: Iterable[str], revision: str | None) -> None:

@@ -22,7 +22,7 @@ from absl import flags
 import wsparse
 from wsparse import files, runs
 from wsparse.circuits import evidence, report
-from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.circuit import Circuit, folder_of
 from wsparse.circuits.notes import Notes, beside, fitted
 from wsparse.circuits.unrolled import Unrolled, Vertex, row, unroll
 from wsparse.command import run_command
@@ -241,9 +241,8 @@ def export(
       notes: See `graph`, as for the other arguments; by default those beside the circuit, if there are any.
     """
     folder, out = pathlib.Path(folder), pathlib.Path(out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: --out must be a file in a folder that exists")
-    place = folder / "circuits" / report.name_in_run(task)
+    files.check_output(out)
+    place = folder_of(folder, report.name_in_run(task))
     runs.read_config(folder)  # It says what is not a run.
     circuit = Circuit.load(place)
     run = runs.load(folder)

@@ -37,6 +37,7 @@ from wsparse.circuits.circuit import (
     Scores,
     Status,
     check_name,
+    folder_of,
     joined,
     split,
 )
@@ -413,7 +414,7 @@ def import_circuits(
         tree = own_means(run)
     else:
         tree = stacked(viz_data.read_means(means, run.config.model), run.config.model)
-    rows, folder = [], run.folder / "circuits"
+    rows, folder = [], folder_of(run.folder)
     files.make_folder(folder)
     with locks.hold(folder, "importing circuits"):
         for name, circuit in published.items():

@@ -13,7 +13,8 @@ import numpy as np
 from wsparse import processes, runs, tasks, trees
 from wsparse.circuits import report
 from wsparse.circuits import tasks as task_lib
-from wsparse.circuits.circuit import FOUND
+from wsparse.circuits.audits.record import Audit
+from wsparse.circuits.circuit import FOUND, folder_of, split
 from wsparse.circuits.pairs import Split
 from wsparse.circuits.settings import Settings
 from wsparse.errors import UserError
@@ -62,7 +63,6 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: 
         of_task["report"].task: tasks.score(run.params, run.config.model, of_task["report"])[0]
         for of_task in built
     }
-    rows = report.collect_named(folder / "circuits", name)
     return {key: summary[key] for key in _SUMMARY} | {
         # Runs of earlier versions do not say where they were.
         "machine": summary.get("machine", processes.machine()),
@@ -70,8 +70,21 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: 
         "pairs": pairs,
         "task_losses": losses,
         "refused": sorted(refused),
-        "circuits": {row["task"]: _circuit(row) for row in rows},
+        "circuits": _circuits(folder, name),
     }
+
+
+def _circuits(folder: pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
+    """Returns what is kept of a run's circuits of a name, and of their audits, by task."""
+    found = {}
+    for row, circuit in report.read(folder_of(folder)):
+        task, of_name = split(row["task"])
+        if of_name != name:
+            continue
+        found[task] = _circuit(row)
+        if circuit and (audit := Audit.load(folder_of(folder, row["task"]), circuit=circuit.digest)):
+            found[task]["audit"] = {test.name: test.verdict for test in audit.tests}
+    return found
 
 
 def _circuit(row: Mapping[str, Any]) -> dict[str, Any]:

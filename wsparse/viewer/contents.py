@@ -16,7 +16,7 @@ from wsparse.circuits import evidence_file, report
 from wsparse.circuits import notes as notes_file
 from wsparse.circuits.audits import report as audit_report
 from wsparse.circuits.audits.record import Audit
-from wsparse.circuits.circuit import Circuit, Status, split
+from wsparse.circuits.circuit import Circuit, Status, folder_of, split
 from wsparse.circuits.evidence_file import Evidence
 from wsparse.circuits.notes import Notes
 from wsparse.config import check, require, setting, to_dict
@@ -76,7 +76,7 @@ def read_run(folder: pathlib.Path, options: Options) -> dict[str, Any]:
 def read(folder: pathlib.Path, options: Options) -> Reading:
     """Returns what a run's page is made of."""
     rows, circuits = report.select(folder, options.task)
-    places = {c.full_name: folder / "circuits" / c.full_name for c in circuits}
+    places = {c.full_name: folder_of(folder, c.full_name) for c in circuits}
     evidence = {c.full_name: Evidence.load(places[c.full_name], c) for c in circuits}
     notes = written.read(places, options.notes)
     shown = [
@@ -93,7 +93,7 @@ def read(folder: pathlib.Path, options: Options) -> Reading:
     tasks = {split(row["task"])[0] for row in rows}
     log.info("%s: %d circuits of %d tasks", folder, len(shown), len(tasks))
     summary = report.training_summary(folder)
-    return Reading(folder.resolve().name, rows, shown, summary, folder / "circuits")
+    return Reading(folder.resolve().name, rows, shown, summary, folder_of(folder))
 
 
 def circuit_page(folder: str | os.PathLike[str]) -> str:

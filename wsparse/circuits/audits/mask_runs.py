@@ -63,13 +63,10 @@ def subgraphs(
         part = list(seeds[start : start + _PARALLEL])
         means = subject.node_means
         taus += list(run(subject.params, pairs.search, means, [hparams] * len(part), part, forbidden_U))
-    cuts = [discretize(subject.scorer, pairs.discretize, tau_U, goal(context)) for tau_U in taus]
-    if forbidden_U is not None:
-        # The cut's order ends with forbidden nodes: a set that needs them is none.
-        cuts = [
-            cut._replace(subgraph=None) if cut.subgraph and np.any(cut.subgraph.nodes & forbidden_U) else cut
-            for cut in cuts
-        ]
+    cuts = [
+        discretize(subject.scorer, pairs.discretize, tau_U, goal(context), forbidden_U=forbidden_U)
+        for tau_U in taus
+    ]
     return [cut.subgraph for cut in cuts], min(cut.least_loss for cut in cuts)
 
 
