@@ -5,7 +5,8 @@ Reproduces: a weight-sparse model for most of the twenty tasks, on a laptop, bes
     `dense` has the same data, width, depth, heads and AbsTopK. A dense model learns faster, so it gets fewer
     steps, whose schedule ends earlier.
     `dense_narrow` has the same tokens and steps, and a narrower residual stream, d_model 56.
-    `dense_plain` is `dense_narrow` without AbsTopK, the usual dense transformer.
+    `dense_plain` has no AbsTopK, as the usual dense transformer, and is so narrow, d_model 28, that its
+    held-out loss is about that of `small`: with d_model 24 it is 1.651, with 56 it is 1.391 (one run each).
     `dense_equal` has about as many weights as `small` has nonzeros, d_model 12.
 Hardware: 2 CPU cores.
 Minutes: 21.5 on two cores of an Intel Xeon (one run, seed 0); 3.4 on an NVIDIA H100 that trained five more
@@ -23,7 +24,7 @@ from wsparse.config import recipe
 
 VARIANTS = ("dense", "dense_narrow", "dense_plain", "dense_equal")
 # d_model and n_head of the variants that are narrower.
-NARROW = {"dense_narrow": (56, 4), "dense_plain": (56, 4), "dense_equal": (12, 1)}
+NARROW = {"dense_narrow": (56, 4), "dense_plain": (28, 2), "dense_equal": (12, 1)}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
