@@ -114,7 +114,7 @@ def test_the_audit_of_the_planted_circuit_is_of_its_model_its_text_and_its_pairs
     assert measured["task loss"].control > np.log(2) - 0.01
     assert done.pairs == 8
     # The docs' tables read the verdicts.
-    stored = records.read(folder, pairs=1)["circuits"][case.TASK]["audit"]
+    stored = records.circuits_of(folder)[case.TASK]["audit"]
     assert stored == {test.name: test.verdict for test in done.tests}
     lines = "\n".join(logged)
     assert all(f"  {test.name:<20} {test.verdict}" in lines for test in done.tests)

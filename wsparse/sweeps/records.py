@@ -70,11 +70,11 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: 
         "pairs": pairs,
         "task_losses": losses,
         "refused": sorted(refused),
-        "circuits": _circuits(folder, name),
+        "circuits": circuits_of(folder, name),
     }
 
 
-def _circuits(folder: pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
+def circuits_of(folder: pathlib.Path, name: str = "") -> dict[str, dict[str, Any]]:
     """Returns what is kept of a run's circuits of a name, and of their audits, by task."""
     found = {}
     for row, circuit in report.read(folder_of(folder)):
