@@ -37,7 +37,7 @@ function drawCurves(holder, tasks, chosen, { height = 330, pick = null } = {}) {
         class: point.target === row.target ? 'ringed' : '',
       });
       hover(dot, () => [
-        row.task, `target ${point.target}: ${plural(point.edges, 'edge')}, ${plural(point.nodes, 'node')}`, `loss ${loss(point.loss)} on the report split`,
+        row.task, `target ${number(point.target)}: ${plural(point.edges, 'edge')}, ${plural(point.nodes, 'node')}`, `loss ${loss(point.loss)} on the report split`,
       ]);
       if (pick) dot.addEventListener('click', () => pick(row.task));
       group.append(dot);
@@ -68,7 +68,7 @@ function drawPrefix(holder, circuit, keep) {
   svg('path', { d: d3.line((p) => x(p[0]), (p) => y(p[1]))(points) }),
   svg('circle', { cx: x(count), cy: y(value), r: 4 }));
   const text = el('span', { class: 'quiet' },
-    `${count === circuit.total_nodes ? 'all of them' : `the top ${count}`} alone: loss ${measured ? '' : 'about '}${loss(value)}, target ${circuit.target}`,
+    `${count === circuit.total_nodes ? 'all of them' : `the top ${count}`} alone: loss ${measured ? '' : 'about '}${loss(value)}, target ${number(circuit.target)}`,
     el('br'), `on ${plural(circuit.ablation_pairs, 'pair')} of the report split`);
   holder.replaceChildren(chart, text);
 }

@@ -57,7 +57,7 @@ function circuitPanel(circuit, state, change) {
     el('p', {}, row.summary),
     el('p', { class: 'quiet' }, 'Answers: ', ...answersShown(circuit)),
     ...captionShown(circuit),
-    circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${circuit.target}, on the report split.`) : null,
+    circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${number(circuit.target)}, on the report split.`) : null,
     canRun(circuit) ? null : el('p', { class: 'quiet' }, `This page does not run the model: ${data.static || OLDER}.`),
     section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
       ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
