@@ -97,7 +97,8 @@ def machine() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return f"{len(affinity(0))} cores of {names[0]}"
+    n_cores = len(affinity(0))
+    return f"{n_cores} core{'s' * (n_cores != 1)} of {names[0]}"
 
 
 def _arguments_from_environment() -> dict[str, Any]:
