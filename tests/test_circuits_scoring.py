@@ -161,6 +161,21 @@ def test_discretize_finds_the_smallest_size_of_a_falling_loss(smallest, monkeypa
     assert (loss, least) == (0.1, 0.1)
 
 
+def test_discretize_accepts_a_size_below_a_bump_and_never_one_that_misses(monkeypatch):
+    monkeypatch.setattr(discretize, "subgraph_of", lambda scorer, kept, loss: (kept, loss))
+    size = masks.n_nodes(PLANTED)
+
+    def bumpy(k):
+        return 0.6 if k < 20 or 60 < k < 120 else 0.1
+
+    (kept, loss), _ = discretize.discretize(FakeScorer(bumpy), None, np.linspace(1, -1, size), 0.15)
+    assert kept.sum() == 20
+    assert loss <= 0.15
+    cut = discretize.discretize(FakeScorer(lambda k: 0.5), None, np.ones(size), 0.15)
+    assert cut.subgraph is None
+    assert cut.least_loss == 0.5
+
+
 def test_what_is_forbidden_is_not_added_to_open_nodes(monkeypatch):
     monkeypatch.setattr(discretize, "subgraph_of", lambda scorer, kept, loss: (kept, loss))
     size = masks.n_nodes(PLANTED)
