@@ -420,7 +420,7 @@ def test_a_circuit_above_its_target_is_marked_in_table_and_panel(open_page, data
     marked = page.locator("#tasks tbody tr").filter(has_text=status)
     assert marked.count() == 1 and case.TASK in marked.inner_text()
     page = open_page(f"#task={case.TASK}", file=file)
-    assert "above its target, 0.15, on the report split" in page.locator("#panel").inner_text()
+    assert "above its target, 0.150, on the report split" in page.locator("#panel").inner_text()
 
 
 def test_the_page_works_in_the_srcdoc_of_a_frame(open_page, browser, path, tmp_path):
