@@ -1,6 +1,7 @@
 """Scores and sizes of masks, cuts and calibration, against plain computations."""
 
 import dataclasses
+import functools
 
 import circuits_case as case
 from circuits_case import PLANTED, PLANTED_NODES, planted_pairs, planted_params, windows
@@ -19,6 +20,15 @@ def subject():
     return case.subject()
 
 
+def masked_loss(subject, pairs, gates_U: np.ndarray) -> float:
+    """Returns the task loss of the model's own forward pass with gates of its nodes, in float64."""
+    gates, rows = masks.unflatten(jnp.asarray(gates_U, jnp.float32), PLANTED), np.arange(len(pairs.position))
+    logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=taps.mask(gates, subject.means))
+    last = np.asarray(logits, np.float64)[rows, pairs.position]
+    margin = last[rows, pairs.answer] - last[rows, pairs.other]
+    return float(np.mean(np.logaddexp(0, -margin)))
+
+
 def test_spans_score_what_a_masked_forward_pass_gives(subject):
     pairs = planted_pairs(4, 3)
     rng = np.random.default_rng(0)
@@ -27,12 +37,7 @@ def test_spans_score_what_a_masked_forward_pass_gives(subject):
     all_nodes, spans = np.ones(size, bool), [[k, size] for k in (3, 50, size)]
     score = subject.scorer.without(pairs, all_nodes, None, np.argsort(order), spans)
     for k, loss in zip((3, 50, size), score.loss, strict=True):
-        gates = masks.unflatten(jnp.asarray(order < k, jnp.float32), PLANTED)
-        tap = taps.mask(gates, subject.means)
-        logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=tap)
-        last = np.asarray(logits, np.float64)[np.arange(8), pairs.position]
-        margin = last[np.arange(8), pairs.answer] - last[np.arange(8), pairs.other]
-        assert loss == pytest.approx(np.mean(np.logaddexp(0, -margin)), rel=1e-5)
+        assert loss == pytest.approx(masked_loss(subject, pairs, order < k), rel=1e-5)
     assert len(set(score.loss.tolist())) == 3
 
 
@@ -208,14 +213,7 @@ def test_openings_are_the_slopes_along_the_path_from_the_circuit_to_the_model(su
     estimates = subject.scorer.openings(pairs, nodes, np.ones(nodes.size, bool))
     assert not np.any(estimates[nodes])
 
-    def loss(gates_U: np.ndarray) -> float:
-        gates = masks.unflatten(jnp.asarray(gates_U, jnp.float32), PLANTED)
-        logits, _ = model.forward(subject.params, pairs.tokens, PLANTED, tap=taps.mask(gates, subject.means))
-        last = np.asarray(logits, np.float64)[np.arange(32), pairs.position]
-        margin = last[np.arange(32), pairs.answer] - last[np.arange(32), pairs.other]
-        return float(np.mean(np.logaddexp(0, -margin)))
-
-    step = 1e-2
+    loss, step = functools.partial(masked_loss, subject, pairs), 1e-2
     for node in missing:
         aside = step * (np.arange(nodes.size) == node)
         path = [nodes + share * ~nodes for share in (0.125, 0.375, 0.625, 0.875)]

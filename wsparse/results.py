@@ -370,8 +370,8 @@ _ABOUT = {
     "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
     "report split; 95% bootstrap intervals over tasks and the seeds of each. Weights between nodes: all "
     "nonzero ones, the count of Gao et al. 2025; edges: those that the clean-up left.",
-    "audits": "Circuits of as many seeds that pass each test of `python -m wsparse.audit`, of those that it "
-    "could be made of; tests without a criterion are left out.",
+    "audits": "How many circuits, one of each seed, pass a test of `python -m wsparse.audit --run=RUN "
+    "--task=TASK`, of those that it could be made of; tests without a criterion are left out.",
 }
 
 

@@ -33,7 +33,7 @@ class Pruned(NamedTuple):
 
 def read(folder: pathlib.Path, name: str = "") -> Pruned:
     """Returns the circuits of a run that have a name, or none, and its training summary."""
-    rows = report.collect_named(folder_of(folder), name)
+    rows = [row for row, _ in report.read_named(folder_of(folder), name)]
     if not rows:
         flag = f" --name={name}" if name else ""
         raise UserError(f"{folder} has no circuits: python -m wsparse.prune --run={folder}{flag}")

@@ -196,9 +196,10 @@ class CircuitSearch:
             ]
         # What the last removals cost on other pairs is known only there.
         cleaned = [way.last_within(self._confirm_loss, self._confirm_bound) for way in cleaned]
-        misses = [self._confirm_loss(subgraph) > self._confirm_bound for subgraph in cleaned]
-        best = min(range(len(cleaned)), key=lambda number: (misses[number], cleaned[number].n_edges))
-        sufficient, (trial, cut) = cleaned[best], finalists[best]
+        sufficient, (trial, cut) = min(
+            zip(cleaned, finalists, strict=True),
+            key=lambda each: (self._confirm_loss(each[0]) > self._confirm_bound, each[0].n_edges),
+        )
         log.info("  cleaned up: %d nodes, %d edges", sufficient.n_nodes, sufficient.n_edges)
         subgraph = complete(
             self.subject.scorer,

@@ -67,10 +67,10 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row, _ in read(folder)]
 
 
-def collect_named(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
-    """Returns the rows of the circuits of one name, "" for those without one, by their tasks alone."""
-    rows = [(row, *split(row["task"])) for row in collect(folder)]
-    return [row | {"task": task} for row, task, found in rows if found == name]
+def read_named(folder: pathlib.Path, name: str) -> list[tuple[dict[str, Any], Circuit | None]]:
+    """Returns what `read` does of the circuits of one name, "" for those without one, by task alone."""
+    tasks = [(row, circuit, *split(row["task"])) for row, circuit in read(folder)]
+    return [(row | {"task": task}, circuit) for row, circuit, task, found in tasks if found == name]
 
 
 def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[Circuit]]:

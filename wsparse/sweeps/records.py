@@ -14,7 +14,7 @@ from wsparse import processes, runs, tasks, trees
 from wsparse.circuits import report
 from wsparse.circuits import tasks as task_lib
 from wsparse.circuits.audits.record import Audit
-from wsparse.circuits.circuit import FOUND, folder_of, split
+from wsparse.circuits.circuit import FOUND, folder_of
 from wsparse.circuits.pairs import Split
 from wsparse.circuits.settings import Settings
 from wsparse.errors import UserError
@@ -77,13 +77,10 @@ def read(folder: pathlib.Path, *, pairs: int, chosen: Sequence[str] = (), name: 
 def circuits_of(folder: pathlib.Path, name: str = "") -> dict[str, dict[str, Any]]:
     """Returns what is kept of a run's circuits of a name, and of their audits, by task."""
     found = {}
-    for row, circuit in report.read(folder_of(folder)):
-        task, of_name = split(row["task"])
-        if of_name != name:
-            continue
-        found[task] = _circuit(row)
-        if circuit and (audit := Audit.load(folder_of(folder, row["task"]), circuit=circuit.digest)):
-            found[task]["audit"] = {test.name: test.verdict for test in audit.tests}
+    for row, circuit in report.read_named(folder_of(folder), name):
+        kept = found[row["task"]] = _circuit(row)
+        if circuit and (audit := Audit.load(folder_of(folder, circuit.full_name), circuit=circuit.digest)):
+            kept["audit"] = {test.name: test.verdict for test in audit.tests}
     return found
 
 
