@@ -122,14 +122,14 @@ def test_a_table_of_circuits_counts_seeds_and_compares_tasks_that_both_have():
         entry("small", edges={"x": 24, "y": 16, "z": None}),
     ]  # fmt: skip
     header, _, x, y, z, mean = table("circuits", entries, "tiny", "small")
-    assert header[1:6] == ["`tiny`: seeds", "nodes", "edges", "loss", "attacked"]
-    assert x[:6] == ["`x`", "2 of 2", "3", "6 (4 to 8)", "0.100", "2.000"]
-    assert x[6:] == ["1 of 1", "3", "24", "0.100", "2.000", "4.0"]
+    assert header[1:7] == ["`tiny`: seeds", "nodes", "edges", "loss", "the model's", "attacked"]
+    assert x[:7] == ["`x`", "2 of 2", "3", "6 (4 to 8)", "0.100", "0.050", "2.000"]
+    assert x[7:] == ["1 of 1", "3", "24", "0.100", "0.050", "2.000", "4.0"]
     assert y[1:4] == ["1 of 2", "3", "1"] and y[-1] == "16.0"
-    assert z[6:] == ["0 of 1", "-", "-", "-", "-", "-"]
+    assert z[7:] == ["0 of 1", "-", "-", "-", "-", "-", "-"]
     # x and y: the square roots of 6 * 1 and of 24 * 16.
     assert mean[0] == "**geometric mean** of the medians of 2 tasks that all have"
-    assert (mean[3], mean[8], mean[-1]) == ("**2.4**", "**19.6**", "8.0")
+    assert (mean[3], mean[9], mean[-1]) == ("**2.4**", "**19.6**", "8.0")
 
 
 def test_a_table_says_how_many_circuits_are_confirmed():
@@ -172,13 +172,24 @@ def test_a_table_of_ratios_is_over_tasks_and_seeds_that_both_have():
     assert row[0] == "`small` to `tiny`" and row[2] == row[3] and row[4:6] == ["2", "2 and 2"]
     middle, low, high = (float(part) for part in re.findall(r"[\d.]+", row[2]))
     assert middle == pytest.approx(value, abs=0.05)
-    # Intervals cover both tasks, and for x the seeds of both: 24 over 9 to 54 over 4.
+    # Intervals cover both tasks, and for x the models of both: 24 over 9 to 54 over 4.
     assert 24 / 9 - 0.1 <= low < middle < high <= 54 / 4 + 0.1
     assert row[1] == "1.0 (1.0 to 1.0)"
     assert table("ratios", [*sparse, entry("small", edges={"w": 3})], "tiny", "small")[2][1:5] == [
         *"---",
         "0",
     ]
+
+
+def test_the_interval_of_a_ratio_draws_models_with_all_their_circuits():
+    # One model has large circuits for every task: that is one observation, however many tasks there are.
+    tasks = "abcdefghijkl"
+    sparse = [entry(seed=seed, edges=dict.fromkeys(tasks, 10)) for seed in range(3)]
+    dense = [
+        entry("small", seed=seed, edges=dict.fromkeys(tasks, n)) for seed, n in enumerate((10, 10, 1000))
+    ]
+    middle, low, high = re.findall(r"[\d.]+", table("ratios", [*sparse, *dense], "tiny", "small")[2][2])
+    assert (middle, low, high) == ("4.6", "1.0", "100.0")
 
 
 def test_circuits_of_other_settings_are_kept_beside_each_other_and_chosen_by_name():

@@ -256,7 +256,7 @@ def _tasks(groups: _Groups) -> str:
 def _circuits(groups: _Groups) -> str:
     header = ["task"]
     for wanted, entries in groups.items():
-        header += [f"{_shown(wanted, entries)}: seeds", "nodes", "edges", "loss", "attacked"]
+        header += [f"{_shown(wanted, entries)}: seeds", "nodes", "edges", "loss", "the model's", "attacked"]
     rows, edges = [], {}
     for task in _task_names(groups, "circuits"):
         row, medians = [f"`{task}`"], []
@@ -264,7 +264,8 @@ def _circuits(groups: _Groups) -> str:
             tried = [run for run in entries if task in run["circuits"]]
             held = [records.found(run)[task] for run in tried if task in records.found(run)]
             columns = (spread([c[key] for c in held], f) for key, f in (("nodes", ",.0f"), ("edges", ",.0f")))
-            losses = ([c[key] for c in held if c.get(key) is not None] for key in ("loss", "attacked"))
+            keys = ("loss", "model_loss", "attacked")
+            losses = ([c[key] for c in held if c.get(key) is not None] for key in keys)
             row += [f"{len(held)} of {len(tried)}", *columns, *(spread(values, ".3f") for values in losses)]
             medians += [statistics.median(c["edges"] for c in held)] if held else []
         if len(medians) == len(groups):
@@ -275,7 +276,7 @@ def _circuits(groups: _Groups) -> str:
         n_tasks = f"{len(edges)} task{'s' * (len(edges) != 1)}"
         row = [f"**geometric mean** of the medians of {n_tasks} that all have"]
         for mean in means:
-            row += ["", "", f"**{mean:,.1f}**", "", ""]
+            row += ["", "", f"**{mean:,.1f}**", "", "", ""]
         rows.append([*row, *_ratio(means, groups)])
     return _table([*header, *(["ratio of edges"] if len(groups) == 2 else [])], rows)
 
@@ -363,13 +364,14 @@ _TABLES: dict[str, Callable[[_Groups], str]] = {
 
 # What the numbers of a table of circuits are.
 _ABOUT = {
-    "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split; "
-    "attacked: the largest loss that 20 steps of an adversary find.",
+    "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split. "
+    "Losses are of that split, the model's on the same prompts; attacked: the largest that 20 steps of an "
+    "adversary find. In the geometric mean a circuit without edges counts as one edge.",
     "confirmed": "All tasks of all seeds; a task that the model cannot do is not tried. Confirmed: "
     "within the target on the report split.",
     "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
-    "report split; 95% bootstrap intervals over tasks and the seeds of each. Weights between nodes: all "
-    "nonzero ones, the count of Gao et al. 2025; edges: those that the clean-up left.",
+    "report split; 95% bootstrap intervals over tasks and models. Weights between nodes: all nonzero ones, "
+    "the count of Gao et al. 2025; edges: those that the clean-up left.",
     "audits": "How many circuits, one of each seed, pass a test of `python -m wsparse.audit --run=RUN "
     "--task=TASK`, of those that it could be made of; tests without a criterion are left out.",
 }

@@ -125,7 +125,7 @@ class Ratio(NamedTuple):
     """How many times as large the circuits of one kind of model are, a geometric mean over tasks and seeds.
 
     Attributes:
-      low, high: 95% bootstrap interval over tasks, and over the seeds of each task.
+      low, high: 95% bootstrap interval over tasks and over models: a model is drawn with all its circuits.
       tasks: Number of tasks that some run of either kind has a circuit for.
     """
 
@@ -150,32 +150,31 @@ def ratio(
       key: What is counted: "nodes", "edges" or "edges_between_nodes".
       resamples: Bootstrap resamples.
     """
-    logs = [_log_sizes(records, key) for records in (small, large)]
-    shared = sorted(set(logs[0]) & set(logs[1]))
-    if not shared:
+    kinds = [[found(record) for record in records] for records in (small, large)]
+    tasks = sorted(set.intersection(*(set().union(*circuits) for circuits in kinds)))
+    if not tasks:
         return None
+    logs = [_log_sizes(circuits, key, tasks) for circuits in kinds]
     rng = np.random.default_rng(0)
 
-    def drawn(values: list[float]) -> float:
-        return float(np.mean(rng.choice(values, len(values))))
+    def log_ratio(logs: Sequence[np.ma.MaskedArray]) -> float:
+        """Returns the mean over the tasks that both have; NaN without any."""
+        small_T, large_T = (log_RT.mean(axis=0) for log_RT in logs)
+        return float(np.ma.filled((large_T - small_T).mean(), np.nan))
 
-    means = [
-        np.mean([drawn(logs[1][task]) - drawn(logs[0][task]) for task in rng.choice(shared, len(shared))])
-        for _ in range(resamples)
-    ]
-    value = np.mean([np.mean(logs[1][task]) - np.mean(logs[0][task]) for task in shared])
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Ratio(math.exp(value), math.exp(low), math.exp(high), len(shared))
+    def drawn() -> float:
+        columns = rng.integers(len(tasks), size=len(tasks))
+        return log_ratio([log_RT[rng.integers(len(log_RT), size=len(log_RT))][:, columns] for log_RT in logs])
+
+    low, high = np.nanquantile([drawn() for _ in range(resamples)], (0.025, 0.975))
+    return Ratio(math.exp(log_ratio(logs)), math.exp(low), math.exp(high), len(tasks))
 
 
-def _log_sizes(records: Iterable[Mapping[str, Any]], key: str) -> dict[str, list[float]]:
-    """Returns the logarithms of the sizes of the circuits of each task, one for each seed that has one."""
-    sizes: dict[str, list[float]] = {}
-    for record in records:
-        for task, circuit in found(record).items():
-            # A task may need nothing but the constants.
-            sizes.setdefault(task, []).append(math.log(max(circuit[key], 1)))
-    return sizes
+def _log_sizes(circuits: Sequence[Mapping[str, Any]], key: str, tasks: Sequence[str]) -> np.ma.MaskedArray:
+    """Returns logarithms of sizes, `(runs, tasks)`; masked where a run has no circuit for a task."""
+    # A task may need nothing but the constants.
+    sizes = [[max(of[task][key], 1) if task in of else 0 for task in tasks] for of in circuits]
+    return np.ma.log(np.ma.masked_equal(sizes, 0))
 
 
 def spread(values: Sequence[float], form: str = ",.3g") -> str:
