@@ -1,5 +1,6 @@
 """The attack says before which texts the planted model fails, and it fails there."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -102,6 +103,21 @@ def test_longer_texts_begin_with_shorter_ones_and_prompts_keep_their_tokens(fold
         assert all(len(text.ids) + batch.tokens.shape[1] <= 64 for text in of_side)
         assert all((text.text.count("(") > 0) == (side == 0) for text in of_side)
     assert [by_side[0][0].kind(side) for side in (0, 1)] == ["own", "other"]
+
+
+def test_a_task_whose_pairs_never_end_has_texts(folder, path):
+    run, task = runs.load(folder), tasks.find(path)
+
+    def endless(seed, split):
+        while True:
+            yield from task.stream(seed, split)
+
+    batch = tasks.build(task, run.tokenizer, 4, 0, split="report")
+    made = texts.make_texts(
+        dataclasses.replace(task, stream=endless),
+        run.tokenizer, batch, context=64, most_statements=2, draws=1, seed=0,
+    )  # fmt: skip
+    assert {text.side for text in made} == {None, 0, 1}
 
 
 def test_statements_of_builtin_tasks_show_their_side():

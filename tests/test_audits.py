@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from wsparse import runs
-from wsparse.circuits import Circuit, graph, masks, planted, tasks
+from wsparse.circuits import Circuit, discretize, graph, masks, planted, tasks
 from wsparse.circuits.audits import (
     attention_patterns,
     interchange,
+    mask_runs,
     matrix,
     minimality,
     necessity,
@@ -20,6 +21,7 @@ from wsparse.circuits.audits import (
     nonsense,
     random_sets,
     seeds,
+    selectivity,
     statistics,
     strengths,
     sufficiency,
@@ -172,6 +174,29 @@ def test_tests_that_learn_masks_need_seeds(context):
     for test in (seeds.stability, seeds.exclusion, nonsense.nonsense, nonsense.random_weights):
         with pytest.raises(UserError, match="--seeds"):
             test(context(true()))
+
+
+def test_tests_that_compare_refuse_one_seed_or_one_pair(context):
+    with pytest.raises(UserError, match="--seeds"):
+        seeds.stability(context(true(), seeds=1))
+    one = dataclasses.replace(pairs(), report=planted.make(NAME).pairs(1, 2))
+    with pytest.raises(UserError, match="second pair"):
+        interchange.interchange(dataclasses.replace(context(true()), pairs=one))
+
+
+def test_a_seed_that_needs_most_of_the_model_does_not_succeed(context, monkeypatch):
+    made = context(true(), seeds=2)
+    own = mask_runs._own_nodes(made)
+    scorer, order = made.subject.scorer, np.arange(made.nodes_U.size)
+    found = [discretize.subgraph_of(scorer, order < n_nodes, 0.1) for n_nodes in (own, 2 * own, 2 * own + 1)]
+    monkeypatch.setattr(mask_runs, "subgraphs", lambda *args, **kwargs: ([*found, None], 0.1))
+    assert mask_runs.successes(made, range(4))[0] == found[:2]
+
+
+def test_a_circuit_that_matters_to_nothing_is_not_selective():
+    assert selectivity._is_selective(own=0.5, others=0.2)
+    assert not selectivity._is_selective(own=0.3, others=0.2)
+    assert not selectivity._is_selective(own=0.0, others=-0.01)
 
 
 @pytest.mark.slow

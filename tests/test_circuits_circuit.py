@@ -1,5 +1,6 @@
 """The circuit file: typed, read strictly, and damaged files are refused in one line."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -130,6 +131,24 @@ def test_a_circuit_above_its_target_on_the_report_split_is_marked(folder):
     edit(folder / "circuit.json", lambda values: values.update(loss=0.15))
     assert Circuit.load(folder).status == FOUND
     assert "above" not in report.summary(Circuit.load(folder))
+
+
+def test_only_circuits_of_the_robust_objective_are_held_to_the_adversary(folder):
+    circuit = Circuit.load(folder)
+    scores = dataclasses.replace(circuit.scores, attacked=0.5)
+
+    def attacked(objective, **changes):
+        settings = {"objective": objective, "robust_target": 0.3}
+        return dataclasses.replace(
+            circuit, loss=0.1, scores=scores, hyperparameters={"settings": settings}, **changes
+        )
+
+    assert [attacked(name).status for name in ("mean", "stochastic")] == [FOUND, FOUND]
+    refuted = attacked("robust", target=0.15)
+    assert refuted.status == NOT_CONFIRMED
+    assert "(not confirmed: the target under attack is 0.3)" in report.summary(refuted)
+    # Where the model is above both targets, so is what its circuits are held to.
+    assert attacked("robust", target=0.6).status == FOUND
 
 
 def test_reading_a_circuit_imports_no_jax(saved):

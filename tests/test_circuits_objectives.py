@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsparse.circuits import adversary, criterion, discretize, masks, planted, procedure
+from wsparse.circuits import adversary, criterion, discretize, graph, masks, planted, procedure
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.mask_learning import HParams, prune
 from wsparse.circuits.pairs import task_loss
@@ -140,6 +140,11 @@ def test_the_robust_procedure_finds_exactly_the_planted_circuit():
     assert circuit.status == "found"
     assert circuit.scores.attacked is not None and circuit.scores.attacked < 0.3
     assert circuit.scores.strict is not None and circuit.scores.strict.loss < 0.15
+    # The loss under mean ablation, not the largest under the bank.
+    nodes_U = chosen(planted.make(NAME).nodes)
+    remaining = graph.uncut(subject().scorer.weights, circuit.removed)
+    plain = subject().scorer.mask(pairs().discretize, nodes_U, remaining).loss
+    assert circuit.scores.discretize_loss == pytest.approx(plain, abs=1e-6)
 
 
 def test_settings_refuse_an_unknown_objective_and_a_robust_target_below_the_target():

@@ -132,6 +132,11 @@ def test_where_the_model_cannot_do_a_task_the_hint_is_a_target_that_would_try_it
     # Every objective would accept what it is told.
     robust = searched(mixed, pairs.report, **low, objective="robust", robust_target=0.02).hint()
     assert robust.endswith(f": --target={target:g} --robust_target={target:g} would try it")
+    # Where the target is raised to above the model's loss, what adversaries may bring is no laxer for it.
+    raised = searched(mixed, pairs.report, target=0.05, margin=0.0, objective="robust", robust_target=0.1)
+    assert raised.target > 0.1
+    bank = raised._criterion().scorer.bank
+    assert bank is not None and float(bank.weight) == 1.0
     backwards = pairs.discretize._replace(answer=others, other=rows)
     assert "no target would try it" in searched(backwards, pairs.report, **low).hint()
 

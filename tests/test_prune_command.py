@@ -113,6 +113,12 @@ def test_earlier_circuits_are_set_aside_under_numbers_of_their_own(tmp_path):
     earlier = tmp_path / "earlier"
     assert (earlier / "a_task.1" / "circuit.json").read_text() == "first"
     assert (earlier / "a_task.2" / "circuit.json").read_text() == "second"
+    # One that was moved away, as docs/circuits.md says, leaves its number free, and no other is written over.
+    (earlier / "a_task.1").rename(tmp_path / "a_task@before")
+    (task / "circuit.json").write_text("third")
+    prune._set_aside(task)
+    assert (earlier / "a_task.1" / "circuit.json").read_text() == "third"
+    assert (earlier / "a_task.2" / "circuit.json").read_text() == "second"
     # Nothing to set aside leaves nothing behind.
     prune._set_aside(task)
     assert len(list(earlier.iterdir())) == 2

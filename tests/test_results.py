@@ -26,7 +26,9 @@ def entry(name="tiny", seed=0, *, loss=2.5, edges=None, config=None, digest="a",
         if n is None:
             return {"status": "not found", "model_loss": 0.12}
         size = {"nodes": 3, "edges": n, "edges_between_nodes": 2 * n}
-        return {"status": "found", **size, "loss": 0.1, "attacked": 2.0, "model_loss": 0.05}
+        controls = {"shuffled_labels": 0.7, "random_model": 0.8}
+        known = {"loss": 0.1, "attacked": 2.0, "model_loss": 0.05, "target": 0.15, "controls": controls}
+        return {"status": "found", **size, **known}
 
     return {
         "name": name, "seed": seed, "config": config or results._telling(results._recipe(name)),
@@ -140,8 +142,10 @@ def test_a_table_says_how_many_circuits_are_confirmed():
     circuits["z"]["status"] = "found, not confirmed on the report split"
     circuits["w"] = {"status": "not tried: the model cannot do the task", "model_loss": 0.7}
     row = table("confirmed", entries, "tiny")[2]
-    assert row == ["`tiny`", "7", "5 of 6 (83%)", "4 of 6 (67%)", "4 of 5 (80%)", "2"]
-    assert table("confirmed", [entry()], "tiny")[2][2:5] == ["-", "-", "-"]
+    assert row == ["`tiny`", "7", "4 of 6 (67%)", "4 of 5 (80%)", "0", "2"]
+    assert table("confirmed", [entry()], "tiny")[2][2:4] == ["-", "-"]
+    circuits["x"]["controls"]["random_model"] = 0.12
+    assert table("confirmed", entries, "tiny")[2][4] == "1"
 
 
 def test_a_table_of_audits_counts_the_seeds_that_pass_each_test_by_task():

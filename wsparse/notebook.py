@@ -25,10 +25,11 @@ import numpy as np
 
 from wsparse import files, hooks, model, runs, taps, trees
 from wsparse.circuits import circuit as circuit_file
-from wsparse.circuits import graph, masks, scoring
+from wsparse.circuits import masks
 from wsparse.circuits.audits import record
 from wsparse.circuits.audits.report import render
 from wsparse.circuits.pairs import PairArrays, arrays
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.command import log_to_stdout
 from wsparse.config import ModelConfig, TrainConfig, from_dict
 from wsparse.errors import UserError, closest, quoted
@@ -242,20 +243,8 @@ class Circuit(circuit_file.Circuit):
         return task or self.source
 
     @functools.cached_property
-    def _scorer(self) -> scoring.Scorer:
-        means = {name: jnp.asarray(mean) for name, mean in self.means.items()}
-        return scoring.Scorer(self.run.params, self.config, means)
-
-    @functools.cached_property
-    def _remaining(self) -> graph.EdgeMask:
-        """Weights of the model that are not cut."""
-        return graph.uncut(self._scorer.weights, self.removed)
-
-    @functools.cached_property
-    def _params(self) -> model.Params:
-        """Parameters without the weights that are cut."""
-        kept = {path: jnp.asarray(weights) for path, weights in self._remaining.items()}
-        return graph.cut(self._scorer.params, kept, self._scorer.means)
+    def _in_model(self) -> Subnetwork:
+        return Subnetwork.of(self.run.params, self.config, self)
 
     def _without(self, names: Sequence[str]) -> np.ndarray:
         """Returns the nodes that are left, bool `(U,)`."""
@@ -265,7 +254,7 @@ class Circuit(circuit_file.Circuit):
     def _score(self, names: Sequence[str], task: str) -> circuit_file.Score:
         """Returns the score on the report split without some nodes."""
         pairs = self._pairs(task)
-        return self._scorer.mask(pairs, self._without(names), self._remaining)
+        return self._in_model.scorer.mask(pairs, self._without(names), self._in_model.remaining)
 
     @functools.cached_property
     def _pairs_of(self) -> dict[str, PairArrays]:
@@ -283,7 +272,7 @@ class Circuit(circuit_file.Circuit):
                     f"task='{self.task}.jsonl'"
                 )
             pairs = arrays(evidence.report_pairs(self.run, self, find(task or self.task)))
-            loss = self._scorer.mask(pairs, self._without(()), self._remaining).loss
+            loss = self._in_model.scorer.mask(pairs, self._without(()), self._in_model.remaining).loss
             if abs(loss - self.loss) > _SAME_LOSS:
                 raise UserError(
                     f"the pairs of {task or self.task} are others than the circuit was measured on: "
@@ -374,10 +363,9 @@ class Ablated:
 
     def logits(self, text: str | Sequence[str]) -> jax.Array:
         """Returns logits of the next token, `(T, V)` or `(N, V)`; see `Circuit.logits`."""
-        circuit = self.circuit
-        gates = masks.unflatten(circuit._without(self.names).astype(np.float32), circuit.config)
-        ablation = (gates, circuit._scorer.means)
-        return _logits(circuit.run, text, circuit._params, circuit._scorer.config, ablation)
+        circuit, found = self.circuit, self.circuit._in_model
+        ablation = found.ablation(circuit._without(self.names))
+        return _logits(circuit.run, text, found.params, found.scorer.config, ablation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)

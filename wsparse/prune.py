@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -267,7 +268,8 @@ def _set_aside(folder: pathlib.Path) -> None:
     if not (folder / "circuit.json").exists():
         return
     earlier = folder.parent / "earlier"
-    target = earlier / f"{folder.name}.{1 + len(list(earlier.glob(f'{folder.name}.*')))}"
+    # Folders may have been moved away: a count of them is not a free number.
+    target = next(path for n in itertools.count(1) if not (path := earlier / f"{folder.name}.{n}").exists())
     files.make_folder(target)
     for path in folder.iterdir():
         if path.is_file():

@@ -287,19 +287,13 @@ def _confirmed(groups: _Groups) -> str:
         circuits = [c for run in entries for c in run["circuits"].values()]
         tried = [c for c in circuits if c["status"] in (FOUND, NOT_CONFIRMED, NOT_FOUND)]
         easy = [c for c in tried if c["model_loss"] < _EASY]
-        cells = [_share(tried, FOUND, NOT_CONFIRMED), _share(tried, FOUND), _share(easy, FOUND)]
-        rows.append([_shown(wanted, entries), str(len(circuits)), *cells, str(len(entries))])
-    return _table(
-        [
-            "recipe",
-            "tasks",
-            "found of those tried",
-            "confirmed",
-            f"where the model is below {_EASY}",
-            "seeds",
-        ],
-        rows,
-    )
+        by_control = sum(
+            min(c["controls"].values(), default=1.0) <= c["target"] for c in tried if "controls" in c
+        )
+        cells = [str(len(circuits)), _share(tried, FOUND), _share(easy, FOUND), str(by_control)]
+        rows.append([_shown(wanted, entries), *cells, str(len(entries))])
+    header = ["recipe", "tasks x seeds", "confirmed of those tried", f"where the model is below {_EASY}"]
+    return _table([*header, "a control reaches the target", "seeds"], rows)
 
 
 def _share(circuits: Sequence[Mapping[str, Any]], *statuses: str) -> str:
@@ -367,8 +361,9 @@ _ABOUT = {
     "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split. "
     "Losses are of that split, the model's on the same prompts; attacked: the largest that 20 steps of an "
     "adversary find. In the geometric mean a circuit without edges counts as one edge.",
-    "confirmed": "All tasks of all seeds; a task that the model cannot do is not tried. Confirmed: "
-    "within the target on the report split.",
+    "confirmed": "All tasks of all seeds; a task that the model cannot do is not tried. Confirmed: the "
+    "circuit's loss on the report split is within the target. Controls: the same search with shuffled "
+    "labels, and in the model with shuffled weights.",
     "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
     "report split; 95% bootstrap intervals over tasks and models. Weights between nodes: all nonzero ones, "
     "the count of Gao et al. 2025; edges: those that the clean-up left.",

@@ -1,8 +1,10 @@
 """Ablation, defined once, in every strength: what closed nodes, cut edges and norms are while a circuit runs.
 
     ablation = Ablation(constants="resample", norm="frozen", edges="strict")
-    background = make_background(ablation, params, config, means, pairs, windows=windows)
-    logits_BV = circuit_logits(params, config, pairs, nodes_U, edges, background, ablation=ablation)
+    background = make_background(
+        ablation, params, config, means, pairs, windows_WT=windows, nodes_U=nodes_U, edges=edges
+    )
+    logits_BV = circuit_logits(params, config, pairs, nodes_U, edges, background)
 
 `circuit_logits` is pure: it jits, vmaps over masks and strengths, and has gradients for both. The default,
 means over pretraining text at strength 0, is the ablation of Gao et al. 2025 that pruning uses.
@@ -24,7 +26,7 @@ import optax
 
 from wsparse import model, taps
 from wsparse.circuits import graph, masks
-from wsparse.circuits.pairs import PairArrays, pairs_loss
+from wsparse.circuits.pairs import PairArrays, inside, pairs_loss
 from wsparse.config import ModelConfig, check, setting
 from wsparse.nodes import NODES
 
@@ -33,7 +35,7 @@ Norms = Literal["live", "frozen"]
 Edges = Literal["loose", "strict"]
 Contenders = Literal["all", "kept"]
 
-CONSTANTS, NORMS, EDGES, CONTENDERS = map(get_args, (Constants, Norms, Edges, Contenders))
+CONSTANTS, NORMS, CONTENDERS = map(get_args, (Constants, Norms, Contenders))
 
 # Steps and rate with which Adam learns the constants of "optimal".
 _STEPS, _RATE = 40, 0.05
@@ -192,7 +194,7 @@ def _values(params, tokens_BT, *, config: ModelConfig) -> dict[str, jax.Array]:
 def _task_means(params, pairs: PairArrays, *, config: ModelConfig) -> dict[str, jax.Array]:
     """Returns means over the tokens of prompts, the padding left out: location -> `(L, N)`."""
     _, acts = model.forward(params, pairs.tokens, config)
-    inside_BT = jnp.arange(pairs.tokens.shape[1])[None] <= pairs.position[:, None]
+    inside_BT = inside(pairs)
     share_BT = inside_BT / jnp.sum(inside_BT)
     return {name: jnp.einsum("lbtn,bt->ln", acts[name], share_BT) for name in NODES}
 

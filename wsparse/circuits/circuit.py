@@ -185,15 +185,15 @@ class Scores:
     Attributes:
       model: The whole model.
       sufficiency: The circuit alone, everything else at its mean.
-      calibrated: The same after a fitted scale and shift of the logits; scale 1 and shift 0 where the fit
-        makes the loss larger.
+      calibrated: The same after a scale and a shift of the logits, fitted on the pairs that the circuit was
+        chosen on.
       necessity: The circuit's nodes at their means, and everything else as it is.
       seconds_to_find: Time of search and clean-up.
       discretize_loss: Loss on the pairs that the circuit was chosen on.
       sufficient: Size of the circuit before it was completed until it is necessary.
       strict: The circuit alone when nothing but its own edges carries what varies, see `ablation.Ablation`.
-      attacked: Largest loss that 20 steps of `adversary.ascend` find; circuits of the objective "mean" are
-        not held to it.
+      attacked: Largest loss that 20 steps of `adversary.ascend` find; only circuits of the objective "robust"
+        are held to it.
     """
 
     model: Score
@@ -314,10 +314,18 @@ class Circuit:
     @property
     def status(self) -> str:
         """`FOUND`, or `NOT_CONFIRMED`: it is chosen on other pairs than its loss is reported on."""
+        return NOT_CONFIRMED if self.misses else FOUND
+
+    @property
+    def misses(self) -> str:
+        """What it misses on the report split, such as "the target is 0.15"; "" for nothing."""
+        if self.loss > self.target:
+            return f"the target is {self.target:.3g}"
         settings, attacked = self.hyperparameters.get("settings", {}), self.scores.attacked
-        is_held = attacked is not None and settings.get("objective", "mean") != "mean"
-        refuted = is_held and attacked > settings["robust_target"]
-        return FOUND if self.loss <= self.target and not refuted else NOT_CONFIRMED
+        if settings.get("objective") == "robust" and attacked is not None:
+            bound = max(settings["robust_target"], self.target)
+            return f"the target under attack is {bound:.3g}" if attacked > bound else ""
+        return ""
 
     @property
     def digest(self) -> str:

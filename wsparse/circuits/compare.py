@@ -16,7 +16,7 @@ from absl import flags
 
 from wsparse import files
 from wsparse.circuits import report
-from wsparse.circuits.circuit import check_name, folder_of
+from wsparse.circuits.circuit import FOUND, check_name, folder_of
 from wsparse.command import run_command
 from wsparse.errors import UserError
 
@@ -72,7 +72,7 @@ def _compare(*runs: Pruned) -> dict[str, Any]:
     ]
     tasks.sort(key=lambda task: task["edges"][0])
     # Circuits are chosen on other pairs than their loss is reported on, and some do not generalize.
-    held = [t for t in tasks if max(t["loss"]) <= target and min(t["edges"]) > 0]
+    held = [t for t in tasks if set(both(t["task"], "status")) == {FOUND} and min(t["edges"]) > 0]
     result: dict[str, Any] = {
         "runs": [str(run.folder) for run in runs],
         "val_loss": [run.summary.get("val_loss") for run in runs],

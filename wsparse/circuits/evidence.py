@@ -28,13 +28,13 @@ from wsparse.circuits import (
     masks,
     model_file,
     report,
-    scoring,
     tasks,
 )
 from wsparse.circuits.circuit import Circuit, folder_of, split
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
 from wsparse.circuits.settings import Settings
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig, check, from_dict, setting
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
@@ -104,17 +104,13 @@ def measure(
     """
     options, config = options or Options(), run.config.model
     pairs = arrays(pairs)
-    scorer = scoring.Scorer(run.params, config, jax.tree.map(jnp.asarray, circuit.means))
-    remaining = graph.uncut(scorer.weights, circuit.removed)
+    found = Subnetwork.of(run.params, config, circuit)
     ranked = [node.name for node in sorted(circuit.nodes, key=lambda node: -node.importance)]
-    kept_U = masks.from_names(ranked, config)
     places = [Node.parse(name) for name in ranked[: options.max_nodes]]
     with progress(2 * len(places) + 1 + min(len(ranked), _PREFIXES), "evidence") as bar:
         ablation_pairs = _first(pairs, _ABLATION_PAIRS)
-        from_model, prefix = _ablations(
-            scorer, ablation_pairs, kept_U, remaining, ranked, len(places), bar.advance
-        )
-        recorded = _on_prompts(scorer, _first(pairs, options.pairs), kept_U, remaining, places)
+        from_model, prefix = _ablations(found, ablation_pairs, ranked, len(places), bar.advance)
+        recorded = _on_prompts(found, _first(pairs, options.pairs), places)
         summaries = excerpts.summaries(run.params, config, text.windows_WT, places, bar.advance)
     answers = np.asarray(pairs.answer).reshape(-1, 2)
     shared = tuple(answers[0].tolist()) if np.all(answers == answers[:1]) else None
@@ -217,15 +213,10 @@ def _first(pairs: PairArrays, count: int) -> PairArrays:
 
 
 def _ablations(
-    scorer: scoring.Scorer,
-    pairs: PairArrays,
-    kept_U: np.ndarray,
-    remaining: graph.EdgeMask,
-    ranked: list[str],
-    n_shown: int,
-    advance: Callable[[int], Any],
+    found: Subnetwork, pairs: PairArrays, ranked: list[str], n_shown: int, advance: Callable[[int], Any]
 ) -> tuple[np.ndarray, list[evidence_file.Prefix]]:
     """Returns the growth of the model's loss without each node shown, and losses of the first nodes alone."""
+    scorer = found.scorer
     index = {name: i for i, name in enumerate(masks.names(scorer.config))}
     order = np.array([index[name] for name in ranked])
 
@@ -237,23 +228,19 @@ def _ablations(
             advance(len(part))
         return np.concatenate(parts)
 
-    without = losses(np.ones_like(kept_U), None, [[0, 0], *([i, i + 1] for i in range(n_shown))])
+    without = losses(np.ones_like(found.nodes_U), None, [[0, 0], *([i, i + 1] for i in range(n_shown))])
     sizes = np.linspace(1, len(order), min(len(order), _PREFIXES)).round().astype(int).tolist()
-    prefix = losses(kept_U, remaining, [[size, len(order)] for size in sizes])
+    prefix = losses(found.nodes_U, found.remaining, [[size, len(order)] for size in sizes])
     return without[1:] - without[0], list(map(evidence_file.Prefix, sizes, prefix.tolist()))
 
 
-def _on_prompts(
-    scorer: scoring.Scorer,
-    pairs: PairArrays,
-    kept_U: np.ndarray,
-    remaining: graph.EdgeMask,
-    places: list[Node],
-) -> dict[str, Any]:
+def _on_prompts(found: Subnetwork, pairs: PairArrays, places: list[Node]) -> dict[str, Any]:
     """Returns what `Evidence` records of prompts, in the whole model and in the circuit alone."""
-    config = scorer.config
-    cut = graph.cut(scorer.params, jax.tree.map(jnp.asarray, remaining), scorer.means)
-    sides = {"model": (scorer.params, np.ones_like(kept_U)), "circuit": (cut, kept_U)}
+    config = found.scorer.config
+    sides = {
+        "model": (found.scorer.params, found.ablation(np.ones_like(found.nodes_U))),
+        "circuit": (found.params, found.ablation()),
+    }
     places = evidence_file.with_partners(places)
     heads = sorted(
         {(p.layer, p.channel // config.d_head) for p in places if NODES[p.location].channels == "heads"}
@@ -265,11 +252,8 @@ def _on_prompts(
         "prompt_tokens_X": _joined(np.asarray(pairs.tokens), lengths).astype(np.int32),
     }
     leads = {}
-    for side, (params, nodes_U) in sides.items():
-        gates = masks.unflatten(nodes_U.astype(np.float32), config)
-        logits_RV, acts = excerpts.recorded(
-            params, pairs.tokens, pairs.position, (gates, scorer.means), config=config
-        )
+    for side, (params, ablation) in sides.items():
+        logits_RV, acts = excerpts.recorded(params, pairs.tokens, pairs.position, ablation, config=config)
         leads[side] = np.asarray(margins(logits_RV, pairs.answer, pairs.other)).tolist()
         values_PRT = excerpts.values_at(acts, places)
         recorded[f"{side}_values_PX"] = np.stack([_joined(v, lengths) for v in values_PRT])

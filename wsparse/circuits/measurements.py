@@ -18,7 +18,7 @@ from wsparse.circuits.clean_up import clean_up
 from wsparse.circuits.criterion import Criterion
 from wsparse.circuits.discretize import Subgraph, discretize, shortest
 from wsparse.circuits.mask_learning import HParams
-from wsparse.circuits.pairs import PairArrays
+from wsparse.circuits.pairs import PairArrays, inside
 from wsparse.circuits.search import Pruner
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import Pairs, Subject
@@ -35,13 +35,10 @@ def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any
     sufficiency = scorer.mask(pairs.report, subgraph.nodes, remaining)
     fit = calibrate(scorer.margins(pairs.discretize, subgraph.nodes, remaining))
     margins = scorer.margins(pairs.report, subgraph.nodes, remaining)
-    calibrated = Calibration(**fit, loss=float(calibrated_loss(margins, **fit)))
-    if calibrated.loss > sufficiency.loss:
-        calibrated = Calibration(scale=1.0, shift=0.0, loss=sufficiency.loss)
     return {
         "model": subject.score(pairs.report),
         "sufficiency": sufficiency,
-        "calibrated": calibrated,
+        "calibrated": Calibration(**fit, loss=float(calibrated_loss(margins, **fit))),
         "necessity": scorer.mask(pairs.report, ~subgraph.nodes),
         "strict": scorer.mask(pairs.report, subgraph.nodes, subgraph.edges),
     }
@@ -63,7 +60,7 @@ def constants(subject: Subject, pairs: PairArrays, subgraph: Subgraph) -> int:
     params = graph.cut(scorer.params, jax.tree.map(jnp.asarray, subgraph.remaining(scorer)), scorer.means)
     gates = masks.unflatten(subgraph.nodes.astype(np.float32), config)
     _, acts = excerpts.recorded(params, pairs.tokens, pairs.position, (gates, scorer.means), config=config)
-    inside_BT = np.arange(pairs.tokens.shape[1])[None] <= np.asarray(pairs.position)[:, None]
+    inside_BT = np.asarray(inside(pairs))
     mask = masks.unflatten(subgraph.nodes, config)
     varies = [
         np.ptp(np.asarray(acts[name][layer])[inside_BT][:, kept_N], axis=0) > 1e-6

@@ -343,6 +343,11 @@ def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array)
     return jnp.mean(margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)
 
 
+def inside(pairs: PairArrays) -> jax.Array:
+    """Returns which tokens are of a prompt, not of the padding, bool `(B, T)`."""
+    return jnp.arange(pairs.tokens.shape[1])[None] <= jnp.asarray(pairs.position)[:, None]
+
+
 def margins(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
     """Returns `(B,)` the logit of the answer less that of the other candidate, float32."""
     candidates_B2 = jnp.stack([jnp.asarray(answer_B), jnp.asarray(other_B)], axis=1)

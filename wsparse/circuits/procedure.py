@@ -126,13 +126,14 @@ class CircuitSearch:
         )
 
     def _criterion(self) -> Criterion:
-        """Returns what candidates are held to, new: what it learns of one trial says nothing of another."""
+        """Returns what candidates are held to, as it is before any adversary."""
         settings = self.settings
         return Criterion(
             self.subject.scorer,
             self.pairs.discretize,
             objective=settings.objective,
-            weight=settings.target / settings.robust_target,
+            # Where the model is near the target, both targets are above it.
+            weight=min(1.0, self.target / settings.robust_target),
             seed=settings.seed,
         )
 
@@ -239,7 +240,9 @@ class CircuitSearch:
             edges_before_clean_up=cut.n_edges,
             seconds_to_find=round(seconds_to_find, 1),
             seconds=round(time.monotonic() - started, 1),
-            discretize_loss=subgraph.loss,
+            discretize_loss=subject.scorer.mask(
+                pairs.discretize, subgraph.nodes, subgraph.remaining(subject.scorer)
+            ).loss,
             sufficient=Size(sufficient.n_nodes, sufficient.n_edges),
             trials=tuple(
                 TrialSize(number, *((cut.n_nodes, cut.n_edges) if cut else (None, None)))

@@ -123,7 +123,7 @@ def summary(circuit: Circuit) -> str:
     strict = f", strict edges {scores.strict.loss:.3f}" if scores.strict else ""
     if scores.attacked is not None:
         strict += f", attacked {scores.attacked:.3f}"
-    above = f"(not confirmed: the target is {circuit.target:.3g}) " if circuit.status == NOT_CONFIRMED else ""
+    above = f"(not confirmed: {circuit.misses}) " if circuit.misses else ""
     controls = ", ".join(
         f"{name.replace('_', ' ')} {control.least_loss:.3f}" for name, control in circuit.controls.items()
     )

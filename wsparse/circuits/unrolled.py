@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, taps, trees
-from wsparse.circuits import graph, scoring
 from wsparse.circuits.circuit import Circuit
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.nodes import CONNECTIONS, NODES, Connection, Node
@@ -107,21 +107,17 @@ def unroll(
     """
     if not 1 <= len(tokens) <= config.context:
         raise UserError(f"a prompt must have 1 to {config.context} tokens, this one has {len(tokens)}")
-    means = {name: jnp.asarray(mean) for name, mean in circuit.means.items()}
     # Sums are checked to more digits than bfloat16 has.
     config = dataclasses.replace(config, compute_dtype="float32")
-    scorer = scoring.Scorer(params, config, means)
-    remaining = graph.uncut(scorer.weights, circuit.removed)
-    cut = graph.cut(scorer.params, jax.tree.map(jnp.asarray, remaining), means)
-    kept = circuit.mask()
-    gates = {name: jnp.asarray(kept_LN, jnp.float32) for name, kept_LN in kept.items()}
+    found = Subnetwork.of(params, config, circuit)
     # Tokens after the prompt do not change what is before: one program serves prompts of all lengths.
     padded_1T = np.zeros((1, config.context), np.int32)
     padded_1T[0, : len(tokens)] = tokens
-    logits_1TV, acts = _run(cut, jnp.asarray(padded_1T), (gates, means), config=scorer.config)
+    whole = found.scorer.config
+    logits_1TV, acts = _run(found.params, jnp.asarray(padded_1T), found.ablation(), config=whole)
     logits_V = np.asarray(logits_1TV[0, len(tokens) - 1], np.float64)
     chosen = list(dict.fromkeys(answers)) or np.argsort(-logits_V, kind="stable")[:most_likely].tolist()
-    parts = _Parts(cut, scorer.config, kept, tokens, acts)
+    parts = _Parts(found.params, whole, circuit.mask(), tokens, acts)
     for layer in range(config.n_layer):
         parts.add_layer(layer)
     parts.add_logits(chosen, logits_V)

@@ -10,19 +10,18 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wsparse import runs
-from wsparse.circuits import graph, masks, tasks
+from wsparse.circuits import tasks
 from wsparse.circuits.attacks import dilution
 from wsparse.circuits.attacks.record import KINDS, Agreement, Attack, Head, Kind, Point
 from wsparse.circuits.attacks.texts import Text, make_texts
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays
 from wsparse.circuits.settings import Settings
-from wsparse.circuits.subject import N_WINDOWS, Subject
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig, check, from_dict, setting
 from wsparse.progress import progress
 
@@ -105,16 +104,10 @@ class _Circuit:
     """A circuit and its model, ready to run."""
 
     def __init__(self, run: runs.Run, circuit: Circuit):
-        subject = Subject(run.params, run.config.model, run.windows("train", n=N_WINDOWS))
-        scorer = subject.scorer
-        remaining = graph.uncut(scorer.weights, circuit.removed)
-        nodes_U = masks.from_names([node.name for node in circuit.nodes], run.config.model)
-        means = jax.tree.map(jnp.asarray, circuit.means)
-        self.config: ModelConfig = scorer.config
-        self.model_params = scorer.params
-        self.params = graph.cut(scorer.params, jax.tree.map(jnp.asarray, remaining), means)
-        self.gates = masks.unflatten(jnp.asarray(nodes_U, jnp.float32), run.config.model)
-        self.ablated = (self.gates, {name: means[name] for name in self.gates})
+        found = Subnetwork.of(run.params, run.config.model, circuit)
+        self.config: ModelConfig = found.scorer.config
+        self.model_params, self.params = found.scorer.params, found.params
+        self.ablation = found.ablation()
 
     def predicted(
         self, prompts: PairArrays, text: Text, room: int, reading_LH: np.ndarray | None = None
@@ -128,20 +121,20 @@ class _Circuit:
             jnp.asarray(_padded([text.ids], room)[0]),
             jnp.int32(len(text.ids)),
             jnp.asarray(reading_LH, jnp.float32),
-            self.ablated,
+            self.ablation,
             config=self.config,
         )
         return np.asarray(margins_B), np.asarray(shares_LBH)
 
     def measured(self, pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
         """Returns the margins `(B,)` of the circuit and of the model."""
-        circuit_B = dilution.measured_margins(self.params, pairs, self.ablated, config=self.config)
+        circuit_B = dilution.measured_margins(self.params, pairs, self.ablation, config=self.config)
         model_B = dilution.measured_margins(self.model_params, pairs, None, config=self.config)
         return np.asarray(circuit_B), np.asarray(model_B)
 
     def heads(self) -> list[tuple[int, int]]:
         """Returns the heads of which a value is kept, as layer and head."""
-        kept_LHK = np.asarray(self.gates["attn.v"]).reshape(self.config.n_layer, self.config.n_head, -1)
+        kept_LHK = np.asarray(self.ablation[0]["attn.v"]).reshape(self.config.n_layer, self.config.n_head, -1)
         return [(int(layer), int(head)) for layer, head in np.argwhere(kept_LHK.any(axis=2))]
 
 

@@ -12,6 +12,9 @@ from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError
 from wsparse.pytext import prompts
 
+# Programs of a user's task that texts are made of; its stream may be endless.
+_PROGRAMS = 512
+
 
 class Text(NamedTuple):
     """Tokens that stand before the prompts; `side` is that of its statements, None for neutral ones."""
@@ -80,7 +83,8 @@ def _statements(task: Task, side: int | None, seed: int) -> Iterator[str]:
         yield from prompts.statements(task.name, None, seed, "report")
         return
     # Of a user's task, finished programs of the report split, from a place of its own for each seed.
-    programs = [(pair.first, pair.second)[side] for pair in task.stream(seed, "report")]
+    pairs = itertools.islice(task.stream(seed, "report"), _PROGRAMS)
+    programs = [(pair.first, pair.second)[side] for pair in pairs]
     for index in range(len(programs)):
         program = programs[(index + 7 * seed) % len(programs)]
         yield f"{(program.prompt + program.rest).rstrip()}\n"

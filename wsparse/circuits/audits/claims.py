@@ -142,19 +142,20 @@ CLAIMS: dict[str, Claim] = {
     ),
     "stability": Claim(
         title="Other seeds",
-        passed="At least 90% of the seeds of the same search reach the circuit's loss, and two of their "
-        "circuits have on average a Jaccard index of at least 0.5.",
-        failed="Other seeds of the same search miss the circuit's loss or find different nodes: this circuit "
-        "is one of several that the search could have returned.",
+        passed="At least 90% of the seeds of the same search reach the circuit's loss in at most twice as "
+        "many nodes, and two of their circuits have on average a Jaccard index of at least 0.5.",
+        failed="Other seeds of the same search miss the circuit's loss, need more than twice as many nodes, "
+        "or find different ones: this circuit is one of several that the search could have returned.",
         never="That another kind of search, or the same model trained from another seed, has this circuit.",
     ),
     "exclusion": Claim(
         title="Without the nodes that were found",
         passed="With the circuit's nodes forbidden, fewer than 10% of the seeds of the same search reach the "
-        "circuit's loss.",
-        failed="The same search reaches the circuit's loss without any of the circuit's nodes: other "
-        "circuits do the task too.",
-        never="That no other circuit exists: this search found few, or none, in the seeds that it had.",
+        "circuit's loss in at most twice as many nodes.",
+        failed="The same search reaches the circuit's loss without any of the circuit's nodes, in at most "
+        "twice as many: other circuits do the task too.",
+        never="That no other circuit exists: this search found few, or none, in the seeds that it had, and "
+        "did not count larger ones.",
     ),
     "nonsense": Claim(
         title="Nonsense that can be learned",
@@ -166,9 +167,11 @@ CLAIMS: dict[str, Claim] = {
     ),
     "random_weights": Claim(
         title="Random weights",
-        passed="No seed of the same search reaches the circuit's loss in the model with shuffled weights.",
-        failed="The same search reaches the circuit's loss in a model with shuffled weights: the mask alone "
-        "can do the task.",
+        passed="No seed of the same search reaches the circuit's loss in at most twice as many nodes in the "
+        "model with shuffled weights.",
+        failed="The same search reaches the circuit's loss in a model with shuffled weights, in at most "
+        "twice as many nodes: the mask, or what is not shuffled (biases, gains, the bigram table), can do "
+        "the task.",
         never="That what was found was learned for this task.",
     ),
 }

@@ -16,10 +16,10 @@ import numpy as np
 
 from wsparse import runs
 from wsparse.circuits import ablation as ablations
-from wsparse.circuits import excerpts, graph, masks
+from wsparse.circuits import excerpts, graph, masks, tasks
 from wsparse.circuits.ablation import Ablation, Background
 from wsparse.circuits.circuit import Circuit
-from wsparse.circuits.pairs import PairArrays, Task, margins
+from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, inside, margins
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import N_WINDOWS, Pairs, Subject, build_pairs
 from wsparse.config import ModelConfig, check, from_dict, setting
@@ -90,6 +90,11 @@ class Context:
         """Returns the generator of a test."""
         return np.random.default_rng([self.options.seed, *name.encode()])
 
+    def on(self, batch: TaskBatch) -> Context:
+        """Returns the context with other pairs, no longer than its own, in place of the report split's."""
+        padded = tasks.padded(batch, self.pairs.report.tokens.shape[1])
+        return dataclasses.replace(self, pairs=dataclasses.replace(self.pairs, report=arrays(padded)))
+
     def weights(self, ablation: Ablation) -> graph.EdgeMask:
         """Returns the weights that vary under an ablation."""
         return self.edges if ablation.edges == "strict" else self.remaining
@@ -115,7 +120,11 @@ class Context:
             windows_WT=self.subject.windows,
             nodes_U=self.nodes_U,
             edges=self.weights(ablation),
-            fit=jax.tree.map(lambda array: array[-2 * _FITTED_PAIRS :], self.pairs.discretize),
+            # Those of the second split are the last.
+            fit=jax.tree.map(
+                lambda array: array[-2 * min(_FITTED_PAIRS, self.settings.discretize_pairs) :],
+                self.pairs.discretize,
+            ),
             seed=self.options.seed,
         )
 
@@ -177,8 +186,7 @@ class Context:
 
     def of_tokens(self, acts: dict[str, jax.Array]) -> np.ndarray:
         """Returns what `record` returns as `(X, U)`, the padding left out."""
-        report = self.pairs.report
-        inside_BT = np.arange(report.tokens.shape[1])[None] <= np.asarray(report.position)[:, None]
+        inside_BT = np.asarray(inside(self.pairs.report))
         columns = [np.moveaxis(np.asarray(acts[name]), 0, 2)[inside_BT] for name in NODES]
         return np.concatenate([values_XLN.reshape(len(values_XLN), -1) for values_XLN in columns], axis=1)
 

@@ -18,6 +18,7 @@ from wsparse.circuits.audits import random_sets, statistics
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import TestResult
 from wsparse.circuits.pairs import PairArrays, margins
+from wsparse.errors import UserError
 from wsparse.nodes import NODES
 
 # Share of decisions that must stay, or flip.
@@ -25,7 +26,13 @@ _STAY, _FLIP = 0.9, 0.9
 
 
 def interchange(context: Context) -> TestResult:
-    """Returns how often decisions stay when nodes take the values of a prompt of the same side, or flip."""
+    """Returns how often decisions stay when nodes take the values of a prompt of the same side, or flip.
+
+    Raises:
+      UserError: There is one pair alone.
+    """
+    if context.n_pairs < 2:
+        raise UserError("it needs the prompts of a second pair: --pairs=48")
     rng, resamples = context.rng("interchange"), context.options.resamples
     same_B, other_B = _sources(context, rng)
     random_U = random_sets.matched(context.nodes_U, context.activity, context.config, rng)

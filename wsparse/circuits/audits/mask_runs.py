@@ -19,15 +19,18 @@ from wsparse.errors import UserError
 
 # Runs in one vmapped call.
 _PARALLEL = 4
+# How many times as many nodes as the circuit's own trial a seed may have that succeeds: with enough nodes
+# added, any mask reaches a loss that the model reaches.
+LARGEST = 2
 
 
-def require_seeds(context: Context) -> int:
+def require_seeds(context: Context, *, least: int = 1) -> int:
     """Returns the number of seeds.
 
     Raises:
-      UserError: It is 0.
+      UserError: There are fewer than `least`.
     """
-    if not context.options.seeds:
+    if context.options.seeds < least:
         raise UserError("it learns masks anew: --seeds=8 runs it")
     return context.options.seeds
 
@@ -36,6 +39,40 @@ def goal(context: Context) -> float:
     """Returns the loss that runs must reach, on the pairs that circuits are chosen on: the circuit's own."""
     found = context.circuit.scores.discretize_loss
     return context.circuit.target if found is None else max(found, context.circuit.target / 2)
+
+
+def seeds(context: Context, count: int, *, stage: int = 0) -> range:
+    """Returns seeds that no trial of a search has, and no other stage of an audit."""
+    first = 1000 * (1 + context.options.seed) + 100 * stage
+    return range(first, first + count)
+
+
+def successes(
+    context: Context,
+    seeds: Sequence[int],
+    *,
+    subject: Subject | None = None,
+    forbidden_U: np.ndarray | None = None,
+) -> tuple[list[Subgraph], float]:
+    """Returns the cuts of the seeds that succeed, and the least loss that was seen.
+
+    A seed succeeds where it reaches the goal with at most `LARGEST` times as many nodes as the circuit's own
+    trial had before the clean-up.
+
+    Args:
+      seeds: Seeds of the runs.
+      subject: Another model.
+      forbidden_U: Nodes that stay closed.
+    """
+    found, least_loss = subgraphs(context, seeds, subject=subject, forbidden_U=forbidden_U)
+    return [s for s in found if s is not None and s.n_nodes <= LARGEST * _own_nodes(context)], least_loss
+
+
+def _own_nodes(context: Context) -> int:
+    """Returns the nodes of the circuit's own trial; those of the circuit where that is not known."""
+    own = context.circuit.hyperparameters.get("trial")
+    cuts = {trial.number: trial.nodes for trial in context.circuit.scores.trials}
+    return max(cuts.get(own) or 0, len(context.circuit.nodes))
 
 
 def subgraphs(

@@ -56,17 +56,19 @@ def random_weights(context: Context) -> TestResult:
     """Returns what the same search finds in the model with every matrix's entries at random places."""
     n_seeds = mask_runs.require_seeds(context)
     stand_in = context.subject.reinitialized(context.options.seed + 1)
-    found, least = mask_runs.subgraphs(context, range(n_seeds), subject=stand_in)
-    sizes = [s.n_nodes for s in found if s is not None]
-    in_model, _ = mask_runs.subgraphs(context, range(n_seeds))
-    own = sum(s is not None for s in in_model) / n_seeds
+    seeds = mask_runs.seeds(context, n_seeds)
+    found, least = mask_runs.successes(context, seeds, subject=stand_in)
+    sizes = [s.n_nodes for s in found]
+    own = len(mask_runs.successes(context, seeds)[0]) / n_seeds
     return TestResult(
         name="random_weights",
         title="Random weights",
-        question="Does the same search find a circuit in a model that knows nothing?",
-        procedure=f"Every sparse matrix's entries are shuffled; {n_seeds} seeds.",
+        question="Does the same search find a circuit in a model whose matrices know nothing?",
+        procedure=f"Every sparse matrix's entries are shuffled; biases, gains and the bigram table stay. "
+        f"{n_seeds} seeds; one succeeds with at most {mask_runs.LARGEST} times as many nodes as the "
+        "circuit's own run.",
         control="The trained model, searched in the same way.",
-        criterion="No seed reaches the circuit's loss.",
+        criterion="No seed succeeds.",
         # Where the search fails in the trained model too, its failure here says nothing.
         verdict="failed" if sizes else "passed" if own >= 0.5 else "reported",
         measurements=[
@@ -79,7 +81,7 @@ def random_weights(context: Context) -> TestResult:
 
 def _size(context: Context, pairs: Pairs, n_seeds: int) -> tuple[int | None, float]:
     """Returns the nodes of the smallest circuit, None where none reaches the loss, and the least loss."""
-    found, least = mask_runs.subgraphs(context, range(n_seeds), pairs=pairs)
+    found, least = mask_runs.subgraphs(context, mask_runs.seeds(context, n_seeds), pairs=pairs)
     reached: list[Subgraph] = [s for s in found if s is not None]
     return min((s.n_nodes for s in reached), default=None), least
 

@@ -18,12 +18,13 @@ from wsparse.circuits.discretize import Subgraph
 _OVERLAP, _SUCCESS = 0.5, 0.9
 # Rounds of exclusion, and the share of successes below which it ends.
 _ROUNDS, _FEW = 4, 0.1
+_SUCCEEDS = f"A seed succeeds with at most {mask_runs.LARGEST} times as many nodes as the circuit's own run."
 
 
 def stability(context: Context) -> TestResult:
     """Returns how often other seeds succeed, how large their circuits are, and how much these overlap."""
-    n_seeds = mask_runs.require_seeds(context)
-    found = [s for s in mask_runs.subgraphs(context, _seeds(context, n_seeds))[0] if s is not None]
+    n_seeds = mask_runs.require_seeds(context, least=2)
+    found, _ = mask_runs.successes(context, mask_runs.seeds(context, n_seeds))
     rng = context.rng("stability")
     overlaps = [_jaccard(a.nodes, b.nodes) for a, b in itertools.combinations(found, 2)]
     random_overlaps = [
@@ -38,7 +39,7 @@ def stability(context: Context) -> TestResult:
         title="Other seeds",
         question="Does the same search find the same circuit from other seeds?",
         procedure=f"{n_seeds} seeds of mask learning with the circuit's own hyperparameters, cut to the loss "
-        "that the circuit has on the pairs it was chosen on, and not cleaned up.",
+        "that the circuit has on the pairs it was chosen on, and not cleaned up. " + _SUCCEEDS,
         control="Random node sets of the same sizes at every location and layer.",
         criterion=f"At least {_SUCCESS:.0%} succeed, with a mean Jaccard index of at least {_OVERLAP:g}.",
         verdict="passed" if passed else "failed",
@@ -73,12 +74,11 @@ def stability(context: Context) -> TestResult:
 def exclusion(context: Context) -> TestResult:
     """Returns how often the search succeeds once what was found is forbidden, round by round."""
     n_seeds = mask_runs.require_seeds(context)
-    free, _ = mask_runs.subgraphs(context, _seeds(context, n_seeds))
-    own = sum(s is not None for s in free) / n_seeds
+    own = len(mask_runs.successes(context, mask_runs.seeds(context, n_seeds))[0]) / n_seeds
     forbidden_U, rates, sizes = context.nodes_U.copy(), [], []
     for number in range(_ROUNDS):
-        seeds = _seeds(context, n_seeds, offset=1 + number)
-        found = [s for s in mask_runs.subgraphs(context, seeds, forbidden_U=forbidden_U)[0] if s is not None]
+        seeds = mask_runs.seeds(context, n_seeds, stage=1 + number)
+        found, _ = mask_runs.successes(context, seeds, forbidden_U=forbidden_U)
         rates.append(len(found) / n_seeds)
         sizes.append(min((s.n_nodes for s in found), default=None))
         if rates[-1] < _FEW:
@@ -90,7 +90,7 @@ def exclusion(context: Context) -> TestResult:
         question="Does the search find another circuit when the nodes of this one must stay closed?",
         procedure=f"{n_seeds} seeds a round; the smallest circuit of each round is forbidden too, until "
         "fewer "
-        f"than {_FEW:.0%} of the seeds succeed, at most {_ROUNDS} rounds.",
+        f"than {_FEW:.0%} of the seeds succeed, at most {_ROUNDS} rounds. {_SUCCEEDS}",
         control="The same search with no node forbidden.",
         criterion=f"Fewer than {_FEW:.0%} of the seeds succeed in the first round.",
         # Where the search fails with every node too, its failure here says nothing.
@@ -111,11 +111,6 @@ def exclusion(context: Context) -> TestResult:
             )
         ],
     )
-
-
-def _seeds(context: Context, count: int, offset: int = 0) -> range:
-    first = 1000 * (1 + context.options.seed) + 100 * offset
-    return range(first, first + count)
 
 
 def _jaccard(a_U: np.ndarray, b_U: np.ndarray) -> float:

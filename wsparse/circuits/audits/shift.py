@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
-import jax
 import numpy as np
 
 from wsparse.circuits import tasks
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Measurement, TestResult
-from wsparse.circuits.pairs import arrays
+from wsparse.circuits.pairs import TaskBatch
 from wsparse.errors import UserError
 
 # Pairs for each value of a knob; the longest list of values of one knob; pairs from which values are learned.
@@ -28,7 +26,7 @@ def shift(context: Context) -> TestResult:
     everything_U = np.ones(context.nodes_U.size, bool)
     for knob, value in _values(context):
         try:
-            shifted = _with_knob(context, {knob: value})
+            shifted = context.on(_pairs_of(context, {knob: value}))
         except UserError:
             continue
         model_B = shifted.margins(shifted.logits(everything_U)) > 0
@@ -76,14 +74,9 @@ def _values(context: Context) -> list[tuple[str, int]]:
     return list(itertools.chain(*(pairs for pairs in values if len(pairs) > 1)))
 
 
-def _with_knob(context: Context, knobs: dict[str, int]) -> Context:
-    """Returns the context with pairs of these knobs, in the shape of the report pairs."""
-    own = context.pairs.report
-    batch = tasks.build(
+def _pairs_of(context: Context, knobs: dict[str, int]) -> TaskBatch:
+    """Returns new pairs of these knobs, no longer than the report split's."""
+    return tasks.build(
         context.task, context.run.tokenizer, _PAIRS, context.options.seed + 1, split="report",
-        max_tokens=own.tokens.shape[1], knobs=knobs,
+        max_tokens=context.pairs.report.tokens.shape[1], knobs=knobs,
     )  # fmt: skip
-    batch = tasks.padded(batch, own.tokens.shape[1])
-    rows = np.arange(len(own.position)) % len(batch.position)
-    report = jax.tree.map(lambda array: array[rows], arrays(batch))
-    return dataclasses.replace(context, pairs=dataclasses.replace(context.pairs, report=report))

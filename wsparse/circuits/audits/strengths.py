@@ -25,20 +25,20 @@ _STEPS = (5, 10, 20, 40)
 _BUDGETS = (1, 10, 40)
 # Steps after which the criterion is judged.
 _JUDGED = 20
-# Pairs on which many random draws are scored, and draws for a control.
+# Pairs on which partial ablation's many draws are scored, and draws for a control.
 _DRAWN_PAIRS, _CONTROL_DRAWS = 24, 16
 
 
 def partial_ablation(context: Context) -> TestResult:
     """Returns losses with closed nodes let through in part, at random."""
-    nodes_U, n_draws = context.nodes_U, context.options.draws
+    nodes_U, n_draws, n_pairs = context.nodes_U, context.options.draws, min(_DRAWN_PAIRS, context.n_pairs)
     rng = context.rng("partial_ablation")
     random_U = random_sets.same_sizes(nodes_U, context.config, rng)
     measurements, means, controls = [], [], []
     for strength in _STRENGTHS:
         drawn_DU = strength * rng.random((n_draws, nodes_U.size), np.float32)
-        losses_D = _drawn_losses(context, nodes_U, drawn_DU)
-        control_D = _drawn_losses(context, random_U, drawn_DU[:_CONTROL_DRAWS])
+        losses_D = _drawn_losses(context, nodes_U, drawn_DU, n_pairs)
+        control_D = _drawn_losses(context, random_U, drawn_DU[:_CONTROL_DRAWS], n_pairs)
         means.append(float(losses_D.mean()))
         controls.append(float(control_D.mean()))
         worst, worst_control = (_worst(losses) for losses in (losses_D, control_D))
@@ -53,7 +53,7 @@ def partial_ablation(context: Context) -> TestResult:
         name="partial_ablation",
         title="Partial ablation",
         question="Does the circuit hold when every other node is let through a little, at random?",
-        procedure=f"{_DRAWN_PAIRS} pairs of the report split. A draw gives every closed node a strength "
+        procedure=f"{n_pairs} pairs of the report split. A draw gives every closed node a strength "
         "between 0 (its mean) and r, the same for all prompts; worst 5% is the mean of the largest losses.",
         control="A random node set of the same size at every location and layer, in 16 draws.",
         criterion=f"The worst 5% stay at or below {bound:g} at every r.",
@@ -71,7 +71,7 @@ def adversarial_steps(context: Context) -> TestResult:
     attack = _ascend(context, context.nodes_U, max(_STEPS))
     # As many random guesses as the adversary has steps: what following the gradient adds.
     drawn_DU = rng.random((max(_STEPS), context.nodes_U.size), np.float32)
-    guessed = np.maximum.accumulate(_drawn_losses(context, context.nodes_U, drawn_DU))
+    guessed = np.maximum.accumulate(_drawn_losses(context, context.nodes_U, drawn_DU, context.n_pairs))
     worst = attack.worst
     measurements = [
         Measurement(name=f"largest loss in {n} steps", value=float(worst[n]), control=float(guessed[n - 1]))
@@ -121,7 +121,8 @@ def adversarial_budgets(context: Context) -> TestResult:
         strengths_DU = np.ones((_JUDGED, nodes_U.size), np.float32)
         for strengths_U in strengths_DU:
             strengths_U[rng.choice(outside, min(budget, outside.size), replace=False)] = 0
-        controls.append(float(_drawn_losses(context, nodes_U, strengths_DU, scorer.weights).max()))
+        losses_D = _drawn_losses(context, nodes_U, strengths_DU, context.n_pairs, scorer.weights)
+        controls.append(float(losses_D.max()))
     bound = context.settings.robust_target
     return TestResult(
         name="adversarial_budgets",
@@ -163,11 +164,11 @@ def _ascend(context: Context, nodes_U: np.ndarray, steps: int) -> adversary.Atta
 
 
 def _drawn_losses(
-    context: Context, nodes_U: np.ndarray, strengths_DU: np.ndarray, edges: Any = None
+    context: Context, nodes_U: np.ndarray, strengths_DU: np.ndarray, n_pairs: int, edges: Any = None
 ) -> np.ndarray:
-    """Returns the loss of a node set under every draw of strengths, `(D,)`."""
+    """Returns the loss of a node set on the first pairs under every draw of strengths, `(D,)`."""
     edges = context.remaining if edges is None else edges
-    pairs = jax.tree.map(lambda array: array[: 2 * _DRAWN_PAIRS], context.pairs.report)
+    pairs = jax.tree.map(lambda array: array[: 2 * n_pairs], context.pairs.report)
     run = functools.partial(
         _losses,
         context.subject.scorer.params,
