@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import urllib.parse
 
 import pytest
 
@@ -87,6 +88,27 @@ def _is_own(request) -> bool:
     return request.resource_type == "document" or request.url.startswith("blob:")
 
 
+# A function of the page: how bright a color is, as the contrast of two is defined by.
+LUMINANCE = """(color) => {
+  const paint = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  paint.fillStyle = color;
+  paint.fillRect(0, 0, 1, 1);
+  const [r, g, b] = [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)
+    .map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}"""
+
+
+def contrast(first: float, second: float) -> float:
+    """Returns the contrast of two luminances; 4.5 is enough for text (WCAG 2, AA)."""
+    return (max(first, second) + 0.05) / (min(first, second) + 0.05)
+
+
+def address(page) -> str:
+    """Returns the fragment of a page's address, which the page writes when changes pause or it is left."""
+    return page.evaluate("() => { window.dispatchEvent(new Event('pagehide')); return location.hash; }")
+
+
 def state(page) -> dict[str, str]:
     """Returns what the address of a page says."""
-    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+    return dict(urllib.parse.parse_qsl(address(page).removeprefix("#"), keep_blank_values=True))

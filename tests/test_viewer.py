@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import html
 import json
 import logging
 import pathlib
@@ -66,9 +67,10 @@ def unpacked(packed: dict) -> np.ndarray:
 
 @given(
     hnp.arrays(np.float32, st.integers(0, 40), elements=st.floats(-1e6, 1e6, width=32)),
-    st.sampled_from(["int8", "int16"]),
+    st.sampled_from(["uint8", "int16"]),
 )
 def test_packed_arrays_come_back_within_half_a_step(values, dtype):
+    values = np.abs(values) if dtype == "uint8" else values
     packed = page.packed(values, dtype)
     largest = np.max(np.abs(values), initial=0)
     assert packed["scale"] == pytest.approx(largest / np.iinfo(dtype).max, abs=1e-300)
@@ -127,6 +129,13 @@ def test_the_vendored_library_is_the_one_that_the_documentation_records():
     assert "Permission to use, copy, modify" in page.static("d3.LICENSE")
 
 
+def test_the_list_of_keys_has_those_of_the_documentation():
+    section = DOC.read_text().split("## Keys")[1].split("##")[0]
+    _, *keys = re.findall(r"^\| ([^|]+) \| [^|]+\|$", section, re.MULTILINE)
+    shown = re.findall(r"<kbd>(.*?)</kbd>", page.static("page.html"))
+    assert list(map(html.unescape, shown)) == " ".join(keys).split()
+
+
 # ---- The data ----
 
 
@@ -157,17 +166,23 @@ def test_circuits_of_one_text_share_it_and_others_bring_theirs(copied):
     status = json.loads((first / "status.json").read_text())
     circuit = Circuit.load(first)
     evidence = Evidence.load(first, circuit)
-    for name, shift in (("same", 0), ("other", 1)):
+    for name, shift, digest in (
+        ("same", 0, circuit.model_digest),
+        ("other", 1, circuit.model_digest),
+        ("another", 0, "0"),
+    ):
         where = copied / "circuits" / name
-        changed = dataclasses.replace(circuit, task=name)
+        changed = dataclasses.replace(circuit, task=name, model_digest=digest)
         changed.save(where)
         (where / "status.json").write_text(json.dumps({**status, "task": name}))
         windows_WT = (evidence.windows_WT + shift) % 257
         dataclasses.replace(evidence, task=name, circuit=changed.digest, windows_WT=windows_WT).save(where)
     found = contents.read_run(copied, contents.Options())
     texts = {task: shown["text"] for task, shown in found["circuits"].items()}
-    assert len(found["texts"]) == 2
+    assert len(found["texts"]) == 3
     assert texts["same"] == texts[case.TASK] != texts["other"]
+    # A node of the same name does something else on it in another model.
+    assert texts["another"] not in (texts["same"], texts["other"])
 
 
 def test_a_circuit_above_its_target_says_so(copied):
@@ -175,7 +190,8 @@ def test_a_circuit_above_its_target_says_so(copied):
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "loss": 0.179, "target": 0.15}))
     found = contents.read_run(copied, contents.Options())
-    assert found["circuits"][case.TASK]["status"] == NOT_CONFIRMED
+    shown = found["circuits"][case.TASK]
+    assert (shown["status"], shown["misses"]) == (NOT_CONFIRMED, "the target is 0.15")
     assert [row["status"] for row in found["tasks"]] == [NOT_CONFIRMED, "not found"]
 
 

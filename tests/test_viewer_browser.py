@@ -6,12 +6,13 @@ import json
 import pathlib
 
 import browser_case
-from browser_case import state
+from browser_case import address, state
 import jax
 import numpy as np
 import pytest
 import viewer_case as case
 
+from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED
 from wsparse.viewer import page as page_lib
 
 browser = pytest.fixture(scope="module")(browser_case.chromium)
@@ -70,8 +71,9 @@ def test_the_table_sorts_both_ways_and_keeps_what_has_no_circuit_last(open_page)
     assert names(page) == ["<b>other</b>", case.TASK]
     header = page.get_by_role("columnheader", name="edges", exact=True)
     assert header.get_attribute("aria-sort") == "ascending"
-    header.get_by_role("button").click()
+    header.get_by_role("button").press("Enter")
     assert header.get_attribute("aria-sort") == "descending"
+    assert header.get_by_role("button").evaluate("e => e === document.activeElement")
     assert names(page) == [case.TASK, "<b>other</b>"]
     page.get_by_role("columnheader", name="loss", exact=True).get_by_role("button").click()
     rows = page.locator("#tasks tbody tr")
@@ -148,7 +150,7 @@ def test_token_colors_and_values_are_those_of_the_data(open_page, data):
     values = np.frombuffer(base64.b64decode(packed["data"]), "<i2") * packed["scale"]
     starts = np.cumsum([0, *(len(row["tokens"]) for row in shown["rows"])])
     row = values[starts[2] : starts[3]]
-    spans = page.locator("#panel .prompt").first.locator(".tokens span")
+    spans = page.locator("#panel .prompt").first.get_by_role("group").locator("span")
     assert spans.count() == len(row)
     strongest = int(np.abs(row).argmax())
     color = spans.nth(strongest).evaluate("e => e.style.background")
@@ -182,7 +184,7 @@ def test_a_link_shows_the_same_thing(open_page, data):
     page.locator("#keep").fill("20")
     page.locator("#residual").uncheck()
     page.locator("#theme").click()
-    copy_of = open_page(page.evaluate("location.hash"))
+    copy_of = open_page(address(page))
     for what in ("#panel", "#kept", "#prefix"):
         assert copy_of.locator(what).inner_text() == page.locator(what).inner_text()
     place = "document.querySelector('#graph > g').transform.baseVal.consolidate().matrix"
@@ -225,6 +227,75 @@ def test_keys_reach_select_and_leave_nodes(open_page):
     assert page.locator('.node[tabindex="0"]').count() == 1
     page.keyboard.press("?")
     assert page.get_by_role("dialog").is_visible()
+
+
+def test_a_control_that_a_key_has_used_keeps_the_focus_and_where_it_is_gone_the_panel_has_it(open_page, data):
+    page = open_page(f"#task={case.TASK}&node={node_of(data, 'q')}")
+    focused = "[document.activeElement.id, document.activeElement.textContent]"
+    page.get_by_role("button", name="circuit alone").press("Enter")
+    assert state(page)["side"] == "circuit" and page.evaluate(focused) == ["", "circuit alone"]
+    page.get_by_role("button", name="second prompt").press("Enter")
+    assert page.evaluate(focused) == ["", "second prompt"]
+    # There are two pairs: the button of the next one can do nothing after this.
+    page.get_by_role("button", name="Next pair").press("Enter")
+    assert state(page)["pair"] == "1" and page.evaluate(focused)[0] == "panel"
+    page.get_by_role("button", name="Close").press("Enter")
+    assert "node" not in state(page) and page.evaluate(focused)[0] == "panel"
+
+
+def test_a_node_that_can_be_seen_is_reached_after_the_slider_has_hidden_the_one_before(open_page, data):
+    page = open_page(f"#task={case.TASK}")
+    names = [node["name"] for node in data["circuits"][case.TASK]["nodes"]]
+    page.locator(f'.node[data-name="{names[-1]}"]').focus()
+    reached = page.locator('.node[tabindex="0"]')
+    assert reached.get_attribute("data-name") == names[-1]
+    page.locator("#keep").fill("3")
+    assert reached.get_attribute("data-name") == names[0]
+
+
+def test_the_address_is_written_when_changes_pause_and_before_a_step(open_page):
+    page = open_page(f"#task={case.TASK}")
+    page.evaluate("""() => {
+      window.written = 0;
+      const replace = history.replaceState.bind(history);
+      history.replaceState = (...given) => { window.written += 1; replace(...given); };
+      window.slide = (keep) => {
+        document.getElementById('keep').value = keep;
+        document.getElementById('keep').dispatchEvent(new Event('input'));
+      };
+    }""")
+    slide = "() => { for (let keep = 20; keep >= 5; keep -= 1) window.slide(keep); return window.written; }"
+    assert page.evaluate(slide) == 0
+    page.wait_for_function("() => location.hash.includes('keep=5')")
+    assert page.evaluate("window.written") == 1
+    page.evaluate("""() => {
+      window.slide(7);
+      document.querySelector('.node:not(.gone)').dispatchEvent(new MouseEvent('click', { bubbles: true }));
+    }""")
+    assert "node" in state(page)
+    page.go_back()
+    assert state(page)["keep"] == "7" and "node" not in state(page)
+
+
+def test_a_click_beside_everything_is_a_step_only_where_something_was_selected(open_page):
+    page = open_page(f"#task={case.TASK}")
+    length = page.evaluate("history.length")
+    beside = {"position": {"x": 3, "y": 3}}
+    page.locator("#graph").click(**beside)
+    assert page.evaluate("history.length") == length
+    page.locator(".node").first.click()
+    page.locator("#graph").click(**beside)
+    assert page.evaluate("history.length") == length + 2 and "node" not in state(page)
+
+
+def test_what_is_painted_follows_the_colors_of_the_system(open_page, data):
+    page = open_page(f"#task={case.TASK}&node={node_of(data, 'q')}", color_scheme="light")
+    painted = "document.querySelector('#panel canvas').toDataURL()"
+    light = page.evaluate(painted)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {painted} !== light", arg=light)
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"light => {painted} === light", arg=light)
 
 
 def test_colors_follow_the_system_and_the_button(open_page):
@@ -336,7 +407,7 @@ def test_an_edge_can_be_selected_shared_and_left(open_page, data):
         for s, t, weight in shown["edges"]
         if (shown["nodes"][s]["name"], shown["nodes"][t]["name"]) == (source, target)
     ]
-    for opened in (page, open_page(page.evaluate("location.hash"))):
+    for opened in (page, open_page(address(page))):
         assert opened.locator("#panel h2").inner_text() == f"{source} \N{RIGHTWARDS ARROW} {target}"
         assert str(weight).replace("-", MINUS) in opened.locator("#panel").inner_text()
         assert opened.locator("path.edge.lit").count() == 1
@@ -405,22 +476,31 @@ def test_answers_keep_their_white_space(open_page, data, tmp_path):
     assert chips.all_inner_texts() == ['"    "', '"        \\n"']
 
 
-def test_a_circuit_above_its_target_is_marked_in_table_and_panel(open_page, data, tmp_path):
+@pytest.mark.parametrize("misses", ["the target is 0.15", "the target under attack is 0.3"])
+def test_a_circuit_that_is_not_confirmed_is_marked_in_table_and_panel(open_page, data, tmp_path, misses):
     missed = copy.deepcopy(data)
-    status = "above target on the report split"
-    missed["circuits"][case.TASK] |= {"loss": 0.179, "target": 0.15, "status": status}
+    status = NOT_CONFIRMED
+    missed["circuits"][case.TASK] |= {"loss": 0.179, "target": 0.15, "status": status, "misses": misses}
+    missed["circuits"]["<b>other</b>"] |= {"status": FOUND, "misses": ""}
     for row in missed["tasks"]:
         if row["task"] == case.TASK:
             row |= {"status": status, "sufficiency": 0.179, "target": 0.15}
         elif "edges" in row:
-            row |= {"sufficiency": 0.1, "target": 0.15}
+            row |= {"status": FOUND, "sufficiency": 0.1, "target": 0.15}
     file = tmp_path / "missed.html"
     file.write_text(page_lib.render(missed, title="x"), encoding="utf-8")
     page = open_page(file=file)
     marked = page.locator("#tasks tbody tr").filter(has_text=status)
     assert marked.count() == 1 and case.TASK in marked.inner_text()
-    page = open_page(f"#task={case.TASK}", file=file)
-    assert "above its target, 0.150, on the report split" in page.locator("#panel").inner_text()
+    for scheme in ("light", "dark"):
+        page = open_page(f"#task={case.TASK}", file=file, color_scheme=scheme)
+        mark = page.locator("#panel .wrong")
+        assert mark.inner_text() == f"Status: {status}; {misses}."
+        colors = mark.evaluate(
+            "e => [getComputedStyle(e).color, getComputedStyle(e.closest('#panel')).backgroundColor]"
+        )
+        assert browser_case.contrast(*(page.evaluate(browser_case.LUMINANCE, each) for each in colors)) > 4.5
+    assert open_page("#task=<b>other</b>", file=file).locator("#panel .wrong").count() == 0
 
 
 def test_the_page_works_in_the_srcdoc_of_a_frame(open_page, browser, path, tmp_path):

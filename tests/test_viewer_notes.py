@@ -5,7 +5,7 @@ import json
 import pathlib
 
 import browser_case
-from browser_case import state
+from browser_case import address, state
 import pytest
 import viewer_case as case
 
@@ -121,7 +121,7 @@ def test_notes_are_kept_in_the_address_and_are_not_taken_back_by_the_back_button
     page.get_by_role("button", name="Close").click()
     assert shown(page) == EVERYTHING
     assert len(state(page)["n"]) < 250
-    other = open_page(page.evaluate("location.hash"))
+    other = open_page(address(page))
     assert shown(other) == EVERYTHING and state(other) == state(page)
     assert other.locator("main b").count() == 0
     # Another task has notes of its own, and going back loses none.
@@ -192,6 +192,54 @@ def test_the_notes_file_of_the_page_is_read_by_view(open_page, names, circuit, f
     assert fresh.locator("#tour-at").inner_text() == f"1 of {len(notes.tour)}"
 
 
+def test_the_tour_that_is_made_from_the_evidence_is_not_written_into_the_notes_file(
+    open_page, names, tmp_path
+):
+    page = open_page()
+    write_everything(page, names)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download notes.json").click()
+    download.value.save_as(tmp_path / FILE)
+    notes = Notes.load(tmp_path / FILE)
+    assert notes.tour == () and notes.labels == {names[4]: LABEL}
+
+
+LEAVES = """() => {
+  const leaving = new Event('beforeunload', { cancelable: true });
+  window.dispatchEvent(leaving);
+  return !leaving.defaultPrevented;
+}"""
+
+
+def test_the_page_is_not_left_without_a_question_while_notes_are_neither_in_the_address_nor_in_a_file(
+    open_page, names
+):
+    page = open_page(f"{OPEN}&node={names[0]}")
+    box = page.get_by_role("textbox", name=f"Name of {names[0]}")
+    assert page.evaluate(LEAVES)
+    box.fill("open?")
+    assert page.evaluate(LEAVES) and "n" in state(page)
+    # The address says the notes on one circuit.
+    page.locator("#task").select_option("other")
+    assert not page.evaluate(LEAVES)
+    page.go_back()
+    assert page.evaluate(LEAVES)
+    page.locator("#home").click()
+    assert not page.evaluate(LEAVES)
+    page.go_back()
+    page.keyboard.press("n")
+    with page.expect_download():
+        page.get_by_role("button", name="Download the page with the notes").click()
+    page.locator("#home").click()
+    assert page.evaluate(LEAVES)
+    # What is written after it is in no file.
+    page.go_back()
+    page.get_by_role("textbox", name="Caption of the circuit").fill("é" * 2000 + "x" * 2000)
+    for i in range(3):
+        page.get_by_role("textbox", name=f"Caption of step {i + 1}").fill(f"{i}" * 2000)
+    assert "n" not in state(page) and not page.evaluate(LEAVES)
+
+
 def test_pinned_nodes_are_drawn_alone_and_the_model_runs_on_them_alone(open_page, names):
     page = open_page()
     for name in names[:2]:
@@ -206,7 +254,7 @@ def test_pinned_nodes_are_drawn_alone_and_the_model_runs_on_them_alone(open_page
     assert sorted(drawn) == sorted([*names[:2], names[5]])
     assert f"Only the 3 pinned nodes of {case.N_NODES} are drawn" in page.locator("#notes").inner_text()
     assert page.locator("#keep").is_disabled() and page.locator("#prefix").is_hidden()
-    copy_of = open_page(page.evaluate("location.hash"))
+    copy_of = open_page(address(page))
     assert copy_of.locator("#graph .node").count() == 3
     page.get_by_role("button", name=f"Unpin {names[5]}").click()
     assert page.locator("#graph .node").count() == 2
@@ -244,6 +292,7 @@ def test_a_group_is_one_box_whose_panel_has_its_nodes_and_outer_edges(open_page,
     box.click()
     panel = page.locator("#panel")
     assert panel.locator("h2").inner_text() == "group" == state(page)["group"]
+    assert page.locator("#said").inner_text() == "group"
     outer = [edge for edge in edges if len({edge[0], edge[1]} & inside) == 1]
     assert panel.locator("table.edges tr").count() == len(outer)
     assert panel.locator(".rows li").count() == 2
@@ -273,7 +322,7 @@ def test_a_group_is_renamed_as_it_is_typed_but_not_to_a_name_that_is_taken(open_
         page.get_by_role("textbox", name="Name of the group", exact=True).fill(name)
         page.get_by_role("button", name="Group the").click()
         page.get_by_role("button", name="Close").click()
-    page = open_page(page.evaluate("location.hash.replace('&notes=true', '')") + "&notes=true")
+    page = open_page(address(page).replace("&notes=true", "") + "&notes=true")
     box = page.get_by_role("textbox", name="Name of the group b")
     box.fill("a")
     assert page.locator(".group .name").all_text_contents() == ["a", "b"]
@@ -301,7 +350,7 @@ def test_a_tour_is_walked_by_buttons_keys_and_links(open_page, data):
     assert page.get_by_role("button", name="Next", exact=True).evaluate("e => e === document.activeElement")
     page.keyboard.press(".")
     assert state(page)["edge"] == tour[2]["edge"] and page.locator("path.edge.lit").count() == 1
-    other = open_page(page.evaluate("location.hash"))
+    other = open_page(address(page))
     assert other.locator("#tour-caption").inner_text() == tour[2]["caption"]
     page.keyboard.press(",")
     assert caption.inner_text() == tour[1]["caption"]
@@ -329,7 +378,7 @@ def test_a_tour_of_ones_own_is_made_from_what_is_shown(open_page, names, tmp_pat
     page.get_by_role("button", name="Add what is shown as a step").click()
     page.get_by_role("button", name="Move step 2 up").click()
     page.get_by_role("button", name="Remove step 1").click()
-    other = open_page(page.evaluate("location.hash"))
+    other = open_page(address(page))
     other.keyboard.press("n")
     other.keyboard.press(".")
     assert other.locator("#tour-caption").inner_text() == "Look here"
@@ -361,7 +410,7 @@ def test_notes_of_another_circuit_are_named_as_such_in_file_and_address(
     changed["circuits"][case.TASK]["digest"] = "f" * 64
     changed["circuits"]["other"]["written"]["remarks"] = ["The notes were written for another circuit."]
     file = written(changed, tmp_path / "changed.html")
-    other = open_page(page.evaluate("location.hash"), file)
+    other = open_page(address(page), file)
     assert (
         "written for another circuit of this task, and are left out" in other.locator("#notes").inner_text()
     )
@@ -475,7 +524,7 @@ def test_a_page_whose_numbers_are_none_opens(open_page, data, tmp_path):
 def test_narrow_windows_do_not_scroll_sideways_and_controls_have_names(open_page, names, width):
     page = open_page()
     write_everything(page, names)
-    hash_now = page.evaluate("location.hash")
+    hash_now = address(page)
     for fragment in (hash_now, f"{hash_now}&tour=2", f"{hash_now.replace('notes=true', '')}&group=quotes"):
         page = open_page(fragment)
         page.set_viewport_size({"width": width, "height": 800})

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import decimal
 import io
 import json
 import pathlib
@@ -9,13 +10,15 @@ import re
 from xml.etree import ElementTree
 
 import browser_case
-from browser_case import state
+from browser_case import address, state
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 import viewer_case as case
 
+from wsparse.circuits import Circuit
+from wsparse.circuits.evidence_file import Evidence
 from wsparse.viewer import page as page_lib
 
 browser = pytest.fixture(scope="module")(browser_case.chromium)
@@ -27,8 +30,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return json.loads(case.data_text(tmp_path_factory.mktemp("viewer")))
+def folder(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("viewer")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> dict:
+    return json.loads(case.data_text(folder))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ def test_the_ends_can_be_selected_shared_and_left(open_page, data):
     writes = [n["name"] for n in shown["nodes"] if ".resid_delta." in n["name"]]
     params = jax.tree.map(np.asarray, case.run().params)
     unembed = params["head"]["norm"]["gain"][:, None] * params["head"]["unembed"]
-    for opened in (page, open_page(page.evaluate("location.hash"))):
+    for opened in (page, open_page(address(page))):
         rows = opened.locator("table.ends tbody tr")
         assert rows.locator("th").all_text_contents() == writes
         cells = rows.locator("td").evaluate_all("cells => cells.map((cell) => +cell.dataset.value)")
@@ -201,7 +209,7 @@ def test_a_dense_block_is_a_band_until_it_is_opened(open_page, data, written):
     assert handle.get_attribute("aria-label") == f"{many} edges, layer 0, read by attention → layer 0, head 0"
     handle.click()
     assert page.locator(".band:visible").count() == 0 and seen.count() == many + few
-    linked = open_page(page.evaluate("location.hash"), written(grown, "dense"))
+    linked = open_page(address(page), written(grown, "dense"))
     assert linked.locator("path.edge:visible").count() == many + few
     handle.focus()
     page.keyboard.press("Enter")
@@ -220,6 +228,79 @@ def test_the_edges_of_what_is_selected_are_seen_in_a_closed_block(open_page, dat
     # With fewer nodes the block is no longer dense, and each edge is drawn.
     page.locator("#keep").fill("18")
     assert page.locator(".band:visible, .handle:visible, path.edge.bundled").count() == 0
+
+
+# ---- Values ----
+
+POINT = """(all) => all.map((each) => {
+  each.dispatchEvent(new PointerEvent('pointermove'));
+  return document.getElementById('tip').lastChild.textContent;
+})"""
+
+
+def shown_as(text: str, value: float, largest: float) -> int:
+    """Asserts that a value is shown to within one of the last digit; returns how many digits."""
+    number = decimal.Decimal(text.replace(MINUS, "-"))
+    # A 0 is what is too small to be told from it.
+    last = decimal.Decimal(10) ** number.as_tuple().exponent if number else largest / 3000
+    assert abs(float(number) - value) <= 1.001 * float(last)
+    return len(number.as_tuple().digits)
+
+
+def test_values_are_shown_with_the_digits_that_the_page_knows(open_page, data, folder):
+    where = folder / "circuits" / case.TASK
+    found = Evidence.load(where, Circuit.load(where))
+    ends = np.cumsum(found.excerpts_E6[:, 4] - found.excerpts_E6[:, 3])
+    length = found.prompts[0].length
+    digits = set()
+    for name in (shown_circuit(data)["nodes"][0]["name"], head_node(data, "q")):
+        panel = open_page(f"{CIRCUIT}&node={name}").locator("#panel")
+        at = [node.name for node in found.nodes].index(name)
+        own = np.flatnonzero(found.excerpts_E6[:, 0] == at)
+        values = [
+            found.excerpt_values_Z[ends[e] - (row[4] - row[3]) : ends[e]]
+            for e in own
+            for row in [found.excerpts_E6[e]]
+        ]
+        largest = np.abs(np.concatenate(values)).max()
+        for e, texts, each in zip(own, panel.locator(".excerpt").all(), values, strict=True):
+            token = found.excerpts_E6[e, 5] - found.excerpts_E6[e, 3]
+            shown_as(texts.locator(".number").inner_text(), each[token], largest)
+            for text, value in zip(texts.locator(".tokens span").evaluate_all(POINT), each, strict=True):
+                digits.add(shown_as(text, value, largest))
+        on_task = found.model_values_PX[list(found.places).index(name)]
+        for text, value in zip(
+            panel.locator(".prompt .tokens").first.locator("span").evaluate_all(POINT),
+            on_task[:length],
+            strict=True,
+        ):
+            digits.add(shown_as(text, value, np.abs(on_task).max()))
+    assert max(digits) == 4 and min(digits) < 4
+
+
+def head_node(data: dict, kind: str) -> str:
+    return next(n["name"] for n in shown_circuit(data)["nodes"] if f".attn.{kind}." in n["name"])
+
+
+def test_attention_is_shown_with_two_digits_and_not_below_the_steps_in_which_it_is_stored(
+    open_page, data, folder
+):
+    where = folder / "circuits" / case.TASK
+    found = Evidence.load(where, Circuit.load(where))
+    name = head_node(data, "q")
+    layer, channel = int(name[0]), int(name.rsplit(".", 1)[1])
+    at = [(head.layer, head.head) for head in found.heads].index((layer, channel // case.CONFIG.d_head))
+    pattern = found.model_patterns_HY[at]
+    page = open_page(f"{CIRCUIT}&node={name}")
+    square = page.locator("#panel canvas").first
+    size = found.prompts[0].length
+    for t in range(size):
+        for s in range(t + 1):
+            square.hover(position={"x": 74 + 18 * s + 9, "y": 74 + 18 * t + 9})
+            text = page.locator("#tip").inner_text().splitlines()[-1]
+            shown = decimal.Decimal(text)
+            assert shown.as_tuple().exponent >= -2 and len(shown.as_tuple().digits) <= 2
+            assert abs(float(shown) - pattern[t * (t + 1) // 2 + s]) <= 0.01
 
 
 # ---- Edges ----
@@ -429,6 +510,20 @@ def test_saved_tables_hold_every_digit(open_page, data):
 # ---- A phone ----
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+
+
+def test_on_a_phone_the_page_is_scrolled_to_the_beginning_of_what_was_chosen(open_page, data):
+    page = open_page(**PHONE)
+    title = page.locator("#panel h2")
+    source = shown_circuit(data)["nodes"][shown_circuit(data)["edges"][0][0]]["name"]
+    node = page.locator(f'.node[data-name="{source}"]')
+    node.evaluate("e => e.dispatchEvent(new MouseEvent('click', { bubbles: true }))")
+    box = title.bounding_box()
+    assert 0 <= box["y"] < 0.65 * 844
+    page.evaluate("window.scrollBy(0, 900)")
+    assert title.bounding_box()["y"] < 0
+    page.locator("#panel table.edges button").last.evaluate("e => e.click()")
+    assert 0 <= title.bounding_box()["y"] < 0.65 * 844
 
 
 def test_a_phone_opens_at_the_selected_nodes_neighbors_with_labels_that_can_be_read(open_page, data):

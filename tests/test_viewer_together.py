@@ -7,10 +7,11 @@ import io
 import itertools
 import json
 import pathlib
+import re
 from xml.etree import ElementTree
 
 import browser_case
-from browser_case import state
+from browser_case import address, state
 import pytest
 import viewer_case as case
 
@@ -193,7 +194,7 @@ def test_the_address_that_is_gone_back_to_has_the_notes_that_are_shown(open_page
     page.get_by_role("textbox", name=f"Name of {names[1]}").fill("later")
     page.go_back()
     assert state(page)["node"] == names[0] and page.locator("#graph .label").text_content() == "later"
-    copy_of = open_page(page.evaluate("location.hash"))
+    copy_of = open_page(address(page))
     assert copy_of.locator("#graph .label").all_text_contents() == ["later"]
 
 
@@ -209,10 +210,10 @@ def test_a_step_that_selects_nothing_does_not_leave_an_end_selected(open_page, d
 
 def test_keys_of_one_circuit_do_nothing_beside_another(open_page, names):
     page = open_page(f"#task=first/{case.TASK}&with=again/{case.TASK}&node={names[0]}&tour=1&pair=1", "two")
-    before = page.evaluate("location.hash")
+    before = address(page)
     for key in (".", ",", "t", "n", "p", "[", "]"):
         page.keyboard.press(key)
-    assert page.evaluate("location.hash") == before
+    assert address(page) == before
     page.keyboard.press("Escape")
     assert "node" not in state(page)
 
@@ -257,6 +258,27 @@ def test_every_table_of_whole_runs_and_of_two_circuits_has_its_csv_again_after_i
     assert tables.count() == tables.locator("caption button.csv").count() == 2
     name, _ = saved(page, page.locator("#pair-sizes .csv"))
     assert name == f"first_{case.TASK}-again_{case.TASK}.csv"
+
+
+def test_numbers_are_separated_on_the_page_and_plain_in_its_files(open_page, pages, names, tmp_path):
+    [text] = re.findall(r'id="data">(.*?)</script>', pages["two"].read_text(encoding="utf-8"))
+    data = json.loads(text)
+    data["mean_edges"] = 1234.4
+    first = data["circuits"][named()[0]]
+    first["nodes"][0]["importance"] = -1.5e-7
+    first["counts"]["edges"] = 1234
+    path = tmp_path / "numbers.html"
+    path.write_text(page_lib.render(data, title="numbers"), encoding="utf-8")
+    assert "edges 1,234 in" in open_page("#", path=path).locator("#headline").inner_text()
+    page = open_page(f"#task={named()[0]}&with={named()[1]}", path=path)
+    assert "1,234" in page.locator("#pair-sizes").inner_text()
+    _, rows = saved(page, page.locator("#pair-sizes .csv"))
+    sizes = {row[0]: row[1] for row in rows}
+    assert (int(sizes["edges"]), float(sizes["loss alone"])) == (1234, first["loss"])
+    cell = page.locator("#pair-nodes tr", has_text=names[0]).first.locator("td").nth(1)
+    assert cell.inner_text() == "\N{MINUS SIGN}1.50e\N{MINUS SIGN}7"
+    _, rows = saved(page, page.locator("#pair-nodes .csv"))
+    assert next(row for row in rows if row[0] == names[0])[2] == "-1.50e-7"
 
 
 def named() -> list[str]:

@@ -1,11 +1,13 @@
 """Try it, in Chromium: a prompt of one's own, edits of nodes and edges, and what they change."""
 
+import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import browser_case
-from browser_case import state
+from browser_case import address, state
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import viewer_case as case
 
 from wsparse import model, taps
+from wsparse.circuits.evidence_file import Evidence
 from wsparse.viewer import contents
 from wsparse.viewer import page as page_lib
 
@@ -74,7 +77,8 @@ def in_jax(circuit, text: str, held: dict[str, float] | None = None):
 def share_in_jax(logits_BTV, text: str) -> str:
     answer, other = (case.run().tokenizer.token_id(each) for each in text)
     share = float(jax.nn.sigmoid(logits_BTV[0, -1, answer] - logits_BTV[0, -1, other]))
-    return f"{100 * share:.{0 if share >= 0.0995 else 1}f}%"
+    digits = 2 if share > 0.9995 else 1 if share > 0.995 or share < 0.0995 else 0
+    return f"{round(100 * share, digits):g}%"
 
 
 def effective(circuit, kind: str = "mlp.resid_delta") -> str:
@@ -110,6 +114,40 @@ def test_a_typed_prompt_moves_tokens_bars_and_the_next_tokens(open_page, circuit
     page.get_by_role("textbox", name="Prompt").fill("")
     page.get_by_text("Type a prompt.").wait_for()
     assert page.locator(".bars").count() == 0
+
+
+def test_the_prompt_is_that_of_the_pair_that_is_shown_until_one_is_typed(open_page, data):
+    rows = data["circuits"][case.TASK]["rows"]
+    first, second = rows[0]["text"], rows[2]["text"]
+    page = open_page(f"{TRY}&pair=1")
+    prompt = page.get_by_role("textbox", name="Prompt")
+    assert prompt.input_value() == second != first
+    page.keyboard.press("[")
+    assert prompt.input_value() == first and "pair" not in state(page)
+    prompt.fill(PROMPT)
+    page.locator("#panel").focus()
+    page.keyboard.press("]")
+    assert prompt.input_value() == second and state(page)["pair"] == "1"
+    assert page.get_by_role("combobox", name="Prompt of the task").input_value() == "2"
+
+
+def test_a_prompt_whose_tokens_are_parts_of_characters_is_whole(open_page, circuit, folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "run")
+    where = copied / "circuits" / case.TASK
+    found = Evidence.load(where, circuit)
+    text = "f('é"
+    tokens = case.run().tokenizer.encode(text)
+    assert len(tokens) == found.prompts[0].length > len(text)
+    changed = found.prompt_tokens_X.copy()
+    changed[: len(tokens)] = tokens
+    dataclasses.replace(found, prompt_tokens_X=changed).save(where)
+    file = tmp_path / "whole.html"
+    data = contents.read_run(copied, contents.Options())
+    file.write_text(page_lib.render(data, title="x"), encoding="utf-8")
+    page = open_page(TRY, file)
+    settled(page)
+    assert page.get_by_role("textbox", name="Prompt").input_value() == text
+    assert page.locator(".pick span").count() == len(tokens)
 
 
 def test_the_next_token_is_shown_after_the_token_that_is_picked_by_click_or_by_key(open_page, circuit):
@@ -220,6 +258,13 @@ def test_a_slider_holds_a_node_at_a_value_and_one_undo_takes_the_drag_back(open_
     assert state(page)["edits"] == f"{name}=set:-1.5"
     page.get_by_role("button", name="Undo").click()
     assert state(page)["edits"] == f"{name}=set:{value:g}"
+    # A number beyond the slider's end is set as it is typed.
+    page.get_by_role("spinbutton", name=f"Value of {name}, exact").fill("1234")
+    page.get_by_role("button", name="set", exact=True).click()
+    assert state(page)["edits"] == f"{name}=set:1234"
+    for _ in range(2):
+        page.get_by_role("button", name="Undo").click()
+    assert state(page)["edits"] == f"{name}=set:{value:g}"
     page.get_by_role("button", name="Undo").click()
     assert "edits" not in state(page)
 
@@ -237,7 +282,7 @@ def test_an_edge_can_be_edited_and_a_link_shows_the_same_thing(open_page, data):
     settled(page)
     assert state(page)["edits"] == f"{name}=set:3"
     assert page.locator("path.edge.edited").count() == 1
-    other = open_page(page.evaluate("location.hash"))
+    other = open_page(address(page))
     settled(other)
     assert (shares(other), losses(other)) == (shares(page), losses(page))
     for parts in (".edits", ".changes tbody", ".next"):

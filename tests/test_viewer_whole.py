@@ -251,6 +251,10 @@ def test_the_page_counts_statuses_and_its_matrix_has_the_overlaps(open_page, cir
     tab.locator("#overlap-part").get_by_role("button", name="edges").click()
     assert cells() == expected("edges") != expected("nodes")
     assert state(tab)["overlap"] == "edges"
+    # Others of its name are headings of the table of tasks.
+    tab.locator("#overlap-part").get_by_role("button", name="nodes").press("Enter")
+    focused = "document.activeElement.closest('#overlap-part') && document.activeElement.textContent"
+    assert cells() == expected("nodes") and tab.evaluate(focused) == "nodes"
     tab.locator("#matrix tbody tr").first.locator("td").nth(1).hover()
     assert "Jaccard index" in tab.locator("#tip").inner_text()
 
@@ -259,25 +263,17 @@ def test_more_overlap_is_a_deeper_color_on_which_the_number_can_be_read(open_pag
     for theme in ("light", "dark"):
         tab = open_page(f"#theme={theme}")
         cells = tab.locator("#matrix tbody td:not(.own)").evaluate_all(
-            """cells => cells.map((cell) => {
-              const paint = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-              const luminance = (color) => {
-                paint.fillStyle = color;
-                paint.fillRect(0, 0, 1, 1);
-                const [r, g, b] = [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3)
-                  .map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-              };
+            f"""cells => cells.map((cell) => {{
+              const luminance = {browser_case.LUMINANCE};
               const text = getComputedStyle(cell.querySelector('a')).color;
               return [+cell.innerText, luminance(getComputedStyle(cell).backgroundColor), luminance(text)];
-            })"""
+            }})"""
         )
         ordered = sorted((value, ground) for value, ground, _ in cells)
         grounds = [ground for _, ground in ordered]
         assert grounds == sorted(grounds, reverse=theme == "light") and len(set(grounds)) > 2
         for _, ground, ink in cells:
-            light, dark = max(ground, ink), min(ground, ink)
-            assert (light + 0.05) / (dark + 0.05) > 4.5
+            assert browser_case.contrast(ground, ink) > 4.5
 
 
 def test_a_cell_opens_both_circuits_with_their_shared_nodes_colored_at_one_place(open_page, circuits):
@@ -359,6 +355,7 @@ def test_the_lists_choose_both_sides_and_nothing_returns_to_one(open_page):
 
 def test_circuits_of_different_models_are_shown_without_shared_nodes_and_the_page_says_so(open_page):
     tab = open_page("#task=tiny/quotes&with=dense/quotes", "two")
+    assert tab.locator("#facts").inner_text() == "2 runs"
     assert "different models" in tab.locator("#pair-note").inner_text()
     assert tab.locator(".half .node.shared, .half .edge.shared").count() == 0
     assert tab.locator("#left .node").count() == len(whole_case.PARTS["quotes"])
@@ -367,6 +364,7 @@ def test_circuits_of_different_models_are_shown_without_shared_nodes_and_the_pag
     assert tab.locator("#pair-legend").is_hidden()
     # The control: within one of them the same page colors.
     same = open_page("#task=tiny/quotes&with=tiny/brackets", "two")
+    assert "2 layers of width 16" in same.locator("#facts").inner_text()
     assert same.locator("#left .node.shared").count() > 0
     assert "different models" not in same.locator("#pair").inner_text()
 
@@ -388,6 +386,32 @@ def test_the_table_of_nodes_is_sorted_filtered_and_opens_a_node_in_a_circuit(ope
     rows.first.locator("ul").get_by_role("link", name=task, exact=True).click()
     assert (state(tab)["task"], state(tab)["node"]) == (task, name)
     assert tab.locator("#panel h2").first.inner_text() == name
+
+
+HOLD_ANSWERS = """() => {
+  window.held = [];
+  window.Worker = class extends window.Worker {
+    set onmessage(hear) { super.onmessage = hear && ((event) => window.held.push(() => hear(event))); }
+  };
+}"""
+RELEASE = "() => window.held.splice(0).forEach((hear) => hear())"
+
+
+def test_an_answer_about_the_circuit_that_was_left_is_not_shown_as_that_of_the_next_one(open_page):
+    tab = open_page("#task=quotes&prompt=left")
+    tab.evaluate(HOLD_ANSWERS)
+    tab.locator("#try").click()
+    # That the model is loaded, and the answer.
+    tab.wait_for_function("() => window.held.length > 1")
+    tab.locator("#task").select_option("counting")
+    tab.locator("#try").click()
+    tab.evaluate(RELEASE)
+    assert tab.locator("#panel .pick").is_hidden() and "Starting" in tab.locator("#panel").inner_text()
+    tab.wait_for_function(
+        f"() => {{ ({RELEASE})(); return document.querySelector('#panel .losses:not(.waiting)'); }}"
+    )
+    shown = "".join(tab.locator("#panel .pick span").all_text_contents())
+    assert shown == tab.get_by_role("textbox", name="Prompt").input_value() != "left"
 
 
 def test_the_runs_of_a_page_are_named_and_each_runs_its_own_model(open_page):

@@ -20,14 +20,13 @@ from wsparse.circuits.circuit import Circuit, Status, folder_of, split
 from wsparse.circuits.evidence_file import Evidence
 from wsparse.circuits.notes import Notes
 from wsparse.config import check, require, setting, to_dict
+from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.viewer import live, overlap, written
 from wsparse.viewer.page import packed, raw, render
 
 log = logging.getLogger(__name__)
-
-SCHEMA = 2
 
 _IN_TEXT = ("bias", "gain", "n_tokens", "largest", "zero", "low", "high")
 
@@ -125,7 +124,7 @@ def contents(
     Args:
       folder: The run's folder `circuits`, which may hold the model.
     """
-    texts: list[dict[str, Any]] = []
+    texts: dict[tuple[str, str], dict[str, Any]] = {}
     circuits = {s.circuit.full_name: _circuit(s, texts, options) for s in shown}
     running, static = _live(folder, shown, circuits)
     for task, circuit in circuits.items():
@@ -135,7 +134,6 @@ def contents(
     # Further circuits of a task would count it more than once.
     edges = [row["edges"] for row in rows if "edges" in row and not split(row["task"])[1]]
     return {
-        "schema": SCHEMA,
         "opens": None,
         "run": {
             "name": name,
@@ -155,7 +153,7 @@ def contents(
         "mean_edges": report.geometric_mean(edges) if edges else None,
         "tasks": [row | {"summary": about.get(row["task"], "")} for row in rows],
         "circuits": circuits,
-        "texts": texts,
+        "texts": list(texts.values()),
         "live": running,
         "static": static,
         "others": [],
@@ -175,9 +173,12 @@ def _live(
     except live.NotLive as reason:
         log.info("note: the page cannot run the model: %s", reason)
         return None, str(reason)
+    decode = tokenizer_lib.from_json(model.tokenizer).decode
     for each in shown:
-        name = each.circuit.full_name
-        circuits[name]["live"] = live.of_circuit(model, each.circuit, each.evidence, found)
+        own = circuits[each.circuit.full_name]
+        own["live"] = live.of_circuit(model, each.circuit, each.evidence, found)
+        # Of all tokens together: one may be a part of a character.
+        own["rows"] = [row | {"text": decode(row["tokens"])} for row in own["rows"]]
     return found, ""
 
 
@@ -187,7 +188,7 @@ def _number(value: Any) -> float | None:
     return value if number and math.isfinite(value) else None
 
 
-def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
+def _circuit(shown: Shown, texts: dict[tuple[str, str], dict[str, Any]], options: Options) -> dict[str, Any]:
     """Returns what the page says about one circuit; its nodes on text are added to `texts`."""
     circuit, evidence, audit, notes = shown
     nodes = evidence.nodes[: options.max_nodes]
@@ -203,7 +204,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
     constant = _constant(evidence)
     weights = {node.name: node.answer_weights for node in nodes if node.answer_weights is not None}
     return {
-        **{key: getattr(circuit, key) for key in ("form", "target", "loss", "status")},
+        **{key: getattr(circuit, key) for key in ("form", "target", "loss", "status", "misses")},
         "scores": to_dict(circuit.scores),
         "counts": to_dict(circuit.counts),
         "controls": {name: to_dict(control) for name, control in circuit.controls.items()},
@@ -222,7 +223,7 @@ def _circuit(shown: Shown, texts: list[dict[str, Any]], options: Options) -> dic
         "prefix": [[prefix.nodes, prefix.loss] for prefix in evidence.prefix],
         "answer_weights": {"tokens": evidence.answers, "weights": weights} if evidence.answers else None,
         "contrast": _contrast(evidence, len(nodes)),
-        "text": _text(evidence, len(nodes), texts),
+        "text": _text(shown, len(nodes), texts),
         "run": 0,
         "live": None,
         **_prompts(evidence, list(index), options.pairs),
@@ -296,14 +297,19 @@ def _prompts(evidence: Evidence, names: list[str], pairs: int) -> dict[str, Any]
     }
 
 
-def _text(evidence: Evidence, n_nodes: int, texts: list[dict[str, Any]]) -> int:
-    """Adds the text of a circuit's excerpts, once for all circuits, and its nodes; returns its index."""
+def _text(shown: Shown, n_nodes: int, texts: dict[tuple[str, str], dict[str, Any]]) -> int:
+    """Adds the text of a circuit's excerpts, and what its nodes do on it; returns its index.
+
+    Args:
+      texts: By model and text: circuits of one model share what a node does on a text.
+    """
+    evidence = shown.evidence
     dtype = evidence.windows_WT.dtype.name
     windows = raw(evidence.windows_WT, dtype)
-    at = next((i for i, text in enumerate(texts) if text["data"] == windows), len(texts))
-    if at == len(texts):
-        length = evidence.windows_WT.shape[1]
-        texts.append({"name": evidence.text, "length": length, "dtype": dtype, "data": windows, "nodes": {}})
+    length = evidence.windows_WT.shape[1]
+    text = {"name": evidence.text, "length": length, "dtype": dtype, "data": windows, "nodes": {}}
+    key = shown.circuit.model_digest, windows
+    about = texts.setdefault(key, text)["nodes"]
     spans_E6 = evidence.excerpts_E6
     first_N = np.searchsorted(spans_E6[:, 0], np.arange(len(evidence.nodes) + 1)).tolist()
     ends_E = np.cumsum([0, *(spans_E6[:, 4] - spans_E6[:, 3])])
@@ -313,13 +319,13 @@ def _text(evidence: Evidence, n_nodes: int, texts: list[dict[str, Any]]) -> int:
         sampled = kind_E == evidence_file.SAMPLED
         quantiles = zip(spans_E4[sampled].tolist(), evidence.quantile_E[rows][sampled].tolist(), strict=True)
         top = zip(evidence.top_tokens_NK[i].tolist(), evidence.top_weights_NK[i].tolist(), strict=True)
-        texts[at]["nodes"][node.name] = {
+        about[node.name] = {
             **{key: getattr(node, key) for key in _IN_TEXT},
             "tokens": [[token, weight] for token, weight in top if token >= 0],
             "counts": evidence.counts_NB[i],
             "highest": spans_E4[kind_E == evidence_file.HIGHEST],
             "lowest": spans_E4[kind_E == evidence_file.LOWEST],
             "sampled": [[*span, quantile] for span, quantile in quantiles],
-            "values": packed(evidence.excerpt_values_Z[ends_E[rows.start] : ends_E[rows.stop]], "int8"),
+            "values": packed(evidence.excerpt_values_Z[ends_E[rows.start] : ends_E[rows.stop]], "int16"),
         }
-    return at
+    return list(texts).index(key)

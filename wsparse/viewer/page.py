@@ -28,7 +28,7 @@ SCRIPTS = (
     "try_node.js", "tour.js", "picture.js", "whole.js", "overview.js", "pair_graph.js", "pair.js", "main.js",
 )  # fmt: skip
 
-_QUANTIZED = {"int8": 127, "int16": 32767, "uint8": 255}
+_QUANTIZED = {"int16": 32767, "uint8": 255}
 _PLAIN = (int, str, bool, type(None))
 
 
@@ -69,7 +69,7 @@ def packed(values: np.ndarray, dtype: str) -> dict[str, Any]:
 
     Args:
       values: Floats of any shape; non-negative for "uint8".
-      dtype: "int8", "int16" or "uint8".
+      dtype: "int16" or "uint8".
 
     Returns:
       `{"dtype", "scale", "data"}`; an entry is off by at most half of `scale`.

@@ -108,26 +108,29 @@ function color(element, value, largest) {
   element.style.background = `color-mix(in srgb, ${hue} ${(8 + 62 * strength).toFixed(0)}%, transparent)`;
 }
 
-/** Tokens colored by values; line ends are shown and kept. */
-function drawTokens(ids, values, largest, { focus = -1, texts = null, changed = null, label = '' } = {}) {
+/** Tokens colored by values, which are known to about `grain`; line ends are shown and kept. */
+function drawTokens(ids, values, largest, { grain = 0, focus = -1, texts = null, changed = null, label = '' } = {}) {
   const strongest = d3.maxIndex(values, Math.abs);
   const holder = el('pre', {
-    class: 'tokens', role: 'img', tabindex: 0,
-    'aria-label': `${label}: largest value ${number(values[strongest])} at ${texts?.[strongest] ?? quoted(ids[strongest])}`,
+    class: 'tokens', role: 'group', tabindex: 0,
+    'aria-label': `${label}: largest value ${number(values[strongest], 3, grain)} at ${texts?.[strongest] ?? quoted(ids[strongest])}`,
   });
   ids.forEach((id, i) => {
     const text = texts?.[i] ?? tokenText(id).replaceAll('\n', '↵\n').replaceAll('\t', '⇥\t');
     const classes = [i === focus ? 'focus' : '', changed?.[i] ? 'changed' : ''].join(' ').trim();
     const span = el('span', { class: classes || null }, text);
     color(span, values[i], largest);
-    hover(span, () => [texts?.[i] ?? quoted(id), number(values[i], 4)]);
+    hover(span, () => [texts?.[i] ?? quoted(id), number(values[i], 4, grain)]);
     holder.append(span);
   });
   return holder;
 }
 
-/** A lower triangle of values as a picture, queries down and keys across; `shade` makes a color of a share. */
-function drawSquare(ids, at, { title, scale, diverging, shade = (share) => share }) {
+/**
+ * A lower triangle of values, known to about `grain`, as a picture, queries down and keys across; `shade` makes a color
+ * of a share.
+ */
+function drawSquare(ids, at, { title, scale, diverging, grain = 0, shade = (share) => share }) {
   const size = ids.length;
   const margin = 74;
   const room = Math.max(260, Math.min(470, (byId('panel').clientWidth || 500) - margin - 40));
@@ -181,7 +184,7 @@ function drawSquare(ids, at, { title, scale, diverging, shade = (share) => share
     const s = Math.floor((event.offsetX - margin) / cell);
     const t = Math.floor((event.offsetY - margin) / cell);
     if (s < 0 || t >= size || s > t) return hideTip();
-    return tip([`from ${quoted(ids[t])} (${t}) to ${quoted(ids[s])} (${s})`, number(at(t, s), 4)], event);
+    return tip([`from ${quoted(ids[t])} (${t}) to ${quoted(ids[s])} (${s})`, number(at(t, s), grain ? 2 : 4, grain)], event);
   });
   canvas.addEventListener('pointerleave', hideTip);
   return el('figure', {}, el('figcaption', {}, title), el('div', { class: 'scroll' }, canvas));

@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const SVG = 'http://www.w3.org/2000/svg';
 
 const NUMBERS = {
-  int8: Int8Array, uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, uint32: Uint32Array,
+  uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, uint32: Uint32Array,
 };
 
 /** An element with attributes, listeners (functions) and children: elements or text. */
@@ -31,7 +31,7 @@ function filled(element, attributes, children) {
 const byId = (id) => document.getElementById(id);
 
 /** Integers that Python wrote in base64. */
-function whole(dtype, base64) {
+function integers(dtype, base64) {
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
   return new NUMBERS[dtype](bytes.buffer);
 }
@@ -41,34 +41,60 @@ const unpacked = new WeakMap();
 /** The floats of a packed array. */
 function unpack(packed) {
   if (!unpacked.has(packed)) {
-    unpacked.set(packed, Float32Array.from(whole(packed.dtype, packed.data), (q) => q * packed.scale));
+    unpacked.set(packed, Float32Array.from(integers(packed.dtype, packed.data), (q) => q * packed.scale));
   }
   return unpacked.get(packed);
 }
 
 /** Token ids of a stretch of a window of text. */
 function stretch(text, window, start, stop) {
-  text.tokens ??= whole(text.dtype, text.data);
+  text.tokens ??= integers(text.dtype, text.data);
   const offset = window * text.length;
   return text.tokens.subarray(offset + start, offset + stop);
 }
+
+// The word for a circuit that its report split confirms, as in `wsparse.circuits.circuit`.
+const FOUND = 'found';
 
 const tokenText = (id) => data.tokens[id] ?? `token ${id}`;
 /** A token in quotes, with escapes for what cannot be seen. */
 const quoted = (id) => JSON.stringify(tokenText(id));
 const plural = (count, word) => `${count.toLocaleString('en')} ${word}${count === 1 ? '' : 's'}`;
 
-function number(value, digits = 3) {
+/** The power of ten of the last place of values that are known to about `grain`. */
+const lastPlace = (grain) => Math.ceil(Math.log10(grain));
+
+/** A value that is known to about `grain`, without the digits that it does not tell; all of it where that is 0. */
+function rounded(value, grain) {
+  if (!grain) return value;
+  const place = lastPlace(grain);
+  return place < 0 ? +value.toFixed(-place) : 10 ** place * Math.round(value / 10 ** place);
+}
+
+const minus = (text) => text.replaceAll('-', '−');
+
+/** A number with at most so many digits, of one that is known to about `grain` with none below it. */
+function number(value, digits = 3, grain = 0) {
   if (value === null || value === undefined) return '–';
-  if (value === 0) return '0';
-  const size = Math.abs(value);
-  const text = size >= 1e5 || size < 1e-3 ? value.toExponential(digits - 1) : value.toPrecision(digits);
-  return text.replace('-', '−');
+  const known = rounded(value, grain);
+  if (known === 0) return '0';
+  const size = Math.abs(known);
+  const power = +size.toExponential().split('e')[1];
+  const places = grain ? Math.max(1, Math.min(digits, power - lastPlace(grain) + 1)) : digits;
+  if (size >= 1e7 || size < 1e-3) return minus(known.toExponential(places - 1));
+  const text = known.toPrecision(places);
+  return minus(Math.abs(text) >= 1000 || text.includes('e') ? Math.round(known).toLocaleString('en') : text);
 }
 
 /** Every digit of a float32, and no zeros after it. */
-const exact = (value) => (value === null || value === undefined ? '–' : String(value).replace('-', '−'));
+const exact = (value) => (value === null || value === undefined ? '–' : minus(String(value)));
 const signed = (value, digits = 3) => (value > 0 ? '+' : '') + number(value, digits);
+
+/** A share in percent: whole ones, and more digits close to none and to all. */
+function percent(share) {
+  const digits = share > 0.9995 ? 2 : share > 0.995 || share < 0.0995 ? 1 : 0;
+  return `${+(100 * share).toFixed(digits)}%`;
+}
 const loss = (value) => (value === null || value === undefined ? '–' : value.toFixed(3));
 
 // Columns of a block by what the channels of its locations hold; the MLP's come after attention's.
@@ -170,3 +196,6 @@ function streams(nodes) {
 function onRow(circuit, name, side, row) {
   return unpack(circuit.values[name][side]).subarray(circuit.offsets[row], circuit.offsets[row + 1]);
 }
+
+/** To about what those values are known. */
+const grainOf = (circuit, name, side) => circuit.values[name][side].scale;

@@ -58,8 +58,7 @@ function endPanel(circuit, end, change) {
     return td;
   };
   return [
-    el('div', { class: 'heading' },
-      el('h2', {}, end), el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ end: null }, true) }, '×')),
+    titleBar(end, () => change({ end: null }, true)),
     el('p', {}, first ? 'What the tokens of the task write into the channels that the circuit reads.'
       : 'What the channels that the circuit writes say of the task’s answers, times the final gain.'),
     shown.length ? el('div', { class: 'scroll' }, el('table', { class: 'ends' }, el('caption', {}, `Entries of the ${end}`),

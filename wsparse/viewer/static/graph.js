@@ -182,7 +182,11 @@ function paintGraph({ keep, node, edge, group, residual, end, open }) {
   standOut('chosen', ends && chosen ? graph.lines.find(({ line }) => line.dataset.edge === edge)?.line ?? null : null);
   paintBundles(open);
   if (selected) reach(circuit.byName.get(selected));
+  if (isHidden(graph.reached)) reach(circuit.nodes.find((each) => !isHidden(each)) ?? graph.reached);
 }
+
+/** Whether a node's own element is not drawn: the slider hides it, or it is in a box. */
+const isHidden = (node) => ['gone', 'inside'].some((mark) => graph.items.get(node.name).classList.contains(mark));
 
 /** One node at a time can be reached by Tab; arrows go on from there. */
 function reach(node) {

@@ -31,11 +31,8 @@ function readEdits(circuit, text) {
 const writeEdits = (edits) => edits.map(({ name, mode, value }) => (
   `${name}=${mode === 'set' ? `set:${+value.toPrecision(4)}` : mode}`)).join(';');
 
-/** The text of a row of the task's prompts. */
-const promptOf = (circuit, row) => circuit.rows[row].tokens.map(tokenText).join('');
-
-/** The prompt that is shown: the person's own, or the task's first. */
-const shownPrompt = (circuit, state) => state.prompt ?? promptOf(circuit, 0);
+/** The prompt that is shown: the person's own, or the first of the pair. */
+const shownPrompt = (circuit, state) => state.prompt ?? circuit.rows[2 * state.pair].text;
 
 /** The two answers: those that all pairs of the task share, or those of the pair that is shown. */
 function answersOf(circuit, state) {
@@ -52,7 +49,7 @@ function startWorker(run) {
   const url = URL.createObjectURL(new Blob([byId('engine').textContent], { type: 'text/javascript' }));
   live.worker = new Worker(url);
   live.worker.onmessage = ({ data: answer }) => hear(answer);
-  live.worker.onerror = (event) => hear({ kind: 'failed', id: live.id, reason: event.message });
+  live.worker.onerror = (event) => hear({ kind: 'failed', id: live.id, task: live.task, reason: event.message });
   const own = Object.entries(data.circuits).filter(([, circuit]) => circuit.run === run);
   const circuits = Object.fromEntries(own.map(([task, circuit]) => [task, circuit.live]));
   live.worker.postMessage({ kind: 'load', live: RUNS[run].live, circuits });
@@ -64,9 +61,12 @@ function hear(answer) {
     return;
   }
   if (answer.id !== live.id) return;
-  if (answer.kind === 'failed') [live.problem, live.busy] = [answer.reason || 'the worker did not start', false];
+  if (answer.kind !== 'losses') live.busy = false;
+  if (answer.task !== live.task) {
+    // While the question about another circuit waits, that about the one before is still answered.
+  } else if (answer.kind === 'failed') live.problem = answer.reason || 'the worker did not start';
   else if (answer.kind === 'losses') live.losses = answer;
-  else [live.answer, live.busy] = [answer, false];
+  else live.answer = answer;
   if (!live.busy && live.waiting) send(live.waiting);
   live.notify();
 }

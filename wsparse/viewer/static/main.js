@@ -81,10 +81,36 @@ const OF_CIRCUIT = Object.fromEntries(
 );
 const hrefOf = (task) => fragment({ ...state, ...OF_CIRCUIT, task });
 
-/** Writes the state to the address. */
+// Milliseconds without a change after which the address is written: browsers refuse to write it at every frame.
+const PAUSE = 150;
+// The state that the address is still to say.
+const unwritten = { state: null, timer: null };
+
+/** Puts the state into the address: as a `step` of the history at once, or else when changes pause. */
 function address(step = false) {
+  if (step) {
+    writeAddress();
+    putAddress('pushState', state);
+    return;
+  }
+  clearTimeout(unwritten.timer);
+  unwritten.state = { ...state };
+  unwritten.timer = setTimeout(writeAddress, PAUSE);
+}
+
+function writeAddress() {
+  if (unwritten.state) putAddress('replaceState', unwritten.state);
+  forgetUnwritten();
+}
+
+function forgetUnwritten() {
+  clearTimeout(unwritten.timer);
+  unwritten.state = null;
+}
+
+function putAddress(way, values) {
   try {
-    history[step ? 'pushState' : 'replaceState'](null, '', fragment(state));
+    history[way](null, '', fragment(values));
   } catch {
     // A page in the `srcdoc` of a frame has no address of its own.
   }
@@ -121,13 +147,14 @@ function draw(changes = state) {
     drawn = null;
     if (state.with) {
       document.title = `${state.task} and ${state.with}: circuits`;
+      byId('facts').textContent = aboutRuns([state.task, state.with].map((task) => circuitOf(task).run));
       drawPair(circuitOf(state.task), circuitOf(state.with), state, change);
       return;
     }
     pair.drawn = null;
     document.title = `${nameOfPage}: circuits`;
-    byId('facts').textContent = RUNS.length > 1 ? plural(RUNS.length, 'run') : aboutRun(RUNS[0]);
-    drawOverview(state, change, hrefOf);
+    byId('facts').textContent = aboutRuns(RUNS.keys());
+    keepFocus(byId('overview'), () => drawOverview(state, change, hrefOf));
     return;
   }
   pair.drawn = null;
@@ -163,16 +190,28 @@ function draw(changes = state) {
   byId('notes-open').setAttribute('aria-pressed', String(state.notes));
   paintLive(circuit, state);
   paintNotes(graph.circuit, state);
-  if ('node' in changes || 'edge' in changes || 'end' in changes) {
-    if (!state.try) byId('panel').scrollTop = 0;
+  if (SELECTED.some((name) => name in changes)) {
+    if (!state.try) showPanel(changes !== state);
     const node = circuit.byName.get(state.node);
     const edge = edgeOf(circuit, state.edge);
     const line = edge && `${edge.source.name} to ${edge.target.name}, weight ${number(edge.weight)}`;
-    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : line ?? state.end ?? `${circuit.task}, nothing selected`;
+    byId('said').textContent = node ? `${node.name}, ${describe(node)}` : line ?? state.end ?? state.group ?? `${circuit.task}, nothing selected`;
     if (graph.items.has(state.node)) showInView(node);
     const [source, target] = (state.edge ?? '').split('>');
     if (graph.items.has(source) && graph.items.has(target)) [target, source].forEach((name) => showInView(circuit.byName.get(name)));
   }
+}
+
+// The part of a phone's window above which the panel begins once something is selected.
+const HIGHEST = 0.6;
+
+/** Shows the beginning of the panel, which on a phone scrolls with the page; `chosen` is whether it is of a choice just made. */
+function showPanel(chosen) {
+  const panel = byId('panel');
+  panel.scrollTop = 0;
+  if (!chosen || !SELECTED.some((name) => state[name])) return;
+  const { top } = panel.getBoundingClientRect();
+  window.scrollBy(0, Math.min(0, top) + Math.max(0, top - HIGHEST * window.innerHeight));
 }
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
@@ -188,8 +227,11 @@ function openCircuit(circuit, keep, only) {
   byId('keep').max = circuit.nodes.length;
   const shown = only ? pinnedPart(circuit) : circuit.large ? part(circuit, keep) : circuit;
   const lines = drawGraph(shown, {
-    select: (chosen) => change(Object.fromEntries(SELECTED.map((name) => [
-      name, (chosen[name] ?? null) === state[name] ? null : chosen[name] ?? null])), true),
+    select: (chosen) => {
+      const selected = Object.fromEntries(SELECTED.map((name) => [name, (chosen[name] ?? null) === state[name] ? null : chosen[name] ?? null]));
+      // A click beside everything is no step where nothing was selected.
+      if (SELECTED.some((name) => selected[name] !== state[name])) change(selected, true);
+    },
     selectGroup: (group) => change({ ...NOTHING, group: group === state.group ? null : group }, true),
     pin: (names) => {
       togglePins(circuit, names, !names.every((name) => isPinned(circuit, name)));
@@ -246,10 +288,10 @@ function start() {
   document.addEventListener('keydown', key);
   // In the `srcdoc` of a frame a link to a fragment would lead to the page around it.
   document.addEventListener('click', (event) => {
-    const link = event.target.closest('a[href^="#"]');
-    if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+    const anchor = event.target.closest('a[href^="#"]');
+    if (!anchor || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
     event.preventDefault();
-    Object.assign(state, read(link.getAttribute('href')));
+    Object.assign(state, read(anchor.getAttribute('href')));
     address(true);
     draw();
   });
@@ -258,12 +300,25 @@ function start() {
     draw();
   };
   const followBack = () => {
+    // It was of the place in the history that has been left.
+    forgetUnwritten();
     follow();
     // Going back takes no notes back: the address says those that are shown.
     address();
   };
   window.addEventListener('popstate', followBack);
   window.addEventListener('hashchange', followBack);
+  window.addEventListener('pagehide', writeAddress);
+  document.addEventListener('visibilitychange', writeAddress);
+  window.addEventListener('beforeunload', (event) => {
+    writeAddress();
+    if (!wouldBeLost()) return;
+    event.preventDefault();
+    // What browsers of before 2024 look at.
+    event.returnValue = true;
+  });
+  // What is painted does not follow the colors of the system by itself.
+  window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => draw({}));
   let wait;
   window.addEventListener('resize', () => {
     clearTimeout(wait);
@@ -288,6 +343,13 @@ function toggleNotes() {
   if (state.notes) byId('panel').focus();
 }
 
+/** Shows another pair, where its prompts are seen; Try it takes the first of them. */
+function toPair(pair) {
+  if (pair < 0 || pair >= circuitOf(state.task).rows.length / 2) return;
+  if (state.try) change({ pair, prompt: null });
+  else if (state.node) change({ pair });
+}
+
 function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId('help').open) return;
   if (['INPUT', 'SELECT', 'TEXTAREA'].includes(event.target.tagName) && event.key !== 'Escape') return;
@@ -305,8 +367,8 @@ function key(event) {
   else if (event.key === 'p' && state.node) graph.pin([state.node]);
   else if (event.key === '.') goTo(alone, state.tour === null ? 0 : state.tour + 1);
   else if (event.key === ',' && state.tour !== null) goTo(alone, state.tour - 1);
-  else if (event.key === '[' && state.node && state.pair > 0) change({ pair: state.pair - 1 });
-  else if (event.key === ']' && state.node && state.pair < alone.rows.length / 2 - 1) change({ pair: state.pair + 1 });
+  else if (event.key === '[') toPair(state.pair - 1);
+  else if (event.key === ']') toPair(state.pair + 1);
   else if (inGraph && (event.key === '+' || event.key === '=')) zoomBy(1.4);
   else if (inGraph && event.key === '-') zoomBy(1 / 1.4);
   else if (inGraph && event.key === '0') change({ view: everything() });

@@ -68,6 +68,18 @@ const content = ({ caption, labels, groups, pins, tour }) => ({ caption, labels,
 /** Whether a person has changed the notes that came with the page. */
 const isEdited = (task) => notebook.has(task) && !same(content(notebook.get(task)), content(notesInFile(task)));
 
+// The notes on each circuit that a person has last saved in a file.
+const filed = new Map();
+
+/** Keeps in mind that the notes on a circuit are in a file as they are now. */
+const markFiled = (task) => filed.set(task, structuredClone(content(notesOf(task))));
+
+const isFiled = (task) => same(content(notesOf(task)), filed.get(task));
+const isAddressed = (task) => task === state.task && shared(task) !== '' && location.hash.includes(shared(task));
+
+/** Whether closing the page loses what a person has written. */
+const wouldBeLost = () => [...notebook.keys()].some((task) => isEdited(task) && !isFiled(task) && !isAddressed(task));
+
 /** The notes in few characters for the address; empty where they are those of the page, or too long. */
 function shared(task) {
   if (!isEdited(task)) return '';
@@ -125,11 +137,12 @@ function adopt(circuit, text) {
 
 /** The text of a notes file, which `view --notes` reads. */
 function notesFile(circuit) {
-  const { caption, labels, groups, pins, tour } = notesOf(circuit.task);
+  const { caption, labels, groups, pins, tour, measured } = notesOf(circuit.task);
   const said = (each) => Object.fromEntries(Object.entries(each).filter(([, value]) => (
     value !== null && value !== false && value !== '' && !(typeof value === 'object' && !Object.keys(value).length))));
   const steps = tour.map((step) => said({ ...step, edits: step.edits.map(said) }));
-  const values = { caption, labels, groups: groups.map(said), pins, tour: steps };
+  // A tour that is made from the evidence is made again, from that of then.
+  const values = { caption, labels, groups: groups.map(said), pins, tour: measured ? [] : steps };
   return `${JSON.stringify({ schema: NOTES_SCHEMA, task: data.circuits[circuit.task].written.task, circuit: circuit.digest, ...said(values) }, null, 2)}\n`;
 }
 

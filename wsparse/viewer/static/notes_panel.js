@@ -52,18 +52,12 @@ function hiddenNote(circuit, nodes, change) {
 function groupPanel(circuit, group, change) {
   const nodes = group.nodes.map((name) => circuit.byName.get(name)).sort((a, b) => a.rank - b.rank);
   const inside = new Set(nodes);
-  const table = (title, way) => {
-    const edges = crossing(nodes, inside, way);
-    return edges.length ? Object.assign(el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length})`),
-      el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
-        el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)), el('td', { class: 'number' }, edgeLink(edge, change)),
-        el('td', {}, link(edge.source, change), ' → ', link(edge.target, change)))))), { csv: () => edgeRows(edges) }) : null;
-  };
+  const ends = ({ source, target }) => [link(source, change), ' → ', link(target, change)];
+  const table = (title, way) => edgeTable(circuit, title, crossing(nodes, inside, way), ends, change);
   const outside = [table('In', 'in'), table('Out', 'out')].filter(Boolean);
   const pinned = group.nodes.every((name) => isPinned(circuit, name));
   return [
-    el('div', { class: 'heading' }, el('h2', { class: 'words' }, group.name),
-      button('×', () => change({ group: null }, true), { 'aria-label': 'Close' })),
+    titleBar(group.name, () => change({ group: null }, true), 'words'),
     el('p', {}, `A group of ${plural(nodes.length, 'node')}`),
     el('div', { class: 'controls' },
       button(group.open ? 'Draw as one box' : 'Draw its nodes', () => {
@@ -99,7 +93,7 @@ function savedText(circuit) {
 function notesPanel(circuit, state, change) {
   const notes = notesOf(circuit.task);
   return [
-    el('div', { class: 'heading' }, el('h2', { class: 'words' }, 'Notes'), button('×', () => change({ notes: false }, true), { 'aria-label': 'Close' })),
+    titleBar('Notes', () => change({ notes: false }, true), 'words'),
     section('Caption', textArea('Caption of the circuit', notes.caption, (text) => {
       notes.caption = text;
       typed(circuit);
@@ -109,8 +103,14 @@ function notesPanel(circuit, state, change) {
     groupsSection(circuit, notes, change),
     tourSection(circuit, notes, change),
     section('Keep', el('p', { class: 'quiet saved', role: 'status' }, savedText(circuit)), el('div', { class: 'controls' },
-      button('Download the page with the notes', () => save(`${nameOfPage}-notes.html`, new Blob([pageWithNotes()], { type: 'text/html' }))),
-      button('Download notes.json', () => save('notes.json', new Blob([notesFile(circuit)], { type: 'application/json' }))),
+      button('Download the page with the notes', () => {
+        save(`${nameOfPage}-notes.html`, new Blob([pageWithNotes()], { type: 'text/html' }));
+        for (const task of notebook.keys()) markFiled(task);
+      }),
+      button('Download notes.json', () => {
+        save('notes.json', new Blob([notesFile(circuit)], { type: 'application/json' }));
+        markFiled(circuit.task);
+      }),
       button('Back to the page’s notes', () => {
         notebook.delete(circuit.task);
         change({ group: null, tour: null, only: false });

@@ -33,10 +33,7 @@ function drawOverview(state, change, hrefOf) {
     scope: 'col', 'aria-sort': key !== state.sort ? 'none' : down ? 'descending' : 'ascending',
   }, el('button', {
     type: 'button', title,
-    click: () => {
-      change({ sort: key, order: key === state.sort && !down ? 'down' : 'up' });
-      byId('tasks').tHead.querySelector(`[aria-sort="${state.order}ending"] button`)?.focus();
-    },
+    click: () => change({ sort: key, order: key === state.sort && !down ? 'down' : 'up' }),
   }, name)))));
   byId('tasks').tBodies[0].replaceChildren(...rows.map((row) => {
     const opens = Boolean(data.circuits[row.task]);
@@ -44,10 +41,10 @@ function drawOverview(state, change, hrefOf) {
       if (key === 'task') {
         return el('th', { scope: 'row', 'data-value': row.task }, opens ? el('a', { href: hrefOf(row.task) }, row.task) : row.task,
           el('div', { class: 'quiet' }, opens ? row.summary : row.status),
-          opens && row.status !== 'found' ? el('div', { class: 'wrong' }, row.status) : null);
+          opens && row.status !== FOUND ? el('div', { class: 'wrong' }, row.status) : null);
       }
-      const number = of(row);
-      return el('td', { class: 'number', 'data-value': number ?? '' }, (number ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(number).toLocaleString('en') : loss(number));
+      const given = of(row);
+      return el('td', { class: 'number', 'data-value': given ?? '' }, (given ?? null) === null ? '–' : WHOLE.has(key) ? Math.round(given).toLocaleString('en') : loss(given));
     });
     const light = (on) => () => {
       for (const each of byId('curves').querySelectorAll('.curve')) {

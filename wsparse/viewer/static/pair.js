@@ -87,14 +87,16 @@ function pairNotes(both, shared) {
 }
 
 function sizesTable(both, shared) {
+  // What a row shows, and what of it a file has.
   const rows = [
-    ['status', ({ status }) => status], ['loss alone', (each) => `${loss(each.loss)} (target ${number(each.target)})`],
-    ['nodes', ({ counts }) => counts.nodes.toLocaleString('en')], ['edges', ({ counts }) => counts.edges.toLocaleString('en')],
+    ['status', ({ status }) => status], ['loss alone', (each) => `${loss(each.loss)} (target ${number(each.target)})`, (each) => each.loss],
+    ...['nodes', 'edges'].map((part) => [part, ({ counts }) => counts[part].toLocaleString('en'), ({ counts }) => counts[part]]),
   ];
   if (RUNS.length > 1) rows.unshift(['run', ({ run }) => RUNS[run].run.name]);
   return [
     el('thead', {}, el('tr', {}, el('td', {}), ...both.map(({ task }) => el('th', { scope: 'col' }, task)))),
-    el('tbody', {}, ...rows.map(([title, value]) => el('tr', {}, el('th', { scope: 'row' }, title), ...both.map((each) => el('td', {}, value(each))))),
+    el('tbody', {}, ...rows.map(([title, shown, value = shown]) => el('tr', {}, el('th', { scope: 'row' }, title),
+      ...both.map((each) => el('td', { 'data-value': value(each) }, shown(each))))),
       ...(shared ? PARTS.map(([part]) => el('tr', {}, el('th', { scope: 'row' }, `shared ${part}`),
         el('td', { colspan: 2 }, sharedText(shared.i, shared.j, part)))) : [])),
   ];

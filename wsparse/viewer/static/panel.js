@@ -1,8 +1,12 @@
 // What is beside the graph: the circuit's numbers, or everything about the selected node.
 
 function drawPanel(circuit, state, change) {
-  const node = circuit.byName.get(state.node);
   const panel = byId('panel');
+  keepFocus(panel, () => fillPanel(panel, circuit, state, change));
+}
+
+function fillPanel(panel, circuit, state, change) {
+  const node = circuit.byName.get(state.node);
   const edge = node ? null : edgeOf(circuit, state.edge);
   const group = notesOf(circuit.task).groups.find(({ name }) => name === state.group);
   if (state.try) drawTry(panel, circuit, state, change);
@@ -12,6 +16,27 @@ function drawPanel(circuit, state, change) {
   else if (edge) panel.replaceChildren(...edgePanel(circuit, edge, change));
   else panel.replaceChildren(...(state.end ? endPanel(circuit, state.end, change) : circuitPanel(circuit, state, change)));
 }
+
+const labelOf = (control) => control.getAttribute('aria-label') ?? control.textContent;
+
+/** What in an element is of the kind of a control, and has its label. */
+const equals = (holder, control) => [...holder.querySelectorAll(control.tagName)].filter((each) => labelOf(each) === labelOf(control));
+
+/** Fills an element anew; what takes the place of the control that had the focus has it then, or else the element. */
+function keepFocus(holder, fill) {
+  const before = document.activeElement;
+  const at = holder.contains(before) ? equals(holder, before).indexOf(before) : -1;
+  fill();
+  if (at < 0 || before.isConnected) return;
+  const after = equals(holder, before);
+  (after[Math.min(at, after.length - 1)] ?? holder).focus({ preventScroll: true });
+  // A control that can do nothing now does not take it.
+  if (document.activeElement === document.body) holder.focus({ preventScroll: true });
+}
+
+/** A title, of the class "words" where it is not the name of a node, with the button that closes what it stands above. */
+const titleBar = (title, close, kind = null) => el('div', { class: 'heading' }, el('h2', { class: kind }, title),
+  el('button', { type: 'button', 'aria-label': 'Close', click: close }, '×'));
 
 const section = (title, ...content) => el('section', {}, el('h3', {}, title), ...content);
 const facts = (pairs) => el('dl', { class: 'facts' }, ...pairs.filter(Boolean).flatMap(([name, value, title]) => [
@@ -26,9 +51,7 @@ function edgeOf(circuit, name) {
 
 function edgePanel(circuit, edge, change) {
   return [
-    el('div', { class: 'heading' },
-      el('h2', {}, `${edge.source.name} → ${edge.target.name}`),
-      el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ edge: null }, true) }, '×')),
+    titleBar(`${edge.source.name} → ${edge.target.name}`, () => change({ edge: null }, true)),
     el('p', {}, `From ${describe(edge.source)} to ${describe(edge.target)}`),
     hiddenNote(circuit, [edge.source, edge.target], change) ?? '',
     section('Edge', facts([
@@ -57,7 +80,7 @@ function circuitPanel(circuit, state, change) {
     el('p', {}, row.summary),
     el('p', { class: 'quiet' }, 'Answers: ', ...answersShown(circuit)),
     ...captionShown(circuit),
-    circuit.loss > circuit.target ? el('p', { class: 'wrong' }, `Its loss is above its target, ${number(circuit.target)}, on the report split.`) : null,
+    circuit.status === FOUND ? null : el('p', { class: 'wrong' }, `Status: ${[circuit.status, circuit.misses].filter(Boolean).join('; ')}.`),
     canRun(circuit) ? null : el('p', { class: 'quiet' }, `This page does not run the model: ${data.static || OLDER}.`),
     section('Evidence', el('p', { class: 'quiet' }, `Losses ${REPORT}.`), facts([
       ['loss of the circuit alone', loss(circuit.loss), 'everything else at its mean'],
@@ -119,9 +142,7 @@ const edgeLink = (edge, change) => el('button', {
 function nodePanel(circuit, node, state, change) {
   const { about } = node;
   return [
-    el('div', { class: 'heading' },
-      el('h2', {}, node.name),
-      el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ node: null }, true) }, '×')),
+    titleBar(node.name, () => change({ node: null }, true)),
     el('p', {}, describe(node)),
     nodeNotes(circuit, node, change),
     hiddenNote(circuit, [node], change),
@@ -142,14 +163,19 @@ function nodePanel(circuit, node, state, change) {
   ].filter(Boolean);
 }
 
-function edgeTables(circuit, node, change) {
-  const table = (title, edges, end) => (edges.length ? Object.assign(el('table', { class: 'edges' },
-    el('caption', {}, `${title} (${edges.length})`),
+/** Some edges, at most the first 200, as a table whose last column has `ends` of them; null where there are none. */
+function edgeTable(circuit, title, edges, ends, change) {
+  if (!edges.length) return null;
+  const table = el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length})`),
     el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
       el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)),
       el('td', { class: 'number' }, edgeLink(edge, change)),
-      el('td', {}, link(edge[end], change))))),
-  ), { csv: () => edgeRows(edges) }) : null);
+      el('td', {}, ...ends(edge))))));
+  return Object.assign(table, { csv: () => edgeRows(edges) });
+}
+
+function edgeTables(circuit, node, change) {
+  const table = (title, edges, end) => edgeTable(circuit, title, edges, (edge) => [link(edge[end], change)], change);
   const stream = circuit.streams.filter((each) => (each.source === node && each.target) || (each.target === node && each.source));
   const content = [table('In', node.in, 'source'), table('Out', node.out, 'target')];
   if (stream.length) {
@@ -210,6 +236,7 @@ function onTask(circuit, node, state, change) {
   const changed = a.map((id, i) => id !== b[i]);
   const texts = a.map((id, i) => (changed[i] ? `${shortText(id)}|${shortText(b[i])}` : tokenText(id).replaceAll('\n', '↵\n')));
   const differences = Array.from(u, (value, i) => value - v[i]);
+  const grain = grainOf(circuit, node.name, state.side);
   return [
     pairControls(circuit, state, change),
     ...rows.map((row, i) => {
@@ -220,14 +247,14 @@ function onTask(circuit, node, state, change) {
           el('span', { class: margin > 0 ? 'quiet' : 'wrong' },
             ` ${margin > 0 ? 'preferred' : 'not preferred'}: ${signed(margin)} logits over the other`)),
         drawTokens(ids[i], values[i], largest, {
-          changed: ids[i].map((_, at) => changed[at - (ids[i].length - length)] ?? true), label: `Prompt ${i + 1}`,
+          grain, changed: ids[i].map((_, at) => changed[at - (ids[i].length - length)] ?? true), label: `Prompt ${i + 1}`,
           // A token of the first prompt; they agree from their ends backwards.
           focus: state.token === null ? -1 : state.token + ids[i].length - ids[0].length,
         }));
     }),
     el('div', { class: 'prompt' },
       el('p', {}, 'Difference, first less second'),
-      drawTokens(a, differences, largest, { texts, changed, label: 'Difference' })),
+      drawTokens(a, differences, largest, { grain: 2 * grain, texts, changed, label: 'Difference' })),
   ];
 }
 
@@ -242,19 +269,27 @@ function attention(circuit, node, state, change) {
   // Rows of a lower triangle follow one another, prompt after prompt.
   const sizes = circuit.rows.map((each) => Math.min(each.tokens.length, circuit.pattern_tokens));
   const offset = d3.sum(sizes.slice(0, row), (size) => size * (size + 1) / 2);
-  const pattern = unpack(circuit.patterns[key][state.side]);
+  const packed = circuit.patterns[key][state.side];
+  const pattern = unpack(packed);
   const head = (t, s) => pattern[offset + t * (t + 1) / 2 + s];
-  const of = (kind) => onRow(circuit, `${node.layer}.attn.${kind}.${node.channel}`, state.side, row).subarray(start);
+  const place = (kind) => `${node.layer}.attn.${kind}.${node.channel}`;
+  const of = (kind) => onRow(circuit, place(kind), state.side, row).subarray(start);
+  const grain = (kind) => grainOf(circuit, place(kind), state.side);
+  // Of a product: that of each factor, times the largest of the other.
+  const grainOfProduct = (...factors) => d3.sum(factors, ([factor, others]) => factor * d3.max(others, Math.abs));
   let own;
+  let ownGrain;
   let title;
   if (node.location === 'attn.v') {
     const v = of('v');
     own = (t, s) => head(t, s) * v[s];
+    ownGrain = grainOfProduct([packed.scale, v], [grain('v'), [1]]);
     title = `This channel: attention times the value at the key`;
   } else {
     const [q, k] = [of('q'), of('k')];
     const root = Math.sqrt(data.run.model.d_head);
     own = (t, s) => q[t] * k[s] / root;
+    ownGrain = grainOfProduct([grain('q'), k], [grain('k'), q]) / root;
     title = `This channel: its share of the score, query times key over the root of ${data.run.model.d_head}`;
   }
   let largest = 0;
@@ -263,33 +298,33 @@ function attention(circuit, node, state, change) {
     choice('Prompt', [[0, 'first prompt'], [1, 'second prompt']], state.second, (second) => change({ second })),
     start ? el('p', { class: 'quiet' }, `The last ${ids.length} of ${all.length} tokens.`) : null,
     drawSquare(ids, head, {
-      title: 'The head: attention from each token (rows) to those before; the color is the square root', scale: 1, diverging: false, shade: Math.sqrt,
+      title: 'The head: attention from each token (rows) to those before; the color is the square root', scale: 1, diverging: false, shade: Math.sqrt, grain: packed.scale,
     }),
-    drawSquare(ids, own, { title: `${title}; the deepest color is ${number(largest)}`, scale: largest, diverging: true }),
+    drawSquare(ids, own, { title: `${title}; the deepest color is ${number(largest, 3, ownGrain)}`, scale: largest, diverging: true, grain: ownGrain }),
   ].filter(Boolean);
 }
 
 function inText(circuit, about) {
   const values = unpack(about.values);
+  const grain = about.values.scale;
   let at = 0;
-  const list = (title, spans, note = () => '') => {
+  const excerpts = (title, spans, note = () => '') => {
     if (!spans.length) return null;
     return el('div', {}, el('h4', {}, title), ...spans.map((span) => {
       const [window, start, stop, token] = span;
       const own = values.subarray(at, at + stop - start);
       at += stop - start;
       return el('div', { class: 'excerpt' },
-        el('span', { class: 'number' }, number(own[token - start])), note(span),
-        drawTokens(stretch(circuit.text, window, start, stop), own, about.largest, { focus: token - start, label: 'Excerpt' }));
+        el('span', { class: 'number' }, number(own[token - start], 3, grain)), note(span),
+        drawTokens(stretch(circuit.text, window, start, stop), own, about.largest, { grain, focus: token - start, label: 'Excerpt' }));
     }));
   };
-  const percent = (share) => `${(100 * share).toFixed(share > 0.999 && share < 1 ? 2 : 0)}%`;
   return [
     el('p', { class: 'quiet' }, `Text: ${circuit.text.name}. The node is 0 on ${percent(about.zero)} of tokens, which the histogram leaves out (its heights are square roots).`),
     drawHistogram(about),
     // In this order, since their values follow one another.
-    list('Highest', about.highest),
-    list('Lowest', about.lowest),
-    list('At quantiles of the values that are not 0', about.sampled, (span) => el('span', { class: 'quiet' }, ` ${percent(span[4])} `)),
+    excerpts('Highest', about.highest),
+    excerpts('Lowest', about.lowest),
+    excerpts('At quantiles of the values that are not 0', about.sampled, (span) => el('span', { class: 'quiet' }, ` ${percent(span[4])} `)),
   ].filter(Boolean);
 }

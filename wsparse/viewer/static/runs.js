@@ -14,4 +14,10 @@ function aboutRun({ run }) {
   ].filter(Boolean).join(' · ');
 }
 
+/** The run of some indices in a line, or how many runs they are. */
+function aboutRuns(indices) {
+  const own = new Set(indices);
+  return own.size > 1 ? plural(own.size, 'run') : aboutRun(RUNS[[...own][0]]);
+}
+
 const nameOfPage = RUNS.map(({ run }) => run.name).join(', ');

@@ -22,11 +22,14 @@ const csvButton = (nameOfFile, rows, text = 'CSV') => el('button', {
   type: 'button', class: 'csv', title: 'Save as CSV', click: () => saveCsv(nameOfFile(), rows()),
 }, text);
 
-/** What a cell says; numbers with the minus sign that programs read. */
+// A number as the page writes it.
+const WRITTEN = /^[+−]?\d[\d.,]*(e[+−]\d+)?$/;
+
+/** What a cell says; numbers as programs read them. */
 function cellText(cell) {
   if (cell.dataset.value !== undefined) return cell.dataset.value;
   const text = cell.textContent.trim();
-  return /^−[\d.]/.test(text) ? text.replace('−', '-') : text;
+  return WRITTEN.test(text) ? text.replaceAll('−', '-').replaceAll(',', '') : text;
 }
 
 /** The rows of a table, without columns in which nothing is written. */
@@ -79,9 +82,9 @@ const edgeRows = (edges) => [
 const valueRows = (circuit, node) => [
   ['pair', 'prompt', 'position', 'token', 'value in the model', 'value in the circuit'],
   ...circuit.rows.flatMap(({ tokens }, row) => {
-    const sides = ['model', 'circuit'].map((side) => onRow(circuit, node.name, side, row));
+    const sides = ['model', 'circuit'].map((side) => [onRow(circuit, node.name, side, row), grainOf(circuit, node.name, side)]);
     return [...tokens].map((id, at) => [
-      Math.floor(row / 2) + 1, row % 2 ? 'second' : 'first', at, quoted(id), ...sides.map((values) => +values[at].toPrecision(6)),
+      Math.floor(row / 2) + 1, row % 2 ? 'second' : 'first', at, quoted(id), ...sides.map(([values, grain]) => rounded(values[at], grain)),
     ]);
   }),
 ];

@@ -9,7 +9,7 @@ function stepState(circuit, at) {
   return {
     ...NOTHING, tour: at, node, edge, pair: shownPair, token, second: 0, notes: false, only: false,
     keep: needed > keptAtFirst(circuit) ? needed : null,
-    edits: running ? writeEdits(edits) : '', try: running, ...(running ? { prompt: promptOf(circuit, 2 * shownPair) } : {}),
+    edits: running ? writeEdits(edits) : '', try: running, ...(running ? { prompt: null } : {}),
   };
 }
 

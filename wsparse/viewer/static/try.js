@@ -18,9 +18,9 @@ function drawTry(panel, circuit, state, change) {
     prompt.value = text;
     prompt.scrollTop = prompt.scrollHeight;
   }
-  example.value = String(circuit.rows.findIndex((_, row) => promptOf(circuit, row) === text));
+  example.value = String(circuit.rows.findIndex((row) => row.text === text));
   live.notify = () => {
-    updateTry();
+    keepFocus(panel, updateTry);
     paintLive(trying.context.circuit, trying.context.state);
   };
   ask(circuit, state);
@@ -43,7 +43,7 @@ function buildTry(circuit) {
     example: el('select', {
       'aria-label': 'Prompt of the task',
       change: (event) => event.target.value >= 0 && trying.context.change({
-        prompt: promptOf(circuit, +event.target.value), pair: Math.floor(event.target.value / 2),
+        prompt: circuit.rows[event.target.value].text, pair: Math.floor(event.target.value / 2),
       }),
     }, el('option', { value: -1 }, 'a prompt of the task…'), ...circuit.rows.map((_, row) => (
       el('option', { value: row }, `pair ${Math.floor(row / 2) + 1}, ${row % 2 ? 'second' : 'first'} prompt`)))),
@@ -58,8 +58,7 @@ function buildTry(circuit) {
     reset: el('button', { type: 'button', click: () => set('') }, 'Reset'),
   };
   const root = el('div', { class: 'try' },
-    el('div', { class: 'heading' }, el('h2', {}, 'Try it'),
-      el('button', { type: 'button', 'aria-label': 'Close', click: () => change({ try: false }) }, '×')),
+    titleBar('Try it', () => change({ try: false }), 'words'),
     el('div', { class: 'controls' }, el('label', { for: 'prompt' }, 'Prompt'), parts.example),
     parts.prompt, parts.tokens, parts.status,
     el('div', { class: 'controls' }, el('span', { class: 'quiet' }, 'Values in the graph'), parts.side),
@@ -148,8 +147,6 @@ function scrollToToken(holder, at) {
   if (top < box.top) holder.scrollTop += top - box.top - 8;
   else if (bottom > box.bottom) holder.scrollTop += bottom - box.bottom + 8;
 }
-
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`;
 
 /** A bar of a share, with a mark where it was before the edits. */
 function shareBar(share, before, label) {

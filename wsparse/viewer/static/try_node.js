@@ -20,8 +20,10 @@ function editor(circuit, name, words, range) {
     input.addEventListener('input', slide);
     input.addEventListener('change', () => { dragging = false; });
   }
+  // The slider ends where larger numbers can be typed.
+  const shownValue = () => +(inputs.digits.value || inputs.range.value);
   const buttons = words.map(([mode, text]) => el('button', {
-    type: 'button', click: () => put(mode === 'free' ? null : { mode, value: mode === 'set' ? +inputs.range.value : null }),
+    type: 'button', click: () => put(mode === 'free' ? null : { mode, value: mode === 'set' ? shownValue() : null }),
   }, text));
   const root = el('div', { class: 'editor' },
     el('span', { class: 'choice', role: 'group', 'aria-label': `Edit ${name}` }, ...buttons),

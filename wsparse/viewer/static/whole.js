@@ -41,10 +41,10 @@ function sharedText(i, j, part) {
   if (shared[i][j] === null) return `${names[i]} and ${names[j]} are of different models`;
   const union = sizes[i] + sizes[j] - shared[i][j];
   const chance = part === 'nodes' ? `; were they drawn at random from the same locations, ${number(expected[i][j], 2)} would be` : '';
-  return `${shared[i][j]} of ${plural(union, part.slice(0, -1))} are shared, a Jaccard index of ${share(jaccard[i][j])}${chance}`;
+  return `${shared[i][j]} of ${plural(union, part.slice(0, -1))} are shared, a Jaccard index of ${jaccardText(jaccard[i][j])}${chance}`;
 }
 
-const share = (value) => (value === null ? '–' : value.toFixed(2));
+const jaccardText = (value) => (value === null ? '–' : value.toFixed(2));
 
 function drawMatrix(state, change) {
   const { names } = data.overlap;
@@ -53,12 +53,12 @@ function drawMatrix(state, change) {
   const name = (task) => el('a', { href: pairHref(task, task) }, task);
   const cell = (i, j) => {
     const value = jaccard[i][j];
-    const same = i === j;
-    const link = el('a', { href: pairHref(names[i], names[j]), 'aria-label': `${names[i]} and ${names[j]}: ${sharedText(i, j, state.overlap)}` },
-      same ? String(sizes[i]) : shared[i][j] === null ? '·' : share(value));
-    const item = el('td', { class: same ? 'own' : value === null ? 'apart' : null, 'data-value': same ? sizes[i] : value ?? '' }, link);
-    if (!same && value) item.style.setProperty('--depth', Math.sqrt(value).toFixed(3));
-    hover(item, () => (same ? [names[i]] : [`${names[i]} and ${names[j]}`]).concat(sharedText(i, j, state.overlap)));
+    const isOwn = i === j;
+    const anchor = el('a', { href: pairHref(names[i], names[j]), 'aria-label': `${names[i]} and ${names[j]}: ${sharedText(i, j, state.overlap)}` },
+      isOwn ? String(sizes[i]) : shared[i][j] === null ? '·' : jaccardText(value));
+    const item = el('td', { class: isOwn ? 'own' : value === null ? 'apart' : null, 'data-value': isOwn ? sizes[i] : value ?? '' }, anchor);
+    if (!isOwn && value) item.style.setProperty('--depth', Math.sqrt(value).toFixed(3));
+    hover(item, () => (isOwn ? [names[i]] : [`${names[i]} and ${names[j]}`]).concat(sharedText(i, j, state.overlap)));
     return item;
   };
   byId('matrix').classList.toggle('many', names.length > MANY);

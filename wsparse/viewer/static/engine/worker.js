@@ -93,7 +93,7 @@ async function run({ id, task, text, edits, nodes, heads }) {
   const circuit = await circuitFor(task);
   const all = tokenizer.encode(text);
   const tokens = all.slice(-model.config.context);
-  const answer = { kind: 'prompt', id, text, tokens, dropped: all.length - tokens.length, before: null, now: null };
+  const answer = { kind: 'prompt', id, task, text, tokens, dropped: all.length - tokens.length, before: null, now: null };
   if (tokens.length) {
     answer.before = onPrompt(circuit, tokens, [], nodes, heads);
     answer.now = edits.length ? onPrompt(circuit, tokens, edits, nodes, heads) : answer.before;
@@ -101,7 +101,7 @@ async function run({ id, task, text, edits, nodes, heads }) {
   answer.milliseconds = performance.now() - started;
   postMessage(answer);
   const found = await losses(circuit, task, edits, id);
-  if (found) postMessage({ kind: 'losses', id, ...found, pairs: circuit.own.positions.length / 2 });
+  if (found) postMessage({ kind: 'losses', id, task, ...found, pairs: circuit.own.positions.length / 2 });
 }
 
 onmessage = async ({ data }) => {
@@ -112,6 +112,6 @@ onmessage = async ({ data }) => {
       postMessage({ kind: 'loaded', ...await ready });
     } else await run(data);
   } catch (error) {
-    postMessage({ kind: 'failed', id: data.id, reason: String(error.message ?? error) });
+    postMessage({ kind: 'failed', id: data.id, task: data.task, reason: String(error.message ?? error) });
   }
 };
