@@ -402,6 +402,33 @@ def test_reading_changes_nothing_in_the_folder_even_when_a_step_is_damaged(saved
     assert tree_hash(saved.folder.parent) != before
 
 
+def test_reading_hashes_no_step_older_than_the_one_that_is_used(saved, monkeypatch):
+    like, hashed, digests = {"params": abstract(mesh_of()).params}, [], checkpoint._digests
+
+    def noting(folder):
+        hashed.append(folder.name)
+        return digests(folder)
+
+    monkeypatch.setattr(checkpoint, "_digests", noting)
+    assert checkpoint.read(saved.folder, like)[0] == 10
+    assert hashed == ["10"]
+    flip_bit(data_files(saved.folder / "10")[0], seed=1)
+    assert checkpoint.read(saved.folder, like)[0] == 7
+    assert hashed == ["10", "10", "7"]
+
+
+def test_a_step_that_is_deleted_while_it_is_read_counts_as_gone(saved, monkeypatch):
+    """Training deletes steps that newer ones replace."""
+    like, sha256 = {"params": abstract(mesh_of()).params}, checkpoint.files.sha256
+
+    def deleting(path):
+        shutil.rmtree(saved.folder / "10", ignore_errors=True)
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint.files, "sha256", deleting)
+    assert checkpoint.read(saved.folder, like)[0] == 7
+
+
 def test_reading_logs_nothing_of_the_libraries(saved, caplog):
     with caplog.at_level(logging.WARNING):
         checkpoint.read(saved.folder, {"params": abstract(mesh_of()).params})

@@ -1,5 +1,6 @@
 """Commands end in one line, whatever happens to them and whenever it does."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -7,7 +8,11 @@ import subprocess
 import sys
 import time
 
+from absl import flags
 import pytest
+
+from wsparse import command
+from wsparse.config import setting
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 # A command whose `main` does what argv[1] says; no jax, so that it starts at once.
@@ -74,6 +79,39 @@ def test_log_lines_go_to_stdout_and_those_of_libraries_nowhere():
     status, out, err = finish("--what=log", "--verbosity=1")
     assert (status, out) == (3, "a line\n")
     assert "a library's error" in err
+
+
+@dataclasses.dataclass(kw_only=True)
+class Fields:
+    """Of every kind that `define_fields` knows."""
+
+    its_source: str = setting(dataclasses.MISSING, "Must be given.")
+    its_size: int | None = setting(None, "By default all.")
+    its_share: float | None = setting(None, "By default half.")
+    its_names: tuple[str, ...] = setting(("a", "b"), "Some names.")
+    its_rate: float = setting(0.5, "A rate.")
+
+
+def test_fields_of_a_dataclass_become_flags_of_their_types_with_their_defaults_told():
+    command.define_fields(Fields, "For tests: ")
+    names = [field.name for field in dataclasses.fields(Fields)]
+    try:
+        assert command.given_fields(Fields) == {}
+        assert flags.FLAGS["its_rate"].help == "For tests: A rate. Default: 0.5."
+        assert flags.FLAGS["its_names"].help == "For tests: Some names. Default: 'a,b'."
+        assert flags.FLAGS["its_size"].help == "For tests: By default all."
+        # Only the one without a default must be given.
+        with pytest.raises(flags.IllegalFlagValueError, match="--its_source"):
+            flags.FLAGS.validate_all_flags()
+        for name, text in zip(names, ("x", "3", "1e3", "c,d", "2"), strict=True):
+            flags.FLAGS[name].parse(text)
+        flags.FLAGS.validate_all_flags()
+        values = command.given_fields(Fields)
+        assert values == dict(zip(names, ("x", 3, 1e3, ["c", "d"], 2.0), strict=True))
+        assert isinstance(values["its_size"], int)
+    finally:
+        for name in names:
+            delattr(flags.FLAGS, name)
 
 
 @pytest.mark.parametrize(

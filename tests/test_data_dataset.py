@@ -280,6 +280,19 @@ def test_a_tokenizer_of_another_run_is_refused(corpus_folder, tmp_path):
     )
 
 
+def test_other_text_that_was_prepared_with_another_tokenizer_is_refused(corpus_folder, tmp_path):
+    prepared = tmp_path / "prepared"
+    encode.write(encode.Options(source=f"files:{corpus_folder}/*.py", vocab_size=300), prepared)
+    own = tokenizer.load(prepared / "tokenizer.json")
+    source = f"0.5*arrayrecord:{prepared}+0.5*files:{corpus_folder}/*.py"
+    assert len(dataset.other_text(source, DataConfig(), own, max_bytes=1e5)) == 2
+    other = tokenizer.train([document(9, i) for i in range(40)], 300)
+    check(
+        "the run and arrayrecord:.* have different tokenizers",
+        lambda: dataset.other_text(source, DataConfig(), other, max_bytes=1e5),
+    )
+
+
 def test_a_remembered_source_is_read_once(corpus_folder):
     reads = []
 

@@ -1,5 +1,6 @@
 """Prepared folders equal what is made in memory, survive every interruption, and notice damage."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -386,8 +387,8 @@ def test_help_names_every_option_and_importing_defines_no_flag():
         env=environment,
         check=False,
     )
-    for name in ("source", "out", "vocab_size", "megabytes", "shard_megabytes", "seed", "verify"):
-        assert name in shown.stdout
+    for name in (*(field.name for field in dataclasses.fields(prepare.Options)), "out", "[no]verify"):
+        assert f"  --{name}: " in shown.stdout, name
     from absl import flags
 
     assert "shard_megabytes" not in flags.FLAGS

@@ -1,5 +1,6 @@
 """The command that converts tells formats apart by their files, and keeps its first names."""
 
+import dataclasses
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 from test_interop_openai import CONFIG, TEXT
 from test_interop_openai import VOCAB as OPENAI_VOCAB
 from test_interop_sparse_pretrain import GOLDEN, word_pieces
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from wsparse import runs, trees
 from wsparse.data import tokenizer as tokenizer_lib
@@ -63,6 +66,33 @@ def test_what_is_neither_format_is_refused_and_nothing_is_written(replicated, tm
     for folder in (replicated, tmp_path / "nothing"):
         with pytest.raises(UserError, match=r"it has neither beeg_config\.json nor pytorch_model\.bin nor"):
             import_run(folder, out)
+    assert not out.exists()
+
+
+def foreign_bpe() -> tokenizer_lib.Tokenizer:
+    """Byte-level BPE of words, as GPT-2 splits them."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=OPENAI_VOCAB, special_tokens=[tokenizer_lib.END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(TEXT, trainer)
+    return tokenizer_lib.from_json(core.to_str())
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE"])
+def test_a_run_whose_tokenizer_the_format_cannot_express_is_not_exported(
+    kind, replicated, published, tmp_path, monkeypatch
+):
+    run, out = tmp_path / "run", tmp_path / "out"
+    import_run(replicated if kind == "WordPiece" else published, run)
+    if kind == "BPE":
+        loaded = dataclasses.replace(runs.load(run), tokenizer=foreign_bpe())
+        monkeypatch.setattr(runs, "load", lambda folder: loaded)
+    with pytest.raises(UserError, match=rf"cannot express this tokenizer \({kind}\)") as error:
+        openai.export_run(run, out)
+    assert "\n" not in str(error.value)
     assert not out.exists()
 
 

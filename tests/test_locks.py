@@ -1,5 +1,6 @@
 """A folder is written to by one command at a time, and a dead command's lock is no obstacle."""
 
+import errno
 import json
 import os
 import pathlib
@@ -54,7 +55,7 @@ def test_a_lock_is_gone_after_the_block(tmp_path):
 
 
 def test_a_second_holder_is_refused_in_one_line_that_names_the_first(tmp_path, other):
-    with pytest.raises(UserError) as error, locks.hold(tmp_path, "training"):
+    with pytest.raises(locks.Held) as error, locks.hold(tmp_path, "training"):
         raise AssertionError
     message = str(error.value)
     assert "\n" not in message
@@ -133,5 +134,17 @@ def test_an_error_inside_the_block_is_left_as_it_is(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot write"), locks.hold(tmp_path / "missing", "x"):
+    with pytest.raises(UserError, match="cannot write") as error, locks.hold(tmp_path / "missing", "x"):
         raise AssertionError
+    assert not isinstance(error.value, locks.Held)
+
+
+def test_a_lock_that_a_full_disk_keeps_from_being_written_is_not_one_that_is_held(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks, "_write", full)
+    with pytest.raises(UserError, match="No space left") as error, locks.hold(tmp_path, "training"):
+        raise AssertionError
+    assert not isinstance(error.value, locks.Held)
+    assert not locks.is_held(tmp_path)

@@ -49,6 +49,17 @@ def test_numbers_that_are_not_finite_reach_the_file_but_not_the_events(tmp_path)
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_the_last_record_of_a_step_is_one_with_a_finite_number(tmp_path):
+    with metrics.MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, {"loss": 1.0})
+        for value in (2.0, 3.0, float("nan")):
+            writer.write(2, {"loss": value})
+        writer.write(2, {"other": 4.0})
+    assert metrics.last_record(tmp_path, 2, "loss") == {"step": 2, "loss": 3.0}
+    assert metrics.last_record(tmp_path, 1, "other") is None
+    assert metrics.last_record(tmp_path / "missing", 1, "loss") is None
+
+
 @pytest.mark.parametrize(
     ("start", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15]), (99, [5, 10, 15])]
 )

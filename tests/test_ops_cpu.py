@@ -4,7 +4,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,6 +17,9 @@ import pytest
 import reference
 from scipy import special
 
+from wsparse import doctor, tasks
+from wsparse.config import TrainConfig
+from wsparse.interop import parity, published_circuits
 from wsparse.ops import attention, cpu, linear, selection, top_k
 from wsparse.sparsity import abs_top_k
 
@@ -398,6 +403,26 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
         norms = [[float(each) for each in lines[line].split()] for lines in outputs]
         np.testing.assert_allclose(*norms, rtol=1e-4)
         assert min(norms[0]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: parity.main([]),
+        lambda: published_circuits.main([]),
+        lambda: tasks.main([]),
+        lambda: doctor.step(TrainConfig()),
+    ],
+    ids=["parity", "published_circuits", "tasks", "doctor"],
+)
+def test_commands_that_run_a_model_switch_the_kernels_on_first(run, monkeypatch):
+    def enable():
+        raise InterruptedError
+
+    monkeypatch.setattr(cpu, "enable", enable)
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(run="runs/tiny"))
+    with pytest.raises(InterruptedError):
+        run()
 
 
 def test_several_devices_keep_to_the_plain_jax():

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import train_case as case
 
-from wsparse import sparsity
+from wsparse import sparsity, train
 from wsparse.config import SparsityConfig, to_dict
 from wsparse.ops import cpu
 from wsparse.sparsity import frozen
@@ -122,6 +123,26 @@ def test_frozen_steps_come_after_an_exploration_at_the_final_density():
     assert not np.any(frozen_steps & explores)
     assert frozen_steps.any() and not frozen_steps[:20].any()
     assert not sparsity.frozen_steps(SparsityConfig(density=1 / 32), 40).any()
+
+
+def test_steps_that_have_no_room_for_the_nonzeros_are_dense_and_said_to_be_once(logged):
+    steps = []
+    program = types.SimpleNamespace(
+        frozen_step=lambda *_: steps.append("frozen"),
+        step=lambda *_: steps.append("dense"),
+        find_places=lambda _: ({}, next(fits)),
+    )
+    state = types.SimpleNamespace(params={})
+    loop = types.SimpleNamespace(program=program, frozen=[True] * 9, step=3, places=None, places_fit=True)
+    fits = iter([False, False, True, False])
+    for _ in range(4):
+        for _ in range(2):
+            train._Loop._advance(loop, state, None)
+        # An exploration.
+        loop.places = None
+    assert steps == ["dense"] * 4 + ["frozen"] * 2 + ["dense"] * 2
+    assert [line.split(":")[0] for line in logged] == ["step 3"] * 2
+    assert all("too many nonzeros" in line for line in logged)
 
 
 @needs_kernels

@@ -29,6 +29,7 @@ from wsparse.sparsity import (
     project_top_k,
     scale_by_gradient_rms,
 )
+from wsparse.sparsity.project import final_budgets
 
 CONFIG = ModelConfig(
     vocab_size=24, context=8, n_layer=3, d_model=16, n_head=2, d_head=4, d_mlp=24, norm="layer",
@@ -296,6 +297,23 @@ def test_the_budget_is_the_rounded_product(density):
         assert int(budget(density, size)) == round(density * size)
         traced = int(jax.jit(budget, static_argnums=1)(np.float32(density), size))
         assert abs(traced - density * size) <= 0.5 + 1e-6 * size
+
+
+@pytest.mark.parametrize("shape", [(19, 10), (19, 50), (39, 10), (512, 300)])
+@pytest.mark.parametrize("density", [0.07, 0.15, 0.3, 1 / 3, 1.0])
+def test_final_budgets_are_those_of_the_schedules_to_the_last_weight(density, shape):
+    config, size = SparsityConfig(density=density, min_per_neuron=0), math.prod(shape)
+    params = {"head": {"unembed": jax.ShapeDtypeStruct(shape, np.float32)}}
+    found = final_budgets(config, params)["head/unembed"]
+    last = density_schedule(config, 10)(jnp.int32(9))
+    assert found.k == int(jax.jit(budget, static_argnums=1)(last, size))
+    assert (found.shape, found.floor) == (shape, 0)
+
+
+def test_a_budget_of_a_schedule_is_not_always_the_product_in_double_precision():
+    """Negative control of the test above."""
+    assert round(0.15 * 190) == 28
+    assert int(jax.jit(budget, static_argnums=1)(np.float32(0.15), 190)) == 29
 
 
 # Flags and refusals --------------------------------------------------------------------------------

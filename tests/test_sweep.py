@@ -1,6 +1,7 @@
 """A sweep checks all of its cells first, computes each once, and goes on where it stopped."""
 
 import csv
+import errno
 import json
 import os
 import pathlib
@@ -105,6 +106,7 @@ def test_a_wrong_key_or_value_is_refused_with_the_name_of_its_cell(recipe, overr
         ({"points": (Point(axes={"edges": 1}),)}, "a name of its own"),
         ({"points": (Point(axes={"width": (1, 2)}),)}, "must be text or a number"),
         ({"points": (Point(axes={"width": 1}), Point(axes={"depth": 1}))}, "all points must lie on"),
+        ({"points": (Point(axes={"width": 1}), Point(axes={"width": "wide"}))}, "all text or all numbers"),
         ({"points": (Point(axes={"width": "a b"}), Point(axes={"width": "a/b"}))}, "two points"),
     ],
 )
@@ -227,6 +229,34 @@ def test_a_cell_that_another_worker_computes_is_waited_for(recipe, in_process, t
     assert sweep.run(plan, folder) == 0
     assert "cells with other workers: 1; waiting for them, in case one dies" in logged
     assert not any(line.startswith("[1/1]") for line in logged)
+
+
+def test_a_cell_whose_lock_cannot_be_written_fails_and_is_not_waited_for(
+    recipe, in_process, tmp_path, monkeypatch, logged
+):
+    plan, folder = densities(recipe, 0.25), tmp_path / "sweep"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def process(own, cell):
+        try:
+            return worker.run(own, cell)
+        except UserError as error:
+            # As `run_command` does.
+            (own / "log.txt").write_text(f"error: {error}\n")
+            return 2
+
+    def wait(seconds):
+        raise AssertionError("waited for a cell that nobody computes")
+
+    monkeypatch.setattr(sweep, "_process", process)
+    monkeypatch.setattr(sweep.time, "sleep", wait)
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_write", full)
+        assert sweep.run(plan, folder) == 1
+    assert "failed: cannot write" in sweep.listing(plan, folder)
+    assert sweep.run(plan, folder, retry=True) == 0
 
 
 # ---- Numbers ----

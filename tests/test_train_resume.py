@@ -1,5 +1,6 @@
 """A run stops and goes on bit for bit, and refuses what is not its own."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import train_case as case
 
-from wsparse import checkpoint, metrics, trackers, train, trees
+from wsparse import checkpoint, files, locks, metrics, trackers, train, trees
+from wsparse.config import to_dict
 from wsparse.errors import UserError
 
 finished, one_device, source = case.finished, case.one_device, case.source
@@ -131,6 +133,41 @@ def test_a_run_that_died_after_its_last_step_writes_its_summary_when_run_again(
     )
     for key in ("val_loss", "nonzeros", "alive_neurons", "steps"):
         assert mine[key] == theirs[key]
+    # What it had recorded is not measured and recorded again.
+    steps = [record["step"] for record in metrics.read(workdir) if "val_loss" in record]
+    assert steps == [20, case.STEPS]
+
+
+def test_a_run_that_died_before_its_last_evaluation_was_recorded_is_evaluated(finished, tmp_path, one_device):
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(lines.pop())["val_loss"]
+    (workdir / "metrics.jsonl").write_text("".join(lines))
+    assert train.run(finished.config, workdir) == 0
+    mine, theirs = (
+        json.loads((folder / "summary.json").read_text()) for folder in (workdir, finished.workdir)
+    )
+    assert mine["val_loss"] == theirs["val_loss"]
+    assert metrics.read(workdir)[-1]["val_loss"] == theirs["val_loss"]
+
+
+def test_a_checkpoint_is_given_losses_that_do_not_change_while_it_is_written(
+    source, tmp_path, one_device, monkeypatch
+):
+    config, given = case.make_config(source, checkpoint_every=4), []
+    save = checkpoint.Checkpointer.save
+
+    def noting(self, step, state, metadata):
+        given.append((metadata["losses"], list(metadata["losses"])))
+        save(self, step, state, metadata)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", noting)
+    case.stop_at(monkeypatch, 7, signal.SIGTERM)
+    train.run(config, tmp_path / "run")
+    # At step 4, before the record of step 5; and at the stop.
+    assert [len(then) for _, then in given] == [4, 2]
+    assert [now for now, _ in given] == [then for _, then in given]
 
 
 def test_a_workdir_of_another_config_is_refused_with_what_differs(finished, one_device):
@@ -141,6 +178,34 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished, one_
         train.run(changed, finished.workdir)
     case.assert_one_line(error, str(finished.workdir), "steps: 40 -> 41", "optimizer.b1: 0.9 -> 0.8")
     assert "seed" not in str(error.value)
+
+
+def test_a_config_that_another_command_wrote_before_the_folder_was_locked_is_refused(
+    source, tmp_path, one_device, monkeypatch
+):
+    workdir, hold = tmp_path / "run", locks.hold
+    other = case.make_config(source, seed=7)
+
+    @contextlib.contextmanager
+    def late(folder, work):
+        with hold(folder, work):
+            files.write_json(folder / "config.json", to_dict(other))
+            yield
+
+    monkeypatch.setattr(locks, "hold", late)
+    with pytest.raises(UserError) as error:
+        train.run(case.make_config(source), workdir)
+    case.assert_one_line(error, str(workdir), "seed: 7 -> 0")
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_process_that_does_not_see_the_summary_yet_believes_the_first_one(
+    finished, tmp_path, one_device, monkeypatch
+):
+    """A network's file system may show a file to other processes later."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(train.processes, "gather", lambda text: ["True", text] if text == "False" else [text])
+    assert train.run(finished.config, tmp_path / "run") == 0
 
 
 def test_a_run_goes_on_with_its_own_tokens_when_the_source_changes(tmp_path, one_device):
@@ -191,6 +256,38 @@ def test_a_config_that_cannot_start_does_not_claim_the_folder(source, tmp_path, 
     with pytest.MonkeyPatch.context() as monkeypatch:
         case.stop_at(monkeypatch, 2, signal.SIGINT)
         assert train.run(case.make_config(source), workdir) == 128 + signal.SIGINT
+
+
+def test_a_refused_start_leaves_a_folder_data_that_was_there_before(source, tmp_path, one_device):
+    """A user's own files, or the tokens of another run."""
+    own = tmp_path / "mine" / "data"
+    own.mkdir(parents=True)
+    (own / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is not the data of a run"):
+        train.run(case.make_config(source), own.parent)
+    assert (own / "thesis.tex").read_text() == "years of work"
+
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        case.stop_at(monkeypatch, 2, signal.SIGINT)
+        train.run(case.make_config(source), workdir)
+    copied = shutil.copytree(workdir / "data", tmp_path / "copy" / "data")
+    shard = max(copied.glob("train*record"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"must have .* bytes"):
+        train.run(case.make_config(source), copied.parent)
+    assert shard.exists()
+
+
+def test_a_refused_start_takes_the_data_that_it_made_with_it(source, tmp_path, one_device, monkeypatch):
+    def refuse(digest, what):
+        assert (tmp_path / "run" / "data" / "provenance.json").exists()
+        raise UserError(f"{what} must be the same")
+
+    monkeypatch.setattr(train.processes, "require_same", refuse)
+    with pytest.raises(UserError, match="the data must be the same"):
+        train.run(case.make_config(source), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_config_file_is_an_error_of_one_line(finished, tmp_path, one_device):

@@ -7,7 +7,7 @@ of the way, and the newest good one before it is used. Older steps are deleted o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import logging
@@ -135,19 +135,14 @@ class Checkpointer:
         """Returns the newest undamaged step, once what is being written has arrived on disk."""
         self.finish()
         # One process looks, since it is the one that sets damaged steps aside; the others wait for it.
-        newest = next(self._good_steps(), None) if jax.process_index() == 0 else None
+        newest = None
+        if jax.process_index() == 0:
+            paths = {step: self._path(step) for step in self._manager.all_steps()}
+            newest = next(_good_steps(paths, self._set_aside), None)
         agreed = processes.gather(str(newest))[0]
         if jax.process_index() != 0:
             self._manager.reload()
         return None if agreed == "None" else int(agreed)
-
-    def _good_steps(self) -> Iterator[int]:
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = _damage(self._path(step), step)
-            if reason is None:
-                yield step
-            else:
-                self._set_aside(step, reason)
 
     def _set_aside(self, step: int, reason: str) -> None:
         target = self.folder.parent / SET_ASIDE / f"{self.folder.name}-{step}"
@@ -193,9 +188,9 @@ def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) 
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: let training reach a checkpoint first")
     paths = {found.step: pathlib.Path(found.path) for found in _NAMES.find_all(folder)}
-    steps = sorted(paths, reverse=True) if step is None else [step]
-    reasons = {number: _damage(paths.get(number), number) for number in steps}
-    good = next((number for number, reason in reasons.items() if reason is None), None)
+    chosen = paths if step is None else {step: paths.get(step)}
+    reasons: dict[int, str] = {}
+    good = next(_good_steps(chosen, reasons.__setitem__), None)
     if good is None:
         why = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
         raise UserError(f"{folder} has no usable checkpoint{f' ({why})' if why else ''}")
@@ -266,6 +261,18 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
         raise files.cannot_write(path, reason) from error
 
 
+def _good_steps(
+    paths: Mapping[int, pathlib.Path | None], refuse: Callable[[int, str], None]
+) -> Iterator[int]:
+    """Yields the undamaged steps, newest first; `refuse` is told of others that are met, with the reason."""
+    for step in sorted(paths, reverse=True):
+        reason = _damage(paths[step], step)
+        if reason is None:
+            yield step
+        else:
+            refuse(step, reason)
+
+
 def _damage(path: pathlib.Path | None, step: int) -> str | None:
     """Returns what is wrong with the files of a step, or None."""
     if path is None or not path.is_dir():
@@ -282,7 +289,10 @@ def _damage(path: pathlib.Path | None, step: int) -> str | None:
         return f"its files are those of step {stored['step']}"
     if not isinstance(expected, dict):
         return "its digests cannot be read"
-    found = _digests(path)
+    try:
+        found = _digests(path)
+    except FileNotFoundError:
+        return "it was deleted meanwhile"
     wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
     return f"{wrong[0]} is damaged ({len(wrong)} of {len(expected)} files)" if wrong else None
 

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import typing
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -51,6 +52,9 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         signals.handle(signals.leave)
 
 
+# Flags of `define_fields` are its caller's: `--help` shows those of the command's own module.
+flags.disclaim_key_flags()
+
 _DEFINE: dict[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -61,11 +65,21 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 
 
 def define_fields(cls: type, about: str = "") -> None:
-    """Defines a flag for every field of a dataclass that has a default and `config.setting`'s help."""
+    """Defines a flag for every field of a dataclass that has `config.setting`'s help.
+
+    A field without a default is a flag that must be given; what a default of None means, its help says.
+    """
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        default = field.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        _DEFINE[type(default)](field.name, None, f"{about}{field.metadata['help']} Default: {shown!r}.")
+        default, text = field.default, f"{about}{field.metadata['help']}"
+        kind = type(default)
+        if kind in _DEFINE:
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            text += f" Default: {shown!r}."
+        else:
+            hint = hints[field.name]
+            kind = next(kind for kind in (hint, *typing.get_args(hint)) if kind in _DEFINE)
+        _DEFINE[kind](field.name, None, text, required=default is dataclasses.MISSING)
 
 
 def given_fields(cls: type) -> dict[str, Any]:

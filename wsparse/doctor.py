@@ -34,6 +34,7 @@ from wsparse import processes, recipes, sharding
 from wsparse.command import run_command
 from wsparse.config import MeshConfig, TrainConfig
 from wsparse.errors import UserError
+from wsparse.ops import cpu
 from wsparse.step import init_state, make_program
 
 log = logging.getLogger(__name__)
@@ -209,6 +210,8 @@ def disk(workdir: epath.Path, config: TrainConfig | None) -> str:
 
 def step(config: TrainConfig) -> str:
     """Checks that a training step of the config compiles, fits, runs, and gives a finite loss."""
+    # As in training; here, since devices that do not answer are a failure of this check.
+    cpu.enable()
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(config, mesh)
     size = config.batch_size // config.accumulate

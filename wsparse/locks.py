@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 _BEAT, _PATIENCE = 5.0, 30.0
 
 
+class Held(UserError):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
 def hold(folder: pathlib.Path, work: str, *, name: str = ".lock") -> Iterator[None]:
     """Hold the lock of an existing folder while the block runs.
@@ -38,7 +42,8 @@ def hold(folder: pathlib.Path, work: str, *, name: str = ".lock") -> Iterator[No
       name: Name of the lock's file in the folder.
 
     Raises:
-      UserError: Another process holds it; its host, number and work are named.
+      Held: Another process holds it; its host, number and work are named.
+      UserError: The file cannot be written.
     """
     path = folder / name
     file = _acquire(path)
@@ -118,8 +123,8 @@ def _lock(file: int, path: pathlib.Path) -> None:
                 raise _refusal(path, now)
 
 
-def _refusal(path: pathlib.Path, holder: dict[str, Any]) -> UserError:
-    return UserError(
+def _refusal(path: pathlib.Path, holder: dict[str, Any]) -> Held:
+    return Held(
         f"{path.parent} is in use: process {holder.get('pid', '?')} on {holder.get('host', '?')} is "
         f"{holder.get('work', 'working')} there; wait for it, or stop it"
     )

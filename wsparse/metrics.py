@@ -91,6 +91,12 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_record(workdir: pathlib.Path, step: int, name: str) -> dict[str, Any] | None:
+    """Returns the last record of a step in which a number is finite, or None."""
+    records = (record for record in reversed(read(workdir)) if record["step"] == step)
+    return next((record for record in records if record.get(name) is not None), None)
+
+
 def set_aside(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     """Move the records of a run that begins anew to a folder, where they overwrite nothing."""
     path = workdir / _FILE

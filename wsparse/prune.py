@@ -303,6 +303,7 @@ def main(argv: Sequence[str]) -> int:
     if options.report:
         rows = write_report(folder)
     elif options.evidence:
+        cpu.enable()
         evidence.measure_run(folder, [joined(name, options.name) for name in options.task], shown)
     else:
         chosen = chosen_tasks(folder, options.task)

@@ -24,6 +24,9 @@ from ml_collections import config_flags
 from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import UserError, closest
 
+# Flags of `define_flag` are its caller's, see `wsparse.command`.
+flags.disclaim_key_flags()
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 

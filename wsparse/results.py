@@ -38,6 +38,7 @@ from wsparse.circuits.settings import Settings
 from wsparse.command import run_command
 from wsparse.config import TrainConfig, differences, from_dict, to_dict
 from wsparse.errors import UserError, closest
+from wsparse.ops import cpu
 from wsparse.sweeps import records
 from wsparse.sweeps.records import spread
 
@@ -411,6 +412,7 @@ def main(argv: Sequence[str]) -> int:
     path = pathlib.Path(options.json)
     entries = read(path)
     new = []
+    cpu.enable()
     for folder in (found for given in options.add for found in run_folders(pathlib.Path(given))):
         new.append(entry(folder, pairs=options.pairs, circuits=options.circuits))
         log.info("%s: %s, seed %d", folder, new[-1]["name"], new[-1]["seed"])

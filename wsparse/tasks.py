@@ -24,6 +24,7 @@ from wsparse.config import ModelConfig
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError, closest, quoted
+from wsparse.ops import cpu
 
 # Rows scored at once. The last group is padded, so that all tasks share one compiled function.
 _ROWS = 128
@@ -163,6 +164,8 @@ def main(argv: Sequence[str]) -> None:
     """Run the command; see the module's docstring."""
     del argv
     options = flags.FLAGS
+    if options.run:
+        cpu.enable()
     which = {"n_pairs": options.pairs, "seed": options.seed, "split": options.split}
     judged = runs.load(options.run) if options.run else tokenizer_lib.load(options.tokenizer)
     every = tasks.names_of(judged.config.data.domain) if isinstance(judged, runs.Run) else tasks.built_in()

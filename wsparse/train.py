@@ -86,12 +86,15 @@ def run(
     summary = workdir / "summary.json"
     # Process 0 decides: a network's file system may show the file to others later.
     if processes.gather(str(summary.exists()))[0] == "True":
-        log.info("%s is complete: %s", workdir, summary.read_text().strip())
+        if jax.process_index() == 0:
+            log.info("%s is complete: %s", workdir, summary.read_text().strip())
         return 0
     program = make_program(config, sharding.make_mesh(config.mesh))
     for line in sparsity.budget_warnings(config.sparsity, program.abstract_state.params):
         log.warning(line)
     with _locked(workdir):
+        # Again: another command may have claimed the folder before it was locked.
+        _in_all_processes(lambda: refuse_other(workdir, config))
         dataset = _open_data(config, workdir)
         # Only now: a start that failed above leaves the folder free for the corrected command.
         _claim(workdir, config, dataset)
@@ -167,11 +170,13 @@ def _remove_empty(folder: pathlib.Path) -> None:
 
 def _open_data(config: TrainConfig, workdir: pathlib.Path) -> Dataset:
     """Opens the run's data, which process 0 makes where it is not there yet."""
+    folder = workdir / "data"
+    is_new = jax.process_index() == 0 and not folder.exists()
 
     def opened() -> Dataset:
         path = workdir / "tokenizer.json"
         return open_dataset(
-            workdir / "data",
+            folder,
             config.data,
             vocab_size=config.model.vocab_size,
             context=config.model.context,
@@ -182,13 +187,13 @@ def _open_data(config: TrainConfig, workdir: pathlib.Path) -> Dataset:
         # The others open the folder only when process 0 has made it.
         dataset = _in_all_processes(opened if jax.process_index() == 0 else lambda: None)
         if jax.process_count() > 1:
-            _require_shared(workdir, workdir / "data" / PROVENANCE)
+            _require_shared(workdir, folder / PROVENANCE)
             dataset = _in_all_processes(lambda: dataset or opened())
         processes.require_same(dataset.digest, "the data")
     except UserError:
-        # A folder that is nobody's yet stays free for the corrected command.
-        if jax.process_index() == 0 and not (workdir / "config.json").exists():
-            shutil.rmtree(workdir / "data", ignore_errors=True)
+        # What was made here only: a folder that was there before may be the user's own.
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     for line in (*str(dataset.report).splitlines(), dataset.provenance):
         log.info("%s", line)
@@ -277,7 +282,8 @@ def _metadata(
         "data_digest": dataset.digest,
         "tokenizer": dataset.tokenizer.to_json(),
         "seconds": seconds,
-        "losses": losses,
+        # A copy: it is written while training goes on.
+        "losses": list(losses),
         "turnover": turnover,
     }
 
@@ -312,7 +318,7 @@ class _Loop:
         self.frozen = sparsity.frozen_steps(config.sparsity, config.steps)
         # Where the nonzeros are, found anew after each exploration, and whether there was room for them.
         self.places: dict[str, jax.Array] | None = None
-        self.places_fit = False
+        self.places_fit = True
         self.rate = sparsity.learning_rate_schedule(config.optimizer, config.steps, density=self.density)
         self.progress = progress(config.steps, "step", start=self.step, seconds_per_line=None)
 
@@ -380,8 +386,7 @@ class _Loop:
             log.info("%s: saved step %d; run the same command again to go on", name, self.step)
             return 128 + self.stop_signal
         self.checkpoints.finish()
-        # A run that was killed between its last checkpoint and its summary has nothing evaluated yet.
-        self._summarize(state, evaluation or self._evaluate(state))
+        self._summarize(state, evaluation or self._recorded_evaluation() or self._evaluate(state))
         return 0
 
     def _advance(self, state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, Any]]:
@@ -392,6 +397,8 @@ class _Loop:
         if self.places is None:
             self.places, fits = self.program.find_places(state.params)
             # A state that another config left (--from) may have more nonzeros until the next exploration.
+            if self.places_fit and not fits:
+                log.info("step %d: too many nonzeros for steps over them alone: steps are dense", self.step)
             self.places_fit = bool(fits)
         if not self.places_fit:
             return self.program.step(state, batch)
@@ -506,6 +513,13 @@ class _Loop:
         log.info("step %d: held-out loss %.4f", self.step, values["val_loss"])
         self._restart_clock()
         return values
+
+    def _recorded_evaluation(self) -> dict[str, Any] | None:
+        """Returns the evaluation of this step by a run that was killed before its summary, or None."""
+        found = self.writer and metrics.last_record(self.checkpoints.folder.parent, self.step, "val_loss")
+        # All processes evaluate, or none; process 0 alone has the records, and a summary to write.
+        is_recorded = processes.gather(str(found is not None))[0] == "True"
+        return (found or {"step": self.step}) if is_recorded else None
 
     def _save(self, state: TrainState) -> None:
         seconds = time.monotonic() - self.started

@@ -28,7 +28,7 @@ from wsparse.circuits.settings import Objective
 # Groups of the bank: one of drawn strengths, the others of the latest adversaries.
 _GROUPS = 4
 # Candidates that one stage may propose before it gives up; pairs that an adversary sees.
-_ROUNDS, _ATTACKED_PAIRS = 6, 32
+ROUNDS, _ATTACKED_PAIRS = 6, 32
 # What losses under the bank are multiplied by after each candidate that was refuted: a candidate at the very
 # edge of the bank is beyond that of the next adversary.
 _STRICTER = 1.3
@@ -74,7 +74,12 @@ class Criterion:
         self.scorer = scorer.against(self._bank())
 
     def settle(
-        self, propose: Callable[[Scorer], T], subgraph: Callable[[T], Subgraph | None], goal: float
+        self,
+        propose: Callable[[Scorer], T],
+        subgraph: Callable[[T], Subgraph | None],
+        goal: float,
+        *,
+        rounds: int = ROUNDS,
     ) -> T | None:
         """Returns the first proposal that no adversary refutes, or has no subgraph; None if all are refuted.
 
@@ -82,8 +87,9 @@ class Criterion:
           propose: Returns a proposal under the scorer, whose bank grows from call to call.
           subgraph: Returns the subgraph of a proposal.
           goal: Loss that a subgraph must keep under attack.
+          rounds: Proposals after which it gives up.
         """
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             proposal = propose(self.scorer)
             candidate = subgraph(proposal)
             if candidate is None or not self._refutes(candidate, goal):
@@ -111,7 +117,8 @@ class Criterion:
         )
         if self._weight * attack.loss <= goal:
             return False
-        self._strictness *= _STRICTER
+        # No loss under the bank is asked to be lower than that without it.
+        self._strictness = min(self._strictness * _STRICTER, 1 / self._weight)
         self._adversaries = [*self._adversaries, attack.strengths][1 - _GROUPS :]
         self.scorer = self._plain.against(self._bank())
         return True

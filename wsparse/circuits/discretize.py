@@ -72,8 +72,7 @@ def discretize(
     """Returns a subgraph of few nodes whose loss on `pairs` is at most the target.
 
     These are the first open nodes in the order of their learned `tau_U`. Where all of them miss the target,
-    closed ones are added, whose order in tau says nothing any more: those of which `Scorer.openings`
-    estimates that they lower the loss most, as few as reach it.
+    closed ones are added, see `grow`: their order in tau says nothing any more.
 
     Args:
       scorer: Scorer whose loss counts.
@@ -88,27 +87,43 @@ def discretize(
     cut = shortest(scorer, pairs, order, target)
     if cut.subgraph is not None:
         return cut
-    allowed_U = np.ones(tau_U.size, bool) if forbidden_U is None else ~forbidden_U
+    grown = grow(scorer, pairs, open_U, target, forbidden_U=forbidden_U)
+    return Cut(grown.subgraph, min(cut.least_loss, grown.least_loss))
+
+
+def grow(
+    scorer: Scorer,
+    pairs: PairArrays,
+    nodes_U: np.ndarray,
+    target: float,
+    *,
+    forbidden_U: np.ndarray | None = None,
+) -> Cut:
+    """Returns the nodes with others added: as few as reach the target, where the whole model does.
+
+    Added are those of which `Scorer.openings` estimates that they lower the loss most; at most half as many
+    as there are at a time.
+
+    Args:
+      scorer: Scorer whose loss counts.
+      pairs: Pairs that the circuit is chosen on.
+      nodes_U: Bool, nodes that stay.
+      target: Loss to reach.
+      forbidden_U: Nodes that are not added; None forbids none.
+    """
+    allowed_U = np.ones(nodes_U.size, bool) if forbidden_U is None else ~forbidden_U
     # The path of the estimates leads there.
     whole = scorer.mask(pairs, allowed_U).loss
-    grown = _grown(scorer, pairs, open_U, allowed_U, target) if whole <= target else None
-    return Cut(grown, min(cut.least_loss, whole))
-
-
-def _grown(
-    scorer: Scorer, pairs: PairArrays, nodes_U: np.ndarray, allowed_U: np.ndarray, target: float
-) -> Subgraph | None:
-    """Returns the nodes with as few others added as reach the target."""
-    while (outside := np.flatnonzero(allowed_U & ~nodes_U)).size:
+    while whole <= target and (outside := np.flatnonzero(allowed_U & ~nodes_U)).size:
         estimates_U = scorer.openings(pairs, nodes_U, allowed_U)
         n_added = max(GRID, int(_GROWTH * np.count_nonzero(nodes_U)))
         order = outside[np.argsort(estimates_U[outside], kind="stable")][:n_added]
         cut = shortest(scorer, pairs, order, target, base_U=nodes_U)
         if cut.subgraph is not None:
-            return cut.subgraph
+            return cut
         nodes_U = nodes_U.copy()
         nodes_U[order] = True
-    return None
+    return Cut(None, whole)
 
 
 def shortest(

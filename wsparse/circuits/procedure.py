@@ -17,7 +17,7 @@ from wsparse.circuits.audits.statistics import interval
 from wsparse.circuits.circuit import Circuit, Scores, Size, TrialSize
 from wsparse.circuits.clean_up import PASSES, clean_up, complete
 from wsparse.circuits.criterion import Criterion
-from wsparse.circuits.discretize import Cut, Subgraph, discretize
+from wsparse.circuits.discretize import Cut, Subgraph, discretize, grow
 from wsparse.circuits.scoring import Scorer
 from wsparse.circuits.search import FAST, GENTLE, Pruner, Trial, TrialStore, log_size, search
 from wsparse.circuits.settings import Settings
@@ -33,6 +33,8 @@ _ABOVE_MODEL = 0.05
 # Circuits that are chosen, each for a lower loss, until one is within the target on other pairs; the least
 # factor of the loss from one to the next.
 _CHOICES, _LEAST_FACTOR = 3, 0.5
+# Times that a cut which an adversary refutes may grow.
+_CUT_ROUNDS = 24
 
 
 class _Choice(NamedTuple):
@@ -132,18 +134,23 @@ class CircuitSearch:
             self.subject.scorer,
             self.pairs.discretize,
             objective=settings.objective,
-            # Where the model is near the target, both targets are above it.
-            weight=min(1.0, self.target / settings.robust_target),
+            weight=self._robust_weight,
             seed=settings.seed,
         )
 
     def _cut(self, tau_U: np.ndarray, goal: float) -> Cut:
-        """Returns the cut of a trial that adversaries do not refute."""
+        """Returns the cut of a trial that adversaries do not refute; one that they do refute grows."""
+        pairs, cuts = self.pairs.discretize, []
 
         def propose(scorer: Scorer) -> Cut:
-            return discretize(scorer, self.pairs.discretize, tau_U, goal)
+            # Once adversaries have shown what a candidate lacks, only more nodes can hold against them all.
+            cut = (
+                grow(scorer, pairs, cuts[-1].nodes, goal) if cuts else discretize(scorer, pairs, tau_U, goal)
+            )
+            cuts.append(cut.subgraph)
+            return cut
 
-        cut = self._criterion().settle(propose, lambda cut: cut.subgraph, goal)
+        cut = self._criterion().settle(propose, lambda cut: cut.subgraph, goal, rounds=_CUT_ROUNDS)
         return cut or Cut(None, math.inf)
 
     def circuit(self, trials: Sequence[Trial], *, started: float) -> Circuit | None:
@@ -178,10 +185,29 @@ class CircuitSearch:
         return (self._goal + self.target) / 2
 
     def _confirm_loss(self, subgraph: Subgraph) -> float:
+        """Returns the loss on other pairs, or what an adversary brings there where that is more."""
         if self.pairs.confirm is None:
             return -math.inf
-        scorer = self.subject.scorer
-        return scorer.mask(self.pairs.confirm, subgraph.nodes, subgraph.remaining(scorer)).loss
+        if subgraph not in self._confirm_losses:
+            scorer, settings = self.subject.scorer, self.settings
+            loss = scorer.mask(self.pairs.confirm, subgraph.nodes, subgraph.remaining(scorer)).loss
+            if settings.objective == "robust":
+                attacked = measurements.attacked(
+                    self.subject, self.pairs.confirm, subgraph, settings.seed + 1
+                )
+                loss = max(loss, self._robust_weight * attacked)
+            self._confirm_losses[subgraph] = loss
+        return self._confirm_losses[subgraph]
+
+    @functools.cached_property
+    def _confirm_losses(self) -> dict[Subgraph, float]:
+        return {}
+
+    @property
+    def _robust_weight(self) -> float:
+        """What losses under attack are multiplied by, to be compared with the target under mean ablation."""
+        # Where the model is near the targets, both are above it.
+        return min(1.0, self.target / self.settings.robust_target)
 
     def _choice(self, finalists: Sequence[tuple[Trial, Subgraph]], goal: float) -> _Choice:
         """Returns the smallest of trials' cuts once they are cleaned up, completed.

@@ -173,10 +173,12 @@ def other_text(
       max_bytes: Text to read, divided by weight.
 
     Raises:
-      UserError: A source cannot be read.
+      UserError: A source cannot be read, or was prepared with another tokenizer.
     """
     mix = sources.parse_mix(source)
     paths = _arrayrecord_paths(mix)
+    # Ids of another tokenizer would be other text to the model.
+    _given_tokenizer(data, tokenizer, paths)
     components: list[tuple[float, tokens.TokenStream]] = []
     for term in mix:
         if term.name in paths:
@@ -270,7 +272,11 @@ def _require_window(stream: tokens.TokenStream, name: str, context: int, *, held
 def _given_tokenizer(
     data: DataConfig, tokenizer: tokenizer_lib.Tokenizer | None, paths: dict[str, pathlib.Path]
 ) -> tokenizer_lib.Tokenizer | None:
-    """Returns the tokenizer that the user or prepared tokens dictate; None when one is to be trained."""
+    """Returns the tokenizer that the user or prepared tokens dictate; None when one is to be trained.
+
+    Raises:
+      UserError: They dictate different ones.
+    """
     given: list[tuple[str, tokenizer_lib.Tokenizer]] = []
     if tokenizer is not None:
         given.append(("the run", tokenizer))

@@ -10,14 +10,13 @@ same bytes as an uninterrupted one. A finished folder is left as it is. See `wsp
 from __future__ import annotations
 
 from collections.abc import Sequence
-import dataclasses
 import logging
 import pathlib
 from typing import Any
 
 from absl import flags
 
-from wsparse.command import run_command
+from wsparse.command import define_fields, given_fields, run_command
 from wsparse.data import encode, tokens
 from wsparse.data.encode import Options
 from wsparse.data.encode import write as prepare
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     del argv
     values: Any = flags.FLAGS
-    options = Options(**{field.name: getattr(values, field.name) for field in dataclasses.fields(Options)})
+    options = Options(**given_fields(Options))
     out = pathlib.Path(values.out).expanduser()
     manifest = encode.write(options, out)
     if values.verify:
@@ -46,15 +45,7 @@ def _define_flags() -> None:
     """Called only by the command, so that importing this module defines no global flag."""
     flags.DEFINE_string("out", None, "The folder to write.", required=True)
     flags.DEFINE_boolean("verify", False, "At the end, read every shard and compare its sha256.")
-    defines: dict[str, Any] = {
-        "str": flags.DEFINE_string,
-        "int": flags.DEFINE_integer,
-        "float": flags.DEFINE_float,
-    }
-    for field in dataclasses.fields(Options):
-        required = field.default is dataclasses.MISSING
-        define = defines[str(field.type).removesuffix(" | None")]
-        define(field.name, None if required else field.default, field.metadata["help"], required=required)
+    define_fields(Options)
 
 
 if __name__ == "__main__":

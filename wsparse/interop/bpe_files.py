@@ -7,9 +7,11 @@ text before merging is in neither file; it is `wsparse.data.tokenizer.PATTERN`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import tempfile
 
 from tokenizers import pre_tokenizers
 
@@ -57,6 +59,25 @@ def save(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
     lines = [_VERSION_LINE, *(" ".join(merge) for merge in model["merges"])]
     with files.replacing(folder / MERGES_FILE) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def check(tokenizer: Tokenizer) -> None:
+    """Checks that `load` would return a tokenizer that `save` has written.
+
+    Raises:
+      UserError: It would not, since the tokenizer is of another kind, or splits or ends text otherwise.
+    """
+    kind = json.loads(tokenizer.core.to_str())["model"]["type"]
+    if kind == "BPE":
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder, tokenizer)
+            with contextlib.suppress(UserError):
+                if load(folder).digest == tokenizer.digest:
+                    return
+    raise UserError(
+        f"{ENCODER_FILE} and {MERGES_FILE} cannot express this tokenizer ({kind}): they are for byte-level "
+        f"BPE with the published pattern and {END_OF_TEXT}; openai.save in Python writes the model alone"
+    )
 
 
 def _merges(path: pathlib.Path) -> list[tuple[str, str]]:

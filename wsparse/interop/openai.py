@@ -271,9 +271,10 @@ def export_run(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the model and the tokenizer of a run as a published checkpoint.
 
     Raises:
-      UserError: `folder` is not a run, or as `save`.
+      UserError: `folder` is not a run, its tokenizer is not of the published kind, or as `save`.
     """
     run = runs.load(folder)
+    bpe_files.check(run.tokenizer)
     save(out, run.config.model, run.params)
     bpe_files.save(out, run.tokenizer)
 

@@ -19,6 +19,7 @@ from wsparse import model, nodes
 from wsparse.command import run_command
 from wsparse.errors import UserError
 from wsparse.interop import openai, sparse_pretrain
+from wsparse.ops import cpu
 
 TOLERANCE = 1e-5
 # What reads a checkpoint with a config of this name.
@@ -96,6 +97,7 @@ def table(errors: Mapping[str, Mapping[str, Error]]) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command; see the module's docstring."""
     del argv
+    cpu.enable()
     options: Any = flags.FLAGS
     folder = pathlib.Path(options.folder)
     models = sorted(path.parent for name in _LOADERS for path in folder.glob(f"*/{name}"))

@@ -48,6 +48,7 @@ from wsparse.errors import UserError, quoted
 from wsparse.interop import viz_data
 from wsparse.interop.viz_data import FINAL, VizData
 from wsparse.nodes import CONNECTIONS, NODES, Node
+from wsparse.ops import cpu
 
 # Task loss that the paper prunes to.
 _TARGET = 0.15
@@ -460,6 +461,7 @@ def _token(run: runs.Run, answer: str) -> int:
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     del argv
+    cpu.enable()
     options: Any = flags.FLAGS
     rows = import_circuits(
         pathlib.Path(options.run),

@@ -9,7 +9,6 @@ Shapes: G matrices of a stack, N places of each.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -21,7 +20,7 @@ from wsparse import trees
 from wsparse.config import SparsityConfig
 from wsparse.ops import cpu
 from wsparse.ops.linear import SupportedMatrix
-from wsparse.sparsity.project import MODEL_RULES, Sparse
+from wsparse.sparsity.project import final_budgets
 
 # Path of a packed parameter -> int32 `(G, N)` flat indices, as `cpu.places` returns them.
 Places = dict[str, jax.Array]
@@ -37,15 +36,10 @@ def capacities(config: SparsityConfig, params: Any) -> dict[str, int]:
       config: Densities and floor.
       params: Parameters of a model, or their shapes.
     """
-    targets, found = (*config.targets, (".*", config.density)), {}
-    for path, leaf in trees.flatten(params).items():
-        rule = trees.match(MODEL_RULES, path)
-        if not isinstance(rule, Sparse) or leaf.ndim - rule.stacked != 2:
-            continue
-        shape = leaf.shape[rule.stacked :]
-        floor = 0 if rule.neuron_axis is None else config.min_per_neuron * shape[rule.neuron_axis]
-        found[path] = max(round(trees.match(targets, path) * math.prod(shape)), floor, 1)
-    return found
+    budgets = final_budgets(config, params)
+    return {
+        path: max(budget.k, budget.floor, 1) for path, budget in budgets.items() if len(budget.shape) == 2
+    }
 
 
 def find_places(params: Any, capacities: dict[str, int]) -> tuple[Places, jax.Array]:

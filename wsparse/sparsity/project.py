@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import dataclasses
 import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 
 from wsparse import trees
+from wsparse.config import SparsityConfig
 from wsparse.errors import UserError, closest
 from wsparse.nodes import CONNECTIONS
 from wsparse.ops import selection
@@ -73,6 +75,42 @@ def budget(density: jax.Array | float, size: int) -> jax.Array:
     if isinstance(density, float):
         return jnp.int32(round(density * size))
     return jnp.round(density * size).astype(jnp.int32)
+
+
+class FinalBudget(NamedTuple):
+    """What the final density leaves of each matrix of a parameter.
+
+    Attributes:
+      shape: Shape of one matrix.
+      density: Its final density.
+      k: Nonzeros by the density alone.
+      floor: Nonzeros of a matrix in which each neuron has its least number; 0 without a floor.
+    """
+
+    shape: tuple[int, ...]
+    density: float
+    k: int
+    floor: int
+
+
+def final_budgets(config: SparsityConfig, params: Any) -> dict[str, FinalBudget]:
+    """Returns the budgets of the projected parameters of a model at the end of their schedules, by path.
+
+    Args:
+      config: Densities and floor.
+      params: Parameters of a model, or their shapes.
+    """
+    targets, found = (*config.targets, (".*", config.density)), {}
+    for path, leaf in trees.flatten(params).items():
+        rule, density = trees.match(MODEL_RULES, path), trees.match(targets, path)
+        if not isinstance(rule, Sparse):
+            continue
+        shape = tuple(leaf.shape[rule.stacked :])
+        # Schedules are float32, and so is `budget` of their values.
+        k = int(np.round(np.float32(density) * np.float32(math.prod(shape))))
+        floor = 0 if rule.neuron_axis is None else config.min_per_neuron * shape[rule.neuron_axis]
+        found[path] = FinalBudget(shape, density, k, floor)
+    return found
 
 
 def project_top_k(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from wsparse import trees
 from wsparse.config import SparsityConfig
-from wsparse.sparsity.project import MODEL_RULES, Dense
+from wsparse.sparsity.project import final_budgets
 
 # The parameters that tell tokens apart, and the axis of the tokens.
 _TOKEN_AXES = {"embed/tokens": 0, "head/unembed": 1}
@@ -50,16 +49,9 @@ def budget_warnings(config: SparsityConfig, params: Any) -> list[str]:
       config: Densities and floor.
       params: Parameters of a model, or their shapes.
     """
-    targets = (*config.targets, (".*", config.density))
     full, poor = [], []
-    for path, leaf in trees.flatten(params).items():
-        rule: Any = trees.match(MODEL_RULES, path)
-        if isinstance(rule, Dense):
-            continue
-        shape, density = leaf.shape[rule.stacked :], trees.match(targets, path)
-        k = round(density * math.prod(shape))
-        neurons = 0 if rule.neuron_axis is None else shape[rule.neuron_axis]
-        if density < 1 and neurons and config.min_per_neuron * neurons >= k:
+    for path, (shape, density, k, floor) in final_budgets(config, params).items():
+        if density < 1 and floor and floor >= k:
             full.append(path)
         if path in _TOKEN_AXES and k < 2 * shape[_TOKEN_AXES[path]]:
             poor.append(f"{path}=1/{max(shape[1 - _TOKEN_AXES[path]] // 2, 1)}")

@@ -139,6 +139,11 @@ def _check_grid(sweep: Sweep) -> None:
                 f"a place on axis {axis!r} must be text or a number",
                 value,
             )
+    for axis in axes:
+        # Along a line of a plot, points are sorted by their places.
+        places = list(dict.fromkeys(point.axes[axis] for point in sweep.points))
+        if len({isinstance(place, str) for place in places}) > 1:
+            raise UserError(f"the places on axis {axis!r} must be all text or all numbers, got {places}")
     if wrong := [axis for axis in axes if not axis.isidentifier() or axis in ("cell", "seed", *METRICS)]:
         raise UserError(f"an axis must have a name of its own, of letters and digits, got {wrong[0]!r}")
     for plot in sweep.plots:

@@ -50,12 +50,16 @@ def _is_of(made: dict[str, Any], cell: Cell) -> bool:
 
 
 def run(folder: pathlib.Path, cell: Cell) -> int:
-    """Trains, prunes and scores a cell, as far as that is not done, and returns the exit status."""
+    """Trains, prunes and scores a cell, as far as that is not done, and returns the exit status.
+
+    Raises:
+      UserError: A command refuses the cell, or its folder cannot be written.
+    """
     files.make_folder(folder)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locks.hold(folder, "computing this cell", name=LOCK))
-        except UserError as error:
+        except locks.Held as error:
             log.info("%s", error)
             return BUSY
         if status := train.run(cell.config, folder):

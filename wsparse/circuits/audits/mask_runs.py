@@ -71,8 +71,8 @@ def successes(
 def _own_nodes(context: Context) -> int:
     """Returns the nodes of the circuit's own trial; those of the circuit where that is not known."""
     own = context.circuit.hyperparameters.get("trial")
-    cuts = {trial.number: trial.nodes for trial in context.circuit.scores.trials}
-    return max(cuts.get(own) or 0, len(context.circuit.nodes))
+    cuts = [trial.nodes or 0 for trial in context.circuit.scores.trials if trial.number == own]
+    return max([*cuts, len(context.circuit.nodes)])
 
 
 def subgraphs(
