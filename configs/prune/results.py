@@ -22,8 +22,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     changes: dict[str, dict[str, Any]] = {
         "": {},
         "model": {"held_to": "model"},
-        # Gates and adversaries need time to answer each other. Trying single nodes takes most of the time, and
-        # hardly ever finds one that the next adversary does not need.
+        # Gates and adversaries need time to answer each other. Trying single nodes takes most of the time,
+        # and hardly ever finds one that the next adversary does not need.
         "robust": {
             "objective": "robust",
             "steps": 400,
