@@ -1,5 +1,6 @@
 """Masks learned against random and adversarial ablation, and circuits that are held to it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsparse.circuits import adversary, criterion, discretize, graph, masks, planted, procedure
+from wsparse.circuits import adversary, criterion, discretize, graph, masks, measurements, planted, procedure
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.mask_learning import HParams, prune
 from wsparse.circuits.pairs import task_loss
@@ -102,6 +103,29 @@ def test_a_decoy_settles_under_mean_ablation_and_is_refuted_by_an_adversary():
 def test_nothing_settles_where_every_proposal_is_refuted():
     decoy = subgraph(planted.make(NAME).decoy)
     assert settle("robust", [decoy] * 100)[0] is None
+
+
+def searched(objective: str, **changes) -> procedure.CircuitSearch:
+    settings = Settings(objective=objective, trials=1, parallel=1, steps=60, pairs_per_step=8)
+    pruner = Pruner(subject().config, steps=60, pairs_per_step=8, parallel=1, objective=objective)
+    return procedure.CircuitSearch(subject(), dataclasses.replace(pairs(), **changes), pruner, settings)
+
+
+def test_a_cut_that_an_adversary_refutes_grows_until_none_does():
+    decoy_U = chosen(planted.make(NAME).decoy)
+    tau_U = np.where(decoy_U, 1.0, -1.0).astype(np.float32)
+    mean, robust = (searched(name)._cut(tau_U, 0.08).subgraph for name in ("mean", "robust"))
+    assert mean is not None and not np.any(mean.nodes & ~decoy_U)
+    assert robust is not None and np.any(robust.nodes & ~decoy_U)
+    losses = [measurements.attacked(subject(), pairs().report, cut, 0) for cut in (mean, robust)]
+    assert losses[0] > 0.6 and losses[1] < 0.3
+
+
+def test_a_circuit_that_an_adversary_breaks_on_other_pairs_is_not_chosen_for_the_robust_objective():
+    decoy = subgraph(planted.make(NAME).decoy)
+    mean, robust = (searched(name, confirm=pairs().report) for name in ("mean", "robust"))
+    assert mean._confirm_loss(decoy) <= mean._confirm_bound
+    assert robust._confirm_loss(decoy) > robust._confirm_bound
 
 
 def test_a_scorer_with_a_bank_gives_the_largest_loss_of_its_groups():
