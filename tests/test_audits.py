@@ -1,15 +1,15 @@
 """The audit passes a planted circuit, and fails a decoy, a circuit for nonsense, and a random one."""
 
 import dataclasses
-import functools
 import pathlib
 
 import audit_case
 import numpy as np
+from planted_case import PLANTED, chosen, pairs, subject
 import pytest
 
 from wsparse import runs
-from wsparse.circuits import Circuit, discretize, graph, masks, planted, tasks
+from wsparse.circuits import Circuit, discretize, graph, masks, tasks
 from wsparse.circuits.audits import (
     attention_patterns,
     interchange,
@@ -28,24 +28,9 @@ from wsparse.circuits.audits import (
 )
 from wsparse.circuits.audits.context import Context, Options
 from wsparse.circuits.settings import Settings
-from wsparse.circuits.subject import Pairs, Subject
 from wsparse.errors import UserError
 
-NAME = "canceled decoy"
 SETTINGS = Settings(steps=100, pairs_per_step=8, necessity=0.5)
-
-
-@functools.cache
-def subject() -> Subject:
-    made = planted.make(NAME)
-    return Subject(made.params, made.config, made.windows)
-
-
-@functools.cache
-def pairs() -> Pairs:
-    made = planted.make(NAME)
-    splits = {"search": made.pairs(32, 0), "discretize": made.pairs(16, 1), "report": made.pairs(24, 2)}
-    return Pairs(task="planted", form="left or right", **splits)
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +51,23 @@ def context(stored):
     run, circuit, task = stored
 
     def make(nodes, **options) -> Context:
-        nodes_U = masks.from_names(sorted(nodes), subject().config)
+        nodes_U = chosen(nodes)
         weights = subject().scorer.weights
         edges = graph.between(nodes_U, weights, subject().config)
-        chosen = Options(draws=16, resamples=200, **options)
+        changed = Options(draws=16, resamples=200, **options)
         return Context(
-            run, circuit, task, subject(), pairs(), nodes_U, edges, dict(weights), SETTINGS, chosen
+            run, circuit, task, subject(), pairs(), nodes_U, edges, dict(weights), SETTINGS, changed
         )
 
     return make
 
 
 def true() -> frozenset[str]:
-    return planted.make(NAME).nodes
+    return PLANTED.nodes
 
 
 def decoy() -> frozenset[str]:
-    return planted.make(NAME).decoy
+    return PLANTED.decoy
 
 
 OTHERS = frozenset({"0.attn.act_in.1", "0.attn.v.6", "0.attn.resid_delta.2", "1.mlp.post_act.3"})
@@ -179,7 +164,7 @@ def test_tests_that_learn_masks_need_seeds(context):
 def test_tests_that_compare_refuse_one_seed_or_one_pair(context):
     with pytest.raises(UserError, match="--seeds"):
         seeds.stability(context(true(), seeds=1))
-    one = dataclasses.replace(pairs(), report=planted.make(NAME).pairs(1, 2))
+    one = dataclasses.replace(pairs(), report=PLANTED.pairs(1, 2))
     with pytest.raises(UserError, match="second pair"):
         interchange.interchange(dataclasses.replace(context(true()), pairs=one))
 

@@ -6,40 +6,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from planted_case import PLANTED, chosen, pairs, subject
 import pytest
 
-from wsparse.circuits import adversary, criterion, discretize, graph, masks, measurements, planted, procedure
+from wsparse.circuits import adversary, criterion, discretize, graph, masks, measurements, procedure
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.mask_learning import HParams, prune
 from wsparse.circuits.pairs import task_loss
 from wsparse.circuits.search import Pruner
 from wsparse.circuits.settings import OBJECTIVES, Settings
-from wsparse.circuits.subject import Pairs, Subject
 from wsparse.errors import UserError
-
-NAME = "canceled decoy"
-
-
-@functools.cache
-def subject() -> Subject:
-    made = planted.make(NAME)
-    return Subject(made.params, made.config, made.windows)
-
-
-@functools.cache
-def pairs() -> Pairs:
-    made = planted.make(NAME)
-    splits = {"search": made.pairs(32, 0), "discretize": made.pairs(16, 1), "report": made.pairs(16, 2)}
-    return Pairs(task="planted", form="left or right", **splits)
-
-
-def chosen(nodes) -> np.ndarray:
-    return masks.from_names(sorted(nodes), subject().config)
 
 
 @functools.cache
 def learn(objective: str, forbidden: bool = False):
-    forbidden_U = chosen(planted.make(NAME).nodes).astype(np.float32) if forbidden else None
+    forbidden_U = chosen(PLANTED.nodes).astype(np.float32) if forbidden else None
     params, search, means = subject().params, pairs().search, subject().node_means
     run = functools.partial(
         prune, params, subject().config, search, means, HParams(k_coef=3e-3, learning_rate=1e-2),
@@ -61,13 +42,13 @@ def test_the_robust_mask_holds_under_attack():
     background = Background(scorer.means, scorer.means)
     args = (scorer.params, scorer.config, pairs().report)
     assert adversary.ascend(*args, nodes_U, scorer.weights, background).loss < 0.3
-    decoy_U = chosen(planted.make(NAME).decoy)
+    decoy_U = chosen(PLANTED.decoy)
     assert adversary.ascend(*args, decoy_U, scorer.weights, background).loss > 0.6
 
 
 def test_forbidden_nodes_stay_closed():
     free_U, tau_U = (np.asarray(masks.flatten(learn("mean", forbidden).tau)) for forbidden in (False, True))
-    planted_U = chosen(planted.make(NAME).nodes)
+    planted_U = chosen(PLANTED.nodes)
     assert np.all(tau_U[planted_U] == -1)
     assert np.any(free_U[planted_U] > 0)
 
@@ -89,8 +70,7 @@ def settle(objective: str, proposals: list) -> tuple:
 
 
 def test_a_decoy_settles_under_mean_ablation_and_is_refuted_by_an_adversary():
-    made = planted.make(NAME)
-    true, decoy = subgraph(made.nodes), subgraph(made.decoy)
+    true, decoy = subgraph(PLANTED.nodes), subgraph(PLANTED.decoy)
     assert settle("mean", [decoy])[0] is decoy
     settled, asked = settle("robust", [decoy, true])
     assert settled is true and len(asked) == 2
@@ -101,7 +81,7 @@ def test_a_decoy_settles_under_mean_ablation_and_is_refuted_by_an_adversary():
 
 
 def test_nothing_settles_where_every_proposal_is_refuted():
-    decoy = subgraph(planted.make(NAME).decoy)
+    decoy = subgraph(PLANTED.decoy)
     assert settle("robust", [decoy] * 100)[0] is None
 
 
@@ -112,7 +92,7 @@ def searched(objective: str, **changes) -> procedure.CircuitSearch:
 
 
 def test_a_cut_that_an_adversary_refutes_grows_until_none_does():
-    decoy_U = chosen(planted.make(NAME).decoy)
+    decoy_U = chosen(PLANTED.decoy)
     tau_U = np.where(decoy_U, 1.0, -1.0).astype(np.float32)
     mean, robust = (searched(name)._cut(tau_U, 0.08).subgraph for name in ("mean", "robust"))
     assert mean is not None and not np.any(mean.nodes & ~decoy_U)
@@ -122,7 +102,7 @@ def test_a_cut_that_an_adversary_refutes_grows_until_none_does():
 
 
 def test_a_circuit_that_an_adversary_breaks_on_other_pairs_is_not_chosen_for_the_robust_objective():
-    decoy = subgraph(planted.make(NAME).decoy)
+    decoy = subgraph(PLANTED.decoy)
     mean, robust = (searched(name, confirm=pairs().report) for name in ("mean", "robust"))
     assert mean._confirm_loss(decoy) <= mean._confirm_bound
     assert robust._confirm_loss(decoy) > robust._confirm_bound
@@ -131,7 +111,7 @@ def test_a_circuit_that_an_adversary_breaks_on_other_pairs_is_not_chosen_for_the
 def test_a_scorer_with_a_bank_gives_the_largest_loss_of_its_groups():
     scorer, report = subject().scorer, pairs().report
     rng, n_rows = np.random.default_rng(0), len(report.position)
-    nodes_U = chosen(planted.make(NAME).decoy)
+    nodes_U = chosen(PLANTED.decoy)
     strengths_BU = rng.random((n_rows, nodes_U.size), np.float32)
     group_B = np.repeat(np.arange(n_rows // 2) % 2, 2)
     groups_GB = np.stack([(group_B == g) / (group_B == g).sum() for g in (0, 1)]).astype(np.float32)
@@ -160,12 +140,12 @@ def test_the_robust_procedure_finds_exactly_the_planted_circuit():
     search = procedure.CircuitSearch(subject(), pairs(), pruner, settings)
     circuit = search.circuit(search.trials(), started=0.0)
     assert circuit is not None
-    assert {node.name for node in circuit.nodes} == planted.make(NAME).nodes
+    assert {node.name for node in circuit.nodes} == PLANTED.nodes
     assert circuit.status == "found"
     assert circuit.scores.attacked is not None and circuit.scores.attacked < 0.3
     assert circuit.scores.strict is not None and circuit.scores.strict.loss < 0.15
     # The loss under mean ablation, not the largest under the bank.
-    nodes_U = chosen(planted.make(NAME).nodes)
+    nodes_U = chosen(PLANTED.nodes)
     remaining = graph.uncut(subject().scorer.weights, circuit.removed)
     plain = subject().scorer.mask(pairs().discretize, nodes_U, remaining).loss
     assert circuit.scores.discretize_loss == pytest.approx(plain, abs=1e-6)

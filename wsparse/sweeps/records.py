@@ -126,7 +126,7 @@ class Ratio(NamedTuple):
 
     Attributes:
       low, high: 95% bootstrap interval over tasks and over models: a model is drawn with all its circuits.
-      tasks: Number of tasks that some run of either kind has a circuit for.
+      tasks: Number of tasks that some run of each kind has a circuit for.
     """
 
     value: float
