@@ -194,7 +194,12 @@ def test_a_number_that_is_missing_is_none_and_counts_are_whole():
 
 
 @pytest.mark.parametrize(
-    ("held_to", "words"), [("labels", "the right answers"), ("model", "the model's own answers")]
+    ("held_to", "words"),
+    [
+        ("labels", "the right answers"),
+        ("model", "the model's own answers"),
+        ("vocabulary", "the model's probabilities of all tokens"),
+    ],
 )
 def test_the_report_says_what_the_circuit_was_held_to(held_to, words):
     text = " ".join(Page(report.render(case.audit(held_to=held_to))).text.split())

@@ -1,8 +1,8 @@
 """Every task of several models on little time: the settings of the comparisons in docs/results.md.
 
 Reproduces: sparse models beside their dense twins in docs/results.md. Smallest sufficient circuits: nothing
-    is added to make them necessary. The variant `robust` holds them to an adversary, the variant `model`
-    to the model's own answers; all else is the same.
+    is added to make them necessary. The variant `robust` holds them to an adversary, with fewer trials; the
+    variants `model` and `vocabulary` to the model's own answers, or to its probabilities of all tokens.
 Hardware: 2 CPU cores.
 Minutes: see docs/results.md, beside each model.
 Command: python -m wsparse.prune --run=RUN --task=all --config=results
@@ -14,7 +14,7 @@ import ml_collections
 
 from wsparse.circuits.settings import recipe
 
-VARIANTS = ("model", "robust")
+VARIANTS = ("model", "robust", "vocabulary")
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     changes: dict[str, dict[str, Any]] = {
         "": {},
         "model": {"held_to": "model"},
+        "vocabulary": {"held_to": "vocabulary"},
         # Gates and adversaries need time to answer each other. Trying single nodes takes most of the time,
         # and hardly ever finds one that the next adversary does not need.
         "robust": {

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError, closest
@@ -79,6 +80,9 @@ class PairArrays(NamedTuple):
     """int32 `(B,)`, the wrong candidate: the answer of the row's partner."""
     certainty: Any = None
     """float32 `(B,)`, how probable the answer is of the two, in what a loss is against; None stands for 1."""
+    reference: Any = None
+    """float32 `(B, V)`, log-probabilities of every next token in what a loss is against; None leaves out all
+    but the two candidates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -326,9 +330,15 @@ def row_losses(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:
     """Returns the cross-entropy of every row restricted to the two candidates, float32 `(B,)`.
 
     Where the answer is not certain, the cross-entropy is that against both candidates' probabilities, which
-    is least, and the entropy of those, where the logits give the same.
+    is least, and the entropy of those, where the logits give the same. With a reference it is that entropy
+    and the divergence from the reference over the whole vocabulary.
     """
     margins_B = margins(logits_BV, pairs.answer, pairs.other)
+    if pairs.reference is not None:
+        own_B = margins(pairs.reference, pairs.answer, pairs.other)
+        entropy_B = jax.nn.softplus(-own_B) + (1 - jax.nn.sigmoid(own_B)) * own_B
+        log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
+        return entropy_B + optax.losses.kl_divergence_with_log_targets(log_p_BV, pairs.reference)
     losses_B = jax.nn.softplus(-margins_B)
     return losses_B if pairs.certainty is None else losses_B + (1 - pairs.certainty) * margins_B
 

@@ -13,7 +13,7 @@ from wsparse.config import check, require, setting
 Sampler = Literal["tpe", "random"]
 Objective = Literal["mean", "stochastic", "robust"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-HeldTo = Literal["labels", "model"]
+HeldTo = Literal["labels", "model", "vocabulary"]
 HELD_TO: tuple[HeldTo, ...] = get_args(HeldTo)
 
 
@@ -68,8 +68,9 @@ class Settings:
     )
     held_to: HeldTo = setting(  # noqa: RUF009
         "labels",
-        'What circuits should answer: "labels", the right answers, or "model", with the model\'s own '
-        "probabilities of the two candidates, which no circuit can do better than.",
+        'What circuits should answer: "labels", the right answers; "model", with the model\'s own '
+        'probabilities of the two candidates, which no circuit can do better than; or "vocabulary", with '
+        "those of every token.",
     )
     tie_qk: bool = setting(True, "Whether a channel's query and key share a gate.")
     controls: bool = setting(True, "Whether to run the controls.")

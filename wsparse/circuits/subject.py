@@ -18,7 +18,8 @@ import numpy as np
 from wsparse import model, sparsity, trees
 from wsparse.circuits import masks, scoring, tasks
 from wsparse.circuits.circuit import Score
-from wsparse.circuits.pairs import PairArrays, arrays
+from wsparse.circuits.mask_learning import answer_logits
+from wsparse.circuits.pairs import PairArrays, arrays, margins
 from wsparse.circuits.settings import HeldTo, Settings
 from wsparse.config import ModelConfig
 from wsparse.data.tokenizer import Tokenizer
@@ -79,16 +80,18 @@ class Subject:
         """Returns pairs whose losses are against the labels, or, but for the report's, against this model."""
         if held_to == "labels":
             return pairs
-        all_U = np.ones(masks.n_nodes(self.config), bool)
 
-        def certain(rows: PairArrays) -> PairArrays:
-            return rows._replace(certainty=jax.nn.sigmoid(jnp.asarray(self.scorer.margins(rows, all_U))))
+        def held(rows: PairArrays) -> PairArrays:
+            log_p_BV = jax.nn.log_softmax(_answer_logits(self.params, rows, config=self.config))
+            if held_to == "vocabulary":
+                return rows._replace(reference=log_p_BV)
+            return rows._replace(certainty=jax.nn.sigmoid(margins(log_p_BV, rows.answer, rows.other)))
 
         return dataclasses.replace(
             pairs,
-            search=certain(pairs.search),
-            discretize=certain(pairs.discretize),
-            confirm=certain(pairs.confirm) if pairs.confirm else None,
+            search=held(pairs.search),
+            discretize=held(pairs.discretize),
+            confirm=held(pairs.confirm) if pairs.confirm else None,
         )
 
     def score(self, pairs: PairArrays) -> Score:
@@ -110,6 +113,11 @@ class Subject:
 
         params = trees.map_with_path(shuffled, self.params)
         return Subject(params, self.config, self.windows)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _answer_logits(params: model.Params, rows: PairArrays, *, config: ModelConfig) -> jax.Array:
+    return answer_logits(params, config, rows).astype(jnp.float32)
 
 
 def build_pairs(

@@ -105,7 +105,9 @@ def _relabeled(pairs: Pairs, first: int, second: int) -> Pairs:
     def relabel(rows: PairArrays) -> PairArrays:
         answer = jnp.tile(jnp.array([first, second], jnp.int32), len(rows.answer) // 2)
         # A model has no opinion on what it was never asked.
-        return rows._replace(answer=answer, other=jnp.flip(answer.reshape(-1, 2), 1).ravel(), certainty=None)
+        return rows._replace(
+            answer=answer, other=jnp.flip(answer.reshape(-1, 2), 1).ravel(), certainty=None, reference=None
+        )
 
     return _each(pairs, relabel)
 

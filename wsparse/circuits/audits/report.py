@@ -12,6 +12,11 @@ FILE = "audit.html"
 MARKS = {"passed": "✓", "failed": "✗", "reported": "•", "not run": "○"}
 """What stands before a verdict, so that it does not hang on color."""
 
+_HELD_TO = {
+    "labels": "the right answers",
+    "model": "the model's own answers",
+    "vocabulary": "the model's probabilities of all tokens",
+}
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -132,14 +137,13 @@ def meaning(test: TestResult) -> str:
 
 
 def _facts(audit: Audit) -> str:
-    against = "the model's own answers" if audit.held_to == "model" else "the right answers"
     facts = {
         "model": f"{audit.model} (parameters), after {audit.step:,} steps",
         "data": f"{audit.data} (tokens that it was trained on)",
         "circuit": audit.circuit,
         "candidates": audit.form,
         "procedure": f"masks learned under {audit.objective} ablation, to a loss of {audit.target:g} "
-        f"against {against}",
+        f"against {_HELD_TO[audit.held_to]}",
         "prompts": f"{audit.pairs} pairs of the report split, where a test does not say otherwise",
         "options": ", ".join(f"{name} {value}" for name, value in audit.options.items()),
         "command": audit.command or "none: made in a program",
