@@ -101,6 +101,17 @@ def test_a_cut_that_an_adversary_refutes_grows_until_none_does():
     assert losses[0] > 0.6 and losses[1] < 0.3
 
 
+def test_what_refutes_candidates_never_asks_for_a_lower_loss_than_the_models():
+    report = pairs().discretize
+    everything_U = np.ones_like(chosen(PLANTED.nodes))
+    held = criterion.Criterion(subject().scorer, report, objective="robust", weight=0.5)
+    # The model meets it, and would not in the group of pairs that it does worst if that counted in full.
+    goal = 1.001 * held.scorer.mask(report, everything_U).loss
+    for _ in range(4):
+        assert held._refutes(subgraph(PLANTED.decoy), goal)
+        assert held.scorer.mask(report, everything_U).loss <= goal
+
+
 def test_a_circuit_that_an_adversary_breaks_on_other_pairs_is_not_chosen_for_the_robust_objective():
     decoy = subgraph(PLANTED.decoy)
     mean, robust = (searched(name, confirm=pairs().report) for name in ("mean", "robust"))

@@ -117,10 +117,13 @@ class Criterion:
         )
         if self._weight * attack.loss <= goal:
             return False
-        # No loss under the bank is asked to be lower than that without it.
+        # No loss under the bank is asked to be lower than that without it, or than the model's own.
         self._strictness = min(self._strictness * _STRICTER, 1 / self._weight)
         self._adversaries = [*self._adversaries, attack.strengths][1 - _GROUPS :]
         self.scorer = self._plain.against(self._bank())
+        if self.scorer.mask(self._pairs, np.ones_like(candidate.nodes)).loss > goal:
+            self._strictness = 1.0
+            self.scorer = self._plain.against(self._bank())
         return True
 
     @functools.cached_property
