@@ -363,8 +363,9 @@ _ABOUT = {
     "Losses are of that split, the model's on the same prompts; attacked: the largest that 20 steps of an "
     "adversary find. In the geometric mean a circuit without edges counts as one edge.",
     "confirmed": "All tasks of all seeds; a task that the model cannot do is not tried. Confirmed: the "
-    "circuit's loss on the report split is within the target. Controls: the same search with shuffled "
-    "labels, and in the model with shuffled weights.",
+    "circuit's loss on the report split is within the target, and under attack within the target for that "
+    "where it was searched against an adversary. Controls: the same search with shuffled labels, and in the "
+    "model with shuffled weights.",
     "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
     "report split; 95% bootstrap intervals over tasks and models. Weights between nodes: all nonzero ones, "
     "the count of Gao et al. 2025; edges: those that the clean-up left.",
