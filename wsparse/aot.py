@@ -140,10 +140,10 @@ def prune(
     options = {"steps": steps, "pairs_per_step": pairs_per_step, "parallel": trials}
     pruner = search.Pruner(config, devices=devices, **options)
     shape = jax.ShapeDtypeStruct
-    columns = [shape((rows,), jnp.int32)] * (len(PairArrays._fields) - 1)
+    column = shape((rows,), jnp.int32)
     lowered = pruner.lower(
         jax.eval_shape(lambda: model.init(config, jax.random.key(0))),
-        PairArrays(shape((rows, config.context), jnp.int32), *columns),
+        PairArrays(shape((rows, config.context), jnp.int32), position=column, answer=column, other=column),
         {name: shape(mask, jnp.float32) for name, mask in masks.shapes(config).items()},
     )
     # The weights are frozen: the backward pass is the gradient of activations only.
