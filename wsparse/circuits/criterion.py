@@ -28,7 +28,7 @@ from wsparse.circuits.settings import Objective
 # Groups of the bank: one of drawn strengths, the others of the latest adversaries.
 _GROUPS = 4
 # Candidates that one stage may propose before it gives up; pairs that an adversary sees.
-ROUNDS, _ATTACKED_PAIRS = 6, 32
+_ROUNDS, _ATTACKED_PAIRS = 6, 32
 # What losses under the bank are multiplied by after each candidate that was refuted: a candidate at the very
 # edge of the bank is beyond that of the next adversary.
 _STRICTER = 1.3
@@ -79,7 +79,7 @@ class Criterion:
         subgraph: Callable[[T], Subgraph | None],
         goal: float,
         *,
-        rounds: int = ROUNDS,
+        rounds: int = _ROUNDS,
     ) -> T | None:
         """Returns the first proposal that no adversary refutes, or has no subgraph; None if all are refuted.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wsparse.circuits import adversary, excerpts, graph, masks
+from wsparse.circuits import adversary, excerpts, masks
 from wsparse.circuits.ablation import Background
 from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint
 from wsparse.circuits.clean_up import clean_up
@@ -22,6 +22,7 @@ from wsparse.circuits.pairs import PairArrays, inside
 from wsparse.circuits.search import Pruner
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import Pairs, Subject
+from wsparse.circuits.subnetwork import Subnetwork
 
 # Weight of the squared log scale and the squared shift in the fit of `calibrate`.
 _PENALTY = 0.01
@@ -57,9 +58,8 @@ def attacked(subject: Subject, pairs: PairArrays, subgraph: Subgraph, seed: int)
 def constants(subject: Subject, pairs: PairArrays, subgraph: Subgraph) -> int:
     """Returns the number of a circuit's nodes whose value is the same at every token of the prompts."""
     scorer, config = subject.scorer, subject.scorer.config
-    params = graph.cut(scorer.params, jax.tree.map(jnp.asarray, subgraph.remaining(scorer)), scorer.means)
-    gates = masks.unflatten(subgraph.nodes.astype(np.float32), config)
-    _, acts = excerpts.recorded(params, pairs.tokens, pairs.position, (gates, scorer.means), config=config)
+    found = Subnetwork(scorer, subgraph.nodes, subgraph.remaining(scorer))
+    _, acts = excerpts.recorded(found.params, pairs.tokens, pairs.position, found.ablation(), config=config)
     inside_BT = np.asarray(inside(pairs))
     mask = masks.unflatten(subgraph.nodes, config)
     varies = [

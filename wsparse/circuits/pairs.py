@@ -333,14 +333,20 @@ def row_losses(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:
     is least, and the entropy of those, where the logits give the same. With a reference it is that entropy
     and the divergence from the reference over the whole vocabulary.
     """
-    margins_B = margins(logits_BV, pairs.answer, pairs.other)
     if pairs.reference is not None:
         own_B = margins(pairs.reference, pairs.answer, pairs.other)
-        entropy_B = jax.nn.softplus(-own_B) + (1 - jax.nn.sigmoid(own_B)) * own_B
         log_p_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
-        return entropy_B + optax.losses.kl_divergence_with_log_targets(log_p_BV, pairs.reference)
-    losses_B = jax.nn.softplus(-margins_B)
-    return losses_B if pairs.certainty is None else losses_B + (1 - pairs.certainty) * margins_B
+        divergence_B = optax.losses.kl_divergence_with_log_targets(log_p_BV, pairs.reference)
+        return _cross_entropy(own_B, jax.nn.sigmoid(own_B)) + divergence_B
+    margins_B = margins(logits_BV, pairs.answer, pairs.other)
+    if pairs.certainty is not None:
+        return _cross_entropy(margins_B, pairs.certainty)
+    return jax.nn.softplus(-margins_B)
+
+
+def _cross_entropy(margins_B: jax.Array, certainty_B: jax.Array) -> jax.Array:
+    """Returns the cross-entropy of margins against the probability of the answer, `(B,)`."""
+    return jax.nn.softplus(-margins_B) + (1 - certainty_B) * margins_B
 
 
 def pairs_loss(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:

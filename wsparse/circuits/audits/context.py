@@ -22,6 +22,7 @@ from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, inside, margins
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import N_WINDOWS, Pairs, Subject, build_pairs
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig, check, from_dict, setting
 from wsparse.errors import UserError
 from wsparse.nodes import NODES
@@ -168,11 +169,10 @@ class Context:
 
     def record(self, nodes_U: np.ndarray, edges: graph.EdgeMask) -> dict[str, jax.Array]:
         """Returns every node's value in a set of nodes alone, location -> `(L, B, T, N)`."""
-        scorer, report = self.subject.scorer, self.pairs.report
-        params = graph.cut(scorer.params, jax.tree.map(jnp.asarray, edges), scorer.means)
-        gates = masks.unflatten(np.asarray(nodes_U, np.float32), self.config)
-        ablation = (gates, scorer.means)
-        return excerpts.recorded(params, report.tokens, report.position, ablation, config=self.config)[1]
+        found, report = Subnetwork(self.subject.scorer, nodes_U, edges), self.pairs.report
+        return excerpts.recorded(
+            found.params, report.tokens, report.position, found.ablation(), config=self.config
+        )[1]
 
     @functools.cached_property
     def acts(self) -> dict[str, jax.Array]:

@@ -56,10 +56,9 @@ def random_weights(context: Context) -> TestResult:
     """Returns what the same search finds in the model with every matrix's entries at random places."""
     n_seeds = mask_runs.require_seeds(context)
     stand_in = context.subject.reinitialized(context.options.seed + 1)
-    seeds = mask_runs.seeds(context, n_seeds)
-    found, least = mask_runs.successes(context, seeds, subject=stand_in)
+    found, least = mask_runs.successes(context, mask_runs.seeds(context, n_seeds), subject=stand_in)
     sizes = [s.n_nodes for s in found]
-    own = len(mask_runs.successes(context, seeds)[0]) / n_seeds
+    own = len(mask_runs.own_successes(context)) / n_seeds
     return TestResult(
         name="random_weights",
         title="Random weights",

@@ -24,7 +24,7 @@ _SUCCEEDS = f"A seed succeeds with at most {mask_runs.LARGEST} times as many nod
 def stability(context: Context) -> TestResult:
     """Returns how often other seeds succeed, how large their circuits are, and how much these overlap."""
     n_seeds = mask_runs.require_seeds(context, least=2)
-    found, _ = mask_runs.successes(context, mask_runs.seeds(context, n_seeds))
+    found = mask_runs.own_successes(context)
     rng = context.rng("stability")
     overlaps = [_jaccard(a.nodes, b.nodes) for a, b in itertools.combinations(found, 2)]
     random_overlaps = [
@@ -74,7 +74,7 @@ def stability(context: Context) -> TestResult:
 def exclusion(context: Context) -> TestResult:
     """Returns how often the search succeeds once what was found is forbidden, round by round."""
     n_seeds = mask_runs.require_seeds(context)
-    own = len(mask_runs.successes(context, mask_runs.seeds(context, n_seeds))[0]) / n_seeds
+    own = len(mask_runs.own_successes(context)) / n_seeds
     forbidden_U, rates, sizes = context.nodes_U.copy(), [], []
     for number in range(_ROUNDS):
         seeds = mask_runs.seeds(context, n_seeds, stage=1 + number)
