@@ -15,8 +15,11 @@
 # BUCKET            give --workdir=/bucket/NAME to what is run
 # SLICES            how many slices (default 1)
 # SPOT              1 for spot capacity (default 1)
-# RESTARTS          how often a preempted workload begins again (default 100)
-# WORKERS           of a sweep (default 8), each with CHIPS (default 4) of TOPOLOGY (default 2x2)
+# RESTARTS          how often a preempted workload of run begins again (default 100)
+# WORKERS           of a sweep (default 8), each with CHIPS (default 4) of TOPOLOGY (default 2x2) and
+#                   ACCELERATOR (default tpu-v5-lite-podslice): a slice of its own, as TYPE=v5litepod-4 makes
+# STORAGE           of a sweep: the URL of its database, which workers are given as a secret
+# SERVICE_ACCOUNT   of Kubernetes, for the workers of a sweep (default default)
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -78,12 +81,14 @@ yaml() {
   printf '"%s"' "${word//\"/\\\"}"
 }
 
-# Workers need nothing from each other, so each is a Job of its own on a slice of one host.
+# Workers need nothing from each other, so each is a Job of its own on a slice of one host. One that loses
+# its machine begins again; a mistake of the user's, which leaves with 2, ends the sweep.
 sweep() {
   need IMAGE "that launch/gke.sh image has pushed"
   need BUCKET "that all workers read and write"
+  need STORAGE "the URL of the sweep's database, e.g. postgresql://USER:PASSWORD@HOST/sweeps"
   have kubectl "gcloud components install kubectl"
-  local arguments='' word manifest
+  local arguments='' word manifest secret
   for word in "$@"; do
     arguments+=", $(yaml "$word")"
   done
@@ -93,19 +98,30 @@ metadata:
   name: $(yaml "$name-sweep")
 spec:
   failurePolicy:
-    maxRestarts: ${RESTARTS:-100}
+    maxRestarts: 0
   replicatedJobs:
   - name: worker
     replicas: ${WORKERS:-8}
     template:
       spec:
-        backoffLimit: 100
+        backoffLimit: 6
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes:
+              containerName: prune
+              operator: In
+              values: [2]
+          - action: Ignore
+            onPodConditions:
+            - type: DisruptionTarget
+              status: \"True\"
         template:
           metadata:
             annotations:
               gke-gcsfuse/volumes: \"true\"
           spec:
-            restartPolicy: OnFailure
+            restartPolicy: Never
             terminationGracePeriodSeconds: 60
             serviceAccountName: $(yaml "${SERVICE_ACCOUNT:-default}")
             nodeSelector:
@@ -114,7 +130,13 @@ spec:
             containers:
             - name: prune
               image: $(yaml "$IMAGE")
-              command: [\"python\", \"-m\", \"wsparse.prune\"$arguments]
+              command: [\"python\", \"-m\", \"wsparse.prune\"$arguments, \"--storage=\$(STORAGE)\"]
+              env:
+              - name: STORAGE
+                valueFrom:
+                  secretKeyRef:
+                    name: $(yaml "$name-sweep")
+                    key: url
               resources:
                 limits:
                   google.com/tpu: ${CHIPS:-4}
@@ -128,8 +150,14 @@ spec:
                 volumeAttributes:
                   bucketName: $(yaml "${BUCKET#gs://}")
                   mountOptions: implicit-dirs,rename-dir-limit=1000000,metadata-cache:ttl-secs:0"
+  secret="apiVersion: v1
+kind: Secret
+metadata:
+  name: $(yaml "$name-sweep")
+stringData:
+  url: $(yaml "$STORAGE")"
   printf '%s\n' "$manifest"
-  run kubectl apply --filename=- <<<"$manifest"
+  run kubectl apply --filename=- <<<"$secret"$'\n---\n'"$manifest"
 }
 
 status() {

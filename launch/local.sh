@@ -14,7 +14,8 @@ source "$here/lib.sh"
 
 processes=${PROCESSES:-2} devices=${DEVICES:-1} python=${PYTHON:-python}
 have "$python" "activate the virtual environment, or set PYTHON"
-port=${PORT:-$((20000 + RANDOM % 20000))}
+free='import socket; listener = socket.create_server(("127.0.0.1", 0)); print(listener.getsockname()[1])'
+port=${PORT:-$("$python" -c "$free")}
 # Without a bind address the coordinator would listen on all of the machine's addresses.
 shared=(JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_COORDINATOR_BIND_ADDRESS="127.0.0.1:$port"
   JAX_NUM_PROCESSES="$processes")

@@ -110,9 +110,13 @@ delete() {
   run "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --force --quiet
 }
 
-# What a lost connection left running keeps the chips. The brackets keep pkill from finding this line.
+# What a lost connection left running keeps the chips until it has saved, or is killed. The brackets keep
+# pkill from finding this line.
 clear_hosts() {
-  everywhere "pkill -TERM -f '[.]venv/bin/python -m wsparse' && sleep 30; true"
+  local left="-f '[.]venv/bin/python -m wsparse'"
+  everywhere "pkill -TERM $left; \
+for second in \$(seq 180); do pgrep $left >/dev/null || exit 0; sleep 1; done; \
+pkill -KILL $left; sleep 5; true"
 }
 
 obtain() {

@@ -1,13 +1,50 @@
-"""For several tests: shapes and random parameters of any config, and whether a program is one."""
+"""For several tests: parameters of any config, what is refused, documents of a source, a user's own task."""
 
 import ast
+import collections
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from wsparse import model
 from wsparse.config import ModelConfig
+from wsparse.data import sources
+from wsparse.errors import UserError
+
+# A file with a task of a user's own.
+OWN_TASK = """
+from wsparse.circuits.tasks import Form, Pair, Program, Task
+
+
+def stream(seed, split):
+    for i in range(20):
+        lead = f"{split} = {seed + i}\\n"
+        yield Pair(
+            first=Program(prompt=f"{lead}for item", rest=" in items:\\n    pass\\n"),
+            second=Program(prompt=f"{lead}while item", rest=":\\n    pass\\n"),
+        )
+
+
+TASK = Task(name="mine", summary="loops", stream=stream, forms=(Form(" in", ":\\n"),))
+"""
+
+
+def check(match: str, call: Callable[[], Any]) -> None:
+    """`call` raises a UserError of one line that matches."""
+    with pytest.raises(UserError, match=match) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def read(name: str, **options) -> tuple[list[str], sources.SourceReport]:
+    """Returns the documents of a source, and what is reported of it."""
+    counts: collections.Counter[str] = collections.Counter()
+    documents = list(sources.documents(sources.open_source(name), counts, **options))
+    return documents, sources.SourceReport(name, **counts)
 
 
 @functools.cache

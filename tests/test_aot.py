@@ -7,7 +7,9 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -114,6 +116,17 @@ def _condition_bytes(text: str) -> int:
     """The comparison reads a counter and a constant, and writes a flag, once an iteration."""
     assert "compare(%count, %four)" in text
     return 4 * (4 + 4 + 1)
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_anything_is_compiled(tmp_path, monkeypatch):
+    options = {"topology": "v5e-4", "slices": 1, "steps": 1, "pairs_per_step": 1, "what": "train"}
+    monkeypatch.setenv("WSPARSE_TPU_KERNELS", "1")
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**options, out=str(tmp_path)))
+    monkeypatch.setattr(recipes, "from_flag", lambda: ("tiny", TrainConfig()))
+    monkeypatch.setattr(aot, "find_target", lambda *names: "v5e:2x2")
+    monkeypatch.setattr(aot, "run", lambda *arguments, **sizes: pytest.fail("it was compiled"))
+    with pytest.raises(UserError, match="it is a directory; give the name of a file"):
+        aot.main([])
 
 
 @pytest.mark.parametrize(("scope", "passes"), [("at_most_11_passes/", 11), ("", 1)])

@@ -1,6 +1,7 @@
 """The attack says before which texts the planted model fails, and it fails there."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -118,6 +119,14 @@ def test_a_task_whose_pairs_never_end_has_texts(folder, path):
         run.tokenizer, batch, context=64, most_statements=2, draws=1, seed=0,
     )  # fmt: skip
     assert {text.side for text in made} == {None, 0, 1}
+
+
+@pytest.mark.parametrize("domain", ["python", "stories"])
+def test_neutral_text_before_a_users_task_is_of_the_kind_that_the_model_reads(folder, path, domain):
+    task = tasks.find(path)
+    lines = list(itertools.islice(texts._statements(task, None, 0, domain), 20))
+    assert [line.endswith(".\n") for line in lines] == [domain == "stories"] * 20
+    assert [" = " in line for line in lines] == [domain == "python"] * 20
 
 
 def test_statements_of_builtin_tasks_show_their_side():

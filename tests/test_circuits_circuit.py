@@ -47,6 +47,7 @@ def edit(path, change):
         ("curve", "flat", "'curve' must be a list, got 'flat'"),
         ("curve", [{"target": 0.1}], r"'curve\[0\].nodes' is missing"),
         ("hyperparameters", None, "'hyperparameters' must be a group"),
+        ("hyperparameters", {"settings": []}, "hyperparameters.settings must be a group"),
         ("nodes", {"a": 1}, "'nodes' must be a list"),
         ("nodes", [5], r"'nodes\[0\]' must be a group"),
         ("model", None, "'model' must be a group"),
@@ -79,6 +80,34 @@ def test_damaged_arrays_are_refused(folder, content):
         np.save(file, np.zeros(3))
     with pytest.raises(UserError, match=r"circuit\.npz cannot be read"):
         Circuit.load(folder)
+
+
+def test_arrays_with_any_byte_changed_are_read_or_refused(folder):
+    """What zipfile, zlib and NumPy's parser of headers raise is of many kinds."""
+    path, random = folder / "circuit.npz", np.random.default_rng(0)
+    with np.load(path) as stored:
+        arrays = {key: stored[key] for key in stored.files}
+    refused = 0
+    for save in (np.savez, np.savez_compressed):
+        save(path, **arrays)
+        content = path.read_bytes()
+        for place in random.integers(len(content), size=150):
+            changed = bytearray(content)
+            changed[place] ^= int(random.integers(1, 256))
+            path.write_bytes(changed)
+            try:
+                Circuit.load(folder)
+            except UserError:
+                refused += 1
+    assert refused > 100
+
+
+def test_what_json_cannot_hold_leaves_the_circuit_that_was_there(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    circuit = dataclasses.replace(Circuit.load(folder), hyperparameters={"x": np.zeros(2)}, means={})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        circuit.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["removed/blocks/mlp/fc/kernel", "means/attn.q"])
@@ -147,6 +176,10 @@ def test_only_circuits_of_the_robust_objective_are_held_to_the_adversary(folder)
     refuted = attacked("robust", target=0.15)
     assert refuted.status == NOT_CONFIRMED
     assert "(not confirmed: the target under attack is 0.3)" in report.summary(refuted)
+    damaged = dataclasses.replace(refuted, hyperparameters={"settings": {"objective": "robust"}})
+    damaged.save(folder)
+    with pytest.raises(UserError, match=r"hyperparameters\.settings\.robust_target must be a number"):
+        Circuit.load(folder)
     # Where the model is above both targets, so is what its circuits are held to.
     assert attacked("robust", target=0.6).status == FOUND
 

@@ -13,7 +13,7 @@ import pytest
 
 from wsparse import taps, trees
 from wsparse.circuits import masks, procedure
-from wsparse.circuits.mask_learning import answer_logits
+from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.pairs import PairArrays, row_losses
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subnetwork import Subnetwork

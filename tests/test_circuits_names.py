@@ -1,11 +1,13 @@
 """A task may have several circuits in a run, which are told apart by their folders' names."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import types
 from typing import Any
 
+from helpers import check
 import numpy as np
 import pytest
 
@@ -27,6 +29,7 @@ from wsparse.circuits.circuit import (
     joined,
     split,
 )
+from wsparse.circuits.pairs import TooFewPairs
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, to_dict
 from wsparse.errors import UserError
@@ -226,7 +229,12 @@ def test_a_refused_task_does_not_name_the_circuits_of_the_others(tmp_path, monke
     monkeypatch.setattr(
         prune.procedure, "Subject", lambda *_: types.SimpleNamespace(digest="abc", held=lambda p, _: p)
     )
-    monkeypatch.setattr(prune.procedure, "build_pairs", lambda *_, **__: ([pairs], {"two": "too long"}))
+    refused = {
+        "two": UserError("too long"),
+        "three": TooFewPairs("few", "discretize", 30),
+        "four": TooFewPairs("none", "search", 0),
+    }
+    monkeypatch.setattr(prune.procedure, "build_pairs", lambda *_, **__: ([pairs], refused))
     monkeypatch.setattr(prune, "Pruner", lambda *_, **__: None)
     config = types.SimpleNamespace(model=types.SimpleNamespace(context=8))
     trained: Any = types.SimpleNamespace(
@@ -235,12 +243,16 @@ def test_a_refused_task_does_not_name_the_circuits_of_the_others(tmp_path, monke
     for name in ("", "tight"):
         (job,) = prune._jobs(trained, [task_lib.TASKS["if_equals"]], Settings(), None, 1.0, None, name)
         assert job.folder.name == joined("one", name)
-    assert "two: refused: too long" in logged
+    assert logged[:3] == [
+        "two: refused: too long",
+        "three: refused: few; --discretize_pairs and --confirm_pairs together can be 30 at most",
+        "four: refused: none",
+    ]
 
 
-def job(folder: pathlib.Path, settings: Settings, digest: str = "abc") -> prune._Job:
+def job(folder: pathlib.Path, settings: Settings, digest: str = "abc", pairs: str = "123") -> prune._Job:
     search: Any = types.SimpleNamespace(
-        pairs=types.SimpleNamespace(task="one", report=None),
+        pairs=types.SimpleNamespace(task="one", report=None, digest=pairs),
         subject=types.SimpleNamespace(digest=digest, score=lambda pairs: Score(0.4, 0.5)),
         settings=settings,
         is_hopeless=lambda: True,
@@ -265,6 +277,27 @@ def test_what_will_become_of_a_circuit_of_other_settings_is_said_before_the_sear
     assert "is of another model" in "\n".join(logged)
 
 
+def test_a_task_whose_pairs_were_edited_is_not_done(tmp_path, logged):
+    save(tmp_path, "one", settings=Settings())
+    place = tmp_path / "circuits" / "one"
+    # An older file does not say which pairs it is of.
+    assert job(place, Settings()).run() and job(place, Settings(), pairs="456").run()
+    assert logged == ["  done before"] * 2
+    status = Status.load(place)
+    dataclasses.replace(status, pairs="123").save(place)
+    logged.clear()
+    assert job(place, Settings(), pairs="123").run() and logged == ["  done before"]
+    assert job(place, Settings(), pairs="456").run()
+    assert "is of other pairs: it is moved" in "\n".join(logged)
+    assert (tmp_path / "circuits" / "earlier" / "one.1" / "circuit.json").exists()
+    assert Status.load(place).pairs == "456"
+    # What was found without a circuit is as old.
+    logged.clear()
+    assert job(place, Settings(), pairs="456").run() and logged == ["  done before"]
+    assert job(place, Settings(), pairs="789").run() and "done before" not in logged[1:]
+    assert Status.load(place).pairs == "789"
+
+
 def test_another_name_leaves_the_circuit_where_it_is(tmp_path, logged):
     save(tmp_path, "one", settings=Settings())
     before = (tmp_path / "circuits" / "one" / "circuit.json").read_bytes()
@@ -274,7 +307,7 @@ def test_another_name_leaves_the_circuit_where_it_is(tmp_path, logged):
     assert Status.load(tmp_path / "circuits" / "one@tight").settings["target"] == 0.2
 
 
-def test_a_circuits_name_is_no_task_to_look_for(tmp_path):
+def test_tasks_to_look_for_have_names_of_their_own_and_not_those_of_circuits(tmp_path):
     with pytest.raises(UserError, match="--task=if_equals --name=tight"):
         prune.chosen_tasks(tmp_path, ["if_equals@tight"])
     line = {"prompt_a": "a", "prompt_b": "b", "answer_a": "x", "answer_b": "y"}
@@ -283,5 +316,15 @@ def test_a_circuits_name_is_no_task_to_look_for(tmp_path):
         prune.chosen_tasks(tmp_path, [str(tmp_path / "mine@b.jsonl")])
     with pytest.raises(UserError, match="letters, digits"):
         prune.run(tmp_path, [], Settings(), name="a/b")
+    for name, others in (("for_while", []), ("mine", [str(tmp_path / "mine.jsonl")])):
+        folder = tmp_path / "other"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text(json.dumps(line))
+        (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+        check(
+            f"{name}.jsonl: another task has the name '{name}' too: rename this one",
+            lambda names=[*others, f"{folder / name}.jsonl"]: prune.chosen_tasks(tmp_path, names),
+        )
+    assert prune.chosen_tasks(tmp_path, ["if_equals", "if_equals"]) == [task_lib.TASKS["if_equals"]]
     options: Any = types.SimpleNamespace(task=["some/mine.jsonl", "if_equals"], name="tight")
     assert prune._wanted(tmp_path, options) == ["mine@tight", "if_equals@tight"]

@@ -237,6 +237,19 @@ def test_a_first_tour_goes_from_the_answers_to_the_embedding_and_names_only_what
     assert removal.edits == (Edit(name=evidence.nodes[0].name, mode="mean"),)
 
 
+def test_a_first_tour_names_blanks_by_their_escapes(circuit, evidence):
+    last = str(evidence.prompt_tokens_X[evidence.prompts[0].length - 1])
+    index = next(i for i, node in enumerate(evidence.nodes) if ".act_in." in node.name)
+    top = evidence.top_tokens_NK.copy()
+    top[index:, 0] = int(last)
+    text = "\N{NO-BREAK SPACE}\N{ZERO WIDTH SPACE} é"
+    changed = dataclasses.replace(
+        evidence, token_texts=evidence.token_texts | {last: text}, top_tokens_NK=top
+    )
+    captions = " ".join(step.caption for step in first_tour(circuit, changed))
+    assert r'"\u00a0\u200b é"' in captions and "\N{ZERO WIDTH SPACE}" not in captions
+
+
 def test_the_numbers_of_a_first_tour_are_those_of_circuit_and_evidence(circuit, evidence):
     """The first write and the first edge, computed again from the arrays."""
     lengths = [prompt.length for prompt in evidence.prompts]

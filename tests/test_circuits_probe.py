@@ -134,14 +134,17 @@ def test_the_regression_is_the_minimum_that_newtons_method_finds():
 
 @pytest.mark.slow
 def test_shortcuts_do_not_solve_the_built_in_tasks(tokenizers):
-    """At most 0.65 on the report split, but where the task's row says that one token decides."""
+    """At most 0.65 on the report split, but where the task's row says that one token decides.
+
+    Where answers are each pair's own names, the token that decides is in one split alone, and none sees it.
+    """
     for name, task in tasks.TASKS.items():
         fitted, scored = (
             tasks.build(task, tokenizers[1024], N_PAIRS, 0, split=split, max_tokens=128)
             for split in ("search", "report")
         )
         by, accuracy = probe.best(probe.shortcuts(fitted, scored))
-        if task.local:
+        if task.local and task.forms[0].first:
             assert accuracy > 0.65, (name, by, "decided by one token, and yet not seen")
         else:
             assert accuracy <= 0.65, (name, by, accuracy)

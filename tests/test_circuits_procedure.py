@@ -215,6 +215,20 @@ def test_the_search_starts_at_the_centres_and_repeats_itself(subject):
     assert len({t.hparams.k_coef for t in at_random}) == 5
 
 
+def test_the_digest_of_pairs_follows_every_split_and_not_what_they_are_padded_to(subject, pairs):
+    def padded(rows):
+        return rows._replace(tokens=np.pad(rows.tokens, ((0, 0), (0, 3)), constant_values=7))
+
+    longer = {split: padded(getattr(pairs, split)) for split in ("search", "discretize", "report")}
+    assert dataclasses.replace(pairs, **longer).digest == pairs.digest
+    assert subject.held(pairs, "vocabulary").digest == pairs.digest
+    others = {split: planted_pairs(16, 9) for split in ("search", "discretize", "confirm", "report")}
+    changed = [dataclasses.replace(pairs, **{split: rows}).digest for split, rows in others.items()]
+    swapped = pairs.report._replace(answer=pairs.report.other, other=pairs.report.answer)
+    changed.append(dataclasses.replace(pairs, report=swapped).digest)
+    assert len({pairs.digest, *changed}) == 6
+
+
 def test_settings_that_make_no_sense_are_refused_by_name():
     with pytest.raises(UserError, match="trials must be at least 1, got 0"):
         procedure.Settings(trials=0)

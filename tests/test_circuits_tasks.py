@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 
+from helpers import OWN_TASK
 import pytest
 
 from wsparse.circuits import tasks
+from wsparse.circuits.pairs import TooFewPairs
 from wsparse.errors import UserError
 from wsparse.pytext.contrasts import CONTRASTS
 
@@ -15,23 +17,6 @@ PAIRS = """
 def pairs():
     for i in range(40):
         yield f"value = {i}\\nfor item", f"value = {i}\\nwhile item", " in", ":\\n"
-"""
-
-
-TASK = """
-from wsparse.circuits.tasks import Form, Pair, Program, Task
-
-
-def stream(seed, split):
-    for i in range(20):
-        lead = f"{split} = {seed + i}\\n"
-        yield Pair(
-            first=Program(prompt=f"{lead}for item", rest=" in items:\\n    pass\\n"),
-            second=Program(prompt=f"{lead}while item", rest=":\\n    pass\\n"),
-        )
-
-
-TASK = Task(name="mine", summary="loops", stream=stream, forms=(Form(" in", ":\\n"),))
 """
 
 
@@ -123,9 +108,10 @@ def test_a_pair_that_repeats_a_prompt_is_dropped_and_counted(tmp_path, logged):
 def test_a_small_task_says_how_many_pairs_would_do(tmp_path, tokenizers):
     lines = "\n".join(json.dumps(pair) for pair in own_pairs(12))
     task = tasks.load(written(tmp_path / "few.jsonl", lines))
-    with pytest.raises(UserError, match=r"only (\d+) distinct pairs .*; --pairs=\1 would do$") as error:
+    with pytest.raises(TooFewPairs, match=r"only \d+ distinct pairs for split 'search' .* 64 were") as error:
         tasks.build(task, tokenizers[1024], 64, seed=0)
-    count = int(str(error.value).partition("--pairs=")[2].split()[0])
+    count = error.value.made
+    assert f"only {count} distinct" in str(error.value) and error.value.split == "search"
     assert tasks.build(task, tokenizers[1024], count, seed=0).n_pairs == count > 1
 
 
@@ -157,10 +143,17 @@ def test_python_tasks(tmp_path, tokenizers):
     listed = tasks.load(written(tmp_path / "listed.py", PAIRS))
     assert listed.name == "listed"
     assert sum(len(list(listed.stream(0, split))) for split in tasks.SPLITS) == 40
-    mine = tasks.load(written(tmp_path / "mine.py", TASK))
+    mine = tasks.load(written(tmp_path / "mine.py", OWN_TASK))
     batch = tasks.build(mine, tokenizers[1024], 20, seed=5, split="report")
     assert batch.prompts[0] == "report = 5\nfor item"
     assert batch.form == r"' in' or ':\n'"
+    text = (
+        "import dataclasses\nfrom wsparse.circuits.tasks import TASKS\n"
+        "TASK = dataclasses.replace(TASKS['for_while'], name='mine')\n"
+    )
+    built_in = tasks.load(written(tmp_path / "replaced.py", text))
+    batch = tasks.build(built_in, tokenizers[1024], 3, seed=0, knobs={"distractors": 3})
+    assert {drawn["distractors"] for drawn in batch.knobs} == {3}
 
 
 @pytest.mark.parametrize(
@@ -189,8 +182,8 @@ def test_wrong_python_tasks(tmp_path, text, message):
     ],
 )
 def test_a_stream_that_fails_is_named_by_file_and_line(tmp_path, tokenizers, line, message):
-    text = TASK.replace("        yield Pair(", f"{line}\n        yield Pair(")
-    assert text != TASK
+    text = OWN_TASK.replace("        yield Pair(", f"{line}\n        yield Pair(")
+    assert text != OWN_TASK
     task = tasks.load(written(tmp_path / "task.py", text))
     with pytest.raises(UserError, match=rf"^{tmp_path}/{message}$"):
         tasks.build(task, tokenizers[512], 4, seed=0)

@@ -92,10 +92,15 @@ def test_a_piece_is_free_again_once_its_holder_fails_or_is_silent_for_a_lease(wh
     assert not first.any_free()
 
 
-def test_a_holder_at_work_keeps_its_claim_for_longer_than_a_lease(where):
-    first, second = (WorkItems(1, storage=open_storage(where), name="work", lease=1.0) for _ in range(2))
+def test_a_holder_at_work_keeps_its_claim_for_longer_than_a_lease(where, clock):
+    first, second = (WorkItems(1, storage=open_storage(where), name="work", lease=8.0) for _ in range(2))
     with first.lease() as (trial,):
-        time.sleep(2.5)
+        clock[0] = 100.0
+        # A quarter of a lease later it says that it is alive.
+        limit = time.monotonic() + 60
+        while workers.time.time() - second._trials()[0].user_attrs["seen"] > 8.0:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
         assert not second.any_free()
         first.finish(trial, 1.0)
     assert len(second.finished()) == 1
@@ -117,6 +122,21 @@ def test_a_storage_that_cannot_be_opened_is_refused_in_one_line(where, capsys):
     assert line.startswith(f"--storage={where} cannot be opened")
     # Drivers print nothing of their own beside it.
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(ImportError("no module"), "needs the package 'psycopg2': pip install 'wsparse[postgres]'"),
+     (ValueError(""), "cannot be opened: ValueError; give")],
+)  # fmt: skip
+def test_a_database_that_cannot_be_opened_is_named_without_its_password(monkeypatch, error, words):
+    def refuse(url):
+        raise error
+
+    monkeypatch.setattr(workers, "RDBStorage", refuse)
+    with pytest.raises(UserError) as told:
+        open_storage("postgresql://me:se:c/r@et@host/sweeps")
+    assert str(told.value).startswith(f"--storage=postgresql://me:***@host/sweeps {words}")
 
 
 # ---- Searches ----

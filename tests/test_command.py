@@ -73,6 +73,13 @@ def finish(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help_is_no_failure(flag):
+    status, out, err = finish(flag)
+    assert (status, err) == (0, "")
+    assert "--what:" in out
+
+
 def test_log_lines_go_to_stdout_and_those_of_libraries_nowhere():
     assert finish("--what=log") == (3, "a line\n", "")
     # Control: a user can ask for them.

@@ -3,13 +3,13 @@
 import collections
 import itertools
 
+from helpers import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 from wsparse.data import batches, tokens
-from wsparse.errors import UserError
 
 # A component's tokens name their own position, so a window shows where it was read.
 APART = 1_000_000
@@ -28,13 +28,6 @@ def mix(weights, lengths) -> list[tuple[float, tokens.TokenStream]]:
 
 def take(count: int, components, **options) -> np.ndarray:
     return np.stack(list(itertools.islice(batches.train_batches(components, **options), count)))
-
-
-def check(match: str, call) -> None:
-    """`call` raises a UserError of one line that matches."""
-    with pytest.raises(UserError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
 
 
 # Windows and epochs.

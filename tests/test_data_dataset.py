@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 
+from helpers import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -16,15 +17,7 @@ import pytest
 
 from wsparse.config import DataConfig
 from wsparse.data import batches, dataset, encode, sources, split, tokenizer
-from wsparse.errors import UserError
 from wsparse.pytext.documents import document
-
-
-def check(match: str, call) -> None:
-    """`call` raises a UserError of one line that matches."""
-    with pytest.raises(UserError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -99,7 +92,7 @@ def test_a_source_without_a_held_out_document_holds_out_the_one_with_the_smalles
 def test_the_tokenizer_sample_is_training_text_in_no_order_and_bounded(order, limit):
     texts = [f"document number {i}" for i in range(40)]
     shuffled = [texts[i] for i in order]
-    options = {"validation_fraction": 0.2, "sample_bytes": limit}
+    options = {"validation_fraction": 0.2, "sample_size": limit}
     found = split.scan([("a", shuffled)], **options)
     assert found == split.scan([("a", texts)], **options)
     assert sum(map(len, found.sample)) <= limit

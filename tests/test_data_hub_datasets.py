@@ -1,14 +1,13 @@
 """The source `hf:`: data sets through the `datasets` library, from local folders and without a network."""
 
-import collections
 import json
 import sys
 
+from helpers import check, read
 import pytest
 
 from wsparse.config import DataConfig
 from wsparse.data import dataset, hub_datasets, sources
-from wsparse.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 
@@ -17,19 +16,6 @@ datasets = pytest.importorskip("datasets")
 def _offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
-def read(name: str, **options) -> tuple[list[str], sources.SourceReport]:
-    counts: collections.Counter[str] = collections.Counter()
-    documents = list(sources.documents(sources.open_source(name), counts, **options))
-    return documents, sources.SourceReport(name, **counts)
-
-
-def check(match: str, call) -> None:
-    """`call` raises a UserError of one line that matches."""
-    with pytest.raises(UserError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import sys
 import tempfile
 import time
 
+from helpers import check
 import numpy as np
 import pytest
 
 from wsparse import locks
 from wsparse.config import DataConfig
 from wsparse.data import batches, dataset, encode, prepare, tokens
-from wsparse.errors import UserError
 from wsparse.pytext.documents import document
 
 ROOT = pathlib.Path(prepare.__file__).parents[2]
@@ -58,13 +58,6 @@ def copy(finished, tmp_path) -> pathlib.Path:
     for name, data in content(finished).items():
         (folder / name).write_bytes(data)
     return folder
-
-
-def check(match: str, call) -> None:
-    """`call` raises a UserError of one line that matches."""
-    with pytest.raises(UserError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
 
 
 def open_dataset(source: str, **changes):
@@ -247,21 +240,30 @@ def command(source: str, out: pathlib.Path, *more: str) -> list[str]:
     ]
 
 
+# The command, slow enough to be killed between two shards.
+SLOW = """
+import runpy, time
+from wsparse.data import encode
+write = encode._write_records
+encode._write_records = lambda *arguments: (time.sleep(0.1), write(*arguments))[1]
+runpy.run_module("wsparse.data.prepare", run_name="__main__")
+"""
+
+
 def test_a_killed_process_leaves_no_half_shard_and_the_same_command_finishes(source, finished, tmp_path):
     out = tmp_path / "out"
     expected = content(finished)
     run = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         before = len(list(out.glob("*record")))
-        with subprocess.Popen(command(source, out), **run) as process:
+        with subprocess.Popen([sys.executable, "-c", SLOW, *command(source, out)[3:]], **run) as process:
             while process.poll() is None and len(list(out.glob("*record"))) < before + 2:
-                time.sleep(0.0005)
+                time.sleep(0.005)
             process.send_signal(sent)
             _, errors = process.communicate()
-        if (out / "manifest.json").exists():  # The machine was faster than this loop.
-            break
+        assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
+        assert not (out / "manifest.json").exists()
         if sent != signal.SIGKILL:
-            assert process.returncode == 128 + sent
             assert errors.endswith("stopped; run the same command again to go on\n")
         for path in out.glob("*record"):
             assert path.read_bytes() == expected[path.name]

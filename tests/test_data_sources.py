@@ -8,27 +8,13 @@ import subprocess
 import sys
 import sysconfig
 
+from helpers import check, read
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
 from wsparse.data import sources
-from wsparse.errors import UserError
 from wsparse.pytext.documents import document
-
-
-def read(name: str, **options) -> tuple[list[str], sources.SourceReport]:
-    counts: collections.Counter[str] = collections.Counter()
-    documents = list(sources.documents(sources.open_source(name), counts, **options))
-    return documents, sources.SourceReport(name, **counts)
-
-
-def check(match: str, call) -> None:
-    """`call` raises a UserError of one line that matches."""
-    with pytest.raises(UserError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
-
 
 # Mixes.
 
@@ -146,7 +132,8 @@ def test_jsonl_gives_the_named_field(tmp_path):
         json.dumps({"text": "fünf\n", "code": "5"}, ensure_ascii=False).encode(),
     ]
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join(lines))
+    # With a byte-order mark.
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     documents, report = read(f"jsonl:{path}")
     assert documents == ["one", "fünf\n"]
     assert (report.skipped_undecodable, report.skipped_empty) == (2, 2)
@@ -162,6 +149,9 @@ def test_parquet_gives_the_named_field(tmp_path):
     parquet.write_table(pyarrow.table(columns), path, row_group_size=300)
     assert read(f"parquet:{path}")[0] == texts
     assert read(f"parquet:{path}?field=raw")[0] == texts
+    coded = {"text": pyarrow.array(texts).dictionary_encode()}
+    parquet.write_table(pyarrow.table(coded), tmp_path / "coded.parquet")
+    assert read(f"parquet:{tmp_path}/coded.parquet")[0] == texts
     odd = {"text": pyarrow.array([b"ok", b"\xff", None], pyarrow.binary())}
     parquet.write_table(pyarrow.table(odd), tmp_path / "odd.parquet")
     documents, report = read(f"parquet:{tmp_path}/odd.parquet")
@@ -174,6 +164,10 @@ def test_parquet_gives_the_named_field(tmp_path):
     check("field 'n' must hold strings, got int64", lambda: read(f"parquet:{path}?field=n"))
     (tmp_path / "no.parquet").write_text("not parquet")
     check("no.parquet is not a Parquet file", lambda: read(f"parquet:{tmp_path}/no.parquet"))
+    damaged = bytearray(path.read_bytes())
+    damaged[1000:1200] = bytes(200)
+    (tmp_path / "bad.parquet").write_bytes(damaged)
+    check("bad.parquet is damaged: '", lambda: read(f"parquet:{tmp_path}/bad.parquet"))
 
 
 TFDS_BUILDER = """

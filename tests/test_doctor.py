@@ -76,12 +76,16 @@ def test_a_check_that_breaks_does_not_keep_others_from_running():
     def refuses():
         raise UserError("batch_size must be even")
 
-    healthy, lines = examine({"a": breaks, "b": lambda: "fine", "c": refuses})
+    def says_nothing():
+        raise TimeoutError
+
+    healthy, lines = examine({"a": breaks, "b": lambda: "fine", "c": refuses, "d": says_nothing})
     assert not healthy
     assert lines == [
         "FAIL  a: ZeroDivisionError: division by zero",
         "OK    b: fine",
         "FAIL  c: batch_size must be even",
+        "FAIL  d: TimeoutError",
     ]
 
 
@@ -170,6 +174,17 @@ def test_a_bucket_without_its_driver_or_rights_is_a_failure(monkeypatch):
     assert "cannot use gs://no-such-bucket/run: PermissionError: no rights" in fails(
         lambda: doctor.storage(path)
     )
+
+
+def test_a_bucket_without_its_driver_names_the_extra(monkeypatch):
+    def refuse(self):
+        raise ImportError("Please install gcsfs")
+
+    path = epath.Path("gs://no-such-bucket/run")
+    monkeypatch.setattr(type(path), "exists", refuse)
+    line = fails(lambda: doctor.storage(path))
+    assert "cannot use gs://no-such-bucket/run: Please install gcsfs (" in line
+    assert "pip install 'wsparse[gcs]'" in line
 
 
 def test_checkpoints_must_fit_on_the_disk(monkeypatch, tmp_path):

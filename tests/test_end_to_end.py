@@ -126,11 +126,12 @@ def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
     assert status == 0, err
     assert out.count("done before") >= 1
     circuits = [Circuit.load(folder / name) for name in found]
-    if drawn := [circuit.task for circuit in circuits if circuit.nodes]:
-        status, out, err = finish(start("view", "--run=runs/tiny"))
-        assert status == 0, err
-        page = (workdir / "report.html").read_text()
-        assert all(name in page for name in drawn)
+    drawn = [circuit.task for circuit in circuits if circuit.nodes]
+    assert drawn, circuits
+    status, out, err = finish(start("view", "--run=runs/tiny"))
+    assert status == 0, err
+    page = (workdir / "report.html").read_text()
+    assert all(name in page for name in drawn)
     status, out, err = finish(start("circuits.compare", "--runs", "runs/tiny", "runs/tiny"))
     assert status == 0, err
     assert " 1.0" in out

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from wsparse import files
+from wsparse import errors, files
 from wsparse.errors import UserError
 
 
@@ -49,6 +49,15 @@ def test_a_file_is_replaced_only_when_its_block_ends_well(tmp_path):
         part.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError("one\ntwo"), "one"), (ValueError(""), "ValueError"), (KeyError("x"), "'x'"), ("why", "why")],
+)
+def test_the_reason_of_an_error_is_one_line_and_never_empty(tmp_path, error, told):
+    assert errors.reason(error) == told
+    assert str(files.cannot_write(tmp_path / "x", error)).startswith(f"cannot write {tmp_path}/x: {told} (")
 
 
 def test_a_full_disk_is_told_in_one_line_with_the_space_left(tmp_path):

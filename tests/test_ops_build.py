@@ -53,6 +53,7 @@ def test_the_next_compiler_is_tried_where_one_fails(cache, tmp_path, monkeypatch
     ("body", "reason"),
     [
         ("echo 'x.cc:1: error: broken here' >&2; echo more >&2; exit 1", "broken here"),
+        (r"printf 'x.cc: error: broken \377here' >&2; exit 1", "broken"),
         ("exit 3", "exit status 3"),
         (None, "no C++ compiler"),
     ],
@@ -73,11 +74,29 @@ def test_a_cache_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, c
     assert len(caplog.records) == 1
 
 
+def test_a_user_without_a_home_folder_is_one_line(monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert build.library() is None
+    (record,) = caplog.records
+    assert "home directory" in record.getMessage()
+
+
+def test_a_compiler_that_is_no_command_is_one_line(cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", 'g++ "')
+    assert build.library() is None
+    (record,) = caplog.records
+    assert "CXX=g++" in record.getMessage()
+
+
 @pytest.mark.parametrize("content", ["not a library", None])
 def test_a_library_that_does_not_load_or_lacks_a_kernel_is_one_line(tmp_path, monkeypatch, caplog, content):
     path = tmp_path / "kernels.so"
     if content is None:
-        subprocess.run(["g++", "-shared", "-x", "c++", "-", "-o", path], input=b"int x;", check=True)
+        if (compiler := next(build._compilers(), None)) is None:
+            pytest.skip("no C++ compiler")
+        subprocess.run([*compiler, "-shared", "-x", "c++", "-", "-o", path], input=b"int x;", check=True)
     else:
         path.write_text(content)
     monkeypatch.setattr(build, "library", lambda: path)

@@ -167,6 +167,15 @@ def test_attention_without_a_sink_and_with_large_scores_stays_exact():
     assert spoilt[1, 4, 0].all() and spoilt.sum() == 16
 
 
+def test_a_key_out_of_sight_has_no_weight_at_all():
+    q, k = draw(0, 2, 37, 2, 16), draw(1, 2, 37, 2, 16)
+    v = np.zeros_like(q)
+    v[:, 20] = 1e30
+    y = attention.attend_on_cpu(q, k, v, None)
+    assert not y[:, :20].any()
+    assert y[:, 20:].all()
+
+
 def test_attention_works_under_vmap_scan_and_checkpoint():
     q, k, v, sink = (draw(0, 3, 2, 7, 2, 4), draw(1, 2, 7, 2, 4), draw(2, 3, 2, 7, 2, 4), draw(3, 3, 2))
 
@@ -341,15 +350,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 # The loss and the gradient's norms of a model whose weights are sparse enough for every kernel.
 MODEL_GRADIENT = """
-from wsparse import model, sparsity, train, trees
+from wsparse import model, sparsity, trees
 from wsparse.config import ModelConfig
+from wsparse.step import loss
 config = ModelConfig(vocab_size=64, context=17, n_layer=3, d_model=32, n_head=2)
 params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
 params = jax.jit(lambda params: trees.map_with_path(
     lambda path, p: jnp.where(jax.random.uniform(jax.random.key(p.size), p.shape) < 0.05, 8 * p, 0)
     if path.endswith("kernel") else p, params))(params)
 window = jax.random.randint(jax.random.key(1), (2, 17), 0, 64)
-step = jax.jit(jax.grad(lambda p: train.loss(p, window, config)[0]))
+step = jax.jit(jax.grad(lambda p: loss(p, window, config)[0]))
 text = step.lower(params).as_text()
 print(*(f"wsparse_{name}" in text for name in ("attend", "attend_gradient", "gelu", "product")))
 gradient = trees.flatten(step(params))

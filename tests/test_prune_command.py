@@ -79,7 +79,7 @@ def test_every_recipe_of_pruning_gives_settings(name):
 def test_a_task_that_the_model_cannot_do_is_finished_with_a_hint(tmp_path, logged):
     hint = "the model cannot do it at 0.15: --target=0.45 would try it"
     search: Any = types.SimpleNamespace(
-        pairs=types.SimpleNamespace(task="hard", report=None),
+        pairs=types.SimpleNamespace(task="hard", report=None, digest="123"),
         subject=types.SimpleNamespace(digest="abc", score=lambda pairs: Score(0.4, 0.5)),
         settings=Settings(),
         is_hopeless=lambda: True,

@@ -108,6 +108,14 @@ def test_knobs_are_noted_with_each_pair_and_can_be_set():
     assert re.search(r"\"[a-z ]+ '[a-z]+' [a-z ]+$", nested.second.prompt)
 
 
+@pytest.mark.parametrize("name", ["if_ternary", "while_return_true", "else_elif"])
+def test_a_knob_that_few_pairs_have_can_be_set(name):
+    few = [pair for pair in pairs_of(name, "search", 300) if "words" in pair.knobs]
+    fixed = list(itertools.islice(prompts.pairs(name, 0, "search", knobs={"words": 2}), len(few)))
+    assert {pair.knobs["words"] for pair in fixed} == {2} != {pair.knobs["words"] for pair in few}
+    assert 5 < len(few) < 40 and [pair.template for pair in fixed] == [pair.template for pair in few]
+
+
 def test_a_knob_that_a_task_lacks_is_refused():
     with pytest.raises(UserError, match=r"no knob 'nestd' \(did you mean 'nested'\?\); it has .*distractors"):
         next(prompts.pairs("single_double_quote", 0, "search", knobs={"nestd": 1}))

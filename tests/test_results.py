@@ -142,10 +142,15 @@ def test_a_table_says_how_many_circuits_are_confirmed():
     circuits["z"]["status"] = "found, not confirmed on the report split"
     circuits["w"] = {"status": "not tried: the model cannot do the task", "model_loss": 0.7}
     row = table("confirmed", entries, "tiny")[2]
-    assert row == ["`tiny`", "7", "4 of 6 (67%)", "4 of 5 (80%)", "0", "2"]
+    assert row == ["`tiny`", "7", "4 of 6 (67%)", "4 of 5 (80%)", "0 of 5", "2"]
     assert table("confirmed", [entry()], "tiny")[2][2:4] == ["-", "-"]
     circuits["x"]["controls"]["random_model"] = 0.12
-    assert table("confirmed", entries, "tiny")[2][4] == "1"
+    assert table("confirmed", entries, "tiny")[2][4] == "1 of 5"
+    # A control that was not made is none that fails.
+    for run in entries:
+        for circuit in run["circuits"].values():
+            circuit["controls"] = {}
+    assert table("confirmed", entries, "tiny")[2][4] == "not made"
 
 
 def test_a_table_of_audits_counts_the_seeds_that_pass_each_test_by_task():
@@ -185,6 +190,33 @@ def test_a_table_of_ratios_is_over_tasks_and_seeds_that_both_have():
     ]
 
 
+def test_ratios_are_also_of_circuits_at_one_target_and_of_tasks_that_no_control_does():
+    edges = {"x": 10, "y": 10, "z": 10}
+    sparse = entry(edges=edges)
+    dense = entry("small", edges={"x": 20, "y": 80, "z": 640})
+    dense["circuits"]["y"]["target"] = 0.2
+    sparse["circuits"]["z"]["controls"]["random_model"] = 0.1
+    rows = table("ratios", [sparse, dense], "tiny", "small")[2:]
+    assert [(row[0].removeprefix("`small` to `tiny`"), row[2].split()[0], row[4]) for row in rows] == [
+        ("", "10.1", "3"),
+        (", all at the target 0.15", "11.3", "2"),
+        (", without `z`, which a control does", "4.0", "2"),
+    ]
+
+
+def test_tables_can_be_of_some_tasks_and_say_for_which_circuits_were_searched():
+    entries = [entry(edges={"x": 4, "y": 10}, x=0.1, y=0.1), entry("small", edges={"x": 24, "y": 90}, x=0.1)]
+    assert [row[0] for row in table("circuits", entries, "tasks=y", "tiny", "small")[2:-1]] == ["`y`"]
+    assert table("ratios", entries, "tasks=y", "tiny", "small")[2][2].startswith("9.0")
+    markers = "<!-- results: ratios {} -->\n<!-- end of results -->"
+    assert "--task=all --config" in results.rewritten(markers.format("tiny small"), entries)
+    assert "--task=y --config" in results.rewritten(markers.format("tasks=y tiny small"), entries)
+    del entries[0]["circuits"]["y"], entries[1]["circuits"]["y"]
+    assert "--task=x --config" in results.rewritten(markers.format("tiny small"), entries)
+    with pytest.raises(UserError, match="no circuit of 'z'"):
+        table("ratios", entries, "tasks=z", "tiny", "small")
+
+
 def test_the_interval_of_a_ratio_draws_models_with_all_their_circuits():
     # One model has large circuits for every task: that is one observation, however many tasks there are.
     tasks = "abcdefghijkl"
@@ -221,7 +253,7 @@ def test_commands_and_machines_are_told_below_and_so_is_a_recipe_that_has_change
     text = results.rewritten("<!-- results: circuits -->\n<!-- end of results -->", entries)
     commands = "--config.seed=SEED`, then `python -m wsparse.prune --run=RUN --task=all --config=results`"
     assert commands in text
-    assert "on 2 cores (tiny); 1 x H100 (small)." in text
+    assert "; trained on 2 cores (tiny); 1 x H100 (small)." in text
     assert "`tiny`\\*" in text and "`small`\\*" not in text
     assert "\\*: the recipe has changed since." in text
     # A second time changes nothing.

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import re
 
+from helpers import check
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 
 from wsparse import model, sharding, sparsity, step, trees
 from wsparse.config import MeshConfig, TrainConfig, from_dict
-from wsparse.errors import UserError
 from wsparse.step import EVAL_BATCH, init_state, make_program
 
 CONFIG = from_dict(
@@ -46,12 +46,6 @@ def one_device():
 
 def specs(tree, mesh):
     return {path: s.spec for path, s in trees.flatten(sharding.tree_shardings(tree, mesh)).items()}
-
-
-def check(match: str, call) -> None:
-    with pytest.raises(UserError, match=match) as error:
-        call()
-    assert "\n" not in str(error.value)
 
 
 # The mesh ---------------------------------------------------------------------------------------------

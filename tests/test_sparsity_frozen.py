@@ -18,6 +18,7 @@ from wsparse import sparsity, train
 from wsparse.config import SparsityConfig, to_dict
 from wsparse.ops import cpu
 from wsparse.sparsity import frozen
+from wsparse.step import init_state
 
 source, one_device = case.source, case.one_device
 
@@ -147,7 +148,7 @@ def test_steps_that_have_no_room_for_the_nonzeros_are_dense_and_said_to_be_once(
 
 @needs_kernels
 def test_unpacked_trees_are_what_was_packed(source, one_device):
-    state = case.train.init_state(case.make_config(source))
+    state = init_state(case.make_config(source))
     thin = lambda leaf: np.where(np.abs(leaf) > 0.04, leaf, 0) if leaf.ndim > 1 else leaf
     params = jax.tree.map(thin, jax.device_get(state.params))
     capacities = frozen.capacities(SparsityConfig(density=0.5), params)

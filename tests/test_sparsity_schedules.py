@@ -22,12 +22,13 @@ from wsparse.sparsity import (
 
 @pytest.mark.parametrize("anneal", ["linear", "exponential"])
 @pytest.mark.parametrize(
-    ("start", "end", "steps"), [(0.0, 0.5, 100), (0.1, 0.8, 50), (0.25, 1.0, 37), (0.0, 0.5, 1)]
+    ("start", "end", "steps"),
+    [(0.0, 0.5, 100), (0.1, 0.8, 50), (0.25, 1.0, 37), (0.0, 0.5, 1), (0.0, 0.5, 82), (0.0, 1.0, 41)],
 )
 def test_density_follows_numpy_and_its_ends_are_exact(anneal, start, end, steps):
     target = 1 / 48
     config = SparsityConfig(density=target, anneal_start=start, anneal_end=end, anneal=anneal)
-    got = np.asarray(jax.vmap(density_schedule(config, steps))(jnp.arange(steps)))
+    got = np.asarray(jax.jit(jax.vmap(density_schedule(config, steps)))(jnp.arange(steps)))
     stop = max(end * steps, 1)
     progress = np.clip((np.arange(steps) + 1 - start * steps) / (stop - start * steps), 0, 1)
     want = 1 + (target - 1) * progress if anneal == "linear" else target**progress
@@ -138,6 +139,12 @@ def test_a_zero_gradient_stays_zero(form):
     transform = scale_by_gradient_rms(form)
     got, _ = transform.update({"a": jnp.zeros((3, 4))}, optax.EmptyState())
     np.testing.assert_array_equal(got["a"], np.zeros((3, 4)))
+
+
+def test_a_gradient_whose_squares_underflow_is_not_blown_up():
+    gradients = {"a": jnp.full((3, 4), 1e-20, jnp.float32)}
+    got, _ = scale_by_gradient_rms("normalize").update(gradients, optax.EmptyState())
+    assert (got["a"] > gradients["a"]).all() and (got["a"] < 1).all()
 
 
 def test_bfloat16_gradients_are_measured_in_float32_and_keep_their_dtype():

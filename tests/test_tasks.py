@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 
+from helpers import OWN_TASK
 import jax
 import numpy as np
 import pytest
@@ -24,22 +25,6 @@ from wsparse.errors import UserError
 from wsparse.pytext.documents import document
 
 CONTEXT = 512
-
-TASK = """
-from wsparse.circuits.tasks import Form, Pair, Program, Task
-
-
-def stream(seed, split):
-    for i in range(20):
-        lead = f"{split} = {seed + i}\\n"
-        yield Pair(
-            first=Program(prompt=f"{lead}for item", rest=" in items:\\n    pass\\n"),
-            second=Program(prompt=f"{lead}while item", rest=":\\n    pass\\n"),
-        )
-
-
-TASK = Task(name="mine", summary="loops", stream=stream, forms=(Form(" in", ":\\n"),))
-"""
 
 
 def written(path: pathlib.Path, text: str) -> pathlib.Path:
@@ -99,6 +84,8 @@ def test_a_users_task_is_probed_without_a_model(fresh_run, tmp_path):
     assert accuracy and float(accuracy[1]) < 0.65 and "warning" not in texts["hidden"]
     assert re.search(r"^few +-  - +- ", texts["few"], re.M)
     assert "no probe: task 'few' makes only 1 distinct pairs for split 'report'" in texts["few"]
+    refused = command.report(fresh_run.tokenizer, [task], n_pairs=6, split="report")
+    assert re.fullmatch(r"refused: .* makes only 1 distinct pairs .* 6 were .*; --pairs=1 would do", refused)
     assert all("loss" not in text for text in texts.values())
 
 
@@ -145,7 +132,7 @@ def test_a_knob_that_cannot_be_shown_is_refused_in_one_line(fresh_run):
 @pytest.mark.parametrize("module", ["wsparse.tasks", "wsparse.circuits.tasks"])
 def test_command_line(tmp_path, module):
     # The task is read first: a user's `Task` is the same class whichever name the command has.
-    task = written(tmp_path / "mine.py", TASK)
+    task = written(tmp_path / "mine.py", OWN_TASK)
     command = [sys.executable, "-m", module, "--run=no/such/run"]
     done = subprocess.run([*command, f"--task={task}"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -11,8 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-import types
 
 from absl import flags
 import audit_case
@@ -309,23 +307,33 @@ def test_damaged_evidence_is_refused_in_one_line(copied, damage, message):
 # ---- The command ----
 
 
-def options(folder, out, **changes) -> types.SimpleNamespace:
-    values = {
-        "task": ["all"],
-        "source": None,
-        "pairs": 6,
-        "max_nodes": 2000,
-        "with": [],
-        "notes": [],
-    } | changes
-    return types.SimpleNamespace(run=str(folder), out=str(out), **values)
+@pytest.fixture
+def command():
+    """Runs the command line."""
+    defined = set(flags.FLAGS)
+    view._define_flags()
+
+    def run(folder, out, *arguments: str) -> None:
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["view", f"--run={folder}", f"--out={out}", *arguments])
+        view.main([])
+
+    yield run
+    for name in set(flags.FLAGS) - defined:
+        delattr(flags.FLAGS, name)
 
 
-def test_the_command_writes_one_page(folder, data, tmp_path, monkeypatch, caplog):
+def test_every_option_is_a_flag_with_help_and_no_task_at_all_is_refused(command, folder, tmp_path):
+    for field in dataclasses.fields(contents.Options):
+        assert field.metadata["help"] in flags.FLAGS[field.name].help
+    with pytest.raises(UserError, match="task must name at least one task"):
+        command(folder, tmp_path / "report.html", "--task=")
+
+
+def test_the_command_writes_one_page(folder, data, tmp_path, monkeypatch, caplog, command):
     caplog.set_level(logging.INFO, "wsparse")
     out = tmp_path / "report.html"
-    monkeypatch.setattr(flags, "FLAGS", options(folder, out))
-    view.main([])
+    command(folder, out)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     [text] = re.findall(r'id="data">(.*?)</script>', out.read_text(), re.DOTALL)
     assert json.loads(text) == data
@@ -334,16 +342,15 @@ def test_the_command_writes_one_page(folder, data, tmp_path, monkeypatch, caplog
     monkeypatch.setattr(page, "render", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     before = out.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        view.main([])
+        command(folder, out)
     assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_circuits_of_one_task_count_it_once(copied, tmp_path, monkeypatch, caplog):
+def test_circuits_of_one_task_count_it_once(copied, tmp_path, command, caplog):
     caplog.set_level(logging.INFO, "wsparse")
     circuits = copied / "circuits"
     shutil.copytree(circuits / case.TASK, circuits / f"{case.TASK}@b")
-    monkeypatch.setattr(flags, "FLAGS", options(copied, tmp_path / "report.html"))
-    view.main([])
+    command(copied, tmp_path / "report.html")
     assert "2 circuits of 2 tasks" in caplog.text
 
 
@@ -357,10 +364,7 @@ def test_the_command_imports_no_jax_and_reads_neither_weights_nor_text(copied, d
         "command.run_command(lambda argv: view.main(argv) or sum(\n"
         "    name in sys.modules for name in ('jax', 'flax', 'wsparse.model')))\n"
     )
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", code, f"--run={copied}"], check=True)
-    # Well under a second where nothing else runs; a jax that slips in takes two or three.
-    assert time.monotonic() - started < 10
     text = (copied / "report.html").read_text()
     assert (
         json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])["circuits"]
@@ -368,11 +372,9 @@ def test_the_command_imports_no_jax_and_reads_neither_weights_nor_text(copied, d
     )
 
 
-def test_the_text_of_excerpts_is_an_option_of_the_evidence(folder, tmp_path, monkeypatch):
-    given = options(folder, tmp_path / "x.html", source="files:/src/*.py")
-    monkeypatch.setattr(flags, "FLAGS", given)
+def test_the_text_of_excerpts_is_an_option_of_the_evidence(folder, tmp_path, command):
     with pytest.raises(UserError, match=r"--evidence --source=files:/src/\*\.py"):
-        view.main([])
+        command(folder, tmp_path / "x.html", "--source=files:/src/*.py")
 
 
 def test_a_task_of_the_users_own_needs_no_file(folder, data):

@@ -157,7 +157,7 @@ def test_token_colors_and_values_are_those_of_the_data(open_page, data):
     # Colors are relative to the largest value of both prompts.
     share = abs(row[strongest]) / np.abs(values[starts[2] : starts[4]]).max()
     assert ("--negative" in color) == (row[strongest] < 0)
-    assert f"{8 + 62 * share:.0f}%" in color
+    assert f"calc({0.1 + 0.9 * share:.2f} * var(--deepest))" in color
     spans.nth(strongest).hover()
     shown_value = page.locator("#tip").inner_text().splitlines()[-1].replace(MINUS, "-")
     assert float(shown_value) == pytest.approx(row[strongest], rel=1e-3)
@@ -302,8 +302,15 @@ def test_colors_follow_the_system_and_the_button(open_page):
     ink = "getComputedStyle(document.body).backgroundColor"
     light, dark = (open_page(color_scheme=scheme) for scheme in ("light", "dark"))
     assert light.evaluate(ink) != dark.evaluate(ink)
-    dark.locator("#theme").click()
+    button = dark.locator("#theme")
+    assert button.get_attribute("aria-label") == "Colors: auto"
+    dark.locator("#tasks tbody th a").first.click()
+    button.click()
     assert dark.evaluate(ink) == light.evaluate(ink)
+    assert button.get_attribute("aria-label") == "Colors: light"
+    dark.go_back()
+    assert dark.locator("#overview").is_visible() and dark.evaluate(ink) == light.evaluate(ink)
+    assert state(dark)["theme"] == "light"
 
 
 def test_hostile_text_is_shown_as_text(open_page):

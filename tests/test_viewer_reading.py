@@ -130,6 +130,24 @@ def test_the_ends_can_be_selected_shared_and_left(open_page, data):
     assert "end" not in state(page) and page.locator(".dim").count() == 0
 
 
+def test_of_many_tokens_an_end_shows_those_of_the_most_pairs_and_says_that_there_are_more(
+    open_page, data, written
+):
+    changed = copy.deepcopy(data)
+    contrast = shown_circuit(changed)["contrast"]
+    n = 8
+    counts = np.random.default_rng(0).permutation(n) + 1
+    contrast["tokens"] = list(range(65, 65 + n))
+    changed["tokens"] |= {str(token): chr(token) for token in contrast["tokens"]}
+    contrast["counts"] = [[int(count), 0, int(count), 0] for count in counts]
+    contrast["weights"] = {name: [0.5] * n for name in contrast["weights"]}
+    for end in ("embedding", "unembedding"):
+        panel = open_page(f"{CIRCUIT}&end={end}", written(changed, "many")).locator("#panel")
+        shown = panel.locator("table.ends thead code").all_text_contents()
+        assert shown == [json.dumps(chr(65 + i)) for i in np.argsort(-counts)[:6]]
+        assert "the first 6 are shown" in panel.inner_text()
+
+
 def test_channels_that_say_nothing_of_the_tasks_tokens_are_named_below_the_table(open_page, data, written):
     changed = copy.deepcopy(data)
     weights = shown_circuit(changed)["contrast"]["weights"]

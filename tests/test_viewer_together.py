@@ -66,6 +66,23 @@ def open_page(browser, pages):
         yield of_name
 
 
+@pytest.fixture
+def written(tmp_path):
+    """Writes a page of other data; the file's path is returned."""
+
+    def write(data: dict) -> pathlib.Path:
+        path = tmp_path / "other.html"
+        path.write_text(page_lib.render(data, title="other"), encoding="utf-8")
+        return path
+
+    return write
+
+
+def value_of(names: list[str]) -> str:
+    """A value of a head."""
+    return next(name for name in names if ".attn.v." in name)
+
+
 def node(page, name):
     return page.locator(f'.node[data-name="{name}"]').first
 
@@ -80,9 +97,9 @@ def group(page, names: list[str]):
     return page.locator(".node.group")
 
 
-def ends(data: dict) -> list[tuple[str, str]]:
+def ends(data: dict, task: str = case.TASK) -> list[tuple[str, str]]:
     """The edges of the circuit, the largest first."""
-    circuit = data["circuits"][case.TASK]
+    circuit = data["circuits"][task]
     nodes = [each["name"] for each in circuit["nodes"]]
     return [(nodes[source], nodes[target]) for source, target, _ in circuit["edges"]]
 
@@ -171,15 +188,15 @@ def test_long_names_are_cut_between_characters(open_page, names):
     assert page.locator("#graph .label").text_content() == "\N{GRINNING FACE}" * 25 + "…"
 
 
-@pytest.mark.parametrize("way", ["Pinned", "Unpin"])
+@pytest.mark.parametrize("way", ["Pin", "Unpin"])
 def test_however_the_last_pin_goes_the_next_one_does_not_hide_the_other_nodes(open_page, names, way):
     page = open_page()
     node(page, names[0]).click(modifiers=["Shift"])
     page.keyboard.press("n")
     page.get_by_role("button", name="Show only these").click()
-    if way == "Pinned":
+    if way == "Pin":
         node(page, names[0]).click()
-        page.get_by_role("button", name="Pinned", exact=True).click()
+        page.get_by_role("button", name="Pin", exact=True).click()
     else:
         page.get_by_role("button", name=f"Unpin {names[0]}").click()
     assert "only" not in state(page)
@@ -196,6 +213,46 @@ def test_the_address_that_is_gone_back_to_has_the_notes_that_are_shown(open_page
     assert state(page)["node"] == names[0] and page.locator("#graph .label").text_content() == "later"
     copy_of = open_page(address(page))
     assert copy_of.locator("#graph .label").all_text_contents() == ["later"]
+
+
+def test_back_returns_to_notes_that_a_link_or_the_pages_own_have_replaced(open_page, names):
+    page, other = open_page(), open_page()
+    for each, label in ((page, "mine"), (other, "theirs")):
+        node(each, names[0]).click()
+        each.get_by_role("textbox", name=f"Name of {names[0]}").fill(label)
+    address(page)
+    labels = page.locator("#graph .label")
+    page.evaluate("fragment => { location.hash = fragment; }", address(other))
+    labels.get_by_text("theirs").wait_for()
+    assert labels.all_text_contents() == ["theirs"]
+    for move, expected in ((page.go_back, "mine"), (page.go_forward, "theirs"), (page.go_back, "mine")):
+        move()
+        assert labels.all_text_contents() == [expected]
+    page.get_by_role("button", name="Notes", exact=True).click()
+    page.get_by_role("button", name="Back to the page").click()
+    assert labels.count() == 0 and "n" not in state(page)
+    page.go_back()
+    assert labels.all_text_contents() == ["mine"]
+
+
+def test_the_last_pin_that_goes_brings_all_nodes_back(open_page, names):
+    page = open_page()
+    node(page, names[0]).click(modifiers=["Shift"])
+    page.keyboard.press("n")
+    page.get_by_role("button", name="Show only these").click()
+    assert page.locator("#graph .node").count() == 1
+    node(page, names[0]).click(modifiers=["Shift"])
+    assert page.locator("#graph .node").count() == case.N_NODES and "only" not in state(page)
+
+
+def test_the_rest_is_held_only_where_the_page_has_all_of_it(open_page, names, data, written):
+    cut = copy.deepcopy(data)
+    cut["circuits"][case.TASK]["total_nodes"] += 1
+    page = open_page(path=written(cut))
+    node(page, names[0]).click(modifiers=["Shift"])
+    page.keyboard.press("n")
+    assert page.get_by_role("button", name="Show only these").is_visible()
+    assert page.get_by_role("button", name="Hold the rest").count() == 0
 
 
 # ---- Tours ----
@@ -278,7 +335,33 @@ def test_numbers_are_separated_on_the_page_and_plain_in_its_files(open_page, pag
     cell = page.locator("#pair-nodes tr", has_text=names[0]).first.locator("td").nth(1)
     assert cell.inner_text() == "\N{MINUS SIGN}1.50e\N{MINUS SIGN}7"
     _, rows = saved(page, page.locator("#pair-nodes .csv"))
-    assert next(row for row in rows if row[0] == names[0])[2] == "-1.50e-7"
+    row = next(row for row in rows if row[0] == names[0])
+    again = data["circuits"][named()[1]]["nodes"][0]["importance"]
+    assert [float(value) for value in row[2:]] == [-1.5e-7, pytest.approx(again, rel=1e-8)]
+
+
+def test_lists_of_two_circuits_say_where_they_are_cut_and_their_file_is_not(open_page, pages, tmp_path):
+    [text] = re.findall(r'id="data">(.*?)</script>', pages["two"].read_text(encoding="utf-8"))
+    data = json.loads(text)
+    more = [f"0.mlp.post_act.{100 + i}" for i in range(101)]
+    for circuit in (data["circuits"][name] for name in named()):
+        about = data["texts"][circuit["text"]]["nodes"]
+        like = next(node for node in circuit["nodes"] if node["name"].startswith("0.mlp.post_act."))
+        circuit["nodes"] += [like | {"name": name} for name in more]
+        circuit["total_nodes"] = len(circuit["nodes"])
+        circuit["edges"] *= 1 + 5000 // len(circuit["edges"])
+        about |= dict.fromkeys(more, about[like["name"]])
+    path = tmp_path / "long.html"
+    path.write_text(page_lib.render(data, title="long"), encoding="utf-8")
+    page = open_page(f"#task={named()[0]}&with={named()[1]}", path=path)
+    count = case.N_NODES + len(more)
+    heading = page.locator("#pair-nodes h3").first.inner_text()
+    assert heading == f"In both circuits: {count} nodes; the first 100 are shown"
+    assert page.locator("#pair-nodes tbody tr").count() == 100
+    assert len(saved(page, page.locator("#pair-nodes .csv"))[1]) == 1 + count
+    assert page.locator("#pair-note").inner_text().count("the 5,000 largest are drawn") == 2
+    page = open_page(f"#task={named()[0]}&node={ends(data, named()[0])[0][0]}", path=path)
+    assert re.search(r"Out \(\d+; the first 200 are shown\)", page.locator("#panel").inner_text())
 
 
 def named() -> list[str]:
@@ -318,3 +401,65 @@ def test_a_task_without_a_circuit_on_the_page_has_no_curve_that_would_open_it(op
     page.wait_for_selector("#panel .curve")
     tasks = page.locator("#panel .curve").evaluate_all("all => all.map((each) => each.dataset.task)")
     assert tasks == [case.TASK]
+
+
+# ---- Colors, letters and paper ----
+
+
+# The contrast of the letters of an element with what is behind them, a color that may let a ground through.
+CONTRAST = f"""(all) => all.map(([letters, color, ground]) => {{
+  const paint = document.createElement('canvas').getContext('2d', {{ willReadFrequently: true }});
+  for (const each of [ground, color]) {{
+    paint.fillStyle = each;
+    paint.fillRect(0, 0, 1, 1);
+  }}
+  const luminance = {browser_case.LUMINANCE};
+  const [r, g, b] = paint.getImageData(0, 0, 1, 1).data;
+  return [luminance(letters), luminance(`rgb(${{r}},${{g}},${{b}})`)];
+}})"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_letters_can_be_read_on_every_node_and_every_value(open_page, data, names, written, theme):
+    grown = copy.deepcopy(data)
+    nodes = grown["circuits"][case.TASK]["nodes"]
+    for i, each in enumerate(nodes):
+        # All strengths that there are.
+        each |= {"constant": False, "importance": ((len(nodes) - i) / len(nodes)) ** 2}
+    page = open_page(f"{OPEN}&node={value_of(names)}&theme={theme}", path=written(grown))
+    of_nodes = page.locator("#graph .node").evaluate_all(
+        """all => all.map((e) => ['text', 'rect', 'rect'].map((part) => (
+          getComputedStyle(e.querySelector(part)).fill)))"""
+    )
+    of_values = page.locator("#panel :is(.tokens span, .chip)").evaluate_all(
+        """all => all.map((e) => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor,
+          getComputedStyle(e.closest('.tokens') ?? document.getElementById('panel')).backgroundColor])"""
+    )
+    assert len({fill for _, fill, _ in of_nodes}) > 10 and len({color for _, color, _ in of_values}) > 10
+    for luminances in page.evaluate(CONTRAST, of_nodes + of_values):
+        assert browser_case.contrast(*luminances) > 4.5
+
+
+def test_blanks_that_look_alike_are_told_apart(open_page, data, names, written):
+    changed = copy.deepcopy(data)
+    token = str(changed["circuits"][case.TASK]["rows"][0]["answer"])
+    changed["tokens"][token] = " \N{NO-BREAK SPACE}\N{ZERO WIDTH SPACE}\N{IDEOGRAPHIC SPACE}é"
+    page = open_page(f"{OPEN}&node={value_of(names)}", path=written(changed))
+    answer = page.locator("#panel .prompt code").first.text_content()
+    assert answer == r'" \u00a0\u200b\u3000é"'
+
+
+@pytest.mark.parametrize("fragment", ["", f"{OPEN}&theme=dark"])
+def test_all_of_the_page_is_printed_on_light_paper(open_page, names, fragment):
+    """A landscape page of A4, without its margins."""
+    if fragment:
+        fragment += f"&node={value_of(names)}"
+    page = open_page(fragment, viewport={"width": 1050, "height": 720})
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll('body, main, main :is(section, aside, .scroll)')]
+          .filter((e) => e.scrollHeight > e.clientHeight + 2)
+          .filter((e) => getComputedStyle(e).overflowY !== 'visible').length"""
+    )
+    assert cut == 0 and page.evaluate("document.documentElement.scrollHeight") > 720

@@ -177,6 +177,44 @@ def test_the_picked_token_stays_while_nodes_are_edited_and_not_when_the_prompt_c
     assert page.locator(".pick .focus").inner_text() == "e"
 
 
+def test_the_token_of_a_pairs_first_prompt_is_kept_in_the_address_and_in_a_step_of_a_tour(open_page, data):
+    page = open_page()
+    settled(page)
+    page.locator(".pick span").nth(2).click()
+    assert state(page)["token"] == "2"
+    page.keyboard.press("n")
+    page.get_by_role("button", name="Add what is shown as a step").click()
+    step = page.locator(".steps li").count() - 1
+    again = open_page(f"{address(page).replace('&notes=true', '')}&try=true")
+    settled(again)
+    focused = "all => all.map((e) => e.className === 'focus').indexOf(true)"
+    assert again.locator(".pick span").evaluate_all(focused) == 2
+    # What has been typed has tokens of its own.
+    again.get_by_role("textbox", name="Prompt").fill(PROMPT)
+    settled(again)
+    assert again.locator(".pick span").evaluate_all(focused) == len(PROMPT) - 1
+    again.keyboard.press("Escape")
+    again.get_by_role("button", name="Close").click()
+    again.keyboard.press("n")
+    again.get_by_role("button", name=f"Show step {step + 1}", exact=True).click()
+    assert state(again)["token"] == "2" and state(again)["tour"] == str(step)
+
+
+def test_what_is_edited_is_outlined_in_an_open_group_too(open_page, circuit):
+    name = effective(circuit)
+    page = open_page(f"{TRY}&edits={name}=zero&node={name}")
+    settled(page)
+    page.locator(f'.node[data-name="{name}"]').click(modifiers=["Shift"])
+    page.keyboard.press("n")
+    page.get_by_role("button", name="Group them").click()
+    page.get_by_role("button", name="1 node", exact=True).click()
+    page.get_by_role("button", name="Draw as one box").click()
+    page.keyboard.press("t")
+    settled(page)
+    item = page.locator(f'.node.member.edited[data-name="{name}"] rect').first
+    assert item.evaluate("e => getComputedStyle(e).strokeDasharray") == "4px, 3px"
+
+
 def test_a_key_opens_and_closes_it_and_the_graph_has_the_colors_of_the_side_that_is_chosen(open_page):
     page = open_page(f"#task={case.TASK}")
     page.keyboard.press("t")
@@ -257,14 +295,14 @@ def test_a_slider_holds_a_node_at_a_value_and_one_undo_takes_the_drag_back(open_
     settled(page)
     assert state(page)["edits"] == f"{name}=set:-1.5"
     page.get_by_role("button", name="Undo").click()
-    assert state(page)["edits"] == f"{name}=set:{value:g}"
+    assert state(page)["edits"] == f"{name}=set:{value}"
     # A number beyond the slider's end is set as it is typed.
     page.get_by_role("spinbutton", name=f"Value of {name}, exact").fill("1234")
     page.get_by_role("button", name="set", exact=True).click()
     assert state(page)["edits"] == f"{name}=set:1234"
     for _ in range(2):
         page.get_by_role("button", name="Undo").click()
-    assert state(page)["edits"] == f"{name}=set:{value:g}"
+    assert state(page)["edits"] == f"{name}=set:{value}"
     page.get_by_role("button", name="Undo").click()
     assert "edits" not in state(page)
 
@@ -278,9 +316,9 @@ def test_an_edge_can_be_edited_and_a_link_shows_the_same_thing(open_page, data):
     page = open_page(f"{TRY}&prompt={PROMPT}&edge={name}")
     settled(page)
     page.get_by_role("button", name="set", exact=True).click()
-    page.get_by_role("spinbutton").fill("3")
+    page.get_by_role("spinbutton").fill("3.12345678")
     settled(page)
-    assert state(page)["edits"] == f"{name}=set:3"
+    assert state(page)["edits"] == f"{name}=set:3.12345678"
     assert page.locator("path.edge.edited").count() == 1
     other = open_page(address(page))
     settled(other)

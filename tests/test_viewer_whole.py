@@ -218,8 +218,8 @@ def pages(folder, other, tmp_path_factory) -> dict[str, pathlib.Path]:
 def open_page(browser, pages):
     with browser_case.opening(browser, pages["one"]) as opened:
 
-        def of_name(fragment="", name="one", width=1440):
-            return opened(fragment, pages[name], viewport={"width": width, "height": 900})
+        def of_name(fragment="", name="one", width=1440, path=None):
+            return opened(fragment, path or pages[name], viewport={"width": width, "height": 900})
 
         yield of_name
 
@@ -386,6 +386,22 @@ def test_the_table_of_nodes_is_sorted_filtered_and_opens_a_node_in_a_circuit(ope
     rows.first.locator("ul").get_by_role("link", name=task, exact=True).click()
     assert (state(tab)["task"], state(tab)["node"]) == (task, name)
     assert tab.locator("#panel h2").first.inner_text() == name
+
+
+def test_only_nodes_that_the_page_has_are_links(open_page, folder, circuits):
+    cut = contents.read_run(folder, contents.Options(max_nodes=6))
+    path = folder / "cut.html"
+    path.write_text(page.render(cut, title="cut"), encoding="utf-8")
+    tab = open_page(path=path)
+    here = {task: {node["name"] for node in each["nodes"]} for task, each in cut["circuits"].items()}
+    some = set()
+    for row in tab.locator("#uses-table tbody tr").all():
+        name = row.locator("th").inner_text()
+        tasks = row.locator("ul a").all_inner_texts()
+        assert set(tasks) == {task for task in here if name in here[task]}
+        assert row.locator("th a").count() == bool(tasks)
+        some.add(bool(tasks))
+    assert some == {True, False}
 
 
 HOLD_ANSWERS = """() => {

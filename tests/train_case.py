@@ -13,6 +13,7 @@ import pytest
 
 from wsparse import checkpoint, metrics, runs, sharding, train, trees
 from wsparse.config import TrainConfig, from_dict
+from wsparse.step import init_state
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -116,7 +117,7 @@ def final_state(workdir: pathlib.Path, step: int | None = None):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: train.init_state(config)),
+        jax.eval_shape(lambda: init_state(config)),
     )
     found, state = checkpoint.read(workdir / "checkpoints", like, step=step)
     return found, jax.device_get(state)

@@ -30,7 +30,7 @@ from wsparse import files, hlo, model, recipes, sharding
 from wsparse.circuits import PairArrays, masks, search
 from wsparse.command import run_command
 from wsparse.config import ModelConfig, TrainConfig
-from wsparse.errors import UserError, closest, missing_extra
+from wsparse.errors import UserError, closest, missing_extra, reason
 from wsparse.step import Program, make_program
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def find_target(name: str, slices: int = 1) -> Target:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=full, **settings)
     except Exception as error:  # libtpu's errors have no common type of their own
-        raise UserError(f"libtpu knows no topology {full!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"libtpu knows no topology {full!r}: {reason(error)}") from error
     return Target(full, CHIPS[kind], list(topology.devices), slices)
 
 
@@ -165,8 +165,7 @@ def compile_report(lowered: Any, target: Target, *, flops: float) -> dict[str, A
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = re.sub(r"\s+", " ", str(error).split("\n")[0])[:300]
-        return {"fits": False, "reason": reason, "hbm_bytes": limit}
+        return {"fits": False, "reason": re.sub(r"\s+", " ", reason(error))[:300], "hbm_bytes": limit}
     seconds = time.monotonic() - started
     analysis = compiled.memory_analysis()
     memory = {name: getattr(analysis, f"{key}_size_in_bytes") for name, key in _MEMORY.items()}
@@ -289,11 +288,13 @@ def main(argv: Sequence[str]) -> int:
     # By default the platform that JAX runs on would decide.
     os.environ.setdefault("WSPARSE_TPU_KERNELS", "1")
     target = find_target(options.topology, options.slices)
-    sizes = {"steps": options.steps, "pairs_per_step": options.pairs_per_step}
-    report = {"config": recipe} | run(config, target, options.what, **sizes)
     name = f"{recipe}_{re.sub(r'[: ]+', '_', str(target))}.json"
     out = pathlib.Path(options.out or pathlib.Path("runs/aot") / name)
+    # Before compiling, which takes minutes.
     files.make_folder(out.parent)
+    files.check_output(out)
+    sizes = {"steps": options.steps, "pairs_per_step": options.pairs_per_step}
+    report = {"config": recipe} | run(config, target, options.what, **sizes)
     files.write_json(out, report)
     log.info(f"wrote {out}")
     return 0 if report["fits"] else 1

@@ -19,13 +19,12 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from wsparse import files, plots, runs
-from wsparse.circuits import evidence, report
+from wsparse import plots, runs
+from wsparse.circuits import evidence
 from wsparse.circuits.attacks.measure import Options, attack
 from wsparse.circuits.attacks.record import KINDS, MEANING, PICTURE, Attack, text_of
 from wsparse.circuits.circuit import folder_of
 from wsparse.command import define_fields, given_fields, run_command
-from wsparse.errors import UserError
 from wsparse.ops import cpu
 
 log = logging.getLogger(__name__)
@@ -63,15 +62,10 @@ def attack_run(
       UserError: A task or circuit does not exist, or a circuit belongs to other parameters, or its folder
         cannot be written to; nothing is computed then.
     """
-    circuits = report.select(folder, names)[1]
-    known = evidence.known_tasks(names, circuits)
-    run = run or runs.load(folder)
-    for circuit in circuits:
-        circuit.check(run.params)
-        files.check_writable(folder_of(folder, circuit.full_name), "the attack")
+    run, chosen = evidence.opened(folder, names, "the attack", run=run)
     done = []
-    for circuit in circuits:
-        result = attack(run, circuit, known[circuit.task], options)
+    for circuit, task in chosen:
+        result = attack(run, circuit, task, options)
         place = folder_of(folder, circuit.full_name)
         _draw(result, place / PICTURE)
         result.save(place)
@@ -84,8 +78,6 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command; see the module's docstring."""
     del argv
     flag: Any = flags.FLAGS
-    if not flag.task:
-        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     options = Options(**given_fields(Options))
     cpu.enable()
     attack_run(pathlib.Path(flag.run), flag.task, options)

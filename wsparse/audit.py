@@ -98,21 +98,15 @@ def audit_run(
         computed then.
     """
     tests.check_names(names)
-    circuits = report.select(folder, tasks)[1]
-    known = evidence.known_tasks(tasks, circuits)
-    run = run or runs.load(folder)
-    for circuit in circuits:
-        circuit.check(run.params)
-        # The tests take minutes.
-        files.check_writable(folder_of(folder, circuit.full_name), "the audit")
-    made = [contexts.make(run, circuit, known[circuit.task], options) for circuit in circuits]
+    run, chosen = evidence.opened(folder, tasks, "the audit", run=run)
+    made = [contexts.make(run, circuit, task, options) for circuit, task in chosen]
     sources = {report.name_in_run(name): name for name in tasks}
     audits = []
-    for number in range(1, len(circuits) + 1):
+    for number in range(1, len(chosen) + 1):
         # Activations that a context has recorded go with it.
         context = made.pop(0)
         task = context.circuit.full_name
-        log.info("[%d/%d] %s: %d nodes", number, len(circuits), task, len(context.circuit.nodes))
+        log.info("[%d/%d] %s: %d nodes", number, len(chosen), task, len(context.circuit.nodes))
         command = _command(folder, sources.get(task, task), options, names)
         audits.append(audit(context, names, command=command))
         _write(folder_of(folder, task), audits[-1])
@@ -163,8 +157,6 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; see the module's docstring."""
     del argv
     flag: Any = flags.FLAGS
-    if not flag.task:
-        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     names = list(tests.TESTS) if flag.tests is None else flag.tests
     tests.check_names(names)
     options, folder = Options(**given_fields(Options)), pathlib.Path(flag.run)

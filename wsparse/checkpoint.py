@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from wsparse import files, processes, trees
+from wsparse import errors, files, processes, trees
 from wsparse.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -184,6 +184,16 @@ def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) 
     Raises:
       UserError: There is no such step, or none that is undamaged; it does not fit `like`.
     """
+    step = find_step(folder, step)
+    return step, read_step(folder, like, step)
+
+
+def find_step(folder: str | os.PathLike[str], step: int | None = None) -> int:
+    """Returns the newest undamaged step of a `Checkpointer`'s folder, or `step` if that is undamaged.
+
+    Raises:
+      UserError: There is none.
+    """
     folder = pathlib.Path(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: let training reach a checkpoint first")
@@ -194,7 +204,12 @@ def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) 
     if good is None:
         why = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
         raise UserError(f"{folder} has no usable checkpoint{f' ({why})' if why else ''}")
-    path = paths[good]
+    return good
+
+
+def read_step(folder: str | os.PathLike[str], like: Any, step: int) -> Any:
+    """Returns what `read` does of a step that `find_step` has found; its files are not hashed again."""
+    path = pathlib.Path(folder).absolute() / _NAMES.build_name(step)
     handler = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
     )
@@ -204,7 +219,7 @@ def read(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) 
             like, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
         )
         with _misfit(path):
-            return good, reader.restore(path, ocp.args.Composite(state=arguments))["state"]
+            return reader.restore(path, ocp.args.Composite(state=arguments))["state"]
 
 
 def read_metadata(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
@@ -243,7 +258,7 @@ def _misfit(path: pathlib.Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"checkpoint {path} does not fit this configuration: {str(error).splitlines()[0]}"
+            f"checkpoint {path} does not fit this configuration: {errors.reason(error)}"
         ) from error
 
 

@@ -130,9 +130,21 @@ def log_to_stdout() -> Iterator[None]:
         main.parent = logging.root
 
 
+class _Help(app.HelpFlag):
+    """`-h`, beside absl's own `--help`."""
+
+    NAME, SHORT_NAME = "h", None
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
+    app.define_help_flags()
+    if _Help.NAME not in flags.FLAGS:
+        flags.DEFINE_flag(_Help())
     try:
         return flags.FLAGS(argv)
+    except SystemExit as end:
+        # A flag that shows help leaves with status 1, as if that were a failure.
+        sys.exit(0 if end.code == 1 else end.code)
     except UserError as error:
         _fail(str(error))
     except Exception as error:

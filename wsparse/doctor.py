@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 from packaging.requirements import Requirement
 
-from wsparse import processes, recipes, sharding
+from wsparse import errors, processes, recipes, sharding
 from wsparse.command import run_command
 from wsparse.config import MeshConfig, TrainConfig
 from wsparse.errors import UserError
@@ -72,7 +72,7 @@ def _outcome(check: Check) -> str:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return ": ".join(dict.fromkeys((type(error).__name__, errors.reason(error))))
 
 
 def versions() -> str:
@@ -144,7 +144,12 @@ def collectives() -> str:
 def storage(workdir: epath.Path) -> str:
     """Checks that the folder can be written, read and cleaned up, and is the same for all processes."""
     # Folders made here are removed again, so that a run still finds an empty place.
-    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    try:
+        made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    except ImportError as error:
+        raise UserError(
+            f"cannot use {workdir}: {errors.reason(error)} (for gs://, pip install 'wsparse[gcs]')"
+        ) from error
     probe = workdir / processes.gather(f".doctor-{uuid.uuid4().hex}")[0]
 
     def write():

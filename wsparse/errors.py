@@ -14,9 +14,21 @@ class UserError(ValueError):
     """
 
 
+class MissingKeyError(UserError, KeyError):
+    """A key that a mapping does not have, for which `get` returns its default."""
+
+    # That of KeyError quotes the message.
+    __str__ = UserError.__str__
+
+
 def quoted(text: object) -> str:
     """Returns a file's own text as it may stand in a message: short, and nothing that a terminal obeys."""
     return ascii(str(text)[:80])
+
+
+def reason(error: object) -> str:
+    """Returns the first line of an error's message, or the error's type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def closest(name: str, valid: Iterable[str]) -> str:

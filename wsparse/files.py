@@ -13,6 +13,7 @@ import shutil
 import socket
 from typing import Any
 
+from wsparse import errors
 from wsparse.errors import UserError
 
 # Errors of a write for which more space is the remedy.
@@ -84,7 +85,7 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 
 def cannot_write(path: str | os.PathLike[str], error: BaseException | str) -> UserError:
     """Returns the error for a file or folder not written, with the space left where that may be why."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(error, "strerror", None) or errors.reason(error)
     # Errors of libraries, such as orbax's, have no number: space may be why.
     may_be_space = getattr(error, "errno", None) in (None, *OUT_OF_SPACE)
     space = _space_left(pathlib.Path(path)) if may_be_space else ""

@@ -22,9 +22,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, trees
+from wsparse import model
 from wsparse.config import ModelConfig
-from wsparse.errors import UserError, closest
+from wsparse.errors import MissingKeyError, UserError, closest
 from wsparse.nodes import LOCATIONS, Node
 from wsparse.taps import patch
 
@@ -82,9 +82,12 @@ class Activations(Mapping[str, jax.Array]):
         self._sink_LH, self._patterns, self._time = sink_LH, patterns or {}, time
 
     def __getitem__(self, name: str) -> jax.Array:
-        place = _resolve(name, self._config)
+        try:
+            place = _resolve(name, self._config)
+        except UserError as error:
+            raise MissingKeyError(str(error)) from error
         if not self._holds(place):
-            raise UserError(f"{name!r} was not recorded: add it to names_filter")
+            raise MissingKeyError(f"{name!r} was not recorded: add it to names_filter")
         if place.location == _PATTERN:
             pattern_BHTS = self._patterns.get(place.layer)
             if pattern_BHTS is None:
@@ -162,7 +165,7 @@ def run_with_cache(
     selected = _select(names_filter, config)
     locations = {location for name in selected for location in _resolve(name, config).recorded}
     logits_BTV, acts = _forward(params, tokens_BT, config=config, locations=frozenset(locations))
-    return logits_BTV, Activations(acts, config, selected, sink_LH=_sinks(params))
+    return logits_BTV, Activations(acts, config, selected, sink_LH=model.sinks(params))
 
 
 def run_with_taps(
@@ -185,7 +188,7 @@ def run_with_taps(
     Raises:
       UserError: As `run_with_cache`, or a function changes the shape.
     """
-    tokens_BT, sink_LH = _checked(tokens_BT), _sinks(params)
+    tokens_BT, sink_LH = _checked(tokens_BT), model.sinks(params)
     at_places: dict[tuple[int | None, str], list[tuple[str, _Place]]] = {}
     for name in taps:
         place = _resolve(name, config)
@@ -243,10 +246,6 @@ def _forward_with_taps(params, tokens_BT, acts, changed, *, config: ModelConfig)
     return model.forward(params, tokens_BT, config, tap=patch(acts, changed))
 
 
-def _sinks(params: model.Params) -> jax.Array | None:
-    return trees.flatten(params).get("blocks/attn/sink")
-
-
 def _at(acts: Mapping[str, jax.Array], location: str, layer: int | None) -> jax.Array:
     value = acts[location]
     # The layer is traced here too: an index that is not would be compiled for each.
@@ -256,11 +255,7 @@ def _at(acts: Mapping[str, jax.Array], location: str, layer: int | None) -> jax.
 def _attention(acts, sink_LH, layer: int | None, config: ModelConfig) -> jax.Array:
     """Returns the attention pattern of a layer, `(B, H, T, T)`."""
     assert layer is not None
-    q_BTHK, k_BSHK = (_split_heads(_at(acts, name, layer), config) for name in ("attn.q", "attn.k"))
-    return _pattern(q_BTHK, k_BSHK, None if sink_LH is None else sink_LH[layer])
-
-
-_pattern = jax.jit(model.attention_pattern)
+    return model.layer_attention(acts["attn.q"], acts["attn.k"], sink_LH, layer, config=config)
 
 
 def _attended(pattern_BHTS: jax.Array, v_BSE: jax.Array, config: ModelConfig) -> jax.Array:

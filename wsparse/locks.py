@@ -143,6 +143,8 @@ def _write(file: int, holder: dict[str, Any], count: int) -> None:
     text = json.dumps(holder | {"beat": f"{count:012}"}) + "\n"
     os.pwrite(file, text.encode(), 0)
     os.ftruncate(file, len(text.encode()))
+    # A bucket that is mounted shows an open file to other machines only then.
+    os.fsync(file)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from wsparse import files, plots
-from wsparse.errors import UserError
+from wsparse.errors import UserError, reason
 from wsparse.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def _guarded(tracker: Tracker, call: Callable[..., None], *arguments: Any) -> bo
     try:
         call(*arguments)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("%s no longer records this run: %s", tracker.name, reason)
+        log.warning("%s no longer records this run: %s", tracker.name, reason(error))
         return False
     return True
 

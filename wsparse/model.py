@@ -78,8 +78,8 @@ def forward(
       config: Static under jit.
       tap: Function `(location, value) -> value`, called at every location of `wsparse.nodes` with the
         value of all tokens; what it returns is what later computation and the returned activations see.
-      positions_BP: Int positions at which logits are computed; None is all of them. The unembedding of
-        a small model is a large part of its cost.
+      positions_BP: Int positions, none negative, at which logits are computed; None is all of them. The
+        unembedding of a small model is a large part of its cost.
       record: Whether to return activations. Without them, and with `positions_BP`, the last layer is
         computed at those positions alone, if the tap is `position_wise` (see `wsparse.taps`) or None.
         Logits are the same.
@@ -122,6 +122,31 @@ def forward(
     node = functools.partial(_node, config, tap, None)
     logits_BTV = _apply(Head(config), params["head"], x_BTD, tokens_BT, params["embed"]["tokens"], node)
     return logits_BTV, acts
+
+
+def sinks(params: Params) -> jax.Array | None:
+    """Returns the attention sinks of all layers, `(L, H)`; None for a model without."""
+    return params["blocks"]["attn"].get("sink")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def layer_attention(
+    q_LBTE: jax.Array,
+    k_LBTE: jax.Array,
+    sink_LH: jax.Array | None,
+    layer: jax.Array | int,
+    *,
+    config: ModelConfig,
+) -> jax.Array:
+    """Returns the attention of a layer, `(B, H, T, T)`, from recorded queries and keys.
+
+    The layer is traced: one program serves all.
+    """
+    q_BTHK, k_BTHK = (
+        jnp.reshape(y_LBTE[layer], (*y_LBTE.shape[1:3], config.n_head, config.d_head))
+        for y_LBTE in (q_LBTE, k_LBTE)
+    )
+    return attention_pattern(q_BTHK, k_BTHK, None if sink_LH is None else sink_LH[layer])
 
 
 def norm_scale(x: jax.Array, config: ModelConfig) -> jax.Array:
@@ -350,12 +375,12 @@ def _output_std(config: ModelConfig) -> float:
     return _STD / math.sqrt(2 * config.n_layer)
 
 
-def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+def _sinusoids(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Sines then cosines with periods log-spaced from 4 tokens to the context, padded with zeros."""
     del key
     context, width = shape
     half = max(1, width // 2)
-    periods = jnp.logspace(math.log10(4.0), math.log10(max(4.0, context)), half, dtype=dtype)
-    angles = jnp.arange(context, dtype=dtype)[:, None] * (2 * math.pi / periods)[None]
+    periods = jnp.logspace(math.log10(4.0), math.log10(max(4.0, context)), half, dtype=jnp.float32)
+    angles = jnp.arange(context, dtype=jnp.float32)[:, None] * (2 * math.pi / periods)[None]
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[:, :width]
     return jnp.pad(table, ((0, 0), (0, width - table.shape[1])))

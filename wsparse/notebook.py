@@ -31,8 +31,9 @@ from wsparse.circuits.audits.report import render
 from wsparse.circuits.pairs import PairArrays, arrays
 from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.command import log_to_stdout
-from wsparse.config import ModelConfig, TrainConfig, from_dict
-from wsparse.errors import UserError, closest, quoted
+from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict
+from wsparse.data import sources
+from wsparse.errors import MissingKeyError, UserError, closest, quoted
 
 if TYPE_CHECKING:
     import networkx
@@ -45,39 +46,60 @@ _SAME_LOSS = 0.01
 
 
 def load(
-    source: str | os.PathLike[str],
+    place: str | os.PathLike[str],
     *,
     folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    source: str | None = None,
 ) -> Run:
     """Returns a run with its newest undamaged checkpoint, or a model in the layout of the Hugging Face Hub.
 
     Args:
-      source: A run's folder; or a folder of `save_pretrained`, or a repository id, "owner/name", whose
+      place: A run's folder; or a folder of `save_pretrained`, or a repository id, "owner/name", whose
         circuits come with it.
       folder: Run folder to make for a model that is not a run; "runs/NAME" by default.
       revision: Branch, tag or commit of the repository.
+      source: Source of the run's text where a model becomes a run, as `config.data.source` in training; by
+        default the one that the model names. Where it names none, whatever needs text is refused.
 
     Raises:
-      UserError: The source is not a run and not a model, or `folder` holds another model.
+      UserError: The place is not a run and not a model, or `folder` holds another model or other text.
     """
-    path = pathlib.Path(source)
+    path = found = pathlib.Path(place)
     if not path.is_dir() or (path / "model.safetensors").exists():
         from wsparse.interop import hub, pretrained
 
         path = pathlib.Path(folder or pathlib.Path("runs") / path.name)
-        found = pathlib.Path(source)
         if not found.is_dir():
-            found = pretrained.download(str(source), revision, more=hub.LOADED)
+            here = found.parent.name == "runs" or found.parent.is_dir()
+            if here and revision is None and pretrained.is_repository(str(place)):
+                raise UserError(
+                    f"there is no run {place}: train one with python -m wsparse.train --config=tiny "
+                    f"--workdir={place}; a repository of the Hub of this name loads with revision='main'"
+                )
+            found = pretrained.download(str(place), revision, more=hub.LOADED)
         config, params, tokenizer = pretrained.from_pretrained(found)
-        if not path.exists():
-            runs.create(path, TrainConfig(model=config), params, tokenizer, summary={})
-        elif trees.digest(runs.load(path).params) != trees.digest(params):
-            raise UserError(f"{path} holds another model than {source}: give load another folder=")
+        # As a run's are.
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        if path.exists():
+            kept, given = runs.load(path), (config, tokenizer.digest, trees.digest(params))
+            if (kept.config.model, kept.tokenizer.digest, trees.digest(kept.params)) != given:
+                raise UserError(f"{path} holds another model than {place}: give load another folder=")
+        else:
+            data = pretrained.read_data(found) or DataConfig(source=runs.UNKNOWN_TEXT)
+            if source:
+                sources.parse_mix(source)
+                data = dataclasses.replace(data, source=source)
+            runs.create(path, TrainConfig(model=config, data=data), params, tokenizer, summary={})
         # Also where an earlier call was stopped between the model and its circuits.
-        if not circuit_file.folder_of(path).exists():
-            hub.copy_circuits(found, path)
-    return Run(**vars(runs.load(path)))
+        hub.copy_circuits(found, path)
+    run = Run(**vars(runs.load(path)))
+    if source and run.config.data.source != source:
+        raise UserError(
+            f"the text of {path} is of the source {run.config.data.source!r}: give load another folder=, or "
+            f"change data.source in {path / 'config.json'}"
+        )
+    return run
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -143,12 +165,12 @@ class Run(runs.Run):
         from wsparse import prune
         from wsparse.circuits import evidence
         from wsparse.circuits.settings import Settings
-        from wsparse.circuits.tasks import find
+        from wsparse.circuits.tasks import find_all
 
         of_task, named = circuit_file.split(task)
         if named:
             raise UserError(f"{task!r} names a circuit: run.prune({of_task!r}, name={named!r}) finds it")
-        chosen = find(task)
+        [chosen] = find_all([task])
         with log_to_stdout():
             options: dict[str, Any] = {"shown": evidence.Options(), "name": name}
             prune.run(self.folder, [chosen], from_dict(Settings, settings), **options)
@@ -178,7 +200,7 @@ class Circuits(Mapping[str, "Circuit"]):
         if task not in self:
             of_task, name = circuit_file.split(task)
             call = f"run.prune({of_task!r}, name={name!r})" if name else f"run.prune({task!r})"
-            raise UserError(
+            raise MissingKeyError(
                 f"{self._folder} has no circuit of {task!r}{closest(task, self)}: {call} looks for one"
             )
         found = circuit_file.Circuit.load(self._folder / task)
@@ -218,11 +240,12 @@ class Circuit(circuit_file.Circuit):
         """
         return self.ablate().logits(text)
 
-    def ablate(self, *names: str, task: str = "") -> Ablated:
+    def ablate(self, *nodes: str | circuit_file.CircuitNode, task: str = "") -> Ablated:
         """Returns the circuit without some of its nodes, which have their means as values.
 
         Args:
-          *names: Nodes of the circuit, such as "0.attn.v.21"; none leaves the circuit as it is.
+          *nodes: Nodes of the circuit, or their names, such as "0.attn.v.21"; none leaves the circuit as it
+            is.
           task: The .jsonl or .py file of the circuit's task, if it is not a built-in one: the losses are on
             its pairs.
 
@@ -230,6 +253,7 @@ class Circuit(circuit_file.Circuit):
           UserError: A node is not in the circuit, or the file is of another task.
         """
         known = [node.name for node in self.nodes]
+        names = [str(getattr(node, "name", node)) for node in nodes]
         for name in names:
             if name not in known:
                 raise UserError(

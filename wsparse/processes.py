@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from wsparse.errors import UserError
+from wsparse.errors import UserError, reason
 
 _PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LONGEST = 1024
@@ -28,19 +28,24 @@ def initialize_processes() -> None:
 
     Slurm, Open MPI, Cloud TPU slices and GKE are recognized by jax itself. Elsewhere, and before those,
     `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so.
-    One process on its own needs nothing. Must come before the first use of a device.
+    One process on its own needs nothing, also where the machine has a TPU or what looks like one. Must come
+    before the first use of a device.
 
     Raises:
       UserError: The variables contradict each other, or the others cannot be joined.
     """
     arguments = _arguments_from_environment()
-    if jax.distributed.is_initialized() or not (arguments or _in_a_cluster()):
+    named = bool(arguments) or _names_others()
+    if jax.distributed.is_initialized() or not (named or _may_be_a_slice()):
         return
     try:
         jax.distributed.initialize(**arguments)
     except (ValueError, RuntimeError) as error:
+        # What jax says where neither the environment nor the cloud knows of a job.
+        if not named and "coordinator_address should be defined" in str(error):
+            return
         raise UserError(
-            f"cannot join the other processes: {str(error).splitlines()[0]}; every process needs the "
+            f"cannot join the other processes: {reason(error)}; every process needs the "
             f"same {_PROCESS_VARIABLES[0]} and {_PROCESS_VARIABLES[1]}, and its own {_PROCESS_VARIABLES[2]}"
         ) from error
     if jax.process_index() != 0:
@@ -118,16 +123,19 @@ def _arguments_from_environment() -> dict[str, Any]:
     return {"coordinator_address": address, "num_processes": total, "process_id": number}
 
 
-def _in_a_cluster() -> bool:
-    """Returns whether jax would find other processes, or a slice of a pod, by itself."""
+def _names_others() -> bool:
+    """Returns whether the environment names other processes, in variables that jax reads."""
     environment = os.environ
-    may_use_tpu = importlib.util.find_spec("libtpu") and "cpu" not in environment.get("JAX_PLATFORMS", "")
     return (
         # Only a step that srun began has the list: in a batch script of Slurm itself, python is alone.
         ("SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1)
         or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        # The hosts of a Cloud TPU slice know each other from the metadata server alone.
-        or ("tpu" in accelerators() and bool(may_use_tpu))
     )
+
+
+def _may_be_a_slice() -> bool:
+    """Returns whether this may be a host of a Cloud TPU slice, which only the metadata server tells."""
+    may_use_tpu = "cpu" not in os.environ.get("JAX_PLATFORMS", "") and importlib.util.find_spec("libtpu")
+    return bool(may_use_tpu) and "tpu" in accelerators()

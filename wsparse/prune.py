@@ -40,7 +40,7 @@ from wsparse.circuits.circuit import (
     joined,
     split,
 )
-from wsparse.circuits.pairs import PairArrays
+from wsparse.circuits.pairs import PairArrays, TooFewPairs
 from wsparse.circuits.procedure import Settings
 from wsparse.circuits.search import Pruner, TrialStore
 from wsparse.circuits.subject import N_WINDOWS
@@ -54,6 +54,12 @@ log = logging.getLogger(__name__)
 
 # Seconds between looks at what other workers have left.
 _POLL = 10.0
+# What says how many pairs a task must make of a split.
+_FLAGS: dict[tasks.Split, str] = {
+    "search": "--search_pairs",
+    "discretize": "--discretize_pairs and --confirm_pairs together",
+    "report": "--report_pairs",
+}
 _NO_TASK = "--task is empty: give names, .jsonl or .py files, or all"
 
 
@@ -112,8 +118,11 @@ def _jobs(
     config = trained.config.model
     subject = procedure.Subject(trained.params, config, trained.windows("train", n=N_WINDOWS))
     pairs, refused = procedure.build_pairs(chosen, trained.tokenizer, settings, context=config.context)
-    for task, reason in refused.items():
-        log.info("%s: refused: %s", task, reason)
+    for task, error in refused.items():
+        hint = ""
+        if isinstance(error, TooFewPairs) and error.made:
+            hint = f"; {_FLAGS[error.split]} can be {error.made} at most"
+        log.info("%s: refused: %s%s", task, error, hint)
     if not pairs:
         raise UserError("no task is left: see the reasons above")
     pruner = Pruner(
@@ -202,7 +211,7 @@ class _Job:
         return self.search.is_hopeless()
 
     def _status(self) -> Status | None:
-        """Returns the status in the task's folder, if it is of this model and these settings."""
+        """Returns the status in the task's folder, if it is of this model, these settings and these pairs."""
         try:
             status = Status.load(self.folder)
             # Older results do not name these.
@@ -212,7 +221,8 @@ class _Job:
             made_with = status.digest, from_dict(Settings, values)
         except UserError:
             return None
-        return status if made_with == (self.search.subject.digest, self.search.settings) else None
+        same = made_with == (self.search.subject.digest, self.search.settings)
+        return status if same and status.pairs in ("", self.search.pairs.digest) else None
 
     def _is_done(self) -> bool:
         status = self._status()
@@ -225,7 +235,7 @@ class _Job:
         return status is not None
 
     def _tell_what_is_there(self) -> None:
-        """Log what will become of a circuit of another model or other settings."""
+        """Log what will become of a circuit of another model, other settings or other pairs."""
         if self._status() is not None or not (self.folder / "circuit.json").exists():
             return
         try:
@@ -234,8 +244,10 @@ class _Job:
             what = "is damaged"
         else:
             changes = differences(there.settings, to_dict(self.search.settings))
-            same_model = there.digest == self.search.subject.digest
-            what = f"has other settings ({', '.join(changes)})" if same_model else "is of another model"
+            if there.digest != self.search.subject.digest:
+                what = "is of another model"
+            else:
+                what = f"has other settings ({', '.join(changes)})" if changes else "is of other pairs"
         log.info(
             "  the circuit that is there %s: it is moved to circuits/earlier once this search has ended; "
             "--name=NAME keeps both",
@@ -258,13 +270,14 @@ class _Job:
             hint=hint,
             digest=self.search.subject.digest,
             settings=to_dict(self.search.settings),
+            pairs=self.search.pairs.digest,
         ).save(self.folder)
         if circuit is not None:
             self.measure(circuit, self.search.pairs.report, self.folder)
 
 
 def _set_aside(folder: pathlib.Path) -> None:
-    """Move the circuit of other settings, or of another model, out of a task's folder."""
+    """Move the circuit of another model, other settings or other pairs out of a task's folder."""
     if not (folder / "circuit.json").exists():
         return
     earlier = folder.parent / "earlier"
@@ -276,7 +289,7 @@ def _set_aside(folder: pathlib.Path) -> None:
             # Another worker may be doing the same.
             with contextlib.suppress(FileNotFoundError):
                 path.replace(target / path.name)
-    log.info("  the earlier circuit, of another model or other settings, is in %s now", target)
+    log.info("  the earlier circuit is in %s now", target)
 
 
 def write_report(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -330,7 +343,7 @@ def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]
 
     Raises:
       UserError: There is no name, a task or the run does not exist, a circuit is named, or a task has the
-        name of one.
+        name of one or of another task.
     """
     if not names:
         raise UserError(_NO_TASK)
@@ -341,7 +354,7 @@ def chosen_tasks(folder: pathlib.Path, names: Sequence[str]) -> list[tasks.Task]
                 f"--task={full_name} names a circuit, and circuits are found for tasks: "
                 f"--task={task} --name={name}"
             )
-    chosen = [tasks.find(name) for name in _named(folder, names)]
+    chosen = tasks.find_all(_named(folder, names))
     for task in chosen:
         if split(task.name)[1]:
             raise UserError(f"the task {quoted(task.name)} has the name of a circuit, TASK@NAME: rename it")

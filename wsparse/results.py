@@ -15,7 +15,8 @@ confirmed NAME ...  how many circuits hold on the report split
 ratios NAME ...     how many times as large the circuits of other recipes are as those of the first
 audits NAME ...     how many audited circuits pass each test, by task
 
-With `prune=RECIPE` among the names, a table is of circuits that were found with the settings of that recipe.
+With `prune=RECIPE` among the names, a table is of circuits that were found with the settings of that recipe;
+with `tasks=TASK,TASK`, of circuits of those tasks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import json
 import logging
+import math
 import pathlib
 import re
 import statistics
@@ -173,14 +175,23 @@ def rewritten(text: str, entries: Sequence[Entry], where: str = "") -> str:
             raise UserError(f"{where}: no table {kind!r}{near}; known are {', '.join(_TABLES)}")
         stored = list(dict.fromkeys(run["name"] for run in entries))
         given = arguments.split()
-        prunes = [argument.removeprefix("prune=") for argument in given if argument.startswith("prune=")]
-        names = [argument for argument in given if not argument.startswith("prune=")] or stored
+        options = dict(
+            argument.split("=", 1) for argument in given if argument.startswith(("prune=", "tasks="))
+        )
+        names = [argument for argument in given if not argument.startswith(("prune=", "tasks="))] or stored
         for wanted in names:
             known = [*stored, *recipes.names()]
             if wanted not in known:
                 raise UserError(f"{where}: no run or recipe {wanted!r}{closest(wanted, known)}")
         # One for each seed, whatever it was pruned with.
-        chosen = [run for run in entries if not prunes or run["prune"] in prunes]
+        chosen = [run for run in entries if options.get("prune", run["prune"]) == run["prune"]]
+        if "tasks" in options:
+            wanted_tasks = options["tasks"].split(",")
+            for task in wanted_tasks:
+                known = _task_names({"": chosen}, "circuits")
+                if task not in known:
+                    raise UserError(f"{where}: no circuit of {task!r}{closest(task, known)}")
+            chosen = _with_circuits(chosen, lambda task, _: task in wanted_tasks)
         groups = {
             wanted: list({run["seed"]: run for run in chosen if run["name"] == wanted}.values())
             for wanted in names
@@ -288,13 +299,25 @@ def _confirmed(groups: _Groups) -> str:
         circuits = [c for run in entries for c in run["circuits"].values()]
         tried = [c for c in circuits if c["status"] in (FOUND, NOT_CONFIRMED, NOT_FOUND)]
         easy = [c for c in tried if c["model_loss"] < _EASY]
-        by_control = sum(
-            min(c["controls"].values(), default=1.0) <= c["target"] for c in tried if "controls" in c
-        )
-        cells = [str(len(circuits)), _share(tried, FOUND), _share(easy, FOUND), str(by_control)]
+        controlled = [c for c in tried if c.get("controls")]
+        by_control = f"{sum(map(_by_control, controlled))} of {len(controlled)}" if controlled else "not made"
+        cells = [str(len(circuits)), _share(tried, FOUND), _share(easy, FOUND), by_control]
         rows.append([_shown(wanted, entries), *cells, str(len(entries))])
     header = ["recipe", "tasks x seeds", "confirmed of those tried", f"where the model is below {_EASY}"]
     return _table([*header, "a control reaches the target", "seeds"], rows)
+
+
+def _by_control(circuit: Mapping[str, Any]) -> bool:
+    """Returns whether a control of a circuit reaches the circuit's target."""
+    return min(circuit.get("controls", {}).values(), default=math.inf) <= circuit.get("target", -math.inf)
+
+
+def _with_circuits(entries: Iterable[Entry], keep: Callable[[str, Mapping[str, Any]], bool]) -> list[Entry]:
+    """Returns runs with those of their circuits, by task, that are to be kept."""
+    return [
+        run | {"circuits": {task: c for task, c in run["circuits"].items() if keep(task, c)}}
+        for run in entries
+    ]
 
 
 def _share(circuits: Sequence[Mapping[str, Any]], *statuses: str) -> str:
@@ -318,13 +341,28 @@ def _ratios(groups: _Groups) -> str:
     held = [f"held-out loss of {_shown(first, small)}", "of the other"]
     rows = []
     for wanted, large in others:
-        ratios = [records.ratio(small, large, key) for key in counts]
+        title = f"{_shown(wanted, large)} to {_shown(first, small)}"
         losses = [spread([run["val_loss"] for run in group], ".3f") for group in (small, large)]
-        n_tasks = next((str(ratio.tasks) for ratio in ratios if ratio), "0")
-        cells = [f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f})" if r else "-" for r in ratios]
         seeds = f"{len(small)} and {len(large)}"
-        rows.append([f"{_shown(wanted, large)} to {_shown(first, small)}", *cells, n_tasks, seeds, *losses])
+        for condition, keep in _conditions([*small, *large]).items():
+            kept_small, kept_large = (_with_circuits(group, keep) for group in (small, large))
+            ratios = [records.ratio(kept_small, kept_large, key) for key in counts]
+            n_tasks = next((str(ratio.tasks) for ratio in ratios if ratio), "0")
+            cells = [f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f})" if r else "-" for r in ratios]
+            rows.append([title + condition, *cells, n_tasks, seeds, *losses])
     return _table(["ratio of", *counts.values(), "tasks", "seeds", *held], rows)
+
+
+def _conditions(entries: Sequence[Entry]) -> dict[str, Callable[[str, Mapping[str, Any]], bool]]:
+    """Returns which circuits of two kinds of models are compared: all, and stricter choices that differ."""
+    compared = [(task, c) for run in entries for task, c in records.found(run).items()]
+    conditions: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {"": lambda task, c: True}
+    if any(c["target"] != records.BAR for _, c in compared):
+        conditions[f", all at the target {records.BAR}"] = lambda task, c: c.get("target") == records.BAR
+    if easy := sorted({task for task, c in compared if _by_control(c)}):
+        names = ", ".join(f"`{task}`" for task in easy)
+        conditions[f", without {names}, which a control does"] = lambda task, c: task not in easy
+    return conditions
 
 
 def _audits(groups: _Groups) -> str:
@@ -359,15 +397,16 @@ _TABLES: dict[str, Callable[[_Groups], str]] = {
 
 # What the numbers of a table of circuits are.
 _ABOUT = {
-    "circuits": "Medians, with the range over seeds whose circuit reaches the target on the report split. "
-    "Losses are of that split, the model's on the same prompts; attacked: the largest that 20 steps of an "
-    "adversary find. In the geometric mean a circuit without edges counts as one edge.",
-    "confirmed": "All tasks of all seeds; a task that the model cannot do is not tried. Confirmed: the "
-    "circuit's loss on the report split is within the target, and under attack within the target for that "
-    "where it was searched against an adversary. Controls: the same search with shuffled labels, and in the "
-    "model with shuffled weights.",
-    "ratios": "Geometric means over tasks, and over seeds with a circuit that reaches the target on the "
-    "report split; 95% bootstrap intervals over tasks and models. Weights between nodes: all nonzero ones, "
+    "circuits": "Medians, with the range over seeds with a confirmed circuit. Losses are of the report "
+    "split, the model's on the same prompts; attacked: the largest that 20 steps of an adversary find. In "
+    "the geometric mean a circuit without edges counts as one edge.",
+    "confirmed": "Every task that was searched, in every seed; one that the model cannot do is not tried. "
+    "Confirmed: the circuit's loss on the report split is within the target, and under attack within the "
+    "target for that where it was searched against an adversary. Controls: the same search with shuffled "
+    "labels, and in the model with shuffled weights.",
+    "ratios": "Geometric means over tasks, and over seeds with a confirmed circuit; 95% bootstrap intervals "
+    "over tasks and models. With three models of each kind the intervals are rough, and probably too narrow. "
+    "Targets are above 0.15 where a model's own loss is near it. Weights between nodes: all nonzero ones, "
     "the count of Gao et al. 2025; edges: those that the clean-up left.",
     "audits": "How many circuits, one of each seed, pass a test of `python -m wsparse.audit --run=RUN "
     "--task=TASK`, of those that it could be made of; tests without a criterion are left out.",
@@ -396,8 +435,14 @@ def _made_by(kind: str, groups: _Groups) -> str:
     if kind in _ABOUT:
         lines[0] = _ABOUT[kind]
         used = sorted({run["prune"] or "other settings" for run in entries if run["circuits"]})
-        lines[-1] += f", then `python -m wsparse.prune --run=RUN --task=all --config={' or '.join(used)}`"
-    lines[-1] += f"; on {on}."
+        searched = _task_names(groups, "circuits")
+        if all(run["circuits"].keys() >= run["task_losses"].keys() for run in entries):
+            searched = ["all"]
+        command = (
+            f"python -m wsparse.prune --run=RUN --task={','.join(searched)} --config={' or '.join(used)}"
+        )
+        lines[-1] += f", then `{command}`"
+    lines[-1] += f"; trained on {on}."
     if any(_shown(*group).endswith(_CHANGED) for group in groups.items()):
         lines.append(f"{_CHANGED}: the recipe has changed since.")
     return "\n" + "\n".join(lines) + "\n"
@@ -436,7 +481,7 @@ def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_list("add", [], "Run folders, or folders with runs in them, whose results are taken in.")
     flags.DEFINE_string("circuits", "", "Which circuits of added runs: those of this name, see prune --name.")
-    flags.DEFINE_integer("pairs", 128, "Pairs of the report split to score added models on.", lower_bound=1)
+    flags.DEFINE_integer("pairs", 256, "Pairs of the report split to score added models on.", lower_bound=1)
     flags.DEFINE_string("json", "docs/results.json", "Where results are kept.")
     flags.DEFINE_list("docs", ["README.md", "docs/results.md"], "Documents whose tables are written.")
 

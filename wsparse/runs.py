@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Text that is read of a source which is not the run's own, in bytes.
 _OTHER_TEXT_BYTES = 150_000
+# `data.source` of a model whose text nobody has named; no source of documents has this name.
+UNKNOWN_TEXT = "unknown"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +55,11 @@ class Run:
         A run that has none there yet, such as an imported one, gets them from the sources of its config.
         """
         folder, config = self.folder / "data", self.config
+        if config.data.source == UNKNOWN_TEXT:
+            raise UserError(
+                f"the text of the model in {self.folder} is not known: name its source, or one of such text, "
+                f"at data.source in {self.folder / 'config.json'}"
+            )
         if not folder.exists():
             log.info("%s keeps no text yet: reading %s", self.folder, config.data.source)
         data = dataset.open_dataset(

@@ -158,7 +158,7 @@ def patch(values: Mapping[str, jax.Array], where: Mapping[str, jax.Array]) -> Ta
 
     Args:
       values: Location -> `(n_layer, B, T, N)`, as `acts` of a forward pass.
-      where: Location -> bool `(n_layer, N)`, true for the nodes to replace.
+      where: Location -> bool `(n_layer, N)` or `(n_layer, B, T, N)`, true for the values to replace.
     """
 
     def tap(location, value):

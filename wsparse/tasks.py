@@ -18,7 +18,7 @@ import numpy as np
 
 from wsparse import model, runs
 from wsparse.circuits import pairs, probe, tasks
-from wsparse.circuits.mask_learning import answer_logits
+from wsparse.circuits.ablation import answer_logits
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
 from wsparse.data import tokenizer as tokenizer_lib
@@ -70,7 +70,7 @@ def report(
     scores = [_SCORE.format(*_means(margin_B)) for margin_B in margins] or [""] * len(batches)
     header = f"{'loss':>8}{'accuracy':>10}" if run else ""
     lines = [f"{'task':<28}{header}{'probe':>8}  {'by':<10}{'counts':>8}{'tokens':>9}  candidates"]
-    notes = [f"refused: {reason}" for reason in refused.values()]
+    notes = [f"refused: {error}{_would_do(error)}" for error in refused.values()]
     kept = [task for task in chosen if task.name not in refused]
     for task, batch, scored in zip(kept, batches, scores, strict=True):
         probed, note = _probed(task, tokenizer, n_pairs, seed, context)
@@ -85,6 +85,10 @@ def report(
         rows = range(2 * min(n_examples, batch.n_pairs))
         lines += [f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n" for row in rows]
     return "\n".join(lines)
+
+
+def _would_do(error: UserError) -> str:
+    return f"; --pairs={error.made} would do" if isinstance(error, pairs.TooFewPairs) and error.made else ""
 
 
 def _check_knob(by: str, batches: Sequence[pairs.TaskBatch], run: runs.Run | None) -> None:
@@ -169,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
     which = {"n_pairs": options.pairs, "seed": options.seed, "split": options.split}
     judged = runs.load(options.run) if options.run else tokenizer_lib.load(options.tokenizer)
     every = tasks.names_of(judged.config.data.domain) if isinstance(judged, runs.Run) else tasks.built_in()
-    chosen = [tasks.find(name) for name in options.task or every]
+    chosen = tasks.find_all(options.task or every)
     print(report(judged, chosen, n_examples=options.examples, by=options.by, **which))
 
 

@@ -20,7 +20,7 @@ import jax
 
 from wsparse import files
 from wsparse.config import TrainConfig, to_dict
-from wsparse.errors import UserError, closest, missing_extra
+from wsparse.errors import UserError, closest, missing_extra, reason
 
 _FILE = "trackers.json"
 _PROJECT = "wsparse"
@@ -72,9 +72,8 @@ def start(names: Sequence[str], workdir: pathlib.Path, config: TrainConfig) -> l
         except Exception as error:
             for tracker in started:
                 tracker.finish()
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             hint = "; WANDB_MODE=offline needs no account and no network" if name == "wandb" else ""
-            raise UserError(f"--tracker={name} cannot be started: {reason}{hint}") from error
+            raise UserError(f"--tracker={name} cannot be started: {reason(error)}{hint}") from error
     return started
 
 

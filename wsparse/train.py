@@ -43,19 +43,7 @@ from wsparse.data.dataset import PROVENANCE, Dataset, open_dataset
 from wsparse.errors import UserError
 from wsparse.ops import cpu
 from wsparse.progress import progress
-
-# Some of these are here only for programs that are older than wsparse.step.
-from wsparse.step import (  # noqa: F401
-    EVAL_BATCH,
-    Program,
-    TrainState,
-    eval_step,
-    init_state,
-    loss,
-    make_optimizer,
-    make_program,
-    train_step,
-)
+from wsparse.step import EVAL_BATCH, Program, TrainState, make_program
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +253,12 @@ def _read_origin(origin: str, program: Program) -> tuple[int, TrainState]:
     folder, at, number = origin.rpartition("@") if "@" in origin else (origin, "", "")
     if at and not number.isdecimal():
         raise UserError(f"--from={origin} must be RUN or RUN@STEP, with a number for STEP")
-    step = int(number) if at else None
-    return checkpoint.read(pathlib.Path(folder) / "checkpoints", program.abstract_state, step=step)
+    checkpoints, given = pathlib.Path(folder) / "checkpoints", int(number) if at else None
+    # Process 0 chooses, and alone hashes: the run that it is from may have saved another step meanwhile.
+    first = jax.process_index() == 0
+    chosen = _in_all_processes(lambda: checkpoint.find_step(checkpoints, given) if first else None)
+    step = int(processes.gather(str(chosen))[0])
+    return step, checkpoint.read_step(checkpoints, program.abstract_state, step)
 
 
 def _metadata(

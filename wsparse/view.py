@@ -15,8 +15,7 @@ from typing import Any
 from absl import flags
 
 from wsparse import files
-from wsparse.command import run_command
-from wsparse.config import describe
+from wsparse.command import define_fields, given_fields, run_command
 from wsparse.errors import UserError
 from wsparse.viewer import contents, page, several
 
@@ -56,29 +55,18 @@ def main(argv: Sequence[str]) -> None:
     write(
         folder,
         pathlib.Path(options.out or folder / "report.html"),
-        contents.Options(
-            task=tuple(options.task),
-            pairs=options.pairs,
-            max_nodes=options.max_nodes,
-            notes=tuple(options.notes),
-        ),
+        contents.Options(**given_fields(contents.Options)),
         # Its name is a word of the language.
         list(map(pathlib.Path, getattr(options, "with"))),
     )
 
 
 def _define_flags() -> None:
-    defaults = contents.Options()
     flags.DEFINE_string("run", None, "The folder of a training run.", required=True)
     flags.DEFINE_list("with", [], "Folders of further runs, whose circuits are shown beside the run's.")
     flags.DEFINE_string("out", None, "The HTML file; report.html in the run's folder by default.")
-    flags.DEFINE_list("task", list(defaults.task), "Names of tasks, or all: every task that has a circuit.")
     flags.DEFINE_string("source", None, "Is an option of the evidence: wsparse.prune --evidence --source=...")
-    for key, default, text in describe(defaults):
-        if key == "notes":
-            flags.DEFINE_list(key, list(default), text)
-        elif key != "task":
-            flags.DEFINE_integer(key, default, text)
+    define_fields(contents.Options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The procedure of Gao et al. 2025 on a laptop: a target of 0.15 nats, controls, the whole curve.
 
-Reproduces: the circuits of docs/results.md that were found by default: the settings are the defaults of
-    `wsparse.circuits.settings.Settings`. The paper runs thousands of steps in each of many trials.
+Reproduces: the procedure, not the size: the paper runs thousands of steps in each of many trials. The
+    settings are the defaults of `wsparse.circuits.settings.Settings`; docs/results.md has circuits of the
+    recipe `results`.
 Hardware: 2 CPU cores.
-Minutes: see docs/results.md.
+Minutes: not measured.
 Command: python -m wsparse.prune --run=runs/tiny --task=all --config=configs/prune/paper.py
 """
 

@@ -1,7 +1,7 @@
 """Circuits that hold when closed nodes are let through, at random or by an adversary.
 
-Reproduces: masks against stochastic and adversarial ablation; docs/circuits.md says how large such
-    circuits are.
+Reproduces: masks against stochastic and adversarial ablation. docs/results.md says how large such circuits
+    are by the recipe `results:robust`; those of this one are not measured.
 Hardware: 2 CPU cores.
 Minutes: several times those of `quick` on the same model; not measured on a machine of its own.
 Command: python -m wsparse.prune --run=runs/tiny --task=if_equals --config=configs/prune/robust.py

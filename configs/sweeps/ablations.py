@@ -21,7 +21,7 @@ ABLATIONS = {
     "AbsTopK 1/8": {"model.abs_top_k_fraction": 1 / 8},
     "no AbsTopK": {"model.abs_top_k_fraction": None},
     "no sharkfin": {"optimizer.sharkfin": False},
-    "no sharkfin, rate x 4": {"optimizer.sharkfin": False, "optimizer.learning_rate": 2.4e-2},
+    "no sharkfin, rate x 4": {"optimizer.sharkfin": False, "optimizer.learning_rate": 8e-2},
     "floor 0": {"sparsity.min_per_neuron": 0},
     "floor 1": {"sparsity.min_per_neuron": 1},
     "floor 2": {"sparsity.min_per_neuron": 2},

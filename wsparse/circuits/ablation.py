@@ -122,6 +122,13 @@ def circuit_logits(
         params = graph.cut(params, edges, background.means)
     among = masks.unflatten(kept_U, config) if contenders == "kept" else None
     tap = taps.NodeAblation(shares, background.constants, among, background.scales)
+    return answer_logits(params, config, pairs, tap)
+
+
+def answer_logits(
+    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap | None = None
+) -> jax.Array:
+    """Returns the logits after each prompt, `(B, V)`."""
     logits_BPV, _ = model.forward(
         params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
     )

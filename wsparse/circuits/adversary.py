@@ -18,7 +18,7 @@ import numpy as np
 
 from wsparse import model
 from wsparse.circuits import graph
-from wsparse.circuits.ablation import Background, Contenders, circuit_logits
+from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.pairs import PairArrays, pairs_loss
 from wsparse.config import ModelConfig
 
@@ -54,7 +54,6 @@ def ascend(
     *,
     seed: int = 0,
     steps: int = STEPS,
-    contenders: Contenders = "all",
 ) -> Attack:
     """Returns the result of sign-gradient ascent from random strengths, in steps of 0.1.
 
@@ -65,23 +64,20 @@ def ascend(
       background: From `ablation.make_background`.
       seed: Seed of the first strengths.
       steps: Number of steps.
-      contenders: See `ablation.Ablation`.
     """
     kept_U = jnp.asarray(nodes_U, jnp.float32)
     start_U = np.random.default_rng(seed).random(kept_U.size, np.float32)
     edges = jax.tree.map(jnp.asarray, edges)
     strengths_U, losses_S = _ascend(
-        params, pairs, kept_U, edges, background, start_U, config=config, steps=steps, contenders=contenders
+        params, pairs, kept_U, edges, background, start_U, config=config, steps=steps
     )
     return Attack(np.asarray(strengths_U), np.asarray(losses_S))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "contenders"))
-def _ascend(params, pairs, kept_U, edges, background, start_U, *, config, steps, contenders):
+@functools.partial(jax.jit, static_argnames=("config", "steps"))
+def _ascend(params, pairs, kept_U, edges, background, start_U, *, config, steps):
     def loss(strengths_U):
-        logits_BV = circuit_logits(
-            params, config, pairs, kept_U, edges, background, contenders=contenders, strengths=strengths_U
-        )
+        logits_BV = circuit_logits(params, config, pairs, kept_U, edges, background, strengths=strengths_U)
         return pairs_loss(logits_BV, pairs)
 
     def step(carry, _):

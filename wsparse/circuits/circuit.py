@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 from typing import TYPE_CHECKING, Any
-import zipfile
 
 import numpy as np
 
@@ -221,6 +220,7 @@ class Status:
       digest: `trees.digest` of the model's parameters.
       hint: What would have a circuit looked for, where none was.
       settings: Settings of the procedure.
+      pairs: `Pairs.digest` of the task's pairs; "" in older files.
       name: Which of the task's circuits it is about; its folder says it, not its file.
     """
 
@@ -230,6 +230,7 @@ class Status:
     hint: str = ""
     digest: str = ""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pairs: str = ""
     name: str = ""
 
     @property
@@ -365,12 +366,16 @@ class Circuit:
         arrays = {
             f"{kind}/{name}": array for kind in _ARRAY_FIELDS for name, array in values.pop(kind).items()
         }
-        write_arrays(folder / _ARRAYS, arrays)
         model = {"digest": values.pop("model_digest"), "config": values.pop("config")}
-        files.write_json(folder / _JSON, {"schema": SCHEMA, **values, "model": model})
+        # Hyperparameters may hold what JSON does not: nothing is written then.
+        text = json.dumps({"schema": SCHEMA, **values, "model": model}, indent=2)
+        write_arrays(folder / _ARRAYS, arrays)
+        with files.replacing(folder / _JSON) as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+    # Of this class for its subclasses too, which may have fields that are not in the folder.
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Circuit:
         """Returns the circuit of a folder, or of the `circuit.json` in it."""
         path = pathlib.Path(path)
         folder = path.parent if path.name == _JSON else path
@@ -390,7 +395,7 @@ class Circuit:
             for key, array in read_arrays(folder / _ARRAYS).items():
                 kind, _, name = key.partition("/")
                 arrays.get(kind, {})[name] = array
-            circuit = from_dict(cls, values | arrays)
+            circuit = from_dict(Circuit, values | arrays)
             circuit = dataclasses.replace(circuit, name=_name_of(folder, circuit.task))
             _check(circuit)
         except UserError as error:
@@ -409,9 +414,8 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    # An empty or foreign file is not recognized, and an `.npy` has no `files`.
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path.name} cannot be read: {error}") from error
+    except Exception as error:  # What zipfile, zlib and NumPy raise for a damaged file is of many kinds.
+        raise UserError(f"{path.name} cannot be read: {quoted(error)}") from error
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -437,3 +441,9 @@ def _check(circuit: Circuit) -> None:
         removed = circuit.removed.get(connection.kernel)
         if removed is None or removed.shape != shape or removed.dtype != bool:
             raise UserError(f"the removed weights of {connection.kernel} must be bool of shape {shape}")
+    settings = circuit.hyperparameters.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError("hyperparameters.settings must be a group of keys")
+    held = settings.get("objective") == "robust" and circuit.scores.attacked is not None
+    if held and type(settings.get("robust_target")) not in (int, float):
+        raise UserError("hyperparameters.settings.robust_target must be a number")

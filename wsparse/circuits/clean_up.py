@@ -96,7 +96,7 @@ def clean_up(
         reports = iter([advance])
 
         def run(removal: _Removal) -> None:
-            removal.run(single_removals, next(reports, _nothing))  # noqa: B023 (called in this pass alone)
+            removal.run(single_removals, next(reports, lambda count: None))  # noqa: B023 (called here alone)
 
         if removal := _settled(criterion, pairs, subgraph, target, run, of_edges=of_edges):
             subgraph = removal.subgraph
@@ -157,10 +157,6 @@ def _without(subgraph: Subgraph, removed: Removed, config: ModelConfig) -> Subgr
     nodes_U = subgraph.nodes & ~_bools(subgraph.nodes.size, removed.items)
     edges = graph.between(nodes_U, subgraph.edges, config)
     return Subgraph(nodes_U, edges, subgraph.removed, removed.loss)
-
-
-def _nothing(count: int) -> None:
-    """Reports no progress."""
 
 
 def complete(

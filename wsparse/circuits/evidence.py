@@ -16,10 +16,9 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, runs, trees
+from wsparse import files, model, runs, trees
 from wsparse.circuits import (
     contrast,
     evidence_file,
@@ -32,7 +31,7 @@ from wsparse.circuits import (
 )
 from wsparse.circuits.circuit import Circuit, folder_of, split
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
-from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, margins
+from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, first, margins
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig, check, from_dict, setting
@@ -49,8 +48,6 @@ _ABLATION_PAIRS, _PREFIXES = 32, 128
 _TEXT_TOKENS = 32768
 # Ablations between two steps of the progress bar.
 _CHUNK = 64
-
-_patterns = jax.jit(model.attention_pattern)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +105,9 @@ def measure(
     ranked = [node.name for node in sorted(circuit.nodes, key=lambda node: -node.importance)]
     places = [Node.parse(name) for name in ranked[: options.max_nodes]]
     with progress(2 * len(places) + 1 + min(len(ranked), _PREFIXES), "evidence") as bar:
-        ablation_pairs = _first(pairs, _ABLATION_PAIRS)
+        ablation_pairs = first(pairs, _ABLATION_PAIRS)
         from_model, prefix = _ablations(found, ablation_pairs, ranked, len(places), bar.advance)
-        recorded = _on_prompts(found, _first(pairs, options.pairs), places)
+        recorded = _on_prompts(found, first(pairs, options.pairs), places)
         summaries = excerpts.summaries(run.params, config, text.windows_WT, places, bar.advance)
     answers = np.asarray(pairs.answer).reshape(-1, 2)
     shared = tuple(answers[0].tolist()) if np.all(answers == answers[:1]) else None
@@ -165,20 +162,39 @@ def measure_run(folder: pathlib.Path, names: Sequence[str], options: Options) ->
 
     The tasks are given by name, or as "all" that have a circuit; those of the user's own by file as well.
     """
-    _, circuits = report.select(folder, names)
-    known = known_tasks(names, circuits)
-    run = runs.load(folder)
-    for circuit in circuits:
-        circuit.check(run.params)
+    run, chosen = opened(folder, names, "the evidence")
     text = read_text(run, options.source)
     store_model(run)
-    for number, circuit in enumerate(circuits, start=1):
-        log.info("[%d/%d] %s: measuring evidence", number, len(circuits), circuit.full_name)
-        task = known[circuit.task]
+    for number, (circuit, task) in enumerate(chosen, start=1):
+        log.info("[%d/%d] %s: measuring evidence", number, len(chosen), circuit.full_name)
         pairs = report_pairs(run, circuit, task)
         evidence = measure(run, circuit, pairs, text, summary=task.summary, options=options)
         evidence.save(folder_of(folder, circuit.full_name))
-    return len(circuits)
+    return len(chosen)
+
+
+def opened(
+    folder: pathlib.Path, names: Sequence[str], what: str, *, run: runs.Run | None = None
+) -> tuple[runs.Run, list[tuple[Circuit, Task]]]:
+    """Returns a run, and circuits of it with their tasks, ready for work that takes minutes.
+
+    Args:
+      folder: Folder of the run.
+      names: Names of tasks, files of tasks, or "all" that have a circuit.
+      what: What will be written into the circuits' folders, for messages.
+      run: The run, if it is loaded.
+
+    Raises:
+      UserError: A task or circuit does not exist, a circuit belongs to other parameters, or its folder cannot
+        be written to.
+    """
+    circuits = report.select(folder, names)[1]
+    known = known_tasks(names, circuits)
+    run = run or runs.load(folder)
+    for circuit in circuits:
+        circuit.check(run.params)
+        files.check_writable(folder_of(folder, circuit.full_name), what)
+    return run, [(circuit, known[circuit.task]) for circuit in circuits]
 
 
 def report_pairs(run: runs.Run, circuit: Circuit, task: Task) -> TaskBatch:
@@ -206,10 +222,6 @@ def known_tasks(names: Sequence[str], circuits: Sequence[Circuit]) -> dict[str, 
                 f"--task=all,{circuit.task}.jsonl"
             )
     return known
-
-
-def _first(pairs: PairArrays, count: int) -> PairArrays:
-    return jax.tree.map(lambda array: array[: 2 * count], pairs)
 
 
 def _ablations(
@@ -278,15 +290,11 @@ def _triangles(
     config: ModelConfig,
 ) -> np.ndarray:
     """Returns attention over the last tokens of prompts: `(H, Y)`, see `Evidence`."""
-    sink_LH = trees.flatten(params).get("blocks/attn/sink")
-    patterns = {}
-    for layer in sorted({layer for layer, _ in heads}):
-        q_RTHK, k_RSHK = (
-            jnp.reshape(acts[name][layer], (*acts[name].shape[1:3], config.n_head, config.d_head))
-            for name in ("attn.q", "attn.k")
-        )
-        sink_H = None if sink_LH is None else sink_LH[layer]
-        patterns[layer] = np.asarray(_patterns(q_RTHK, k_RSHK, sink_H))
+    q, k, sink_LH = acts["attn.q"], acts["attn.k"], model.sinks(params)
+    patterns = {
+        layer: np.asarray(model.layer_attention(q, k, sink_LH, layer, config=config))
+        for layer in sorted({layer for layer, _ in heads})
+    }
     patterns_HY = np.zeros((len(heads), sum(map(evidence_file.triangle, lengths))), np.float32)
     for pattern_Y, (layer, head) in zip(patterns_HY, heads, strict=True):
         parts = []

@@ -23,6 +23,7 @@ import optax
 
 from wsparse import model, taps
 from wsparse.circuits import masks
+from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.pairs import PairArrays, TaskBatch, arrays, pairs_loss
 from wsparse.circuits.settings import Objective
 from wsparse.config import ModelConfig
@@ -178,16 +179,6 @@ def _shares(
         gate_L1N = gate_LN[:, None]
         shares[name] = gate_L1N + (1 - gate_L1N) * jnp.concatenate([drawn_LBN, fixed_LBN], axis=1)
     return shares
-
-
-def answer_logits(
-    params: model.Params, config: ModelConfig, pairs: PairArrays, tap: taps.Tap | None = None
-) -> jax.Array:
-    """Returns the logits after each prompt, `(B, V)`."""
-    logits_BPV, _ = model.forward(
-        params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
-    )
-    return logits_BPV[:, 0]
 
 
 def _clamped(tau: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -14,7 +13,7 @@ import optax
 from wsparse.circuits import adversary, excerpts, masks
 from wsparse.circuits.ablation import Background
 from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint
-from wsparse.circuits.clean_up import clean_up
+from wsparse.circuits.clean_up import Advance, clean_up
 from wsparse.circuits.criterion import Criterion
 from wsparse.circuits.discretize import Subgraph, discretize, shortest
 from wsparse.circuits.mask_learning import HParams
@@ -26,8 +25,6 @@ from wsparse.circuits.subnetwork import Subnetwork
 
 # Weight of the squared log scale and the squared shift in the fit of `calibrate`.
 _PENALTY = 0.01
-
-Advance = Callable[[int], Any]
 
 
 def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any]:

@@ -67,6 +67,15 @@ class Task:
     statements: Callable[[int | None, int, Split], Iterator[str]] | None = None
 
 
+class TooFewPairs(UserError):
+    """A task makes only `made` distinct pairs of a split, fewer than were asked for."""
+
+    def __init__(self, message: str, split: Split, made: int):
+        super().__init__(message)
+        self.split: Split = split
+        self.made = made
+
+
 class PairArrays(NamedTuple):
     """Pairs as masks and scores need them; rows `2 i` and `2 i + 1` are the two sides of pair `i`."""
 
@@ -151,8 +160,9 @@ def build(
       knobs: Knobs that are not drawn, of a built-in task.
 
     Raises:
-      UserError: The split does not exist, the task has no such knob or none with this value, the tokenizer
-        fits none of the task's forms, or the task cannot make that many distinct pairs.
+      UserError: The split does not exist, the task has no such knob or none with this value, or the tokenizer
+        fits none of the task's forms.
+      TooFewPairs: The task cannot make that many distinct pairs.
     """
     if split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}{closest(split, SPLITS)}")
@@ -165,9 +175,11 @@ def build(
     stream = task.stream(seed, split, knobs=knobs) if knobs else task.stream(seed, split)
     sides, drawn, skipped = _distinct(stream, encode, n_pairs)
     if (made := len(drawn)) < n_pairs:
-        raise UserError(
+        raise TooFewPairs(
             f"task {task.name!r} makes only {made} distinct pairs for split {split!r} and seed {seed} with "
-            f"this tokenizer, {n_pairs} were asked for{skipped}{f'; --pairs={made} would do' if made else ''}"
+            f"this tokenizer, {n_pairs} were asked for{skipped}",
+            split,
+            made,
         )
     position = np.array([len(side.ids) - 1 for side in sides], np.int32)
     tokens = np.full((len(sides), position.max() + 1), tokenizer.end_of_text, np.int32)
@@ -357,6 +369,11 @@ def pairs_loss(logits_BV: jax.Array, pairs: PairArrays) -> jax.Array:
 def task_accuracy(logits_BV: jax.Array, answer_B: jax.Array, other_B: jax.Array) -> jax.Array:
     """Returns the fraction of rows whose answer has a larger logit than the other candidate, float32."""
     return jnp.mean(margins(logits_BV, answer_B, other_B) > 0, dtype=jnp.float32)
+
+
+def first(pairs: PairArrays, n_pairs: int) -> PairArrays:
+    """Returns the first pairs."""
+    return jax.tree.map(lambda array: array[: 2 * n_pairs], pairs)
 
 
 def inside(pairs: PairArrays) -> jax.Array:

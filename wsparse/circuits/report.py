@@ -80,6 +80,8 @@ def select(folder: pathlib.Path, names: Sequence[str]) -> tuple[list[dict[str, A
     "all@NAME" those of one name. A circuit without nodes is left out: it says that a constant reaches the
     target.
     """
+    if not names:
+        raise UserError("--task is empty: give names, .jsonl or .py files, or all")
     tasks = read(folder_of(folder))
     wanted = set(map(name_in_run, names))
     if "all" not in wanted:
@@ -130,8 +132,7 @@ def summary(circuit: Circuit) -> str:
     return (
         f"{circuit.counts.nodes} nodes ({circuit.counts.constants} constants), {circuit.counts.edges} edges; "
         f"loss {circuit.loss:.3f} {above}(calibrated {scores.calibrated.loss:.3f}{strict}), without the "
-        "circuit "
-        f"{scores.necessity.loss:.3f}; {'controls: ' + controls + '; ' if controls else ''}"
+        f"circuit {scores.necessity.loss:.3f}; {'controls: ' + controls + '; ' if controls else ''}"
         f"{scores.seconds_to_find:.0f} s to find, {scores.seconds:.0f} s in all"
     )
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from wsparse import model, sparsity, trees
 from wsparse.circuits import masks, scoring, tasks
+from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.circuit import Score
-from wsparse.circuits.mask_learning import answer_logits
-from wsparse.circuits.pairs import PairArrays, arrays, margins
+from wsparse.circuits.pairs import PairArrays, arrays, first, inside, margins
 from wsparse.circuits.settings import HeldTo, Settings
 from wsparse.config import ModelConfig
 from wsparse.data.tokenizer import Tokenizer
+from wsparse.errors import UserError
 
 # Windows of training text that mean activations are taken over.
 N_WINDOWS = 512
@@ -46,6 +47,16 @@ class Pairs:
     discretize: PairArrays
     report: PairArrays
     confirm: PairArrays | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of the pairs, whatever they are padded to and their losses are against."""
+        splits = {
+            name: (np.asarray(rows.tokens)[np.asarray(inside(rows))], *rows[1:4])
+            for name in ("search", "discretize", "confirm", "report")
+            if (rows := getattr(self, name))
+        }
+        return trees.digest(splits)
 
 
 class Subject:
@@ -122,7 +133,7 @@ def _answer_logits(params: model.Params, rows: PairArrays, *, config: ModelConfi
 
 def build_pairs(
     chosen: Sequence[tasks.Task], tokenizer: Tokenizer, settings: Settings, *, context: int
-) -> tuple[list[Pairs], dict[str, str]]:
+) -> tuple[list[Pairs], dict[str, UserError]]:
     """Returns the pairs of every task, all of one length, and why other tasks are refused."""
     n_pairs: dict[tasks.Split, int] = {
         "search": settings.search_pairs,
@@ -131,26 +142,20 @@ def build_pairs(
     }
     max_tokens = min(settings.max_tokens, context)
     built, refused = tasks.build_all(chosen, tokenizer, n_pairs, settings.seed, max_tokens=max_tokens)
+    n_chosen = settings.discretize_pairs
     pairs = []
     for batches in built:
         search, discretize, report = (arrays(batches[split]) for split in tasks.SPLITS)
-        first_split, _ = _divided(search, settings.discretize_pairs)
-        second_split, confirm = _divided(discretize, settings.discretize_pairs)
-        both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first_split, second_split)
+        chosen_on = first(search, n_chosen), first(discretize, n_chosen)
+        confirm = jax.tree.map(lambda array: array[2 * n_chosen :], discretize)
         pairs.append(
             Pairs(
                 task=batches["search"].task,
                 form=batches["search"].form,
                 search=search,
-                discretize=both,
+                discretize=jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *chosen_on),
                 confirm=confirm if settings.confirm_pairs else None,
                 report=report,
             )
         )
     return pairs, refused
-
-
-def _divided(pairs: PairArrays, n_pairs: int) -> tuple[PairArrays, PairArrays]:
-    """Returns the first pairs, and the others."""
-    first = jax.tree.map(lambda array: array[: 2 * n_pairs], pairs)
-    return first, jax.tree.map(lambda array: array[2 * n_pairs :], pairs)

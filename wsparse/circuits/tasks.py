@@ -9,7 +9,7 @@
 The prompts are another reading of the grammars behind the sources `idioms` (`wsparse.pytext.contrasts`) and
 `stories` (`wsparse.stories.contrasts`). They are divided into three splits, for the search of a circuit, for
 its discretization and for the report: two splits share neither templates nor names, words and numbers, except
-those that decide.
+those that decide, and names of files.
 
 `python -m wsparse.tasks` shows how well a model does the tasks.
 """
@@ -110,10 +110,10 @@ def build_all(
     seed: int,
     *,
     max_tokens: int,
-) -> tuple[list[dict[Split, TaskBatch]], dict[str, str]]:
+) -> tuple[list[dict[Split, TaskBatch]], dict[str, UserError]]:
     """Returns the batches of tasks by split, padded to one length, and why other tasks are refused."""
     built: list[dict[Split, TaskBatch]] = []
-    refused: dict[str, str] = {}
+    refused: dict[str, UserError] = {}
     for task in tasks:
         try:
             built.append(
@@ -123,7 +123,7 @@ def build_all(
                 }
             )
         except UserError as error:
-            refused[task.name] = str(error)
+            refused[task.name] = error
     length = max((batch.tokens.shape[1] for batches in built for batch in batches.values()), default=0)
     return [{split: padded(batch, length) for split, batch in batches.items()} for batches in built], refused
 
@@ -135,6 +135,21 @@ def find(name: str) -> Task:
       UserError: The task does not exist, or its file is malformed.
     """
     return load(name) if name.endswith((".jsonl", ".py")) else _named(name)
+
+
+def find_all(names: Iterable[str]) -> list[Task]:
+    """Returns the tasks of names and files: each once, since what is found for a task has its name.
+
+    Raises:
+      UserError: As in `find`, or two tasks have one name, a built-in one and that of a file for instance.
+    """
+    found: dict[str, Task] = {}
+    for name in names:
+        task = find(name)
+        if (built_in() | found).get(task.name, task) is not task:
+            raise UserError(f"{name}: another task has the name {quoted(task.name)} too: rename this one")
+        found[task.name] = task
+    return list(found.values())
 
 
 def _named(name: str) -> Task:
@@ -258,11 +273,11 @@ def _from_python(path: pathlib.Path) -> Task:
 
 
 def _checked(
-    path: pathlib.Path, stream: Callable[[int, Split], Iterator[Pair]], seed: int, split: Split
+    path: pathlib.Path, stream: Callable[..., Iterator[Pair]], seed: int, split: Split, **knobs: Any
 ) -> Iterator[Pair]:
     """Yields the pairs of a user's stream."""
     with _users_code(path):
-        for pair in stream(seed, split):
+        for pair in stream(seed, split, **knobs):
             if not isinstance(pair, Pair):
                 raise TypeError(f"the stream of TASK must yield Pair, got {ascii(pair)[:80]}")
             yield pair

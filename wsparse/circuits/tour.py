@@ -114,10 +114,10 @@ class _Measured:
         return max(edges, key=lambda edge: abs(edge.weight) * self.change(edge.source)), len(edges)
 
     def token(self, token: int) -> str:
-        """Returns a token's text in quotes, short."""
-        return json.dumps(
-            self.evidence.token_texts.get(str(token), f"token {token}")[:40], ensure_ascii=False
-        )
+        """Returns a token's text in quotes, short, with escapes for what cannot be told from others."""
+        text = self.evidence.token_texts.get(str(token), f"token {token}")[:40]
+        quoted = json.dumps(text, ensure_ascii=False)
+        return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in quoted)
 
     def words(self, name: str) -> str:
         """Returns what a node's name says."""

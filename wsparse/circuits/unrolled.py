@@ -130,13 +130,8 @@ def unroll(
 def _run(params, tokens_BT, ablation, *, config: ModelConfig):
     """Returns logits, and the values of locations, attention patterns and norm scales of one row."""
     logits_BTV, acts = model.forward(params, tokens_BT, config, tap=taps.mask(*ablation))
-    q, k = (
-        acts[name].reshape(*acts[name].shape[:3], config.n_head, config.d_head)
-        for name in ("attn.q", "attn.k")
-    )
-    sink_LH = params["blocks"]["attn"].get("sink")
     patterns = [
-        model.attention_pattern(q[i], k[i], None if sink_LH is None else sink_LH[i])
+        model.layer_attention(acts["attn.q"], acts["attn.k"], model.sinks(params), i, config=config)
         for i in range(config.n_layer)
     ]
     scales = {name: model.norm_scale(acts[name], config) for name in (*_STREAMS, "final_resid")}

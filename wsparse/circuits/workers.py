@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import math
 import pathlib
+import re
 import threading
 import time
 from typing import Any
@@ -20,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from wsparse import files
-from wsparse.errors import UserError
+from wsparse.errors import UserError, missing_extra, reason
 
 _SEEN = "seen"
 
@@ -42,8 +43,12 @@ def open_storage(where: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(where))
     # The drivers of databases raise errors of their own kinds.
     except Exception as error:
+        # Errors are logged, and stay there.
+        shown = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", where)
+        if isinstance(error, ImportError) and where.startswith("postgresql://"):
+            raise missing_extra("psycopg2", "postgres", f"--storage={shown}") from error
         raise UserError(
-            f"--storage={where} cannot be opened: {str(error).splitlines()[0]}; give the path of a file "
+            f"--storage={shown} cannot be opened: {reason(error)}; give the path of a file "
             "that all workers see, or a URL such as postgresql://user@host/name whose driver is installed"
         ) from error
 

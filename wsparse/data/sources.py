@@ -39,7 +39,7 @@ import urllib.parse
 
 from wsparse import files
 from wsparse.data import hub_datasets
-from wsparse.errors import UserError, closest, missing_extra
+from wsparse.errors import UserError, closest, missing_extra, quoted, reason
 from wsparse.pytext.documents import documents as python_documents
 from wsparse.stories.documents import documents as story_documents
 
@@ -326,7 +326,8 @@ def _read_jsonl(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes |
 
 def _jsonl_document(line: bytes, field: str, where: str) -> str | bytes | Skip:
     try:
-        text = line.decode("utf-8").rstrip("\r\n")
+        # A file may begin with a byte-order mark.
+        text = line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         return Skip.UNDECODABLE
     if not text.strip():
@@ -345,20 +346,24 @@ def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes
             yield Skip.UNREADABLE
             continue
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{file} is not a Parquet file: {reason(error)}") from error
         with table:
             schema = table.schema_arrow
             if field not in schema.names:
                 raise _wrong_field(field, schema.names, str(file))
             types = pyarrow.types
             column = schema.field(field).type
+            column = column.value_type if types.is_dictionary(column) else column
             checks = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
             if not any(check(column) for check in checks):
                 raise UserError(f"{file}: the field {field!r} must hold strings, got {column}")
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
-                # As bytes, so that a value that is not UTF-8 is ours to count.
-                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    yield Skip.EMPTY if value is None else value
+            try:
+                for batch in table.iter_batches(batch_size=256, columns=[field]):
+                    # As bytes, so that a value that is not UTF-8 is ours to count.
+                    for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                        yield Skip.EMPTY if value is None else value
+            except (OSError, pyarrow.ArrowException) as error:
+                raise UserError(f"{file} is damaged: {quoted(reason(error))}") from error
 
 
 def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:
@@ -372,10 +377,9 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:
     try:
         return tfds.data_source(dataset, split=split, data_dir=folder)
     except Exception as error:  # TFDS raises many kinds, some with a page of advice.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"the source {name!r}: TFDS cannot open {dataset!r}, split {split!r}, as ArrayRecord: {reason}"
+            f"the source {name!r}: TFDS cannot open {dataset!r}, split {split!r}, as ArrayRecord: "
+            f"{reason(error)}"
         ) from error
 
 

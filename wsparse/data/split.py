@@ -13,8 +13,8 @@ import heapq
 
 from wsparse.errors import UserError
 
-# Merges hardly change with more text than this, and learning them takes seconds.
-TOKENIZER_SAMPLE_BYTES = 10_000_000
+# In characters. Merges hardly change with more text than this, and learning them takes seconds.
+TOKENIZER_SAMPLE_SIZE = 10_000_000
 
 
 def text_digest(text: str) -> bytes:
@@ -45,19 +45,19 @@ def scan(
     components: Iterable[tuple[str, Iterable[str]]],
     *,
     validation_fraction: float,
-    sample_bytes: int = TOKENIZER_SAMPLE_BYTES,
+    sample_size: int = TOKENIZER_SAMPLE_SIZE,
 ) -> Scan:
     """Decides the split and draws the tokenizer's sample, in one pass and bounded memory.
 
     When the fraction leaves a source with no held-out document, the one with the smallest digest is held
     out. The sample is the training documents with the smallest digests (read from another byte than the
-    split's), as many as fit in `sample_bytes` and at least one: they come evenly from the whole corpus, and
+    split's), as many as fit in `sample_size` and at least one: they come evenly from the whole corpus, and
     are the same whatever the order.
 
     Args:
       components: Name and documents of every source of the mix.
       validation_fraction: Fraction of documents held out.
-      sample_bytes: Limit of the sample.
+      sample_size: Limit of the sample, in characters.
 
     Raises:
       UserError: A source does not have two different documents, one for each side.
@@ -84,7 +84,7 @@ def scan(
                 continue
             heapq.heappush(sample, entry)
             size += len(text)
-            while size > sample_bytes and len(sample) > 1:
+            while size > sample_size and len(sample) > 1:
                 dropped = heapq.heappop(sample)
                 size -= len(dropped[1])
         if smallest is None or (smallest == largest and not held_out):

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wsparse import files
-from wsparse.errors import UserError, quoted
+from wsparse.errors import UserError, quoted, reason
 
 END_OF_TEXT = "<|endoftext|>"
 # What ends a text in tokenizers from elsewhere.
@@ -48,6 +48,11 @@ class Tokenizer:
             raise UserError(f"a tokenizer must have the token {known}, this one has none")
         # Not part of the saved file, so it is set on every way in.
         self.core.encode_special_tokens = True
+        # Files from elsewhere may have these on: texts would be cut or filled up, or encoded at random.
+        self.core.no_truncation()
+        self.core.no_padding()
+        if getattr(self.core.model, "dropout", None) is not None:
+            self.core.model.dropout = None
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -105,8 +110,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"{path} cannot be read: {reason}") from error
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"{path} cannot be read: {why}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -120,8 +125,8 @@ def from_json(text: str) -> Tokenizer:
     try:
         core = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises plain Exception for whatever it cannot parse.
-        reason = quoted(str(error).splitlines()[0])
-        raise UserError(f"not a tokenizer.json of the tokenizers library: {reason}") from error
+        why = quoted(reason(error))
+        raise UserError(f"not a tokenizer.json of the tokenizers library: {why}") from error
     tokenizer = Tokenizer(core)
     ids = sorted(core.get_vocab(with_added_tokens=True).values())
     if ids != list(range(len(ids))):

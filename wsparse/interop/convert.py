@@ -63,8 +63,10 @@ def main(argv: Sequence[str]) -> None:
     # `from` is a keyword, so the flag cannot be read as an attribute.
     folder, out = pathlib.Path(options["from"].value), pathlib.Path(options.out)
     if options.export:
-        openai.export_run(folder, out)
-        print(f"wrote {out}: read it with --from={out}, or with the published code")
+        config = openai.export_run(folder, out)
+        # The published code's default leaves sinks out, and says nothing.
+        call = f"load_model({str(out)!r}{', flash=True' if config.sink else ''})"
+        print(f"wrote {out}: read it with --from={out}, or with the published code's {call}")
         return
     tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else None
     config = import_run(folder, out, tokenizer=tokenizer, source=options.source)

@@ -97,6 +97,7 @@ def _write_stage(run: runs.Run, repository: str, stage: pathlib.Path) -> None:
         run.config.model,
         run.params,
         run.tokenizer,
+        data=run.config.data,
         name=repository.split("/")[1],
         val_loss=loss if isinstance(loss, float) else None,
         repository=repository,
@@ -184,21 +185,41 @@ def _upload(stage: pathlib.Path, push: Push, *, private: bool) -> Push:
 
 
 def copy_circuits(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies the circuits beside a model into the folder of a run, where there are any."""
-    circuits = folder_of(source)
+    """Copies the circuits beside a model into the folder of a run, where there are any.
+
+    A run that has circuits keeps them; a warning says which of the others it lacks, or has otherwise.
+    """
+    circuits, kept = folder_of(source), folder_of(folder)
     chosen = [
         path
         for pattern in LOADED
         for path in sorted(circuits.rglob(pathlib.PurePath(pattern).name))
         if _is_ours(path.relative_to(source).as_posix())
     ]
+    if kept.exists():
+        others = [
+            path.parent.name
+            for path in chosen
+            if path.name == "circuit.json" and not _same(path, kept / path.relative_to(circuits))
+        ]
+        if others:
+            log.warning(
+                "%s keeps its own circuits, others than those beside the model that is loaded: %s. To have "
+                "the latter, load it into another folder=",
+                folder, ", ".join(map(quoted, others)),
+            )  # fmt: skip
+        return
     if not chosen:
         return
-    with files.new_folder(folder_of(folder)) as part:
+    with files.new_folder(kept) as part:
         for path in chosen:
             target = part / path.relative_to(circuits)
             files.make_folder(target.parent)
             shutil.copyfile(path, target)
+
+
+def _same(path: pathlib.Path, other: pathlib.Path) -> bool:
+    return other.is_file() and path.read_bytes() == other.read_bytes()
 
 
 def _is_ours(path: str) -> bool:

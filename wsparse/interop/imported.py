@@ -11,7 +11,7 @@ from wsparse.errors import UserError
 
 
 def check_out(out: pathlib.Path) -> None:
-    """Raises a UserError if a run cannot be written to `out`, because something is there."""
+    """Raises a UserError if nothing can be written to `out`, because something is there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists and is not empty: choose another folder")
 

@@ -119,8 +119,13 @@ def published_fields(config: ModelConfig) -> dict[str, Any]:
     `compute_dtype` and `remat` are not part of the format: they concern the machine.
 
     Raises:
-      UserError: The model has an epsilon that the format cannot express.
+      UserError: The model has an epsilon or a width that the format cannot express.
     """
+    require(
+        config.d_model % config.n_head == 0,
+        f"the published format needs model.d_model to be a multiple of n_head={config.n_head}",
+        config.d_model,
+    )
     default = dataclasses.replace(config, norm_eps=None).eps
     if config.eps != default:
         raise UserError(
@@ -267,16 +272,23 @@ def import_run(
     return imported.write(out, config, params, tokenizer, DataConfig(source=source), folder)
 
 
-def export_run(folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Writes the model and the tokenizer of a run as a published checkpoint.
+def export_run(folder: pathlib.Path, out: pathlib.Path) -> ModelConfig:
+    """Writes the model and the tokenizer of a run as a published checkpoint, all of it or nothing.
+
+    Returns:
+      The config of the model.
 
     Raises:
-      UserError: `folder` is not a run, its tokenizer is not of the published kind, or as `save`.
+      UserError: `folder` is not a run, its tokenizer is not of the published kind, `out` is not empty, or as
+        `save`.
     """
+    imported.check_out(out)
     run = runs.load(folder)
     bpe_files.check(run.tokenizer)
-    save(out, run.config.model, run.params)
-    bpe_files.save(out, run.tokenizer)
+    with files.new_folder(out) as part:
+        save(part, run.config.model, run.params)
+        bpe_files.save(part, run.tokenizer)
+    return run.config.model
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Models as folders in the layout of the Hugging Face Hub.
 
-The folder has `config.json` (ours, under "model"), `model.safetensors` (parameters by path, in their own
-dtype), `tokenizer.json` and `README.md`, a model card made from them.
+The folder has `config.json` (ours, under "model"; under "data" what the text is, where that is known),
+`model.safetensors` (parameters by path, in their own dtype), `tokenizer.json` and `README.md`, a model card
+made from them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import os
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,16 @@ import safetensors
 import safetensors.numpy
 
 from wsparse import files, model, runs, trees
-from wsparse.config import ModelConfig, from_dict, to_dict
+from wsparse.config import DataConfig, ModelConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError, missing_extra, quoted
 
-_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+_CONFIG, _WEIGHTS, _TOKENIZER, _README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MODEL_FILES = (_CONFIG, _WEIGHTS, _TOKENIZER)
 MODEL_TYPE = "wsparse"
+# What decides a run's text. The others concern the machine, or are paths on it.
+_OF_TEXT = ("source", "domain", "megabytes", "validation_fraction", "seed")
+_DTYPES = "float32, float16 or bfloat16"
 
 
 class Pretrained(NamedTuple):
@@ -42,6 +46,7 @@ def save_pretrained(
     params: model.Params,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
+    data: DataConfig | None = None,
     name: str | None = None,
     val_loss: float | None = None,
     repository: str = "",
@@ -54,6 +59,7 @@ def save_pretrained(
       config: Model config.
       params: Parameters, written bit for bit in their own dtype.
       tokenizer: Tokenizer of the model.
+      data: Where its text comes from, for runs made of the folder; None if that is not known.
       name: Title of the card; None is the name of the folder.
       val_loss: Held-out loss in nats per token, for the card.
       repository: Repository id, "owner/name", that the folder is made for; the card says how to load that.
@@ -74,8 +80,9 @@ def save_pretrained(
         contiguous = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()}
         part.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": MODEL_TYPE}))
     tokenizer.save(folder / _TOKENIZER)
-    files.write_json(folder / _CONFIG, {"model_type": MODEL_TYPE, "model": to_dict(config)})
-    with files.replacing(folder / "README.md") as part:
+    of_text = {} if data is None else {"data": {key: getattr(data, key) for key in _OF_TEXT}}
+    files.write_json(folder / _CONFIG, {"model_type": MODEL_TYPE, "model": to_dict(config)} | of_text)
+    with files.replacing(folder / _README) as part:
         title = name or folder.absolute().name
         part.write_text(_card(title, config, params, val_loss, repository, about), encoding="utf-8")
 
@@ -97,12 +104,7 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
     folder = pathlib.Path(source)
     if not folder.is_dir():
         folder = download(str(source), revision)
-    values = files.read_json(folder / _CONFIG)
-    if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("model"), dict):
-        raise UserError(
-            f"{folder / _CONFIG} is not of a wsparse model (model_type={values.get('model_type')!r}): "
-            "published checkpoints are read by wsparse.interop.openai and wsparse.interop.sparse_pretrain"
-        )
+    values = _read_config(folder)
     config = from_dict(ModelConfig, values["model"], where="model.")
     tokenizer = tokenizer_lib.load(folder / _TOKENIZER)
     path = folder / _WEIGHTS
@@ -110,13 +112,31 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
         leaves = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    except AttributeError as error:  # The library looks every dtype up in NumPy.
+        raise UserError(f"{path} has a dtype that is not {_DTYPES}: {error}") from error
     _check_fit(config, leaves, tokenizer, str(path))
     return Pretrained(config, trees.unflatten(jax.tree.map(jnp.array, leaves)), tokenizer)
 
 
+def read_data(folder: pathlib.Path) -> DataConfig | None:
+    """Returns where the text of a folder's model comes from; None where the folder does not say."""
+    values = _read_config(folder)
+    return from_dict(DataConfig, values["data"], where="data.") if "data" in values else None
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    values = files.read_json(folder / _CONFIG)
+    if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("model"), dict):
+        raise UserError(
+            f"{folder / _CONFIG} is not of a wsparse model (model_type={values.get('model_type')!r}): "
+            "published checkpoints are read by wsparse.interop.openai and wsparse.interop.sparse_pretrain"
+        )
+    return values
+
+
 def _refuse_foreign(folder: pathlib.Path) -> None:
     """Refuse a folder with files that would be replaced, and that are not of a model written here."""
-    present = [name for name in MODEL_FILES if (folder / name).exists()]
+    present = [name for name in (*MODEL_FILES, _README) if (folder / name).exists()]
     if not present:
         return
     config = files.read_json(folder / _CONFIG) if _CONFIG in present else {}
@@ -137,6 +157,11 @@ def _check_fit(config: ModelConfig, leaves, tokenizer: tokenizer_lib.Tokenizer, 
                 f"{what} does not fit its config: {quoted(path)} has shape {given.get(path, 'none')}, "
                 f"the config says {expected.get(path, 'none')}"
             )
+    for path, leaf in leaves.items():
+        if leaf.dtype not in (np.float32, np.float16, jnp.bfloat16):
+            raise UserError(f"{what} has {quoted(path)} of {leaf.dtype}, it must be {_DTYPES}")
+        if not np.isfinite(leaf).all():
+            raise UserError(f"{what} has NaN or infinite numbers in {quoted(path)}")
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{what} has a tokenizer of {tokenizer.vocab_size} tokens, its config says "
@@ -167,7 +192,8 @@ def download(repository: str, revision: str | None, *, more: Sequence[str] = ())
     try:
         import huggingface_hub
     except ImportError as error:
-        raise missing_extra("huggingface_hub", "hub", f"loading {repository} from the Hub") from error
+        purpose = f"{repository} is not a folder here, and loading it from the Hub"
+        raise missing_extra("huggingface_hub", "hub", purpose) from error
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
@@ -189,6 +215,7 @@ def _card(
     title: str, config: ModelConfig, params: model.Params, val_loss: float | None, repository: str, about: str
 ) -> str:
     sizes = runs.sizes(params)
+    sparse = sizes["l0"] < 0.5
     rows = {
         "layers": config.n_layer,
         "d_model": config.d_model,
@@ -205,15 +232,13 @@ def _card(
     return f"""---
 library_name: wsparse
 pipeline_tag: text-generation
-tags:
-- weight-sparse
+tags:{f"{chr(10)}- weight-sparse" if sparse else ""}
 - interpretability
 ---
 
 # {title}
 
-A weight-sparse transformer: most of its weights are exactly zero, so that what it does can be read off small
-circuits ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)). Trained with wsparse.
+{_SPARSE if sparse else _DENSE}
 
 | | |
 |---|---|
@@ -225,10 +250,15 @@ circuits ([Gao et al. 2025](https://arxiv.org/abs/2511.13653)). Trained with wsp
 {_LOAD_RUN.format(repository) if repository else _LOAD_FOLDER}
 ```
 
-`config.json` has the architecture, `model.safetensors` the parameters by path, `tokenizer.json` a byte-level
-BPE tokenizer that the `tokenizers` library reads too.
+`config.json` has the architecture, `model.safetensors` the parameters by path, `tokenizer.json` the
+tokenizer, which the `tokenizers` library reads too.
 """
 
+
+_SPARSE = """A weight-sparse transformer: most of its weights are exactly zero, so that what it does can be
+read off small circuits ([Gao et al. 2025](https://arxiv.org/abs/2511.13653))."""
+_DENSE = """A transformer of the architecture of [Gao et al. 2025](https://arxiv.org/abs/2511.13653). Most of
+its weights are not zero."""
 
 _LOAD_FOLDER = """import jax.numpy as jnp
 from wsparse import hooks

@@ -28,6 +28,7 @@ import numpy as np
 
 from wsparse import files, locks, model, runs, taps, trees
 from wsparse.circuits import graph, masks, scoring
+from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.circuit import (
     Baseline,
     Calibration,
@@ -119,15 +120,7 @@ def _place(name: str) -> tuple[int | None, str]:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _scores(params, pairs: PairArrays, gates, means, *, config):
-    logits_BPV, _ = model.forward(
-        params,
-        pairs.tokens,
-        config,
-        tap=taps.NodeAblation(gates, means),
-        positions_BP=pairs.position[:, None],
-        record=False,
-    )
-    losses_B = row_losses(logits_BPV[:, 0], pairs)
+    losses_B = row_losses(answer_logits(params, config, pairs, taps.NodeAblation(gates, means)), pairs)
     return losses_B, losses_B < jnp.log(2.0)
 
 

@@ -17,7 +17,6 @@ import logging
 import os
 import pathlib
 import re
-import runpy
 from typing import Any
 
 from wsparse import model
@@ -217,8 +216,3 @@ def import_run(
         )
     data = DataConfig(source=source, domain="stories")
     return imported.write(out, config, params, tokenizer_lib.load(path), data, folder)
-
-
-if __name__ == "__main__":
-    # The command's first name.
-    runpy.run_module("wsparse.interop.convert", run_name="__main__", alter_sys=True)

@@ -52,8 +52,9 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 # A list of 3,000 tensors takes about half a megabyte. Every byte may be an instruction that makes an object,
 # so the limit bounds memory and time as well.
 _MAX_PICKLE_BYTES = 1 << 19
-# A tree of tensors may have many more.
+# A tree of tensors may have many more; most of its bytes are names and numbers.
 _MAX_TREE_BYTES = 1 << 26
+_MAX_TREE_INSTRUCTIONS = 1 << 22
 # NumPy's limit, and PyTorch's.
 _MAX_AXES = 64
 _ALIGNMENT, _LOCAL_HEADER_SIZE = 64, 30
@@ -200,6 +201,18 @@ class _Instructions(dict):
         raise TorchFileError(f"its pickle has the instruction {bytes([code])!r}, which no tensor needs")
 
 
+class _Counted(_Instructions):
+    """Instructions of which a limited number is run: the smallest take a hundred times their size."""
+
+    run = 0
+
+    def __getitem__(self, code: int):
+        self.run += 1
+        if self.run > _MAX_TREE_INSTRUCTIONS:
+            raise TorchFileError(f"its pickle has more than {_MAX_TREE_INSTRUCTIONS} instructions")
+        return super().__getitem__(code)
+
+
 class _Interpreter(pickle._Unpickler):
     """Runs a pickle of dicts, tuples, strings, ints, and tensors in the storages that a function returns."""
 
@@ -289,6 +302,10 @@ class _Interpreter(pickle._Unpickler):
 
 class _TreeInterpreter(_Interpreter):
     """Runs a pickle that has lists and floats too, empty tensors, and numbers as keys."""
+
+    def __init__(self, pickled: bytes, storage: Callable[[str, np.dtype, int], np.ndarray]):
+        super().__init__(pickled, storage)
+        self.dispatch = _Counted(self.dispatch)  # pyrefly: ignore
 
     def find_class(self, module: str, name: str) -> Any:
         return _tensor_or_none if f"{module} {name}" == _TENSOR else super().find_class(module, name)

@@ -38,7 +38,7 @@ def export(run_folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> N
     from wsparse.interop import pretrained
 
     run = runs.load(run_folder)
-    pretrained.save_pretrained(out, run.config.model, run.params, run.tokenizer)
+    pretrained.save_pretrained(out, run.config.model, run.params, run.tokenizer, data=run.config.data)
 
 
 def load(folder: str | os.PathLike[str]) -> Any:

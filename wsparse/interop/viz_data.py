@@ -65,7 +65,7 @@ class VizData:
       weights: Weights between kept nodes.
       search_loss: The last loss of the search that found the circuit; None where there is none.
       n_nodes: Number of nodes of the model; None where it is not told.
-      prune_config: Settings of the search, whatever they were.
+      prune_config: Settings of the search that JSON can hold.
     """
 
     kept: dict[str, np.ndarray]
@@ -159,8 +159,24 @@ def _parsed(tree: dict[Any, Any], config: ModelConfig) -> VizData:
         weights=_weights(_entry(importances, "pair_data_connections", list), kept),
         search_loss=_number(_sequence(curve[-1], 2, "all_loss")[1], "all_loss") / 2 if curve else None,
         n_nodes=n_nodes if type(n_nodes) is int else None,
-        prune_config=settings if type(settings) is dict else {},
+        prune_config=_settings(settings) if type(settings) is dict else {},
     )
+
+
+def _settings(values: dict[Any, Any]) -> dict[str, Any]:
+    """Returns what JSON can hold: numbers, texts, None, and lists of these."""
+    settings = {}
+    for name, value in values.items():
+        if isinstance(value, np.ndarray) and value.size == 1:
+            value = value.item()
+        parts = value if type(value) in (list, tuple) else [value]
+        if type(name) is str and all(map(_in_json, parts)):
+            settings[name] = value
+    return settings
+
+
+def _in_json(value: Any) -> bool:
+    return value is None or type(value) in (str, bool, int) or (type(value) is float and math.isfinite(value))
 
 
 def _check_model(fields: dict[Any, Any], config: ModelConfig) -> None:

@@ -50,7 +50,7 @@ def library() -> pathlib.Path | None:
             return target
         files.make_folder(target.parent)
         return _compile(target)
-    except (OSError, UserError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         log.warning("CPU kernels are off: %s", error)
         return None
 
@@ -74,7 +74,12 @@ def _run(command: list[str]) -> str | None:
     """Runs a compiler over all sources as one file. Returns the reason for a failure, or None."""
     try:
         done = subprocess.run(
-            command, input=_unit(), capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+            command,
+            input=_unit(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
@@ -92,8 +97,11 @@ def _unit() -> str:
 
 def _compilers() -> Iterator[list[str]]:
     """Yields commands to try, in order."""
-    if os.environ.get("CXX"):
-        yield shlex.split(os.environ["CXX"])
+    if command := os.environ.get("CXX"):
+        try:
+            yield shlex.split(command)
+        except ValueError as error:
+            raise UserError(f"CXX={command} is no command: {error}") from error
     for name in ("clang++", "g++"):
         if path := shutil.which(name):
             yield [path]

@@ -64,8 +64,8 @@ def product(x_RI: jax.Array, w_IO: jax.Array, transposed: bool = False) -> jax.A
     """`x @ w`, or `x @ w.T`, float32: over the nonzeros of `w` where they are few, else a dense product.
 
     The choice is made when the program runs, by counting; see `cpu.DENSITY_LIMIT`. The gradient of `x` is
-    found likewise, that of `w` is dense. A NaN or infinity in `x` spoils only results that a nonzero weight
-    brings it to.
+    found likewise, that of `w` is dense. Where the product is over the nonzeros, a NaN or infinity in `x`
+    spoils only results that a nonzero weight brings it to; a dense one spoils the whole row.
     """
 
     def dense(x_RI, w_IO):

@@ -165,7 +165,7 @@ def _display(d: Draw, side: int) -> Snippet:
 
 @_contrast(
     "fstring_brace",
-    "insert a variable into an f-string, close a plain one",
+    "insert a variable into an f-string, close a plain one, though Python allows either in both",
     *(Form(" {", '")\n'), Form(" {", '")'), Form(" {", '"')),
     weight=1.5,
 )
@@ -283,7 +283,7 @@ def _truth(d: Draw, side: int) -> Snippet:
 
 @_contrast(
     "final_kwarg",
-    "give the last argument a default by whether the ones before it have one",
+    "give the last argument a default where those before it have one, though Python allows one anywhere",
     *(Form("):\n", "=None"), Form("):\n", "="), Form(")", "=")),
     places=("definition",),
     distractors=(0, *(2,) * 9),
@@ -307,6 +307,7 @@ def _function(d: Draw, side: int) -> Snippet:
     *_OWN,
     places=("definition",),
     distractors=(0,),
+    local="the attribute's name, two tokens before, is the answer",
 )
 def _class(d: Draw, side: int) -> Snippet:
     attributes = [d.new() for _ in range(d.knob("length", (2, 3)))]
@@ -391,7 +392,11 @@ _contrast(
 # ---- Control flow ----
 
 
-@_contrast("for_while", "follow the variable of `for` or of `while`", Form(" in", ":\n"), Form(" in", ":"))
+@_contrast(
+    "for_while",
+    "follow the variable of `for` or of `while`, whose condition may go on with `in` too",
+    *(Form(" in", ":\n"), Form(" in", ":")),
+)
 def _loop(d: Draw, side: int) -> Snippet:
     name = d.long()
     if side == 0:

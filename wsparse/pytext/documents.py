@@ -2,7 +2,8 @@
 
 Real code holds most of the contrasts behind the tasks, but too thinly for a model of two layers to learn them
 in minutes. A document made here is a small module of snippets; most snippets show one side of one contrast,
-the others what small programs have besides.
+the others what small programs have besides. Every document parses; in one of twenty a
+`return` stands outside of a function, which Python refuses to compile.
 
 Every string draws its own quote style, so that the opening quote, not the habit of the file, decides how it
 closes; only one document in five keeps to a single style, as people do.

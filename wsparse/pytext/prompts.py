@@ -6,7 +6,7 @@ either side are in both prompts, and only their arrangement decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import hashlib
 import itertools
@@ -21,6 +21,9 @@ from wsparse.pytext.words import Split
 
 CUT = "¦"
 """Marks in a program where the prompt ends and, where the form does not say it, the answer."""
+
+# Draws in a row without a knob after which a task counts as without it: some have one in one draw of twenty.
+_PATIENCE = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,8 @@ def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None
     Raises:
       UserError: The contrast has no such knob, or not with this value.
     """
-    for key in keys(name, split, seed):
-        yield _pair(name, key, split, knobs or {})
+    fixed = knobs or {}
+    return with_knobs(name, (_pair(name, key, split, fixed) for key in keys(name, split, seed)), fixed)
 
 
 def keys(name: str, split: Split, seed: int) -> Iterator[int]:
@@ -77,11 +80,21 @@ def keys(name: str, split: Split, seed: int) -> Iterator[int]:
         yield int.from_bytes(key, "big")
 
 
-def check_knobs(name: str, fixed: Mapping[str, int], knobs: Mapping[str, int]) -> None:
-    """Raises a UserError if a knob was set that is not among those of a pair."""
-    if unknown := sorted(fixed.keys() - knobs.keys()):
-        near = closest(unknown[0], knobs)
-        raise UserError(f"task {name!r} has no knob {unknown[0]!r}{near}; it has {', '.join(sorted(knobs))}")
+def with_knobs(name: str, drawn: Iterable[Pair], fixed: Mapping[str, int]) -> Iterator[Pair]:
+    """Yields the pairs of a task that have all the knobs that were set; raises a UserError if none has."""
+    known: set[str] = set()
+    in_vain = 0
+    for pair in drawn:
+        if fixed.keys() <= pair.knobs.keys():
+            in_vain = 0
+            yield pair
+            continue
+        known |= pair.knobs.keys()
+        in_vain += 1
+        if in_vain == _PATIENCE:
+            missing = min(fixed.keys() - known or fixed)
+            near = closest(missing, known)
+            raise UserError(f"task {name!r} has no knob {missing!r}{near}; it has {', '.join(sorted(known))}")
 
 
 def cut_program(text: str) -> Program:
@@ -132,7 +145,6 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
         needs |= inner.needs
         knobs |= inner.knobs
     d.taken |= set(needs)
-    check_knobs(name, fixed, knobs)
 
     around = _surroundings(d, place, needs)
     before = [*imports(d, needs), beginning]

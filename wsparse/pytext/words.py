@@ -65,7 +65,7 @@ STEMS = {
     "r": ("input", "source", "data", "config", "raw", "corpus"),
     "w": ("output", "result", "log", "report", "target", "export"),
 }
-"""Names of files, by the mode they are opened with."""
+"""Names of files, by the mode they are opened with; all splits share them."""
 SUFFIXES = ("txt", "csv", "json", "md", "dat")
 HANDLES = ("f", "file", "handle", "stream")
 

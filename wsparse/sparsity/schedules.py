@@ -33,7 +33,8 @@ def density_schedule(config: SparsityConfig, steps: int, target: float | None = 
             density = 1.0 + (final - 1.0) * progress
         else:
             density = jnp.exp(jnp.log(final) * progress)
-        return jnp.where(progress >= 1.0, jnp.float32(final), density.astype(jnp.float32))
+        # Not by the progress: XLA may multiply by a reciprocal, and n * (1 / n) be less than 1.
+        return jnp.where(step + 1 >= stop, jnp.float32(final), density.astype(jnp.float32))
 
     return schedule
 
@@ -115,7 +116,8 @@ def scale_by_gradient_rms(
 
     Unlike `optax.clip_by_global_norm` and `normalize_by_update_norm`, the scale does not depend on the number
     of parameters, and the sum of squares is float32 whatever the gradient's dtype. "normalize" always scales
-    (an all-zero gradient stays zero); "clip" only scales down.
+    (an all-zero gradient stays zero); "clip" only scales down. Squares have float32's range: a gradient with
+    a root-mean-square below 1e-19 becomes larger but not 1, and one with a norm above 1e19 becomes zero.
 
     Args:
       form: "normalize" or "clip".
@@ -133,7 +135,9 @@ def scale_by_gradient_rms(
         if phases:
             rms = jnp.where(explore, rms, state.rms)
             state = ScaleByGradientRmsState(rms)
-        scale = 1.0 / jnp.maximum(rms, 1.0 if form == "clip" else jnp.finfo(jnp.float32).tiny)
+        # Squares of less than that underflow.
+        least = 1.0 if form == "clip" else np.sqrt(np.finfo(np.float32).tiny)
+        scale = 1.0 / jnp.maximum(rms, least)
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

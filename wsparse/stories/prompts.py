@@ -15,8 +15,9 @@ from wsparse.stories.contrasts import CONTRASTS, DISTRACTORS, Draw
 
 def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None = None) -> Iterator[Pair]:
     """Yields pairs of a contrast without end; see `wsparse.pytext.prompts.pairs`."""
-    for key in prompts.keys(name, split, seed):
-        yield _pair(name, key, split, knobs or {})
+    fixed = knobs or {}
+    drawn = (_pair(name, key, split, fixed) for key in prompts.keys(name, split, seed))
+    return prompts.with_knobs(name, drawn, fixed)
 
 
 def statements(name: str, side: int | None, seed: int, split: Split) -> Iterator[str]:
@@ -45,7 +46,6 @@ def _pair(name: str, key: int, split: Split, fixed: Mapping[str, int]) -> Pair:
         d = Draw(random.Random(key + 1), split, cut=prompts.CUT, fixed=fixed)
         ends.append(contrast.write(d, side))
         knobs |= d.knobs
-    prompts.check_knobs(name, fixed, knobs)
     first, second = (prompts.cut_program(" ".join([*before, end])) for end in ends)
     return Pair(first=first, second=second, template=f"after {before[0]!r}", knobs=knobs)
 

@@ -35,7 +35,7 @@ _IN_TEXT = ("bias", "gain", "n_tokens", "largest", "zero", "low", "high")
 class Options:
     """What to show; see the flags of `wsparse.view`."""
 
-    task: tuple[str, ...] = ("all",)
+    task: tuple[str, ...] = setting(("all",), "Names of tasks, or all: every task that has a circuit.")
     pairs: int = setting(
         6, "Pairs of a task to show token by token, at most as many as were measured.", "at least 1"
     )

@@ -26,6 +26,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from wsparse import model, taps
+from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.pairs import PairArrays, margins
 from wsparse.config import ModelConfig
 
@@ -38,15 +39,7 @@ def measured_margins(
     params: model.Params, pairs: PairArrays, ablated: Ablated, *, config: ModelConfig
 ) -> jax.Array:
     """Returns `(B,)` how much the answer's logit exceeds the other candidate's."""
-    logits_B1V, _ = model.forward(
-        params,
-        pairs.tokens,
-        config,
-        tap=_tap(ablated),
-        positions_BP=pairs.position[:, None],
-        record=False,
-    )
-    return margins(logits_B1V[:, 0], pairs.answer, pairs.other)
+    return margins(answer_logits(params, config, pairs, _tap(ablated)), pairs.answer, pairs.other)
 
 
 @functools.partial(jax.jit, static_argnames="config")

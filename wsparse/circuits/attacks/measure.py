@@ -80,6 +80,7 @@ def attack(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Att
         most_statements=options.statements,
         draws=options.draws,
         seed=options.seed,
+        domain=run.config.data.domain,
     )
     subject = _Circuit(run, circuit)
     margins = _measure(subject, batch, texts)

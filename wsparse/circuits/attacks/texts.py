@@ -11,6 +11,7 @@ from wsparse.circuits.pairs import Task, TaskBatch
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError
 from wsparse.pytext import prompts
+from wsparse.stories import prompts as story_prompts
 
 # Programs of a user's task that texts are made of; its stream may be endless.
 _PROGRAMS = 512
@@ -38,6 +39,7 @@ def make_texts(
     most_statements: int,
     draws: int,
     seed: int,
+    domain: str = "python",
 ) -> list[Text]:
     """Returns texts that fit before every prompt, each the beginning of the next longer one.
 
@@ -49,6 +51,7 @@ def make_texts(
       most_statements: Numbers of statements are powers of two up to it.
       draws: Texts of every side and number of statements.
       seed: Seed of the draws.
+      domain: The kind of text that the model reads, as in `config.data.domain`.
 
     Raises:
       UserError: No text fits.
@@ -57,7 +60,7 @@ def make_texts(
     lengths = [2**i for i in range(most_statements.bit_length())]
     texts = []
     for side, draw in itertools.product((None, 0, 1), range(draws)):
-        stream = _statements(task, side, seed * draws + draw)
+        stream = _statements(task, side, seed * draws + draw, domain)
         statements = list(itertools.islice(stream, lengths[-1]))
         for n in lengths:
             if n > len(statements):
@@ -74,13 +77,14 @@ def make_texts(
     return texts
 
 
-def _statements(task: Task, side: int | None, seed: int) -> Iterator[str]:
-    """Yields lines of code of one side of a task, or neutral ones."""
+def _statements(task: Task, side: int | None, seed: int, domain: str) -> Iterator[str]:
+    """Yields statements of one side of a task, or neutral ones."""
     if task.statements is not None:
         yield from task.statements(side, seed, "report")
         return
     if side is None:
-        yield from prompts.statements(task.name, None, seed, "report")
+        of_domain = story_prompts if domain == "stories" else prompts
+        yield from of_domain.statements(task.name, None, seed, "report")
         return
     # Of a user's task, finished programs of the report split, from a place of its own for each seed.
     pairs = itertools.islice(task.stream(seed, "report"), _PROGRAMS)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, trees
+from wsparse import model
 from wsparse.circuits import masks
-from wsparse.circuits.audits import statistics
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Measurement, TestResult
 from wsparse.errors import UserError
@@ -21,15 +19,13 @@ from wsparse.errors import UserError
 # Largest mean distance that passes.
 _MOST = 0.25
 
-_patterns = jax.jit(model.attention_pattern)
-
 
 def attention_patterns(context: Context) -> TestResult:
     """Returns distances between the attention of circuit and model at the last token."""
     heads, constant = _used_heads(context)
     if not heads:
         raise UserError("the circuit keeps no value channel of any head: it uses no attention")
-    rng, resamples = context.rng("attention_patterns"), context.options.resamples
+    rng = context.rng("attention_patterns")
     measurements, distances = [], []
     for layer, head in heads:
         circuit_BS, model_BS = (
@@ -40,18 +36,15 @@ def attention_patterns(context: Context) -> TestResult:
         distances.append(distance_B)
         note = ", no query or key kept" if (layer, head) in constant else ""
         measurements.append(
-            statistics.of_rows(
+            context.mean(
                 f"layer {layer}, head {head}{note}",
                 distance_B,
                 rng,
-                resamples,
                 control=float(_distance(uniform_BS, model_BS).mean()),
                 unit="total variation",
             )
         )
-    mean = statistics.of_rows(
-        "mean over heads", np.mean(distances, axis=0), rng, resamples, unit="total variation"
-    )
+    mean = context.mean("mean over heads", np.mean(distances, axis=0), rng, unit="total variation")
     fixed = Measurement(
         name="heads with values but without a query or key",
         value=len(constant) / len(heads),
@@ -59,14 +52,10 @@ def attention_patterns(context: Context) -> TestResult:
     )
     assert mean.value is not None
     return TestResult(
-        name="attention_patterns",
-        title="Attention",
         question="Do the heads of the circuit look where they look in the model?",
         procedure=f"{context.n_pairs} pairs of the report split; total variation distance, between circuit "
-        "and "
-        "model, of the attention from the prompt's last token, the sink counted as a place, for every head "
-        "of "
-        "which the circuit keeps a value channel.",
+        "and model, of the attention from the prompt's last token, the sink counted as a place, for every "
+        "head of which the circuit keeps a value channel.",
         control="The distance of uniform attention from the model's.",
         criterion=f"The mean over heads is at most {_MOST:g}.",
         verdict="passed" if mean.value <= _MOST else "failed",
@@ -88,14 +77,11 @@ def _used_heads(context: Context) -> tuple[list[tuple[int, int]], set[tuple[int,
 
 def _pattern(acts: dict[str, Any], context: Context, layer: int) -> np.ndarray:
     """Returns attention from the last tokens, `(B, H, S + 1)`; what is left for the sink comes last."""
-    config, report = context.config, context.pairs.report
-    q_BTHK, k_BSHK = (
-        jnp.reshape(acts[name][layer], (*report.tokens.shape, config.n_head, config.d_head))
-        for name in ("attn.q", "attn.k")
+    sink_LH = model.sinks(context.subject.params)
+    pattern_BHTS = model.layer_attention(
+        acts["attn.q"], acts["attn.k"], sink_LH, layer, config=context.config
     )
-    sink_LH = trees.flatten(context.subject.params).get("blocks/attn/sink")
-    pattern_BHTS = _patterns(q_BTHK, k_BSHK, None if sink_LH is None else sink_LH[layer])
-    position_B = jnp.asarray(report.position)[:, None, None, None]
+    position_B = jnp.asarray(context.pairs.report.position)[:, None, None, None]
     pattern_BHS = np.asarray(jnp.take_along_axis(pattern_BHTS, position_B, axis=2))[:, :, 0]
     return np.concatenate([pattern_BHS, 1 - pattern_BHS.sum(2, keepdims=True)], axis=2)
 

@@ -18,13 +18,14 @@ from wsparse import runs
 from wsparse.circuits import ablation as ablations
 from wsparse.circuits import excerpts, graph, masks, tasks
 from wsparse.circuits.ablation import Ablation, Background
+from wsparse.circuits.audits import statistics
+from wsparse.circuits.audits.record import Measurement
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, inside, margins
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import N_WINDOWS, Pairs, Subject, build_pairs
 from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig, check, from_dict, setting
-from wsparse.errors import UserError
 from wsparse.nodes import NODES
 
 # Pairs that constants are fitted on: of the split that circuits are chosen on.
@@ -135,20 +136,17 @@ class Context:
         edges: graph.EdgeMask | None = None,
         *,
         ablation: Ablation = Ablation(),  # noqa: B008 (frozen)
-        strengths: Any = 0.0,
     ) -> np.ndarray:
         """Returns logits `(B, V)` on the report split: of the circuit, or of other nodes and weights.
 
         Args:
           nodes_U: Nodes that stay; the circuit's by default.
           edges: Weights that stay; those of the circuit under the ablation, or all if `nodes_U` are given.
-          strengths: r of closed nodes, one number, `(U,)` or `(B, U)`.
         """
         scorer = self.subject.scorer
         if edges is None:
             edges = self.weights(ablation) if nodes_U is None else scorer.weights
         nodes_U = self.nodes_U if nodes_U is None else nodes_U
-        strengths = jnp.broadcast_to(jnp.asarray(strengths, jnp.float32), _rows(strengths, nodes_U.size))
         return np.asarray(
             _logits(
                 scorer.params,
@@ -156,7 +154,6 @@ class Context:
                 jnp.asarray(nodes_U, jnp.float32),
                 jax.tree.map(jnp.asarray, edges),
                 self.background(ablation),
-                strengths,
                 config=self.config,
                 contenders=ablation.contenders,
             )
@@ -165,7 +162,7 @@ class Context:
     @functools.cached_property
     def model_logits(self) -> np.ndarray:
         """Logits of the whole model on the report split, `(B, V)`."""
-        return self.logits(np.ones(masks.n_nodes(self.config), bool))
+        return self.logits(np.ones_like(self.nodes_U))
 
     def record(self, nodes_U: np.ndarray, edges: graph.EdgeMask) -> dict[str, jax.Array]:
         """Returns every node's value in a set of nodes alone, location -> `(L, B, T, N)`."""
@@ -182,7 +179,7 @@ class Context:
     @functools.cached_property
     def model_acts(self) -> dict[str, jax.Array]:
         """What `record` returns of the whole model."""
-        return self.record(np.ones(self.nodes_U.size, bool), self.subject.scorer.weights)
+        return self.record(np.ones_like(self.nodes_U), self.subject.scorer.weights)
 
     def of_tokens(self, acts: dict[str, jax.Array]) -> np.ndarray:
         """Returns what `record` returns as `(X, U)`, the padding left out."""
@@ -204,6 +201,22 @@ class Context:
         report = self.pairs.report
         return np.asarray(margins(jnp.asarray(logits_BV), report.answer, report.other))
 
+    def mean(
+        self,
+        name: str,
+        values_B: np.ndarray,
+        rng: np.random.Generator,
+        *,
+        control: float | None = None,
+        unit: str = "nats",
+    ) -> Measurement:
+        """Returns the mean over rows with its interval; the two rows of a pair are resampled together."""
+        by_pair_P = np.asarray(values_B, np.float64).reshape(-1, 2).mean(1)
+        low, high = statistics.interval(by_pair_P, rng, self.options.resamples)
+        return Measurement(
+            name=name, value=float(by_pair_P.mean()), low=low, high=high, control=control, unit=unit
+        )
+
 
 def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Context:
     """Returns the context of a circuit, with pairs as its procedure made them.
@@ -219,7 +232,7 @@ def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Conte
     wanted = dataclasses.replace(settings, report_pairs=options.pairs, confirm_pairs=0)
     built, refused = build_pairs([task], run.tokenizer, wanted, context=config.context)
     if refused:
-        raise UserError(refused[task.name])
+        raise refused[task.name]
     nodes_U = masks.from_names([node.name for node in circuit.nodes], config)
     remaining = graph.uncut(subject.scorer.weights, circuit.removed)
     edges = graph.between(nodes_U, remaining, config)
@@ -233,14 +246,6 @@ def _subject(run: runs.Run) -> Subject:
     return Subject(run.params, run.config.model, run.windows("train", n=N_WINDOWS))
 
 
-def _rows(strengths: Any, size: int) -> tuple[int, ...]:
-    return np.shape(strengths) if np.ndim(strengths) == 2 else (size,)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "contenders"))
-def _logits(
-    params, pairs: PairArrays, nodes_U, edges, background, strengths, *, config, contenders
-) -> jax.Array:
-    return ablations.circuit_logits(
-        params, config, pairs, nodes_U, edges, background, contenders=contenders, strengths=strengths
-    )
+def _logits(params, pairs: PairArrays, nodes_U, edges, background, *, config, contenders) -> jax.Array:
+    return ablations.circuit_logits(params, config, pairs, nodes_U, edges, background, contenders=contenders)

@@ -6,7 +6,6 @@ Shapes: U nodes of the model in one vector, B rows of pairs, T time, L layer, N 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,12 @@ import numpy as np
 
 from wsparse import model, taps
 from wsparse.circuits import masks
-from wsparse.circuits.audits import random_sets, statistics
+from wsparse.circuits.ablation import answer_logits
+from wsparse.circuits.audits import random_sets
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import TestResult
 from wsparse.circuits.pairs import PairArrays, margins
 from wsparse.errors import UserError
-from wsparse.nodes import NODES
 
 # Share of decisions that must stay, or flip.
 _STAY, _FLIP = 0.9, 0.9
@@ -33,7 +32,7 @@ def interchange(context: Context) -> TestResult:
     """
     if context.n_pairs < 2:
         raise UserError("it needs the prompts of a second pair: --pairs=48")
-    rng, resamples = context.rng("interchange"), context.options.resamples
+    rng = context.rng("interchange")
     same_B, other_B = _sources(context, rng)
     random_U = random_sets.matched(context.nodes_U, context.activity, context.config, rng)
     right_B = context.margins(context.model_logits) > 0
@@ -48,23 +47,20 @@ def interchange(context: Context) -> TestResult:
 
     stays_B = decisions(context.nodes_U, same_B) == right_B
     flips_B = decisions(context.nodes_U, other_B) != right_B
-    stays = statistics.of_rows(
-        "decisions that stay with values of the same side", stays_B, rng, resamples, unit="share",
+    stays = context.mean(
+        "decisions that stay with values of the same side", stays_B, rng, unit="share",
         control=float(np.mean(decisions(random_U, same_B) == right_B)),
     )  # fmt: skip
-    flips = statistics.of_rows(
-        "decisions that flip with values of the other side", flips_B, rng, resamples, unit="share",
+    flips = context.mean(
+        "decisions that flip with values of the other side", flips_B, rng, unit="share",
         control=float(np.mean(decisions(random_U, other_B) != right_B)),
     )  # fmt: skip
     assert stays.value is not None and flips.value is not None
     return TestResult(
-        name="interchange",
-        title="Interchange of values",
         question="Does the model decide by what the circuit's nodes carry?",
         procedure=f"{context.n_pairs} pairs of the report split. In the whole model, all nodes of the "
-        "circuit "
-        "take the values that they have on another prompt, aligned from the prompts' ends: one of the same "
-        "side (the decision should stay), and the pair's other prompt (it should flip).",
+        "circuit take the values that they have on another prompt, aligned from the prompts' ends: one of "
+        "the same side (the decision should stay), and the pair's other prompt (it should flip).",
         control="A random set of as many nodes of each location and layer, matched by activation.",
         criterion=f"At least {_STAY:.0%} stay, and at least {_FLIP:.0%} flip.",
         verdict="passed" if stays.value >= _STAY and flips.value >= _FLIP else "failed",
@@ -94,15 +90,8 @@ def _patched(params, pairs: PairArrays, source: PairArrays, where, *, config) ->
     place_BT = jnp.arange(time)[None] + shift_B1
     there_BT = (place_BT >= 0) & (place_BT <= source.position[:, None])
 
-    def tap(location: taps.Location, value: jax.Array) -> jax.Array:
-        if location not in NODES:
-            return value
-        given: Any = taps.at_layer(acts[location], location)
-        given_BTN = jnp.take_along_axis(given, jnp.clip(place_BT, 0, time - 1)[..., None], axis=1)
-        chosen = taps.at_layer(where[location], location) & there_BT[..., None]
-        return jnp.where(chosen, given_BTN, value)
-
-    logits_BPV, _ = model.forward(
-        params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
-    )
-    return margins(logits_BPV[:, 0], pairs.answer, pairs.other)
+    place_1BT1 = jnp.clip(place_BT, 0, time - 1)[None, ..., None]
+    given = {name: jnp.take_along_axis(acts[name], place_1BT1, axis=2) for name in where}
+    chosen = {name: m_LN[:, None, None] & there_BT[None, ..., None] for name, m_LN in where.items()}
+    logits_BV = answer_logits(params, config, pairs, taps.patch(given, chosen))
+    return margins(logits_BV, pairs.answer, pairs.other)

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 
 from wsparse.circuits.ablation import CONSTANTS, Ablation
-from wsparse.circuits.audits import statistics
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Measurement, TestResult
 
@@ -34,15 +33,12 @@ def matrix(context: Context) -> TestResult:
     target = context.circuit.target
     means = [m for m in measurements if m.name.startswith("mean")]
     return TestResult(
-        name="matrix",
-        title="Kinds of ablation",
         question="Does the loss depend on what closed nodes, cut edges and norms are while the circuit runs?",
         procedure=f"{context.n_pairs} pairs of the report split. Closed nodes are at their mean over "
         "pretraining text, at 0, at their mean over other prompts of the task, at constants learned for the "
         "circuit on other prompts, at values of random pretraining text at the same place, or at those of "
-        "the pair's "
-        "other prompt. With strict edges every weight but the circuit's carries a constant; with frozen "
-        "norms the norms' scales are the whole model's.",
+        "the pair's other prompt. With strict edges every weight but the circuit's carries a constant; with "
+        "frozen norms the norms' scales are the whole model's.",
         control="The model with every node ablated in the same way.",
         criterion=f"With means, every variant's loss is at most the target, {target:g}.",
         verdict="passed" if all(m.value is not None and m.value <= target for m in means) else "failed",
@@ -56,8 +52,6 @@ def norm_scale(context: Context) -> TestResult:
     target = context.circuit.target
     assert live.value is not None and frozen.value is not None
     return TestResult(
-        name="norm_scale",
-        title="The norms' scale",
         question="Does the circuit rely on the ablated stream being smaller or larger than the model's?",
         procedure=f"{context.n_pairs} pairs of the report split; frozen norms divide by what they divide by "
         "in the whole model, token by token.",
@@ -74,5 +68,4 @@ def _loss(context: Context, name: str, ablation: Ablation) -> Measurement:
     nothing_U = np.zeros_like(context.nodes_U)
     edges = context.weights(ablation)
     nothing_B = context.losses(context.logits(nothing_U, edges, ablation=ablation))
-    rng = context.rng(name)
-    return statistics.of_rows(name, losses_B, rng, context.options.resamples, control=float(nothing_B.mean()))
+    return context.mean(name, losses_B, context.rng(name), control=float(nothing_B.mean()))

@@ -25,8 +25,6 @@ def minimality(context: Context) -> TestResult:
     added = np.array([_with(context, node) for node in others])
     removable = float(np.mean(of_nodes <= target)) if of_nodes.size else 0.0
     return TestResult(
-        name="minimality",
-        title="Leaving one out",
         question="Can single nodes or edges be left out of the circuit?",
         procedure=f"{context.n_pairs} pairs of the report split; {nodes.size} nodes and {edges.size} edges, "
         f"each removed alone from the circuit, at most {_MOST} of either, drawn. The circuit was cleaned up "

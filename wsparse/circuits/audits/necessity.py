@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsparse.circuits.audits import random_sets, statistics
+from wsparse.circuits.audits import random_sets
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Measurement, TestResult
 
@@ -14,7 +14,7 @@ _SETS, _CHANCE = 32, 0.65
 
 def necessity(context: Context) -> TestResult:
     """Returns the model's loss without the circuit, beside its loss without random sets like it."""
-    rng, resamples = context.rng("necessity"), context.options.resamples
+    rng = context.rng("necessity")
     without_BV = context.logits(~context.nodes_U)
     losses_B = context.losses(without_BV)
     sets = [
@@ -24,12 +24,10 @@ def necessity(context: Context) -> TestResult:
     random_S = np.array([context.losses(context.logits(~set_U)).mean() for set_U in sets])
     limit = float(np.quantile(random_S, 0.95))
     as_harmful = float(np.mean(random_S >= losses_B.mean()))
-    loss = statistics.of_rows("task loss without", losses_B, rng, resamples, control=float(random_S.mean()))
+    loss = context.mean("task loss without", losses_B, rng, control=float(random_S.mean()))
     assert loss.low is not None
     bound = min(max(context.settings.necessity, context.circuit.target), _CHANCE)
     return TestResult(
-        name="necessity",
-        title="The model without the circuit",
         question="Does the model lose the task when the circuit's nodes are at their means?",
         procedure=f"{context.n_pairs} pairs of the report split. The circuit's nodes are at their means, and "
         "everything else is as it is.",
@@ -40,9 +38,7 @@ def necessity(context: Context) -> TestResult:
         verdict="passed" if loss.low >= bound and loss.low > limit else "failed",
         measurements=[
             loss,
-            statistics.of_rows(
-                "accuracy without", context.margins(without_BV) > 0, rng, resamples, unit="share"
-            ),
+            context.mean("accuracy without", context.margins(without_BV) > 0, rng, unit="share"),
             Measurement(name="95% of random sets lose less than", value=limit),
             Measurement(name="random sets that hurt as much", value=as_harmful, unit="share"),
         ],

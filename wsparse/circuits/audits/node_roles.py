@@ -40,12 +40,9 @@ def node_roles(context: Context) -> TestResult:
         for i in np.argsort(correlation_M)[:_NAMED]
     ]
     return TestResult(
-        name="node_roles",
-        title="Roles of nodes",
         question="Does a node of the circuit vary in the model as it does in the circuit?",
         procedure=f"{context.n_pairs} pairs of the report split, all tokens of all prompts; the "
-        "correlation of "
-        f"each node's values in the circuit and in the model, for the {correlation_M.size} of "
+        f"correlation of each node's values in the circuit and in the model, for the {correlation_M.size} of "
         f"{int(context.nodes_U.sum())} nodes that vary in the circuit.",
         control="A random node set of the same size at every location and layer, run as a circuit.",
         criterion=f"At least {_SHARE:.0%} of the nodes have a correlation above {_KEPT:g}.",

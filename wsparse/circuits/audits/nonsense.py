@@ -39,8 +39,6 @@ def nonsense(context: Context) -> TestResult:
             Measurement(name=f"{name}: least loss", value=least),
         ]
     return TestResult(
-        name="nonsense",
-        title="Nonsense that can be learned",
         question="Does the same search find circuits for rules that the model was never taught?",
         procedure="The labels of all pairs are exchanged, or the answers are replaced by two arbitrary "
         f"tokens, one for each side, {len(stand_ins) - 1} times; same prompts, steps and hyperparameters, "
@@ -60,8 +58,6 @@ def random_weights(context: Context) -> TestResult:
     sizes = [s.n_nodes for s in found]
     own = len(mask_runs.own_successes(context)) / n_seeds
     return TestResult(
-        name="random_weights",
-        title="Random weights",
         question="Does the same search find a circuit in a model whose matrices know nothing?",
         procedure=f"Every sparse matrix's entries are shuffled; biases, gains and the bigram table stay. "
         f"{n_seeds} seeds; one succeeds with at most {mask_runs.LARGEST} times as many nodes as the "

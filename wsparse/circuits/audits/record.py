@@ -56,7 +56,7 @@ class TestResult:
     """One test of a circuit.
 
     Attributes:
-      name: Key of the test: "partial_ablation".
+      name: Key of the test, "partial_ablation"; `tests.run` writes it, and the title.
       title: Its heading.
       question: What is asked, one sentence.
       procedure: How it was measured: how many pairs, draws, steps, on which split.
@@ -69,8 +69,8 @@ class TestResult:
     # pytest collects classes of this name.
     __test__ = False
 
-    name: str
-    title: str
+    name: str = ""
+    title: str = ""
     question: str
     procedure: str
     verdict: Verdict

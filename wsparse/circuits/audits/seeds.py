@@ -35,8 +35,6 @@ def stability(context: Context) -> TestResult:
     success = len(found) / n_seeds
     passed = overlap is not None and overlap >= _OVERLAP and success >= _SUCCESS
     return TestResult(
-        name="stability",
-        title="Other seeds",
         question="Does the same search find the same circuit from other seeds?",
         procedure=f"{n_seeds} seeds of mask learning with the circuit's own hyperparameters, cut to the loss "
         "that the circuit has on the pairs it was chosen on, and not cleaned up. " + _SUCCEEDS,
@@ -85,12 +83,9 @@ def exclusion(context: Context) -> TestResult:
             break
         forbidden_U |= min(found, key=lambda s: s.n_nodes).nodes
     return TestResult(
-        name="exclusion",
-        title="Without the nodes that were found",
         question="Does the search find another circuit when the nodes of this one must stay closed?",
         procedure=f"{n_seeds} seeds a round; the smallest circuit of each round is forbidden too, until "
-        "fewer "
-        f"than {_FEW:.0%} of the seeds succeed, at most {_ROUNDS} rounds. {_SUCCEEDS}",
+        f"fewer than {_FEW:.0%} of the seeds succeed, at most {_ROUNDS} rounds. {_SUCCEEDS}",
         control="The same search with no node forbidden.",
         criterion=f"Fewer than {_FEW:.0%} of the seeds succeed in the first round.",
         # Where the search fails with every node too, its failure here says nothing.

@@ -24,12 +24,12 @@ _SETS = 4
 
 def selectivity(context: Context) -> TestResult:
     """Returns what other tasks, and text, lose without the circuit."""
-    rng, everything_U = context.rng("selectivity"), np.ones(context.nodes_U.size, bool)
+    rng = context.rng("selectivity")
     sets = [random_sets.matched(context.nodes_U, context.activity, context.config, rng) for _ in range(_SETS)]
     own = _growth(context.losses(context.model_logits), context.losses(context.logits(~context.nodes_U)))
     measurements, growths = [], []
     for name, of_task in _others(context, rng):
-        before_B = of_task.losses(of_task.logits(everything_U))
+        before_B = of_task.losses(of_task.model_logits)
         if before_B.mean() > _DOES:
             continue
         growths.append(_growth(before_B, of_task.losses(of_task.logits(~context.nodes_U))))
@@ -39,6 +39,7 @@ def selectivity(context: Context) -> TestResult:
         )
         if len(growths) == _TASKS:
             break
+    everything_U = np.ones_like(context.nodes_U)
     text = _text_losses(context, [everything_U, ~context.nodes_U, *(~set_U for set_U in sets)])
     measurements.append(
         Measurement(
@@ -49,13 +50,10 @@ def selectivity(context: Context) -> TestResult:
     )
     others = float(np.mean(growths)) if growths else float("nan")
     return TestResult(
-        name="selectivity",
-        title="Other tasks without the circuit",
         question="Is what the circuit's nodes do needed by this task alone?",
         procedure=f"The growth of the loss when the circuit's nodes are at their means: on {len(growths)} "
-        "other "
-        f"tasks that the model does, {_PAIRS} pairs of the report split each, and on {_WINDOWS} windows of "
-        "held-out text.",
+        f"other tasks that the model does, {_PAIRS} pairs of the report split each, and on {_WINDOWS} "
+        "windows of held-out text.",
         control=f"{_SETS} random sets of as many nodes of each location and layer, matched by activation.",
         criterion="The task's own loss grows by more than twice the mean growth of the other tasks'.",
         verdict=("passed" if _is_selective(own, others) else "failed") if growths else "reported",

@@ -23,13 +23,12 @@ def shift(context: Context) -> TestResult:
     if not context.task.has_knobs:
         raise UserError(f"task {context.task.name!r} has no knobs: its pairs come from a list")
     measurements, agreements = [], []
-    everything_U = np.ones(context.nodes_U.size, bool)
     for knob, value in _values(context):
         try:
             shifted = context.on(_pairs_of(context, {knob: value}))
         except UserError:
             continue
-        model_B = shifted.margins(shifted.logits(everything_U)) > 0
+        model_B = shifted.margins(shifted.model_logits) > 0
         circuit_B = shifted.margins(shifted.logits(context.nodes_U, context.remaining)) > 0
         agreement = float(np.mean(model_B == circuit_B))
         if model_B.mean() >= _ACCURATE:
@@ -45,8 +44,6 @@ def shift(context: Context) -> TestResult:
     if not measurements:
         raise UserError(f"task {context.task.name!r} makes too few pairs of any one value of a knob")
     return TestResult(
-        name="shift",
-        title="Prompts of other kinds",
         question="Does the circuit choose as the model does, whatever the distractors, distance and depth "
         "are?",
         procedure=f"{_PAIRS} new pairs of the report split for each value of each knob of the task's "

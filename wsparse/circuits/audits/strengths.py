@@ -18,7 +18,7 @@ from wsparse.circuits.ablation import Ablation, Background
 from wsparse.circuits.audits import random_sets
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Curve, Measurement, TestResult
-from wsparse.circuits.pairs import pairs_loss
+from wsparse.circuits.pairs import first, pairs_loss
 
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = (5, 10, 20, 40)
@@ -50,8 +50,6 @@ def partial_ablation(context: Context) -> TestResult:
     bound = context.settings.robust_target
     largest = max(m.value for m in measurements[1::2] if m.value is not None)
     return TestResult(
-        name="partial_ablation",
-        title="Partial ablation",
         question="Does the circuit hold when every other node is let through a little, at random?",
         procedure=f"{n_pairs} pairs of the report split. A draw gives every closed node a strength "
         "between 0 (its mean) and r, the same for all prompts; worst 5% is the mean of the largest losses.",
@@ -79,8 +77,6 @@ def adversarial_steps(context: Context) -> TestResult:
     ]
     bound = context.settings.robust_target
     return TestResult(
-        name="adversarial_steps",
-        title="An adversary that chooses strengths",
         question="Can strengths of closed nodes be chosen with which the circuit fails?",
         procedure=f"{context.n_pairs} pairs of the report split. The adversary chooses a strength in [0, 1] "
         f"for every closed node, the same for all prompts, by steps of {adversary.STEP_SIZE:g} along the "
@@ -125,8 +121,6 @@ def adversarial_budgets(context: Context) -> TestResult:
         controls.append(float(losses_D.max()))
     bound = context.settings.robust_target
     return TestResult(
-        name="adversarial_budgets",
-        title="An adversary that ablates a few nodes",
         question="Does the model keep the task when a few chosen nodes outside the circuit are ablated?",
         procedure=f"{context.n_pairs} pairs of the report split. The model runs whole, but for at most so "
         f"many nodes outside the circuit, which are at their means; {adversary.STEPS} sets are tried, chosen "
@@ -168,11 +162,10 @@ def _drawn_losses(
 ) -> np.ndarray:
     """Returns the loss of a node set on the first pairs under every draw of strengths, `(D,)`."""
     edges = context.remaining if edges is None else edges
-    pairs = jax.tree.map(lambda array: array[: 2 * n_pairs], context.pairs.report)
     run = functools.partial(
         _losses,
         context.subject.scorer.params,
-        pairs,
+        first(context.pairs.report, n_pairs),
         jnp.asarray(nodes_U, jnp.float32),
         jax.tree.map(jnp.asarray, edges),
         context.background(Ablation()),

@@ -7,12 +7,12 @@ import scipy.special
 
 from wsparse.circuits.audits import statistics
 from wsparse.circuits.audits.context import Context
-from wsparse.circuits.audits.record import TestResult
+from wsparse.circuits.audits.record import Measurement, TestResult
 
 
 def sufficiency(context: Context) -> TestResult:
     """Returns losses, accuracy, divergences and agreement of the circuit under mean ablation."""
-    rng, resamples = context.rng("sufficiency"), context.options.resamples
+    rng = context.rng("sufficiency")
     circuit_BV, model_BV = context.logits(), context.model_logits
     nothing_BV = context.logits(np.zeros_like(context.nodes_U))
     report = context.pairs.report
@@ -24,7 +24,7 @@ def sufficiency(context: Context) -> TestResult:
 
     def row(name, of_circuit_B, of_control_B=None, unit="nats"):
         control = None if of_control_B is None else float(np.mean(of_control_B))
-        return statistics.of_rows(name, of_circuit_B, rng, resamples, control=control, unit=unit)
+        return context.mean(name, of_circuit_B, rng, control=control, unit=unit)
 
     measurements = [
         row("task loss", context.losses(circuit_BV), context.losses(nothing_BV)),
@@ -36,10 +36,10 @@ def sufficiency(context: Context) -> TestResult:
     ]
     if not right_B.all():
         wrong_P = same_B[~right_B].astype(float)
-        low, high = statistics.interval(wrong_P, rng, resamples)
+        low, high = statistics.interval(wrong_P, rng, context.options.resamples)
         name = f"same choice where the model is wrong ({wrong_P.size} prompts)"
         measurements.append(
-            statistics.Measurement(
+            Measurement(
                 name=name, value=float(wrong_P.mean()), low=low, high=high, unit="share",
                 control=float(constant_B[~right_B].mean()),
             )
@@ -47,8 +47,6 @@ def sufficiency(context: Context) -> TestResult:
     bound = measurements[0].high
     assert bound is not None
     return TestResult(
-        name="sufficiency",
-        title="The circuit alone",
         question="Does the circuit do the task with every other node at its mean?",
         procedure=f"{len(right_B) // 2} pairs of the report split, every closed node at its mean over "
         "pretraining text.",

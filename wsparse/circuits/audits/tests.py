@@ -72,12 +72,6 @@ def run(context: Context, names: Sequence[str]) -> Iterator[TestResult]:
         try:
             result = test(context)
         except UserError as error:
-            result = TestResult(
-                name=name,
-                title=CLAIMS[name].title,
-                question="",
-                procedure="",
-                verdict="not run",
-                reason=str(error),
-            )
-        yield dataclasses.replace(result, seconds=round(time.monotonic() - started, 1))
+            result = TestResult(question="", procedure="", verdict="not run", reason=str(error))
+        seconds = round(time.monotonic() - started, 1)
+        yield dataclasses.replace(result, name=name, title=CLAIMS[name].title, seconds=seconds)

@@ -160,6 +160,8 @@ bool Attend(Pool& pool, const AttentionSizes& sizes, const AttentionOperands& in
         std::fill(most, most + kQueries, sink);
         Raise(p, window.seen, most);
         Exponentiate(p, window.seen, most, total);
+        // Exp is never less than 1e-38; no total changes by that.
+        window.Hide(p, 0);
         Multiply<false>(v, 1, padded, p, kQueries, padded, window.seen, y_T, kQueries);
         Transpose(y_T, kQueries, padded, kQueries, q, padded);
         for (int64_t lane = 0; lane < window.n; ++lane) {

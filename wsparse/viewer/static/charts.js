@@ -105,7 +105,7 @@ function color(element, value, largest) {
   const strength = largest ? Math.min(1, Math.abs(value) / largest) : 0;
   if (strength < 0.01) return;
   const hue = value < 0 ? 'var(--negative)' : 'var(--positive)';
-  element.style.background = `color-mix(in srgb, ${hue} ${(8 + 62 * strength).toFixed(0)}%, transparent)`;
+  element.style.background = `color-mix(in srgb, ${hue} calc(${(0.1 + 0.9 * strength).toFixed(2)} * var(--deepest)), transparent)`;
 }
 
 /** Tokens colored by values, which are known to about `grain`; line ends are shown and kept. */
@@ -116,7 +116,7 @@ function drawTokens(ids, values, largest, { grain = 0, focus = -1, texts = null,
     'aria-label': `${label}: largest value ${number(values[strongest], 3, grain)} at ${texts?.[strongest] ?? quoted(ids[strongest])}`,
   });
   ids.forEach((id, i) => {
-    const text = texts?.[i] ?? tokenText(id).replaceAll('\n', '↵\n').replaceAll('\t', '⇥\t');
+    const text = texts?.[i] ?? visibleText(id);
     const classes = [i === focus ? 'focus' : '', changed?.[i] ? 'changed' : ''].join(' ').trim();
     const span = el('span', { class: classes || null }, text);
     color(span, values[i], largest);

@@ -57,8 +57,13 @@ function stretch(text, window, start, stop) {
 const FOUND = 'found';
 
 const tokenText = (id) => data.tokens[id] ?? `token ${id}`;
-/** A token in quotes, with escapes for what cannot be seen. */
-const quoted = (id) => JSON.stringify(tokenText(id));
+/** A token's text with marks at what cannot be seen of line ends and tabs. */
+const visibleText = (id) => tokenText(id).replaceAll('\n', '↵\n').replaceAll('\t', '⇥\t');
+/** A token in quotes, with escapes for what cannot be seen or told from a space. */
+const quoted = (id) => JSON.stringify(tokenText(id)).replace(/(?! )[\p{Z}\p{C}]/gu, (each) => (
+  each.split('').map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, '0')}`).join('')));
+/** Says that of some things only the first are shown, where that is so. */
+const cutAt = ({ length }, most) => (length > most ? `; the first ${most} are shown` : '');
 const plural = (count, word) => `${count.toLocaleString('en')} ${word}${count === 1 ? '' : 's'}`;
 
 /** The power of ten of the last place of values that are known to about `grain`. */

@@ -13,7 +13,7 @@ function contrastTokens(circuit, end) {
   return tokens.map((id, i) => {
     const [inPrompts, asAnswer] = [counts[i][0] + counts[i][1], counts[i][2] + counts[i][3]];
     return { id, i, matters: answers ? asAnswer : inPrompts, roles: ROLES.filter((_, role) => counts[i][role]) };
-  }).sort((a, b) => d3.descending(a.matters > 0, b.matters > 0));
+  }).sort((a, b) => d3.descending(a.matters, b.matters));
 }
 
 /** The entries of a node's channel in the embedding, or the unembedding. */
@@ -46,7 +46,8 @@ const OLD_CONTRAST = 'Which tokens tell the task’s sides apart is not in this 
 /** The panel of an end: the circuit's channels there, by the tokens that tell the sides apart. */
 function endPanel(circuit, end, change) {
   const first = end === 'embedding';
-  const shown = contrastTokens(circuit, end).filter(({ matters }) => matters).slice(0, END_TOKENS);
+  const tokens = contrastTokens(circuit, end).filter(({ matters }) => matters);
+  const shown = tokens.slice(0, END_TOKENS);
   const entries = (node) => shown.map(({ i }) => circuit.contrast.weights[node.name][i]);
   const there = circuit.nodes.filter((node) => (first ? node.reads : node.writes) && node.about.n_tokens);
   const [nodes, silent] = [true, false].map((some) => there.filter((node) => entries(node).some(Boolean) === some));
@@ -68,7 +69,7 @@ function endPanel(circuit, end, change) {
         el('th', { scope: 'row', 'data-value': node.name }, link(node, change)), ...weights[row].map(cell)))))) : el('p', { class: 'quiet' }, OLD_CONTRAST),
     shown.length && silent.length ? el('p', { class: 'stream-list' }, 'No entry for these tokens: ',
       ...silent.flatMap((node, i) => [i ? ', ' : '', link(node, change)])) : null,
-    el('p', { class: 'quiet' }, first ? 'The tokens are those in which the two prompts of a pair differ, those of the most pairs first.'
-      : 'The most common answers first.'),
+    el('p', { class: 'quiet' }, `${first ? 'The tokens are those in which the two prompts of a pair differ, those of the most pairs first'
+      : 'The most common answers first'}${cutAt(tokens, END_TOKENS)}.`),
   ].filter(Boolean);
 }

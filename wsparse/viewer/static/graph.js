@@ -22,7 +22,7 @@ function drawGraph(circuit, actions) {
   });
   const world = svg('g');
   root.append(world);
-  world.append(...place.blocks.flatMap(block));
+  world.append(...place.blocks.flatMap((each) => block(each, place.top, place.bottom)));
   world.append(...place.columns.map((column) => svg('text', {
     class: 'column', x: column.x, y: place.top - 12, 'text-anchor': 'middle',
   }, column.title)));
@@ -43,7 +43,7 @@ function drawGraph(circuit, actions) {
     const span = [edge.source.x + NODE.width / 2, edge.source.y, edge.target.x - NODE.width / 2, edge.target.y];
     const line = svg('path', {
       d: curve(...span), class: edge.weight < 0 ? 'edge negative' : 'edge positive',
-      'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / circuit.largestWeight,
+      'stroke-width': widthOf(edge, circuit.largestWeight),
     });
     graph.texts.set(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
     line.dataset.edge = `${edge.source.name}>${edge.target.name}`;
@@ -66,13 +66,12 @@ function drawGraph(circuit, actions) {
   return drawn.length;
 }
 
-function block({ title, left, right }) {
-  const { top, bottom } = graph.place;
-  return [
-    svg('rect', { class: 'block', x: left, y: top - 48, width: right - left, height: bottom - top + 58, rx: 8 }),
-    svg('text', { class: 'block', x: (left + right) / 2, y: top - 32, 'text-anchor': 'middle' }, title),
-  ];
-}
+const widthOf = ({ weight }, largest) => 0.8 + 5.2 * Math.abs(weight) / largest;
+
+const block = ({ title, left, right }, top, bottom) => [
+  svg('rect', { class: 'block', x: left, y: top - 48, width: right - left, height: bottom - top + 58, rx: 8 }),
+  svg('text', { class: 'block', x: (left + right) / 2, y: top - 32, 'text-anchor': 'middle' }, title),
+];
 
 function headBox({ head, left, right, top, bottom }) {
   const half = NODE.width / 2 + 7;
@@ -87,14 +86,24 @@ function headBox({ head, left, right, top, bottom }) {
 
 /** The bar of the embedding, or of the unembedding. */
 function drawEnd(end, i) {
-  const { ends, top, bottom } = graph.place;
-  const middle = (top + bottom) / 2;
   const item = svg('g', { class: 'end', role: 'button', tabindex: 0, 'data-end': end, 'aria-pressed': 'false', 'aria-label': end },
-    svg('rect', { x: ends[i] - 7, y: top, width: 14, height: bottom - top, rx: 4 }),
-    svg('text', { x: ends[i], y: middle, 'text-anchor': 'middle', dy: '0.35em', transform: `rotate(-90 ${ends[i]} ${middle})` }, end));
+    ...endShapes(end, graph.place.ends[i], graph.place));
   graph.texts.set(item, () => [end, 'click for its entries for the tokens of the task']);
   return item;
 }
+
+function endShapes(title, x, { top, bottom }) {
+  const middle = (top + bottom) / 2;
+  return [
+    svg('rect', { x: x - 7, y: top, width: 14, height: bottom - top, rx: 4 }),
+    svg('text', { x, y: middle, 'text-anchor': 'middle', dy: '0.35em', transform: `rotate(-90 ${x} ${middle})` }, title),
+  ];
+}
+
+const nodeShapes = (node) => [
+  svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
+  svg('text', { 'text-anchor': 'middle', dy: '0.35em' }, node.label),
+];
 
 function drawNode(node) {
   const strength = Math.sqrt(Math.max(0, node.importance) / graph.circuit.largestImportance);
@@ -104,9 +113,8 @@ function drawNode(node) {
     'aria-label': spoken(node),
     transform: `translate(${node.x} ${node.y})`,
   },
-  svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
-  svg('text', { 'text-anchor': 'middle', dy: '0.35em' }, node.label));
-  item.style.setProperty('--strength', `${(6 + 84 * strength).toFixed(0)}%`);
+  ...nodeShapes(node));
+  item.style.setProperty('--strength', strength.toFixed(3));
   graph.texts.set(item, () => nodeText(node));
   graph.items.set(node.name, item);
   return item;

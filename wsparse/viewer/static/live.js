@@ -5,8 +5,8 @@ const MODES = ['mean', 'zero', 'set'];
 const MAX_PROMPT = 4000;
 
 /**
- * `answer` and `losses` are the worker's latest, `at` is the token after which the next one is shown (null is the
- * last), `past` are the edits before each change, `notify` is called when something has arrived.
+ * `answer` and `losses` are the worker's latest, `at` is the token of a typed prompt after which the next one is
+ * shown (null is the last), `past` are the edits before each change, `notify` is called when something has arrived.
  */
 const live = {
   worker: null, id: 0, busy: false, waiting: null, asked: null, answer: null, losses: null, problem: null, at: null, past: [],
@@ -29,7 +29,7 @@ function readEdits(circuit, text) {
 }
 
 const writeEdits = (edits) => edits.map(({ name, mode, value }) => (
-  `${name}=${mode === 'set' ? `set:${+value.toPrecision(4)}` : mode}`)).join(';');
+  `${name}=${mode === 'set' ? `set:${+value.toPrecision(9)}` : mode}`)).join(';');
 
 /** The prompt that is shown: the person's own, or the first of the pair. */
 const shownPrompt = (circuit, state) => state.prompt ?? circuit.rows[2 * state.pair].text;
@@ -97,10 +97,14 @@ function ask(circuit, state) {
   else send(message);
 }
 
+/** Whether the prompt that is shown is the first of the pair, whose token is a part of the address. */
+const isOfPair = (circuit, state) => shownPrompt(circuit, state) === circuit.rows[2 * state.pair].text;
+
 /** The token after which the next one is shown. */
 function chosenToken() {
   const last = (live.answer?.tokens.length ?? 0) - 1;
-  return live.at === null ? last : Math.min(live.at, last);
+  const { circuit, state } = trying.context;
+  return Math.min((isOfPair(circuit, state) ? state.token : live.at) ?? last, last);
 }
 
 /** Logits after the chosen token, of a side, "before" the edits or "now". */
@@ -124,7 +128,7 @@ function withEdit(circuit, state, name, edit) {
   const at = edits.findIndex((each) => each.name === name);
   if (!edit) return writeEdits(edits.filter((each) => each.name !== name));
   if (at < 0) return writeEdits([...edits, { name, ...edit }]);
-  return writeEdits(edits.with(at, { name, ...edit }));
+  return writeEdits(edits.map((each, i) => (i === at ? { name, ...edit } : each)));
 }
 
 /** Nodes by how much their values have changed, at the token where they changed most. */

@@ -6,6 +6,7 @@ const START = {
   sort: 'edges', order: 'up', theme: 'auto', with: null, overlap: 'nodes', location: null, all: false,
 };
 const THEMES = ['auto', 'light', 'dark'];
+const DARK = window.matchMedia('(prefers-color-scheme: dark)');
 const state = { ...START };
 let drawn = null;
 
@@ -133,9 +134,9 @@ function change(changes, step = false) {
 }
 
 function draw(changes = state) {
-  if (state.theme === 'auto') delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = state.theme;
+  document.documentElement.dataset.theme = state.theme === 'auto' ? DARK.matches ? 'dark' : 'light' : state.theme;
   byId('theme').textContent = { auto: '◐ auto', light: '☀ light', dark: '☾ dark' }[state.theme];
+  byId('theme').setAttribute('aria-label', `Colors: ${state.theme}`);
   byId('task').value = state.task ?? '';
   byId('overview').hidden = Boolean(state.task);
   byId('circuit').hidden = !state.task || Boolean(state.with);
@@ -295,19 +296,19 @@ function start() {
     address(true);
     draw();
   });
-  const follow = () => {
-    Object.assign(state, read(location.hash));
+  const follow = (kept = {}) => {
+    Object.assign(state, read(location.hash), kept);
     draw();
   };
   const followBack = () => {
     // It was of the place in the history that has been left.
     forgetUnwritten();
-    follow();
-    // Going back takes no notes back: the address says those that are shown.
+    follow({ theme: state.theme });
+    // Going back takes neither notes nor colors back: the address says those that are shown.
     address();
   };
+  // A link that is pasted into the tab fires it too.
   window.addEventListener('popstate', followBack);
-  window.addEventListener('hashchange', followBack);
   window.addEventListener('pagehide', writeAddress);
   document.addEventListener('visibilitychange', writeAddress);
   window.addEventListener('beforeunload', (event) => {
@@ -317,8 +318,7 @@ function start() {
     // What browsers of before 2024 look at.
     event.returnValue = true;
   });
-  // What is painted does not follow the colors of the system by itself.
-  window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => draw({}));
+  DARK.addEventListener('change', () => draw({}));
   let wait;
   window.addEventListener('resize', () => {
     clearTimeout(wait);

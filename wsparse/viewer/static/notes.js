@@ -100,6 +100,15 @@ function shared(task) {
   return safe.length <= LONGEST_ADDRESS ? safe : '';
 }
 
+/**
+ * Whether other notes may take the place of those on a circuit: a person is asked where they are nowhere else. Going
+ * back to an address that has them brings them back.
+ */
+function mayReplace(task, kept) {
+  addressed.delete(shared(task));
+  return kept || !isEdited(task) || isFiled(task) || window.confirm(`The notes on ${task} are in no address and in no file. Replace them?`);
+}
+
 /** Takes the notes of an address; those on another circuit are left out, and that is said. */
 function adopt(circuit, text) {
   addressed.add(text);
@@ -116,6 +125,11 @@ function adopt(circuit, text) {
   if (schema !== NOTES_SCHEMA) return refused('The notes in the address are of another version of this page.');
   if (digest !== circuit.digest.slice(0, 8)) {
     return refused('The notes in the address were written for another circuit of this task, and are left out.');
+  }
+  if (!mayReplace(circuit.task, shared(circuit.task) !== '')) {
+    // The same link may be opened again.
+    addressed.delete(text);
+    return undefined;
   }
   const name = (rank) => (Number.isInteger(rank) ? circuit.nodes[rank]?.name : undefined);
   notebook.set(circuit.task, {

@@ -5,6 +5,7 @@ function typed(circuit) {
   address();
   paintNotes(circuit, state);
   for (const each of byId('panel').querySelectorAll('.saved')) each.textContent = savedText(circuit);
+  for (const each of byId('panel').querySelectorAll('.revert')) each.disabled = !isEdited(circuit.task);
 }
 
 const button = (text, click, attributes = {}) => el('button', { type: 'button', click, ...attributes }, text);
@@ -29,7 +30,7 @@ function nodeNotes(circuit, node, change) {
       setName(circuit, node.name, label);
       typed(circuit);
     }, { placeholder: 'a name of your own' }),
-    button(pinned ? 'Pinned' : 'Pin', () => {
+    button('Pin', () => {
       togglePins(circuit, [node.name], !pinned);
       change({});
     }, { 'aria-pressed': String(pinned) }),
@@ -60,14 +61,14 @@ function groupPanel(circuit, group, change) {
     titleBar(group.name, () => change({ group: null }, true), 'words'),
     el('p', {}, `A group of ${plural(nodes.length, 'node')}`),
     el('div', { class: 'controls' },
-      button(group.open ? 'Draw as one box' : 'Draw its nodes', () => {
+      button('Draw as one box', () => {
         group.open = !group.open;
         change({});
-      }),
-      button(pinned ? 'Unpin its nodes' : 'Pin its nodes', () => {
+      }, { 'aria-pressed': String(!group.open) }),
+      button('Pin its nodes', () => {
         togglePins(circuit, group.nodes, !pinned);
         change({});
-      }),
+      }, { 'aria-pressed': String(pinned) }),
       button('Ungroup', () => {
         removeFromGroups(circuit, group.nodes);
         change({ group: null });
@@ -112,9 +113,12 @@ function notesPanel(circuit, state, change) {
         markFiled(circuit.task);
       }),
       button('Back to the page’s notes', () => {
+        // The step that is left keeps the notes.
+        writeAddress();
+        if (!mayReplace(circuit.task, isAddressed(circuit.task))) return;
         notebook.delete(circuit.task);
-        change({ group: null, tour: null, only: false });
-      }, { disabled: !isEdited(circuit.task) })),
+        change({ group: null, tour: null, only: false }, true);
+      }, { class: 'revert', disabled: !isEdited(circuit.task) })),
     el('p', { class: 'quiet' }, 'view reads the file again as ', el('code', {}, `circuits/${data.circuits[circuit.task].written.task}/notes.json`), ', or with ', el('code', {}, '--notes=FILE'), '.')),
   ];
 }
@@ -139,12 +143,13 @@ function pinsSection(circuit, notes, change) {
         change({});
       }, { class: 'link', 'aria-label': `Unpin ${name}` })))),
     el('div', { class: 'controls' },
-      button(state.only ? 'Show all nodes' : 'Show only these', () => change({ only: !state.only, view: null }, true), { 'aria-pressed': String(state.only) }),
+      button('Show only these', () => change({ only: !state.only, view: null }, true), { 'aria-pressed': String(state.only) }),
       button('Unpin all', () => {
         notes.pins = [];
         change({});
       }),
-      canRun(circuit) ? button('Hold the rest at its mean', () => {
+      // What the page has not cannot be held.
+      canRun(circuit) && circuit.nodes.length === circuit.total_nodes ? button('Hold the rest at its mean', () => {
         const before = state.edits;
         const rest = circuit.nodes.filter(({ name }) => !notes.pins.includes(name));
         change({ try: true, edits: writeEdits(rest.map(({ name }) => ({ name, mode: 'mean' }))) }, true);

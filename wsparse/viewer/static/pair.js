@@ -55,9 +55,9 @@ function inBoth(other) {
 }
 
 function openPair(both, shared, change) {
-  byId('pair-note').replaceChildren(...pairNotes(both, shared).map((text) => el('p', { class: 'note' }, text)));
-  byId('pair-legend').hidden = !shared;
   const shown = both.map((circuit) => (circuit.large ? part(circuit, LARGE) : circuit));
+  byId('pair-note').replaceChildren(...pairNotes(both, shared, shown).map((text) => el('p', { class: 'note' }, text)));
+  byId('pair-legend').hidden = !shared;
   const places = placesOf(...shown, Boolean(shared));
   pair.halves = HALVES.map((half, k) => {
     byId(`${half}-title`).replaceChildren(el('a', { href: pairHref(both[k].task, null), title: 'Open this circuit alone' }, both[k].task));
@@ -76,12 +76,15 @@ function openPair(both, shared, change) {
   byId('pair-nodes').replaceChildren(...(shared ? nodeTables(both, shared) : [locationTable(both)]));
 }
 
-function pairNotes(both, shared) {
+function pairNotes(both, shared, shown) {
   const notes = [];
   if (!shared) notes.push('These circuits are of different models. A name such as 0.attn.v.21 means another node in each, so no node is shown as shared.');
   for (const circuit of both) {
     if (circuit.large) notes.push(`Of ${circuit.task} the ${LARGE} most important nodes are drawn, of ${circuit.nodes.length.toLocaleString('en')}.`);
     for (const note of circuit.notes) notes.push(`${circuit.task}: ${note}`);
+  }
+  for (const { task, edges } of shown) {
+    if (edges.length > MAX_EDGES) notes.push(`Of the edges of ${task} the ${MAX_EDGES.toLocaleString('en')} largest are drawn, of ${edges.length.toLocaleString('en')}.`);
   }
   return notes;
 }
@@ -120,7 +123,7 @@ function nodeTables([first, second], shared) {
   const names = [...shared.nodes].sort((a, b) => d3.ascending(rank(a), rank(b)));
   const only = (circuit, other) => {
     const own = circuit.nodes.filter((node) => !other.byName.has(node.name));
-    return el('div', {}, el('h3', {}, `Only in ${circuit.task}: ${plural(own.length, 'node')}`),
+    return el('div', {}, el('h3', {}, `Only in ${circuit.task}: ${plural(own.length, 'node')}${cutAt(own, SHARED_SHOWN)}`),
       el('ol', { class: 'uses names' }, ...own.slice(0, SHARED_SHOWN).map((node) => el('li', {},
         el('a', { href: pairHref(first.task, second.task, node.name), title: describe(node) }, node.name),
         el('span', { class: 'number' }, ` ${signed(node.importance, 2)}`)))));
@@ -131,8 +134,12 @@ function nodeTables([first, second], shared) {
       el('th', { scope: 'row' }, el('a', { href: pairHref(first.task, second.task, name) }, name)),
       el('td', { class: 'quiet' }, describe(first.byName.get(name))),
       ...[first, second].map((circuit) => el('td', { class: 'number' }, signed(circuit.byName.get(name).importance))))))) : null;
+  if (table) {
+    table.csv = () => [['node', 'what', first.task, second.task],
+      ...names.map((name) => [name, describe(first.byName.get(name)), ...[first, second].map((circuit) => circuit.byName.get(name).importance)])];
+  }
   return [
-    el('div', {}, el('h3', {}, `In both circuits: ${plural(names.length, 'node')}`),
+    el('div', {}, el('h3', {}, `In both circuits: ${plural(names.length, 'node')}${cutAt(names, SHARED_SHOWN)}`),
       el('p', { class: 'quiet' }, 'How much the loss grows when the node alone is removed from the circuit.'), table),
     only(first, second), only(second, first),
   ];

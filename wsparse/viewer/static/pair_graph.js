@@ -49,7 +49,7 @@ function drawHalf(root, circuit, { place, at, largestWeight }, shared, { pick, z
   const lines = [...circuit.edges.slice(0, MAX_EDGES)].reverse().map((edge) => {
     const line = svg('path', {
       class: `edge ${edge.weight < 0 ? 'negative' : 'positive'} ${shared?.edges.has(lineName(edge)) ? 'shared' : 'own'}`, d: path(edge),
-      'stroke-width': 0.8 + 5.2 * Math.abs(edge.weight) / largestWeight, 'data-edge': lineName(edge),
+      'stroke-width': widthOf(edge, largestWeight), 'data-edge': lineName(edge),
     });
     hover(line, () => [`${edge.source.name} → ${edge.target.name}`, `weight ${exact(edge.weight)}`]);
     return line;
@@ -57,8 +57,8 @@ function drawHalf(root, circuit, { place, at, largestWeight }, shared, { pick, z
   const items = new Map(circuit.nodes.map((node) => [node.name, halfNode(node, at.get(node.name), shared, pick)]));
   const inside = (head) => circuit.nodes.map((node) => at.get(node.name)).some(({ x, y }) => (
     x >= head.left && x <= head.right && y >= head.top && y <= head.bottom));
-  world.append(...place.blocks.flatMap((block) => halfBlock(block, place)), ...place.heads.filter(inside).flatMap(headBox),
-    ...ENDS.flatMap((title, i) => halfEnd(title, place.ends[i], place)),
+  world.append(...place.blocks.flatMap((each) => block(each, place.top, place.low)), ...place.heads.filter(inside).flatMap(headBox),
+    ...ENDS.map((title, i) => svg('g', { class: 'side' }, ...endShapes(title, place.ends[i], place))),
     svg('g', {}, ...streams), svg('g', {}, ...lines), svg('g', {}, ...items.values()));
   root.replaceChildren(world);
   const zoom = d3.zoom().scaleExtent([0.02, 8]).on('zoom', ({ transform, sourceEvent }) => {
@@ -84,26 +84,13 @@ function halfNode(node, { x, y }, shared, pick) {
       pick(node.name);
     },
   },
-  svg('rect', { x: -NODE.width / 2, y: -NODE.height / 2, width: NODE.width, height: NODE.height, rx: node.inHead ? 4 : 10 }),
-  svg('text', { 'text-anchor': 'middle', dy: '0.35em' }, node.label));
+  ...nodeShapes(node));
   hover(item, () => [
     node.name, describe(node), `loss without it: ${signed(node.importance)} in the circuit`,
     `${plural(node.in.length, 'edge')} in, ${node.out.length} out`, ...(shared ? [both ? 'in both circuits' : 'in this circuit alone'] : []),
   ]);
   return item;
 }
-
-const halfBlock = ({ title, left, right }, { top, low }) => [
-  svg('rect', { class: 'block', x: left, y: top - 48, width: right - left, height: low - top + 58, rx: 8 }),
-  svg('text', { class: 'block', x: (left + right) / 2, y: top - 30, 'text-anchor': 'middle' }, title),
-];
-
-const halfEnd = (title, x, { top, bottom }) => [
-  svg('rect', { class: 'end', x: x - 7, y: top, width: 14, height: bottom - top, rx: 4 }),
-  svg('text', {
-    class: 'end', x, y: (top + bottom) / 2, 'text-anchor': 'middle', dy: '0.35em', transform: `rotate(-90 ${x} ${(top + bottom) / 2})`,
-  }, title),
-];
 
 /** Shows all of both halves, which are as high as it takes, or, where that is too small to read, what is around a node. */
 function fitHalves(halves) {

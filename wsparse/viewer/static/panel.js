@@ -163,11 +163,14 @@ function nodePanel(circuit, node, state, change) {
   ].filter(Boolean);
 }
 
-/** Some edges, at most the first 200, as a table whose last column has `ends` of them; null where there are none. */
+const SIDES = [['model', 'whole model'], ['circuit', 'circuit alone']];
+const EDGES_SHOWN = 200;
+
+/** Some edges, at most the first of them, as a table whose last column has `ends` of them; null where there are none. */
 function edgeTable(circuit, title, edges, ends, change) {
   if (!edges.length) return null;
-  const table = el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length})`),
-    el('tbody', {}, ...edges.slice(0, 200).map((edge) => el('tr', {},
+  const table = el('table', { class: 'edges' }, el('caption', {}, `${title} (${edges.length}${cutAt(edges, EDGES_SHOWN)})`),
+    el('tbody', {}, ...edges.slice(0, EDGES_SHOWN).map((edge) => el('tr', {},
       el('td', { class: 'weight' }, weightBar(edge.weight, circuit.largestWeight)),
       el('td', { class: 'number' }, edgeLink(edge, change)),
       el('td', {}, ...ends(edge))))));
@@ -215,7 +218,7 @@ function pairControls(circuit, state, change) {
     el('button', { type: 'button', 'aria-label': 'Previous pair', disabled: state.pair === 0, click: () => change({ pair: state.pair - 1 }) }, '‹'),
     choose,
     el('button', { type: 'button', 'aria-label': 'Next pair', disabled: state.pair === count - 1, click: () => change({ pair: state.pair + 1 }) }, '›'),
-    choice('Values from', [['model', 'whole model'], ['circuit', 'circuit alone']], state.side, (side) => change({ side })));
+    choice('Values from', SIDES, state.side, (side) => change({ side })));
 }
 
 /** A row of buttons of which one is pressed. */
@@ -234,7 +237,7 @@ function onTask(circuit, node, state, change) {
   const [a, b] = ids.map((each) => each.slice(each.length - length));
   const [u, v] = values.map((each) => each.slice(each.length - length));
   const changed = a.map((id, i) => id !== b[i]);
-  const texts = a.map((id, i) => (changed[i] ? `${shortText(id)}|${shortText(b[i])}` : tokenText(id).replaceAll('\n', '↵\n')));
+  const texts = a.map((id, i) => (changed[i] ? `${shortText(id)}|${shortText(b[i])}` : visibleText(id)));
   const differences = Array.from(u, (value, i) => value - v[i]);
   const grain = grainOf(circuit, node.name, state.side);
   return [

@@ -138,35 +138,35 @@ function canvasOf() {
   return canvas;
 }
 
-function paintWords(brush, { x, y, text, size, weight, family, anchor, fill, stroke, strokeWidth, opacity }) {
+const dipToFill = (brush, { fill, opacity }) => Object.assign(brush, { globalAlpha: opacity * fill.alpha, fillStyle: fill.rgb });
+
+function dipToStroke(brush, { stroke, strokeWidth, dash, cap, opacity }) {
+  Object.assign(brush, { globalAlpha: opacity * stroke.alpha, strokeStyle: stroke.rgb, lineWidth: strokeWidth, lineCap: cap });
+  brush.setLineDash(dash);
+}
+
+function paintWords(brush, shape) {
+  const { x, y, text, size, weight, family, anchor } = shape;
   brush.font = `${weight} ${size}px ${family}`;
   brush.textAlign = { middle: 'center', end: 'right' }[anchor] ?? 'left';
-  if (stroke) {
-    brush.globalAlpha = opacity * stroke.alpha;
-    brush.strokeStyle = stroke.rgb;
-    brush.lineWidth = strokeWidth;
-    brush.setLineDash([]);
+  if (shape.stroke) {
+    dipToStroke(brush, shape);
     brush.strokeText(text, x, y);
   }
-  brush.globalAlpha = opacity * fill.alpha;
-  brush.fillStyle = fill.rgb;
+  dipToFill(brush, shape);
   brush.fillText(text, x, y);
 }
 
-function paintShape(brush, { tag, x, y, width, height, rx, d, fill, stroke, strokeWidth, dash, cap, opacity }) {
+function paintShape(brush, shape) {
+  const { tag, x, y, width, height, rx, d } = shape;
   const outline = new Path2D(tag === 'path' ? d : undefined);
   if (tag === 'rect') outline.roundRect(+x, +y, +width, +height, Math.min(rx ?? 0, width / 2, height / 2));
-  if (fill) {
-    brush.globalAlpha = opacity * fill.alpha;
-    brush.fillStyle = fill.rgb;
+  if (shape.fill) {
+    dipToFill(brush, shape);
     brush.fill(outline);
   }
-  if (!stroke) return;
-  brush.globalAlpha = opacity * stroke.alpha;
-  brush.strokeStyle = stroke.rgb;
-  brush.lineWidth = strokeWidth;
-  brush.lineCap = cap;
-  brush.setLineDash(dash);
+  if (!shape.stroke) return;
+  dipToStroke(brush, shape);
   brush.stroke(outline);
 }
 

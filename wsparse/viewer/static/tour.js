@@ -2,7 +2,8 @@
 
 /** The state of the view at a step. */
 function stepState(circuit, at) {
-  const { node, edge, pair, token, edits } = notesOf(circuit.task).tour[at];
+  const { tour, measured } = notesOf(circuit.task);
+  const { node, edge, pair, token, edits } = tour[at];
   const running = edits.length > 0 && canRun(circuit);
   const shownPair = pair ?? state.pair;
   const needed = 1 + (d3.max([node, ...(edge ?? '').split('>')], (name) => circuit.byName.get(name)?.rank) ?? -1);
@@ -10,6 +11,8 @@ function stepState(circuit, at) {
     ...NOTHING, tour: at, node, edge, pair: shownPair, token, second: 0, notes: false, only: false,
     keep: needed > keptAtFirst(circuit) ? needed : null,
     edits: running ? writeEdits(edits) : '', try: running, ...(running ? { prompt: null } : {}),
+    // What is made from the evidence tells values in the circuit.
+    ...(measured ? { side: 'circuit' } : {}),
   };
 }
 
@@ -19,10 +22,7 @@ function goTo(circuit, at) {
   if (at < 0 || at >= tour.length) return;
   const before = state.edits;
   change(stepState(circuit, at), true);
-  if (!state.try) return;
-  // The token of a typed prompt is no part of the address.
-  live.at = tour[at].token;
-  remember(before);
+  if (state.try) remember(before);
 }
 
 function toggleTour(circuit) {

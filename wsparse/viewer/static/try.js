@@ -1,6 +1,5 @@
 // "Try it": a prompt of one's own, what the model and the circuit make of it, and what changes when nodes are edited.
 
-const SIDES = [['model', 'whole model'], ['circuit', 'circuit alone']];
 const NEXT_TOKENS = 10;
 const CHANGES_SHOWN = 12;
 
@@ -20,6 +19,8 @@ function drawTry(panel, circuit, state, change) {
   }
   example.value = String(circuit.rows.findIndex((row) => row.text === text));
   live.notify = () => {
+    // What is not shown is brought up to date when it is opened again, maybe for another circuit.
+    if (!state.try) return;
     keepFocus(panel, updateTry);
     paintLive(trying.context.circuit, trying.context.state);
   };
@@ -85,7 +86,12 @@ function pickByKey(event) {
 }
 
 function pickToken(at) {
-  live.at = at === live.answer.tokens.length - 1 ? null : at;
+  const { circuit, state, change } = trying.context;
+  if (isOfPair(circuit, state)) {
+    change({ token: at });
+    return;
+  }
+  live.at = at;
   live.notify();
 }
 
@@ -129,8 +135,7 @@ function statusText(shown) {
 function drawPrompt(holder, tokens) {
   const at = chosenToken();
   holder.replaceChildren(...tokens.map((id, t) => {
-    const text = tokenText(id).replaceAll('\n', '↵\n').replaceAll('\t', '⇥\t');
-    const span = el('span', { class: t === at ? 'focus' : null, click: () => pickToken(t) }, text);
+    const span = el('span', { class: t === at ? 'focus' : null, click: () => pickToken(t) }, visibleText(id));
     hover(span, () => [quoted(id), `token ${t + 1} of ${tokens.length}`]);
     return span;
   }));
@@ -196,7 +201,7 @@ function whatChanged(circuit, state) {
   const { change } = trying.context;
   const found = changesOfNodes(circuit, state.side);
   return [
-    el('h4', {}, `What changed in the ${SIDES.find(([side]) => side === state.side)[1]}: ${plural(found.length, 'node')} of ${circuit.nodes.length.toLocaleString('en')}`),
+    el('h4', {}, `What changed in the ${SIDES.find(([side]) => side === state.side)[1]}: ${plural(found.length, 'node')} of ${circuit.nodes.length.toLocaleString('en')}${cutAt(found, CHANGES_SHOWN)}`),
     found.length ? el('table', { class: 'changes' },
       el('thead', {}, el('tr', {}, ...['node', 'at token', 'was', 'is'].map((title) => el('th', { scope: 'col' }, title)))),
       el('tbody', {}, ...found.slice(0, CHANGES_SHOWN).map(({ node, at, before, now }) => el('tr', {},

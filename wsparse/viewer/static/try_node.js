@@ -33,8 +33,8 @@ function editor(circuit, name, words, range) {
     buttons.forEach((button, i) => button.setAttribute('aria-pressed', String(words[i][0] === mode)));
     for (const input of Object.values(inputs)) {
       // What is being typed stays: "1." is a number that is not finished.
-      const typed = document.activeElement === input && (input.value === '' || Math.abs(input.value - value) <= 1e-3 * Math.abs(value));
-      if (!typed) input.value = +value.toPrecision(4);
+      const typed = document.activeElement === input && (input.value === '' || Math.abs(input.value - value) <= 1e-8 * Math.abs(value));
+      if (!typed) input.value = +value.toPrecision(9);
     }
   };
   return { root, sync };
@@ -106,13 +106,13 @@ function paintLive(circuit, state) {
   trying.painted = state.try;
   const edited = new Set(state.try ? readEdits(circuit, state.edits).map(({ name }) => name) : []);
   const on = state.try && live.task === circuit.task && live.answer?.tokens.length;
-  const at = chosenToken();
+  const at = on ? chosenToken() : null;
   for (const [name, item] of graph.items) {
     const value = on ? live.answer.now[state.side].values[name]?.[at] ?? 0 : 0;
     const { largest } = circuit.byName.get(name).about;
     const share = largest ? Math.min(1, Math.abs(value) / largest) : 0;
     item.classList.toggle('live', Boolean(on));
-    item.style.setProperty('--value', `${(8 + 72 * Math.sqrt(share)).toFixed(0)}%`);
+    item.style.setProperty('--value', (0.1 + 0.9 * Math.sqrt(share)).toFixed(2));
     item.style.setProperty('--hue', !value ? 'var(--card)' : value < 0 ? 'var(--negative)' : 'var(--positive)');
     item.classList.toggle('edited', edited.has(name));
   }

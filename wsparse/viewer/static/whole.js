@@ -82,11 +82,11 @@ function drawUses(state, change) {
   byId('uses-table').replaceChildren(
     el('thead', {}, el('tr', {}, ...['node', 'what', 'circuits', 'in'].map((title) => el('th', { scope: 'col' }, title)))),
     el('tbody', {}, ...shown.map((node) => el('tr', {},
-      el('th', { scope: 'row' }, el('a', { href: pairHref(names[node.used[0][0]], null, node.name), title: describe(node) }, node.name)),
+      el('th', { scope: 'row' }, nodeLink(node, names[(node.used.find(([i]) => isOnPage(names[i], node.name)) ?? node.used[0])[0]], node.name)),
       el('td', { class: 'quiet' }, describe(node), isSeveral ? el('div', {}, `model of ${runOf(names[node.used[0][0]])}`) : null),
       el('td', { class: 'number' }, `${node.used.length} of ${models.filter((model) => model === node.group).length}`),
       el('td', {}, el('ul', { class: 'uses' }, ...node.used.map(([i, importance]) => el('li', {},
-        el('a', { href: pairHref(names[i], null, node.name) }, names[i]), el('span', { class: 'number' }, ` ${signed(importance, 2)}`)))))))));
+        nodeLink(node, names[i], names[i]), el('span', { class: 'number' }, ` ${signed(importance, 2)}`)))))))));
   byId('uses-table').csv = () => [
     ['node', 'circuit', 'loss without it in the circuit'],
     ...chosen.flatMap((node) => node.used.map(([i, importance]) => [node.name, names[i], importance])),
@@ -95,6 +95,16 @@ function drawUses(state, change) {
   byId('uses-more').textContent = `Show all ${plural(chosen.length, 'node')}`;
   byId('uses-more').onclick = () => change({ all: true });
 }
+
+/** Whether the page has a node of a circuit, which `--max_nodes` may have cut off. */
+const isOnPage = (task, node) => {
+  const { nodes, total_nodes: total } = data.circuits[task];
+  return nodes.length === total || circuitOf(task).byName.has(node);
+};
+
+const nodeLink = (node, task, text) => (isOnPage(task, node.name)
+  ? el('a', { href: pairHref(task, null, node.name), title: describe(node) }, text)
+  : el('span', { title: 'Not among the most important nodes, which alone are on this page' }, text));
 
 const runOf = (task) => RUNS[data.circuits[task].run].run.name;
 const modelOf = (task) => RUNS[data.circuits[task].run].run.model;
