@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import shutil
 import signal
@@ -44,6 +45,10 @@ from wsparse.errors import UserError
 from wsparse.ops import cpu
 from wsparse.progress import progress
 from wsparse.step import EVAL_BATCH, Program, TrainState, make_program
+
+# isort: split
+# For programs that are older than wsparse.step.
+from wsparse.step import eval_step, init_state, loss, make_optimizer, train_step  # noqa: F401
 
 log = logging.getLogger(__name__)
 
@@ -533,7 +538,7 @@ class _Loop:
             "nonzeros": nonzeros,
             "parameters": model.count_parameters(state.params),
             "alive_neurons": evaluation["alive_neurons_fired"],
-            "tokens_per_s": statistics.median(rates),
+            "tokens_per_s": statistics.median(rates or [math.nan]),
             "steps": self.step,
             "seconds": round(time.monotonic() - self.started, 1),
             "machine": processes.machine(),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import os
 from typing import Any, NamedTuple
 
-from wsparse.errors import UserError, closest, missing_extra
+from wsparse.errors import UserError, closest, missing_extra, reason
 
 _SPLIT, _COLUMN = "train", "text"
 
@@ -50,7 +50,7 @@ def open_dataset(source: str, name: Name) -> Iterable[Mapping[str, Any]]:
         examples = datasets.load_dataset(folder, split=name.split, streaming=True)
     except Exception as error:  # The library raises many kinds, those of its HTTP client included.
         what = f"the source {source!r}: {name.dataset!r}, split {name.split!r}, cannot be opened"
-        raise UserError(f"{what}: {_reason(error)}") from error
+        raise UserError(f"{what}: {reason(error)}") from error
     known = examples.column_names  # None where the files must be read to tell; then reading tells.
     if known is not None and name.column not in known:
         near = closest(name.column, known)
@@ -70,9 +70,4 @@ def read(source: str, examples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping
     try:
         yield from examples
     except Exception as error:  # As in `open_dataset`.
-        raise UserError(f"the source {source!r} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise UserError(f"the source {source!r} cannot be read: {reason(error)}") from error

@@ -7,7 +7,8 @@ function drawCurves(holder, tasks, chosen, { height = 330, pick = null } = {}) {
   const points = tasks.flatMap((row) => row.curve);
   const [least, most] = d3.extent(points, (point) => Math.max(1, point.edges));
   const x = d3.scaleLog([Math.max(0.8, least * 0.85), Math.max(most, least + 1) * 1.2], [margin.left, width - margin.right]);
-  const y = d3.scaleLinear([0, d3.max(points, (point) => point.loss)], [height - margin.bottom, margin.top]).nice();
+  // A circuit far below its target lies at the bottom.
+  const y = d3.scaleLinear([0, d3.max(points, (point) => Math.max(point.loss, point.target))], [height - margin.bottom, margin.top]).nice();
   const chart = svg('svg', {
     class: 'chart', viewBox: `0 0 ${width} ${height}`, role: 'img',
     'aria-label': 'Task loss against edges; the numbers are in the table and in each circuit',
