@@ -22,7 +22,7 @@ import safetensors.numpy
 from wsparse import files, model, runs, trees
 from wsparse.config import DataConfig, ModelConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.errors import UserError, missing_extra, quoted, reason
+from wsparse.errors import UserError, missing_extra, quoted
 
 _CONFIG, _WEIGHTS, _TOKENIZER, _README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MODEL_FILES = (_CONFIG, _WEIGHTS, _TOKENIZER)
@@ -201,7 +201,8 @@ def download(repository: str, revision: str | None, *, more: Sequence[str] = ())
             )
         )
     except Exception as error:  # HTTP, name resolution and cache errors of several libraries.
-        failure = f"and could not be loaded from the Hugging Face Hub: {reason(error)}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failure = f"and could not be loaded from the Hugging Face Hub: {reason}"
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
             failure = (
                 "was not downloaded before, and the Hugging Face Hub does not answer: is there a network? "
