@@ -4,7 +4,8 @@ Reproduces: width at a fixed number of nonzeros, what makes circuits small in Ga
     sparsity that they name. Embedding and unembedding keep 1 weight in 128, eight for each token: with one in
     1000 most tokens could not be told apart. No weight is kept for its neuron's sake.
 Hardware: 2 CPU cores, with the CPU kernels: most steps cost what the nonzeros cost (`explore_every`).
-Minutes: not measured on CPU cores; 3.0 on an NVIDIA H100 that trained five more beside it.
+Minutes: about 57, by the times of single steps on two quiet cores of an AMD EPYC (docs/results.md); 3.0 on an
+    NVIDIA H100 that trained five more beside it.
 Expected loss: 1.69 to 1.70 held out (seeds 0 to 2). Expected L0: exactly round(size / 1000), and
     round(size / 128) in the two embeddings.
 Command: python -m wsparse.train --config=configs/wide.py
