@@ -41,6 +41,12 @@ def done(folder, path):
     return done
 
 
+def test_a_task_with_too_few_pairs_is_refused_with_how_many_would_do(folder, path):
+    options = dataclasses.replace(OPTIONS, pairs=10_000)
+    with pytest.raises(UserError, match=r"only (\d+) distinct pairs .*; --pairs=\1 would do$"):
+        attack.attack_run(folder, [path], options)
+
+
 def loss(done, kind: str, statements: int, of: str) -> float:
     [point] = [p for p in done.points if (p.kind, p.statements) == (kind, statements)]
     return getattr(point, of)

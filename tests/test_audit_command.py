@@ -136,6 +136,8 @@ def test_nodes_that_do_not_do_the_task_fail(folder, path):
 def test_pairs_are_those_of_the_circuits_settings_with_as_many_report_pairs_as_asked_for(folder, path):
     run, task = runs.load(folder), tasks.find(path)
     circuit = Circuit.load(circuit_folder(folder))
+    with pytest.raises(UserError, match=r"only (\d+) distinct pairs .*; --pairs=\1 would do$"):
+        contexts.make(run, circuit, task, dataclasses.replace(OPTIONS, pairs=10_000))
     context = contexts.make(run, circuit, task, dataclasses.replace(OPTIONS, pairs=5))
     for split, count in (("search", 16), ("report", 5)):
         batch = pairs.arrays(tasks.build(task, run.tokenizer, count, 0, split=split))

@@ -53,6 +53,8 @@ _MARKED = re.compile(r"(<!-- results: (\w+)([^\n]*?) -->\n).*?(<!-- end of resul
 # Keys that change how a run is computed or logged, and not what comes out.
 _IDLE = ("seed", "mesh", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 _IDLE_DATA = ("threads", "prefetch")
+# What an argument of a marker begins with that is no name of a run.
+_OPTIONS = ("prune=", "tasks=")
 # Beside the name of a recipe that has changed since.
 _CHANGED = "\\*"
 # Loss below which a model surely does a task.
@@ -173,29 +175,7 @@ def rewritten(text: str, entries: Sequence[Entry], where: str = "") -> str:
         if kind not in _TABLES:
             near = closest(kind, _TABLES)
             raise UserError(f"{where}: no table {kind!r}{near}; known are {', '.join(_TABLES)}")
-        stored = list(dict.fromkeys(run["name"] for run in entries))
-        given = arguments.split()
-        options = dict(
-            argument.split("=", 1) for argument in given if argument.startswith(("prune=", "tasks="))
-        )
-        names = [argument for argument in given if not argument.startswith(("prune=", "tasks="))] or stored
-        for wanted in names:
-            known = [*stored, *recipes.names()]
-            if wanted not in known:
-                raise UserError(f"{where}: no run or recipe {wanted!r}{closest(wanted, known)}")
-        # One for each seed, whatever it was pruned with.
-        chosen = [run for run in entries if options.get("prune", run["prune"]) == run["prune"]]
-        if "tasks" in options:
-            wanted_tasks = options["tasks"].split(",")
-            for task in wanted_tasks:
-                known = _task_names({"": chosen}, "circuits")
-                if task not in known:
-                    raise UserError(f"{where}: no circuit of {task!r}{closest(task, known)}")
-            chosen = _with_circuits(chosen, lambda task, _: task in wanted_tasks)
-        groups = {
-            wanted: list({run["seed"]: run for run in chosen if run["name"] == wanted}.values())
-            for wanted in names
-        }
+        groups = _groups(arguments.split(), entries, where)
         return f"{begin}{_TABLES[kind](groups)}{_made_by(kind, groups)}{end}"
 
     return _MARKED.sub(table, text)
@@ -203,6 +183,33 @@ def rewritten(text: str, entries: Sequence[Entry], where: str = "") -> str:
 
 # Name -> its runs, in order of seeds.
 _Groups = Mapping[str, Sequence[Entry]]
+# Whether a circuit of a task, as it is stored, is to be kept.
+_Keep = Callable[[str, Mapping[str, Any]], bool]
+
+
+def _groups(given: Sequence[str], entries: Sequence[Entry], where: str) -> _Groups:
+    """Returns the runs that the arguments of a marker name, one for each seed."""
+    prunes, lists = (
+        [argument.removeprefix(key) for argument in given if argument.startswith(key)] for key in _OPTIONS
+    )
+    stored = list(dict.fromkeys(run["name"] for run in entries))
+    names = [argument for argument in given if not argument.startswith(_OPTIONS)] or stored
+    chosen = [run for run in entries if not prunes or run["prune"] in prunes]
+    tasks = [task for names_of_tasks in lists for task in names_of_tasks.split(",")]
+    for what, wanted, known in (
+        ("run or recipe", names, [*stored, *recipes.names()]),
+        ("circuit of", tasks, _task_names({"": chosen}, "circuits")),
+    ):
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"{where}: no {what} {name!r}{closest(name, known)}")
+    if tasks:
+        chosen = _with_circuits(chosen, lambda task, _: task in tasks)
+    # Whatever it was pruned with.
+    return {
+        wanted: list({run["seed"]: run for run in chosen if run["name"] == wanted}.values())
+        for wanted in names
+    }
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -312,7 +319,7 @@ def _by_control(circuit: Mapping[str, Any]) -> bool:
     return min(circuit.get("controls", {}).values(), default=math.inf) <= circuit.get("target", -math.inf)
 
 
-def _with_circuits(entries: Iterable[Entry], keep: Callable[[str, Mapping[str, Any]], bool]) -> list[Entry]:
+def _with_circuits(entries: Iterable[Entry], keep: _Keep) -> list[Entry]:
     """Returns runs with those of their circuits, by task, that are to be kept."""
     return [
         run | {"circuits": {task: c for task, c in run["circuits"].items() if keep(task, c)}}
@@ -353,10 +360,10 @@ def _ratios(groups: _Groups) -> str:
     return _table(["ratio of", *counts.values(), "tasks", "seeds", *held], rows)
 
 
-def _conditions(entries: Sequence[Entry]) -> dict[str, Callable[[str, Mapping[str, Any]], bool]]:
+def _conditions(entries: Sequence[Entry]) -> dict[str, _Keep]:
     """Returns which circuits of two kinds of models are compared: all, and stricter choices that differ."""
     compared = [(task, c) for run in entries for task, c in records.found(run).items()]
-    conditions: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {"": lambda task, c: True}
+    conditions: dict[str, _Keep] = {"": lambda task, c: True}
     if any(c["target"] != records.BAR for _, c in compared):
         conditions[f", all at the target {records.BAR}"] = lambda task, c: c.get("target") == records.BAR
     if easy := sorted({task for task, c in compared if _by_control(c)}):

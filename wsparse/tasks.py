@@ -70,7 +70,10 @@ def report(
     scores = [_SCORE.format(*_means(margin_B)) for margin_B in margins] or [""] * len(batches)
     header = f"{'loss':>8}{'accuracy':>10}" if run else ""
     lines = [f"{'task':<28}{header}{'probe':>8}  {'by':<10}{'counts':>8}{'tokens':>9}  candidates"]
-    notes = [f"refused: {error}{_would_do(error)}" for error in refused.values()]
+    notes = [
+        f"refused: {error.with_hint('--pairs') if isinstance(error, pairs.TooFewPairs) else error}"
+        for error in refused.values()
+    ]
     kept = [task for task in chosen if task.name not in refused]
     for task, batch, scored in zip(kept, batches, scores, strict=True):
         probed, note = _probed(task, tokenizer, n_pairs, seed, context)
@@ -85,10 +88,6 @@ def report(
         rows = range(2 * min(n_examples, batch.n_pairs))
         lines += [f"{batch.prompts[row]}  -> {batch.answers[row]!r}\n" for row in rows]
     return "\n".join(lines)
-
-
-def _would_do(error: UserError) -> str:
-    return f"; --pairs={error.made} would do" if isinstance(error, pairs.TooFewPairs) and error.made else ""
 
 
 def _check_knob(by: str, batches: Sequence[pairs.TaskBatch], run: runs.Run | None) -> None:

@@ -75,6 +75,10 @@ class TooFewPairs(UserError):
         self.split: Split = split
         self.made = made
 
+    def with_hint(self, flag: str) -> UserError:
+        """Returns the error with what to give a flag that says how many pairs are asked for."""
+        return UserError(f"{self}; {flag}={self.made} would do") if self.made else self
+
 
 class PairArrays(NamedTuple):
     """Pairs as masks and scores need them; rows `2 i` and `2 i + 1` are the two sides of pair `i`."""

@@ -19,7 +19,7 @@ from wsparse.circuits.attacks import dilution
 from wsparse.circuits.attacks.record import KINDS, Agreement, Attack, Head, Kind, Point
 from wsparse.circuits.attacks.texts import Text, make_texts
 from wsparse.circuits.circuit import Circuit
-from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays
+from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, TooFewPairs, arrays
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig, check, from_dict, setting
@@ -64,14 +64,17 @@ def attack(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Att
     """
     circuit.check(run.params)
     settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
-    batch = tasks.build(
-        task,
-        run.tokenizer,
-        options.pairs,
-        settings.seed,
-        split="report",
-        max_tokens=min(options.max_tokens, settings.max_tokens, run.config.model.context),
-    )
+    try:
+        batch = tasks.build(
+            task,
+            run.tokenizer,
+            options.pairs,
+            settings.seed,
+            split="report",
+            max_tokens=min(options.max_tokens, settings.max_tokens, run.config.model.context),
+        )
+    except TooFewPairs as error:
+        raise error.with_hint("--pairs") from error
     texts = make_texts(
         task,
         run.tokenizer,

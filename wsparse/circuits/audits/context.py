@@ -21,7 +21,7 @@ from wsparse.circuits.ablation import Ablation, Background
 from wsparse.circuits.audits import statistics
 from wsparse.circuits.audits.record import Measurement
 from wsparse.circuits.circuit import Circuit
-from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, inside, margins
+from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, TooFewPairs, arrays, inside, margins
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import N_WINDOWS, Pairs, Subject, build_pairs
 from wsparse.circuits.subnetwork import Subnetwork
@@ -231,8 +231,10 @@ def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Conte
     # The pairs that a circuit was tried on say nothing of others.
     wanted = dataclasses.replace(settings, report_pairs=options.pairs, confirm_pairs=0)
     built, refused = build_pairs([task], run.tokenizer, wanted, context=config.context)
-    if refused:
-        raise refused[task.name]
+    if error := refused.get(task.name):
+        if isinstance(error, TooFewPairs) and error.split == "report":
+            error = error.with_hint("--pairs")
+        raise error
     nodes_U = masks.from_names([node.name for node in circuit.nodes], config)
     remaining = graph.uncut(subject.scorer.weights, circuit.removed)
     edges = graph.between(nodes_U, remaining, config)
