@@ -61,9 +61,7 @@ def main(argv) -> None:
     )
     for name, reason in refused.items():
         print(f"{name}: refused: {reason}")
-    pruner = Pruner(
-        config, steps=settings.steps, pairs_per_step=settings.pairs_per_step, parallel=options.parallel
-    )
+    pruner = Pruner(config, settings, parallel=options.parallel)
     edges: dict[str, list[np.ndarray]] = {sampler: [] for sampler in get_args(Sampler)}
     for of_task in pairs:
         for seed in range(options.seeds):

@@ -124,7 +124,7 @@ def pairs() -> procedure.Pairs:
 
 @functools.cache
 def pruner() -> Pruner:
-    return Pruner(PLANTED, steps=120, pairs_per_step=8, parallel=2)
+    return Pruner(PLANTED, SETTINGS, parallel=SETTINGS.parallel)
 
 
 @functools.cache

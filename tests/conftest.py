@@ -13,6 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Compiling is most of the time of the tests, and the optimizer most of compiling. Here for the commands that
+# tests start; `quick_compilation` says which tests optimize.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # A shell has its background jobs ignore Ctrl-C; the commands under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -40,9 +43,23 @@ Counter = Callable[[], contextlib.AbstractContextManager[list[str]]]
 _AS_USERS = ("test_aot", "test_ops_tpu", "test_viewer", "test_viewer_browser")
 
 
+# Files that take longest, by far: they start first, so that no process is left with one at the end.
+_LONGEST = ("test_aot", "test_multiprocess", "test_notebooks", "test_end_to_end", "test_circuits_workers")
+
+
+def pytest_configure(config):
+    # By itself xdist starts with the files of most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Compiling is most of the time of the tests, and the optimizer most of compiling."""
     quick = request.module.__name__.rpartition(".")[2] not in _AS_USERS
     jax.config.update("jax_disable_most_optimizations", quick)
     yield

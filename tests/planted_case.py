@@ -2,17 +2,12 @@
 
 import functools
 
-import numpy as np
+import planted
 
-from wsparse.circuits import masks, planted
-from wsparse.circuits.subject import Pairs, Subject
+from wsparse.circuits.subject import Pairs
 
 PLANTED = planted.make("canceled decoy")
-
-
-@functools.cache
-def subject() -> Subject:
-    return Subject(PLANTED.params, PLANTED.config, PLANTED.windows)
+chosen = PLANTED.chosen
 
 
 @functools.cache
@@ -21,8 +16,3 @@ def pairs() -> Pairs:
         "search": PLANTED.pairs(32, 0), "discretize": PLANTED.pairs(16, 1), "report": PLANTED.pairs(24, 2)
     }  # fmt: skip
     return Pairs(task="planted", form="left or right", **splits)
-
-
-def chosen(nodes) -> np.ndarray:
-    """Returns a mask of nodes, bool `(U,)`."""
-    return masks.from_names(sorted(nodes), PLANTED.config)

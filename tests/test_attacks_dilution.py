@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsparse import model, trees
+from wsparse import model, taps, trees
+from wsparse.circuits.ablation import answer_margins
 from wsparse.circuits.attacks import dilution
 from wsparse.circuits.pairs import PairArrays
 from wsparse.config import ModelConfig
@@ -60,7 +61,7 @@ def both(config: ModelConfig, seed: int, ablated=None, n_text: int = N_TEXT, rea
     text = np.random.default_rng(seed + 1).integers(0, 11, n_text)
     joined = np.concatenate([np.tile(text, (6, 1)), alone.tokens], axis=1)
     after = alone._replace(tokens=jnp.asarray(joined, jnp.int32), position=alone.position + n_text)
-    measured_B = dilution.measured_margins(params(config, seed), after, ablated, config=config)
+    measured_B = answer_margins(params(config, seed), after, ablated, config=config)
     predicted_B, shares_LBH = dilution.predicted_margins(
         params(config, seed),
         alone,
@@ -87,7 +88,7 @@ def test_the_prediction_is_exact_for_a_circuit_of_one_layer():
     one = config(1)
     gates = {"attn.v": jnp.asarray(np.arange(12)[None] % 2, jnp.float32)}
     constants = {"attn.v": jnp.full((1, 12), 0.3)}
-    predicted_B, measured_B, _ = both(one, 3, (gates, constants))
+    predicted_B, measured_B, _ = both(one, 3, taps.mask(gates, constants))
     np.testing.assert_allclose(predicted_B, measured_B, atol=2e-4)
     assert not np.allclose(measured_B, both(one, 3)[1], atol=0.1)
 
@@ -101,7 +102,7 @@ def test_the_prediction_leaves_out_what_earlier_tokens_of_the_prompt_read():
 def test_a_text_that_no_head_reads_moves_the_positions_and_nothing_else():
     two = config(2, position="none", d_pos=0)
     predicted_B, _, shares_LBH = both(two, 5, reading=0.0)
-    alone_B = dilution.measured_margins(params(two, 5), prompts(5), None, config=two)
+    alone_B = answer_margins(params(two, 5), prompts(5), config=two)
     np.testing.assert_allclose(predicted_B, alone_B, atol=1e-4)
     assert not shares_LBH.any()
 

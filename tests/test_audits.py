@@ -5,7 +5,7 @@ import pathlib
 
 import audit_case
 import numpy as np
-from planted_case import PLANTED, chosen, pairs, subject
+from planted_case import PLANTED, chosen, pairs
 import pytest
 
 from wsparse import runs
@@ -52,11 +52,11 @@ def context(stored):
 
     def make(nodes, **options) -> Context:
         nodes_U = chosen(nodes)
-        weights = subject().scorer.weights
-        edges = graph.between(nodes_U, weights, subject().config)
+        weights = PLANTED.subject.scorer.weights
+        edges = graph.between(nodes_U, weights, PLANTED.subject.config)
         changed = Options(draws=16, resamples=200, **options)
         return Context(
-            run, circuit, task, subject(), pairs(), nodes_U, edges, dict(weights), SETTINGS, changed
+            run, circuit, task, PLANTED.subject, pairs(), nodes_U, edges, dict(weights), SETTINGS, changed
         )
 
     return make
@@ -70,13 +70,10 @@ def decoy() -> frozenset[str]:
     return PLANTED.decoy
 
 
-OTHERS = frozenset({"0.attn.act_in.1", "0.attn.v.6", "0.attn.resid_delta.2", "1.mlp.post_act.3"})
-
-
 def test_sufficiency_passes_what_does_the_task_under_mean_ablation(context):
     assert sufficiency.sufficiency(context(true())).verdict == "passed"
     assert sufficiency.sufficiency(context(decoy())).verdict == "passed"
-    failed = sufficiency.sufficiency(context(OTHERS))
+    failed = sufficiency.sufficiency(context(audit_case.OTHER_NODES))
     assert failed.verdict == "failed"
     loss = failed.measurements[0]
     assert loss.low <= loss.value <= loss.high
@@ -104,12 +101,12 @@ def test_adversaries_pass_the_true_circuit_and_fail_the_decoy(context):
 
 
 def test_a_model_that_loses_its_circuit_to_a_budget_of_one_fails(context):
-    assert strengths.adversarial_budgets(context(OTHERS)).verdict == "failed"
+    assert strengths.adversarial_budgets(context(audit_case.OTHER_NODES)).verdict == "failed"
 
 
 def test_partial_ablation_lets_the_true_circuit_hold_and_a_random_one_fail(context):
     assert strengths.partial_ablation(context(true())).verdict == "passed"
-    assert strengths.partial_ablation(context(OTHERS)).verdict == "failed"
+    assert strengths.partial_ablation(context(audit_case.OTHER_NODES)).verdict == "failed"
 
 
 def test_necessity_compares_with_random_sets_like_the_circuit(context):
@@ -129,12 +126,12 @@ def test_roles_are_kept_in_the_true_circuit_and_not_in_the_decoy(context):
 
 def test_decisions_follow_the_values_of_the_true_circuit_only(context):
     assert interchange.interchange(context(true())).verdict == "passed"
-    assert interchange.interchange(context(OTHERS)).verdict == "failed"
+    assert interchange.interchange(context(audit_case.OTHER_NODES)).verdict == "failed"
 
 
 def test_a_node_that_the_circuit_does_not_need_is_found(context):
     assert minimality.minimality(context(true())).verdict == "passed"
-    assert minimality.minimality(context(true() | OTHERS)).verdict == "failed"
+    assert minimality.minimality(context(true() | audit_case.OTHER_NODES)).verdict == "failed"
 
 
 def test_the_matrix_has_every_kind_and_passes_where_all_with_means_do(context):
@@ -143,7 +140,7 @@ def test_the_matrix_has_every_kind_and_passes_where_all_with_means_do(context):
     names = [m.name for m in passed.measurements]
     assert names[0] == "mean" and len(set(names)) == len(names)
     assert {name.split(",")[0] for name in names} == set(matrix.CONSTANTS)
-    assert matrix.matrix(context(OTHERS)).verdict == "failed"
+    assert matrix.matrix(context(audit_case.OTHER_NODES)).verdict == "failed"
     assert matrix.norm_scale(context(true())).verdict == "passed"
 
 

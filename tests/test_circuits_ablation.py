@@ -15,6 +15,7 @@ from wsparse.circuits import ablation, adversary, graph, masks
 from wsparse.circuits.ablation import CONTENDERS, NORMS, Ablation, Background
 from wsparse.circuits.pairs import margins
 from wsparse.circuits.subject import Subject
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.nodes import NODES
 
 CONFIG = dataclasses.replace(case.PLANTED, sink=True, abs_top_k_fraction=0.5)
@@ -207,24 +208,18 @@ def test_masks_and_strengths_in_one_call_equal_a_call_for_each(scorer, pairs):
 
 
 def test_an_adversary_ascends_and_leaves_the_circuits_nodes_alone(scorer, pairs):
-    random_U = NODES_U
-    given = Background(scorer.means, scorer.means)
-    args = (scorer.params, scorer.config, pairs, random_U, scorer.weights, given)
-    attack = adversary.ascend(*args, steps=10)
+    attack = adversary.ascend(Subnetwork(scorer, NODES_U, scorer.weights), pairs, steps=10)
     assert attack.worst[-1] >= attack.losses[0]
     assert attack.loss == pytest.approx(attack.worst[-1])
-    assert not attack.strengths[random_U].any()
+    assert not attack.strengths[NODES_U].any()
     assert attack.strengths.min() >= 0 and attack.strengths.max() <= 1
-    assert attack.strengths[~random_U].std() > 0
+    assert attack.strengths[~NODES_U].std() > 0
 
 
 def test_an_adversary_with_a_budget_ablates_no_more_nodes_and_finds_the_planted_one(pairs):
     scorer = case.subject().scorer
-    empty = np.zeros_like(NODES_U)
-    given = Background(scorer.means, scorer.means)
-    attack = adversary.ablate_few(
-        scorer.params, scorer.config, pairs, empty, scorer.weights, given, budget=1, steps=5
-    )
+    empty = Subnetwork(scorer, np.zeros_like(NODES_U), scorer.weights)
+    attack = adversary.ablate_few(empty, pairs, budget=1, steps=5)
     ablated = np.flatnonzero(attack.strengths == 0)
     names = masks.names(scorer.config)
     assert len(ablated) == 1 and names[ablated[0]] in case.PLANTED_NODES

@@ -1,9 +1,9 @@
 """The way of a clean-up leads to its result, and a circuit can be chosen on it by other pairs."""
 
 import numpy as np
+import planted
 import pytest
 
-from wsparse.circuits import planted
 from wsparse.circuits.clean_up import CleanUp, clean_up
 from wsparse.circuits.criterion import Criterion
 from wsparse.circuits.discretize import Subgraph, subgraph_of
@@ -15,7 +15,7 @@ TARGET = 0.15
 @pytest.fixture(scope="module")
 def way() -> tuple[CleanUp, Subject]:
     made = planted.make("carried and neurons")
-    subject = Subject(made.params, made.config, made.windows)
+    subject = made.subject
     pairs = made.pairs(16, 1)
     every_U = np.ones(sum(mean.size for mean in subject.node_means.values()), bool)
     start = subgraph_of(subject.scorer, every_U, 0.0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsparse import taps, trees
+from wsparse import trees
 from wsparse.circuits import masks, procedure
 from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.pairs import PairArrays, row_losses
@@ -93,8 +93,7 @@ def test_a_circuit_held_to_the_vocabulary_is_nearer_the_model_on_all_tokens():
         circuit = search.circuit(search.trials(), started=0.0)
         assert circuit is not None and circuit.status == "found"
         found = Subnetwork.of(subject.params, subject.config, circuit)
-        tap = taps.mask(*found.ablation())
-        circuit_BV = answer_logits(found.params, found.scorer.config, pairs.report, tap)
+        circuit_BV = answer_logits(found.params, found.scorer.config, pairs.report, found.ablation())
         model, alone = (log_softmax(np.asarray(logits_BV)) for logits_BV in (model_BV, circuit_BV))
         divergences.append(np.mean(np.sum(np.exp(model) * (model - alone), axis=1)))
     assert divergences[1] < settings.target < divergences[0]

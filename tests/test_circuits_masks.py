@@ -58,7 +58,7 @@ def test_vmapped_trials_and_trials_over_devices_equal_a_single_run(subject):
     pairs = planted_pairs(8, 0)
     tried = [HParams(k_coef=k, learning_rate=2e-2) for k in (1e-4, 1e-3, 2e-3, 4e-2)]
     settings = {"steps": 5, "pairs_per_step": 4}
-    spread = Pruner(PLANTED, parallel=4, **settings)
+    spread = Pruner(PLANTED, procedure.Settings(**settings), parallel=4)
     assert spread.devices == 4
     together = spread(subject.params, pairs, subject.node_means, tried, range(4))
     one = functools.partial(prune, config=PLANTED, **settings)
@@ -75,7 +75,7 @@ def test_vmapped_trials_and_trials_over_devices_equal_a_single_run(subject):
 
 
 def test_one_compilation_serves_all_trials_tasks_and_models(subject, compilations):
-    pruner = Pruner(PLANTED, steps=5, pairs_per_step=4, parallel=2)
+    pruner = Pruner(PLANTED, procedure.Settings(steps=5, pairs_per_step=4), parallel=2)
     other = subject.reinitialized(3)
     arguments = [
         (subject, planted_pairs(8, 0), [HParams()] * 2),
@@ -92,7 +92,7 @@ def test_one_compilation_serves_all_trials_tasks_and_models(subject, compilation
 
 def test_a_larger_penalty_leaves_fewer_gates_open(subject):
     pairs = planted_pairs(16, 0)
-    pruner = Pruner(PLANTED, steps=60, pairs_per_step=8, parallel=2)
+    pruner = Pruner(PLANTED, procedure.Settings(steps=60, pairs_per_step=8), parallel=2)
     tau = pruner(
         subject.params,
         pairs,

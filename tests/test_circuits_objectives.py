@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from planted_case import PLANTED, chosen, pairs, subject
+from planted_case import PLANTED, chosen, pairs
 import pytest
 
-from wsparse.circuits import adversary, criterion, discretize, graph, masks, measurements, procedure
+from wsparse.circuits import criterion, discretize, graph, masks, measurements, procedure
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.mask_learning import HParams, prune
 from wsparse.circuits.pairs import task_loss
@@ -21,9 +21,9 @@ from wsparse.errors import UserError
 @functools.cache
 def learn(objective: str, forbidden: bool = False):
     forbidden_U = chosen(PLANTED.nodes).astype(np.float32) if forbidden else None
-    params, search, means = subject().params, pairs().search, subject().node_means
+    params, search, means = PLANTED.subject.params, pairs().search, PLANTED.subject.node_means
     run = functools.partial(
-        prune, params, subject().config, search, means, HParams(k_coef=3e-3, learning_rate=1e-2),
+        prune, params, PLANTED.subject.config, search, means, HParams(k_coef=3e-3, learning_rate=1e-2),
         steps=60, pairs_per_step=8, objective=objective, forbidden_U=forbidden_U,
     )  # fmt: skip
     return jax.jit(run)(jax.random.key(0))
@@ -32,18 +32,14 @@ def learn(objective: str, forbidden: bool = False):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_a_mask_that_does_the_task(objective):
     tau_U = np.asarray(masks.flatten(learn(objective).tau))
-    assert subject().scorer.mask(pairs().report, tau_U > 0).loss < 0.15
+    assert PLANTED.subject.scorer.mask(pairs().report, tau_U > 0).loss < 0.15
     assert (tau_U > 0).sum() < 40
 
 
 def test_the_robust_mask_holds_under_attack():
     nodes_U = np.asarray(masks.flatten(learn("robust").tau)) > 0
-    scorer = subject().scorer
-    background = Background(scorer.means, scorer.means)
-    args = (scorer.params, scorer.config, pairs().report)
-    assert adversary.ascend(*args, nodes_U, scorer.weights, background).loss < 0.3
-    decoy_U = chosen(PLANTED.decoy)
-    assert adversary.ascend(*args, decoy_U, scorer.weights, background).loss > 0.6
+    assert PLANTED.attacked(pairs().report, nodes_U) < 0.3
+    assert PLANTED.attacked(pairs().report, chosen(PLANTED.decoy)) > 0.6
 
 
 def test_forbidden_nodes_stay_closed():
@@ -54,11 +50,11 @@ def test_forbidden_nodes_stay_closed():
 
 
 def subgraph(nodes) -> discretize.Subgraph:
-    return discretize.subgraph_of(subject().scorer, chosen(nodes), 0.0)
+    return discretize.subgraph_of(PLANTED.subject.scorer, chosen(nodes), 0.0)
 
 
 def settle(objective: str, proposals: list) -> tuple:
-    held = criterion.Criterion(subject().scorer, pairs().discretize, objective=objective, weight=0.5)
+    held = criterion.Criterion(PLANTED.subject.scorer, pairs().discretize, objective=objective, weight=0.5)
     queue = iter(proposals)
     asked = []
 
@@ -87,8 +83,8 @@ def test_nothing_settles_where_every_proposal_is_refuted():
 
 def searched(objective: str, **changes) -> procedure.CircuitSearch:
     settings = Settings(objective=objective, trials=1, parallel=1, steps=60, pairs_per_step=8)
-    pruner = Pruner(subject().config, steps=60, pairs_per_step=8, parallel=1, objective=objective)
-    return procedure.CircuitSearch(subject(), dataclasses.replace(pairs(), **changes), pruner, settings)
+    pruner = Pruner(PLANTED.subject.config, settings, parallel=1)
+    return procedure.CircuitSearch(PLANTED.subject, dataclasses.replace(pairs(), **changes), pruner, settings)
 
 
 def test_a_cut_that_an_adversary_refutes_grows_until_none_does():
@@ -97,14 +93,14 @@ def test_a_cut_that_an_adversary_refutes_grows_until_none_does():
     mean, robust = (searched(name)._cut(tau_U, 0.08).subgraph for name in ("mean", "robust"))
     assert mean is not None and not np.any(mean.nodes & ~decoy_U)
     assert robust is not None and np.any(robust.nodes & ~decoy_U)
-    losses = [measurements.attacked(subject(), pairs().report, cut, 0) for cut in (mean, robust)]
+    losses = [measurements.attacked(PLANTED.subject, pairs().report, cut, 0) for cut in (mean, robust)]
     assert losses[0] > 0.6 and losses[1] < 0.3
 
 
 def test_what_refutes_candidates_never_asks_for_a_lower_loss_than_the_models():
     report = pairs().discretize
     everything_U = np.ones_like(chosen(PLANTED.nodes))
-    held = criterion.Criterion(subject().scorer, report, objective="robust", weight=0.5)
+    held = criterion.Criterion(PLANTED.subject.scorer, report, objective="robust", weight=0.5)
     # The model meets it, and would not in the group of pairs that it does worst if that counted in full.
     goal = 1.001 * held.scorer.mask(report, everything_U).loss
     for _ in range(4):
@@ -120,7 +116,7 @@ def test_a_circuit_that_an_adversary_breaks_on_other_pairs_is_not_chosen_for_the
 
 
 def test_a_scorer_with_a_bank_gives_the_largest_loss_of_its_groups():
-    scorer, report = subject().scorer, pairs().report
+    scorer, report = PLANTED.subject.scorer, pairs().report
     rng, n_rows = np.random.default_rng(0), len(report.position)
     nodes_U = chosen(PLANTED.decoy)
     strengths_BU = rng.random((n_rows, nodes_U.size), np.float32)
@@ -147,8 +143,8 @@ def test_the_robust_procedure_finds_exactly_the_planted_circuit():
         objective="robust", trials=2, parallel=2, steps=100, pairs_per_step=8, sweep=(0.3,), controls=False,
         necessity=0.0, finalists=1, single_removals=32,
     )  # fmt: skip
-    pruner = Pruner(subject().config, steps=100, pairs_per_step=8, parallel=2, objective="robust")
-    search = procedure.CircuitSearch(subject(), pairs(), pruner, settings)
+    pruner = Pruner(PLANTED.subject.config, settings, parallel=2)
+    search = procedure.CircuitSearch(PLANTED.subject, pairs(), pruner, settings)
     circuit = search.circuit(search.trials(), started=0.0)
     assert circuit is not None
     assert {node.name for node in circuit.nodes} == PLANTED.nodes
@@ -157,8 +153,8 @@ def test_the_robust_procedure_finds_exactly_the_planted_circuit():
     assert circuit.scores.strict is not None and circuit.scores.strict.loss < 0.15
     # The loss under mean ablation, not the largest under the bank.
     nodes_U = chosen(PLANTED.nodes)
-    remaining = graph.uncut(subject().scorer.weights, circuit.removed)
-    plain = subject().scorer.mask(pairs().discretize, nodes_U, remaining).loss
+    remaining = graph.uncut(PLANTED.subject.scorer.weights, circuit.removed)
+    plain = PLANTED.subject.scorer.mask(pairs().discretize, nodes_U, remaining).loss
     assert circuit.scores.discretize_loss == pytest.approx(plain, abs=1e-6)
 
 

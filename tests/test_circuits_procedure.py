@@ -191,7 +191,7 @@ def test_edges_carry_the_models_weights(circuit, subject):
 
 
 def test_the_search_starts_at_the_centres_and_repeats_itself(subject):
-    pruner = Pruner(PLANTED, steps=2, pairs_per_step=2, parallel=2)
+    pruner = Pruner(PLANTED, procedure.Settings(steps=2, pairs_per_step=2), parallel=2)
 
     def objective(tau_U):
         return float(np.abs(tau_U).sum()), None

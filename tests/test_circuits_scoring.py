@@ -229,12 +229,12 @@ def test_calibration_finds_the_scale_and_shift_of_a_fine_grid_search():
     rng = np.random.default_rng(0)
     margins = rng.normal(0.4, 1.0, 400).astype(np.float32)
     margins[::2] += 0.7
-    fit = measurements.calibrate(margins, steps=16)
+    fit = measurements.calibrate(margins)
     sides = np.where(np.arange(400) % 2 == 0, 1, -1)
     scales, shifts = np.meshgrid(np.linspace(0.01, 3, 300), np.linspace(-2, 2, 401))
     losses = np.logaddexp(0, -(scales[..., None] * margins + shifts[..., None] * sides)).mean(-1)
     losses += 0.01 * (np.log(scales) ** 2 + shifts**2)
-    fitted = float(measurements.calibrated_loss(margins, **fit))
+    fitted = measurements.calibrated_loss(margins, **fit)
     fitted += 0.01 * (np.log(fit["scale"]) ** 2 + fit["shift"] ** 2)
     assert fitted <= losses.min() + 1e-4
     at = np.unravel_index(losses.argmin(), losses.shape)
@@ -244,11 +244,11 @@ def test_calibration_finds_the_scale_and_shift_of_a_fine_grid_search():
 
 def test_calibration_of_separable_pairs_stays_near_one_and_holds_on_other_pairs():
     rng = np.random.default_rng(0)
-    fit = measurements.calibrate(rng.normal(3.0, 0.5, 96).astype(np.float32), steps=64)
+    fit = measurements.calibrate(rng.normal(3.0, 0.5, 96).astype(np.float32))
     # A scale of 18 and a shift of -5 came of this without the penalty.
     assert 1 < fit["scale"] < 4
     assert abs(fit["shift"]) < 0.5
     others = rng.normal(1.5, 1.5, 400).astype(np.float32)
-    raw = float(measurements.calibrated_loss(others, scale=1.0, shift=0.0))
-    assert float(measurements.calibrated_loss(others, **fit)) < 1.5 * raw
-    assert float(measurements.calibrated_loss(others, scale=18.4, shift=-4.75)) > 3 * raw
+    raw = measurements.calibrated_loss(others, scale=1.0, shift=0.0)
+    assert measurements.calibrated_loss(others, **fit) < 1.5 * raw
+    assert measurements.calibrated_loss(others, scale=18.4, shift=-4.75) > 3 * raw

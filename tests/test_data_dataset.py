@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from wsparse.config import DataConfig
+from wsparse.config import DataConfig, ModelConfig, TrainConfig
 from wsparse.data import batches, dataset, encode, sources, split, tokenizer
 from wsparse.pytext.documents import document
 
@@ -32,14 +32,16 @@ def corpus_folder(tmp_path):
     return folder
 
 
+def config_of(*, vocab_size=300, context=16, **data) -> TrainConfig:
+    return TrainConfig(model=ModelConfig(vocab_size=vocab_size, context=context), data=DataConfig(**data))
+
+
 def open_files(folder, **changes):
-    options = {"vocab_size": 300, "context": 16, "tokenizer": None}
     file = changes.pop("tokenizer_file", None)
-    options |= {key: changes.pop(key) for key in ("vocab_size", "context") if key in changes}
-    options["tokenizer"] = file and tokenizer.load(file)
-    values = {"source": f"files:{folder}/*.py", "validation_fraction": 0.1} | changes
+    config = config_of(**{"source": f"files:{folder}/*.py", "validation_fraction": 0.1} | changes)
     with tempfile.TemporaryDirectory() as run:
-        return dataset.open_dataset(pathlib.Path(run, "data"), DataConfig(**values), **options)
+        path = pathlib.Path(run, "data")
+        return dataset.open_dataset(path, config, tokenizer=file and tokenizer.load(file))
 
 
 def documents_of(opened, side) -> list[str]:
@@ -172,8 +174,7 @@ def test_reports_are_plain_data(corpus_folder):
 
 
 def open_run(folder, source, **changes):
-    data = DataConfig(source=source, validation_fraction=0.1, **changes)
-    return dataset.open_dataset(folder, data, vocab_size=300, context=16)
+    return dataset.open_dataset(folder, config_of(source=source, validation_fraction=0.1, **changes))
 
 
 def same_streams(first, second) -> bool:
@@ -239,9 +240,7 @@ def test_a_failure_leaves_no_folder_and_a_damaged_one_is_refused(corpus_folder, 
     run = tmp_path / "run" / "data"
     check(
         "needs more text",
-        lambda: dataset.open_dataset(
-            run, DataConfig(source=f"files:{corpus_folder}/*.py"), vocab_size=50_000, context=16
-        ),
+        lambda: dataset.open_dataset(run, config_of(source=f"files:{corpus_folder}/*.py", vocab_size=50_000)),
     )
     assert not (tmp_path / "run").exists()
     source = f"files:{corpus_folder}/*.py"
@@ -266,11 +265,8 @@ def test_data_of_other_options_is_made_again(corpus_folder, tmp_path):
 def test_a_tokenizer_of_another_run_is_refused(corpus_folder, tmp_path):
     open_run(tmp_path / "data", f"files:{corpus_folder}/*.py")
     other = tokenizer.train([document(9, i) for i in range(40)], 300)
-    data = DataConfig(source=f"files:{corpus_folder}/*.py", validation_fraction=0.1)
-    check(
-        "is not the one that",
-        lambda: dataset.open_dataset(tmp_path / "data", data, vocab_size=300, context=16, tokenizer=other),
-    )
+    config = config_of(source=f"files:{corpus_folder}/*.py", validation_fraction=0.1)
+    check("is not the one that", lambda: dataset.open_dataset(tmp_path / "data", config, tokenizer=other))
 
 
 def test_other_text_that_was_prepared_with_another_tokenizer_is_refused(corpus_folder, tmp_path):

@@ -6,7 +6,7 @@ import sys
 from helpers import check, read
 import pytest
 
-from wsparse.config import DataConfig
+from wsparse.config import DataConfig, ModelConfig, TrainConfig
 from wsparse.data import dataset, hub_datasets, sources
 
 datasets = pytest.importorskip("datasets")
@@ -66,8 +66,11 @@ def test_text_to_train_on_is_made_of_such_a_source_in_a_mix(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = f"0.5*hf:{tmp_path}:train:story+0.5*stories"
     assert [term.name for term in sources.parse_mix(source)] == [f"hf:{tmp_path}:train:story", "stories"]
-    config = DataConfig(source=source, megabytes=0.008, validation_fraction=0.2)
-    data = dataset.open_dataset(tmp_path / "data", config, vocab_size=300, context=16)
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=300, context=16),
+        data=DataConfig(source=source, megabytes=0.008, validation_fraction=0.2),
+    )
+    data = dataset.open_dataset(tmp_path / "data", config)
     assert len(data.side("train")) == len(data.side("validation")) == 2
 
 

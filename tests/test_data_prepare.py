@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from wsparse import locks
-from wsparse.config import DataConfig
+from wsparse.config import DataConfig, ModelConfig, TrainConfig
 from wsparse.data import batches, dataset, encode, prepare, tokens
 from wsparse.pytext.documents import document
 
@@ -60,10 +60,11 @@ def copy(finished, tmp_path) -> pathlib.Path:
     return folder
 
 
-def open_dataset(source: str, **changes):
+def open_dataset(source: str, *, vocab_size=300, **changes):
     data = {"source": source, "validation_fraction": 0.15, "megabytes": 1e3} | changes
+    config = TrainConfig(model=ModelConfig(vocab_size=vocab_size, context=48), data=DataConfig(**data))
     with tempfile.TemporaryDirectory() as run:
-        return dataset.open_dataset(pathlib.Path(run, "data"), DataConfig(**data), vocab_size=300, context=48)
+        return dataset.open_dataset(pathlib.Path(run, "data"), config)
 
 
 # The same data.
@@ -145,9 +146,7 @@ def test_mixes_of_folders_need_one_tokenizer_and_multiply_their_weights(source, 
     assert len(mixed.report.sources) == 4
     check(
         "tokenizer has 300 tokens, but model.vocab_size=400",
-        lambda: dataset.open_dataset(
-            tmp_path / "run", DataConfig(source=f"arrayrecord:{finished}"), vocab_size=400, context=48
-        ),
+        lambda: open_dataset(f"arrayrecord:{finished}", vocab_size=400),
     )
 
 

@@ -3,7 +3,6 @@
 The client is the real one; `hub_case` is the server.
 """
 
-import builtins
 import json
 import re
 import shutil
@@ -195,14 +194,7 @@ def test_a_dry_run_asks_nothing(run, hub):
 
 
 def test_a_dry_run_needs_no_client(folder, monkeypatch):
-    plain_import = builtins.__import__
-
-    def refuse(name, *arguments, **options):
-        if name.startswith("huggingface_hub"):
-            raise ImportError(name)
-        return plain_import(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     run = runs.load(folder)
     assert set(push_to_hub(run, "someone/tiny", dry_run=True).sizes) == MODEL | CIRCUITS | {"report.html"}
     with pytest.raises(UserError, match=r"pip install 'wsparse\[hub\]'"):

@@ -17,7 +17,7 @@ from wsparse import model, runs, trees
 from wsparse.config import ABS_TOP_K_SITES, ModelConfig
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
-from wsparse.interop import bpe_files, openai, parity, torch_file
+from wsparse.interop import bpe_files, convert, openai, parity, torch_file
 from wsparse.interop.openai import model_config, params_from_state
 from wsparse.nodes import NODES, OTHER_LOCATIONS
 
@@ -439,7 +439,7 @@ def imported(published, tmp_path_factory):
     where = tmp_path_factory.mktemp("imported")
     for number, text in enumerate(TEXT):
         (where / f"{number}.py").write_text(text)
-    openai.import_run(published[0], where / "run", source=f"files:{where}/*.py")
+    convert.import_run(published[0], where / "run", source=f"files:{where}/*.py")
     return where / "run"
 
 
@@ -486,21 +486,21 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_written(imported, tm
 
 def test_an_import_without_a_tokenizer_says_what_works_without(tmp_path):
     with pytest.raises(UserError, match=r"has no encoder\.json.*--tokenizer=FOLDER.*load works"):
-        openai.import_run(GOLDEN / "sink_bigram", tmp_path / "run")
+        convert.import_run(GOLDEN / "sink_bigram", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_import_with_anothers_tokenizer_is_refused(published, tmp_path):
     with pytest.raises(UserError, match="the tokenizer has 300 tokens, the model 96"):
-        openai.import_run(GOLDEN / "sink_bigram", tmp_path / "run", tokenizer_folder=published[0])
+        convert.import_run(GOLDEN / "sink_bigram", tmp_path / "run", tokenizer=published[0])
     assert not (tmp_path / "run").exists()
 
 
 def test_an_import_refuses_a_bad_source_and_a_folder_that_is_taken(published, imported, tmp_path):
     with pytest.raises(UserError, match="sdtlib"):
-        openai.import_run(published[0], tmp_path / "run", source="sdtlib")
+        convert.import_run(published[0], tmp_path / "run", source="sdtlib")
     with pytest.raises(UserError, match="exists and is not empty"):
-        openai.import_run(published[0], imported)
+        convert.import_run(published[0], imported)
 
 
 def test_an_import_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
@@ -509,12 +509,12 @@ def test_an_import_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "sizes", fail)
     with pytest.raises(KeyboardInterrupt):
-        openai.import_run(published[0], tmp_path / "run")
+        convert.import_run(published[0], tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_import_to_where_no_folder_can_be_names_the_folder_that_was_asked_for(published, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        openai.import_run(published[0], tmp_path / "file" / "run")
+        convert.import_run(published[0], tmp_path / "file" / "run")
     assert str(error.value) == f"cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory"

@@ -1,6 +1,5 @@
 """Pretrained folders: every bit comes back, the card says what is there, and mistakes are named."""
 
-import builtins
 import contextlib
 import dataclasses
 import functools
@@ -298,14 +297,7 @@ def test_no_network_is_said_in_one_line(monkeypatch):
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    plain_import = builtins.__import__
-
-    def refuse(name, *arguments, **options):
-        if name == "huggingface_hub":
-            raise ImportError(name)
-        return plain_import(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"^someone/tiny is not a folder here, .* 'wsparse\[hub\]'"):
         from_pretrained("someone/tiny")
 

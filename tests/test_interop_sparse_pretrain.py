@@ -15,7 +15,7 @@ from wsparse import model, runs, trees
 from wsparse.config import NODE_SITES
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError
-from wsparse.interop import parity, sparse_pretrain, torch_file
+from wsparse.interop import convert, parity, sparse_pretrain, torch_file
 from wsparse.interop.sparse_pretrain import model_config, params_from_state
 from wsparse.nodes import NODES, OTHER_LOCATIONS
 
@@ -228,8 +228,8 @@ def test_an_uncased_tokenizer_of_word_pieces_ends_texts_with_its_own_token(token
 def test_a_checkpoint_becomes_a_run_with_its_tokenizer_and_text(tokenizer_file, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": STORY + str(i)}) + "\n" for i in range(60)))
-    sparse_pretrain.import_run(
-        GOLDEN / "sinks_bigram", tmp_path / "run", tokenizer_file=tokenizer_file, source=f"jsonl:{text}"
+    convert.import_run(
+        GOLDEN / "sinks_bigram", tmp_path / "run", tokenizer=tokenizer_file, source=f"jsonl:{text}"
     )
     run = runs.load(tmp_path / "run")
     assert run.config.data.domain == "stories"
@@ -242,11 +242,11 @@ def test_a_checkpoint_becomes_a_run_with_its_tokenizer_and_text(tokenizer_file, 
 
 def test_an_import_without_a_tokenizer_says_where_to_find_one(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer at .*sinks_bigram/tokenizer\.json: give the"):
-        sparse_pretrain.import_run(GOLDEN / "sinks_bigram", tmp_path / "run", source="idioms")
+        convert.import_run(GOLDEN / "sinks_bigram", tmp_path / "run", source="idioms")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_import_into_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "notes").write_text("")
     with pytest.raises(UserError, match="exists and is not empty"):
-        sparse_pretrain.import_run(GOLDEN / "sinks_bigram", tmp_path, source="idioms")
+        convert.import_run(GOLDEN / "sinks_bigram", tmp_path, source="idioms")

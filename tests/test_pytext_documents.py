@@ -14,8 +14,6 @@ import hashlib
 import itertools
 import random
 import re
-import subprocess
-import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,22 +276,3 @@ def test_documents_never_change():
 def test_a_negative_index_is_refused():
     with pytest.raises(UserError, match="0 or more, got -1"):
         document(0, -1)
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "wsparse.pytext.documents", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
-
-
-def test_command_prints_and_measures():
-    printed = command("--examples=2", "--seed=3").stdout
-    assert document(3, 0) in printed and document(3, 1) in printed
-    assert "MB/s" in command("--megabytes=0.02").stdout
-
-
-@pytest.mark.parametrize("megabytes", ["0", "nan", "inf"])
-def test_command_refuses_sizes(megabytes):
-    done = command(f"--megabytes={megabytes}")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "--megabytes" in done.stderr
-    assert len(done.stderr.splitlines()) == 1

@@ -196,22 +196,22 @@ def test_an_empty_prompt_begins_a_document(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt=a"], ["--run", "--prompt"]),
-        (["--run=x"], ["--run", "--prompt"]),
-        (["--run=x", "--prompt=a", "--tokens=0"], ["--tokens", "at least 1", "0"]),
-        (["--run=x", "--prompt=a", "--samples=-1"], ["--samples", "at least 1", "-1"]),
-        (["--run=x", "--prompt=a", "--top_k=-2"], ["--top_k", "at least 0", "-2"]),
-        (["--run=x", "--prompt=a", "--temperature=-0.5"], ["--temperature", "at least 0", "-0.5"]),
+        (["--prompt=a"], ["--run"]),
+        (["--run=x"], ["--prompt"]),
+        (["--run=x", "--prompt=a", "--tokens=0"], ["--tokens", "[1, 1000000]", "0"]),
+        (["--run=x", "--prompt=a", "--samples=-1"], ["--samples", "[1, 10000]", "-1"]),
+        (["--run=x", "--prompt=a", "--top_k=-2"], ["--top_k", "[0, ", "-2"]),
+        (["--run=x", "--prompt=a", "--temperature=-0.5"], ["--temperature", "[0, ", "-0.5"]),
         (["--run=x", "--prompt=a", "--temperature=1e-320"], ["--temperature", "at least 1e-06", "1e-320"]),
-        (["--run=x", "--prompt=a", "--temperature=1e300"], ["--temperature", "at most 1000000.0", "1e+300"]),
-        (["--run=x", "--prompt=a", f"--tokens={10**12}"], ["--tokens", "at most 1000000", str(10**12)]),
-        (["--run=x", "--prompt=a", f"--samples={10**12}"], ["--samples", "at most 10000", str(10**12)]),
-        (["--run=x", "--prompt=a", f"--seed={2**63}"], ["--seed", f"at most {2**63 - 1}", str(2**63)]),
+        (["--run=x", "--prompt=a", "--temperature=1e300"], ["--temperature", "1000000.0]", "1e+300"]),
+        (["--run=x", "--prompt=a", f"--tokens={10**12}"], ["--tokens", "[1, 1000000]", str(10**12)]),
+        (["--run=x", "--prompt=a", f"--samples={10**12}"], ["--samples", "[1, 10000]", str(10**12)]),
+        (["--run=x", "--prompt=a", f"--seed={2**63}"], ["--seed", f"{2**63 - 1}]", str(2**63)]),
         (["--run=x", "--prompt=\udcff"], ["--prompt", "UTF-8"]),
     ],
 )
 def test_wrong_options_are_errors_of_one_line(command, arguments, words):
-    with pytest.raises(UserError) as error:
+    with pytest.raises((UserError, flags.IllegalFlagValueError)) as error:
         command(*arguments)
     assert "\n" not in str(error.value)
     for word in words:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from wsparse import files, hlo, model, recipes, sharding
 from wsparse.circuits import PairArrays, masks, search
+from wsparse.circuits.settings import Settings
 from wsparse.command import run_command
 from wsparse.config import ModelConfig, TrainConfig
 from wsparse.errors import UserError, closest, missing_extra, reason
@@ -137,8 +138,8 @@ def prune(
 ) -> tuple[Any, float]:
     """Returns the lowered call of a `Pruner` with a trial on each chip, and the model's own FLOPs."""
     trials, rows = len(devices), 2 * pairs_per_step
-    options = {"steps": steps, "pairs_per_step": pairs_per_step, "parallel": trials}
-    pruner = search.Pruner(config, devices=devices, **options)
+    settings = Settings(steps=steps, pairs_per_step=pairs_per_step)
+    pruner = search.Pruner(config, settings, parallel=trials, devices=devices)
     shape = jax.ShapeDtypeStruct
     column = shape((rows,), jnp.int32)
     lowered = pruner.lower(

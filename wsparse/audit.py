@@ -147,8 +147,7 @@ def rewrite(folder: pathlib.Path, tasks: Sequence[str]) -> list[Audit]:
             raise UserError(text)
         log.info("note: %s", text)
     for task, done in audits.items():
-        with files.replacing(places[task] / audit_report.FILE) as part:
-            part.write_text(audit_report.render(done), encoding="utf-8")
+        files.write_text(places[task] / audit_report.FILE, audit_report.render(done))
         log.info("%s: written to %s", task, places[task] / audit_report.FILE)
     return list(audits.values())
 

@@ -36,6 +36,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "positive": lambda value: value > 0,
+    "positive and finite": lambda value: 0 < value < math.inf,
     "in (0, 1)": lambda value: 0 < value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import difflib
+import importlib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -19,6 +22,15 @@ class MissingKeyError(UserError, KeyError):
 
     # That of KeyError quotes the message.
     __str__ = UserError.__str__
+
+
+@contextlib.contextmanager
+def located(before: str, after: str = "") -> Iterator[None]:
+    """Puts text around the message of a UserError that the block raises, such as the file it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{before}{error}{after}") from error
 
 
 def quoted(text: object) -> str:
@@ -40,3 +52,11 @@ def closest(name: str, valid: Iterable[str]) -> str:
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:
     """The error for an optional package that is not installed."""
     return UserError(f"{purpose} needs the package {package!r}: pip install 'wsparse[{extra}]'")
+
+
+def optional(package: str, extra: str, purpose: str) -> Any:
+    """Imports and returns an optional package; raises `missing_extra` where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise missing_extra(package, extra, purpose) from error

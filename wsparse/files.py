@@ -126,6 +126,12 @@ def check_output(path: pathlib.Path) -> None:
     check_writable(path.absolute().parent, str(path))
 
 
+def check_new_folder(out: pathlib.Path) -> None:
+    """Raises a UserError if the folder `--out` cannot be made, because something is there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} exists and is not empty: choose another folder")
+
+
 def make_folder(path: str | os.PathLike[str], *, shown: str | os.PathLike[str] | None = None) -> None:
     """Makes a folder, and those above it, where there is none.
 
@@ -142,12 +148,19 @@ def make_folder(path: str | os.PathLike[str], *, shown: str | os.PathLike[str] |
         raise UserError(f"cannot make the folder {shown or path}: {error.strerror}") from error
 
 
+def write_text(
+    path: str | os.PathLike[str], text: str, *, durable: bool = False, part: pathlib.Path | None = None
+) -> None:
+    """Writes text in UTF-8; see `replacing`."""
+    with replacing(path, durable=durable, part=part) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(
     path: str | os.PathLike[str], value: Any, *, durable: bool = False, part: pathlib.Path | None = None
 ) -> None:
     """Writes a value as indented JSON; see `replacing`."""
-    with replacing(path, durable=durable, part=part) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n", durable=durable, part=part)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

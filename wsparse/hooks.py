@@ -94,7 +94,7 @@ class Activations(Mapping[str, jax.Array]):
                 pattern_BHTS = _attention(self._acts, self._sink_LH, place.layer, self._config)
             return pattern_BHTS[..., : self._time, : self._time]
         value = _at(self._acts, place.location, place.layer)[..., : self._time, :]
-        return _split_heads(value, self._config) if place.split_heads else value
+        return model.split_heads(value, self._config) if place.split_heads else value
 
     def first(self, time: int) -> Activations:
         """Returns the activations at the first tokens."""
@@ -260,7 +260,7 @@ def _attention(acts, sink_LH, layer: int | None, config: ModelConfig) -> jax.Arr
 
 def _attended(pattern_BHTS: jax.Array, v_BSE: jax.Array, config: ModelConfig) -> jax.Array:
     """Returns what heads give under a pattern, side by side: `(B, T, H * K)`."""
-    v_BSHK = _split_heads(v_BSE, config)
+    v_BSHK = model.split_heads(v_BSE, config)
     y_BTHK = jnp.einsum("bhts,bshk->bthk", pattern_BHTS.astype(v_BSHK.dtype), v_BSHK)
     return jnp.reshape(y_BTHK, v_BSE.shape)
 
@@ -279,17 +279,13 @@ def _set_channel(channel, value, x):
 
 
 def _apply(name: str, function: ValueTap, place: _Place, config: ModelConfig, value: jax.Array):
-    argument = _split_heads(value, config) if place.split_heads else value
+    argument = model.split_heads(value, config) if place.split_heads else value
     result = jnp.asarray(function(argument))
     if result.shape != argument.shape:
         raise UserError(
             f"the tap of {name!r} must return shape {argument.shape}, as it was given, got {result.shape}"
         )
     return jnp.reshape(result, value.shape).astype(value.dtype)
-
-
-def _split_heads(value: jax.Array, config: ModelConfig) -> jax.Array:
-    return jnp.reshape(value, (*value.shape[:-1], config.n_head, config.d_head))
 
 
 def _select(names_filter: NamesFilter | None, config: ModelConfig) -> tuple[str, ...]:

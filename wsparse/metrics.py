@@ -32,8 +32,7 @@ class MetricsWriter:
         self._trackers = list(trackers)
         self._path = workdir / _FILE
         kept = [record for record in read(workdir) if record["step"] <= start_step]
-        with files.replacing(self._path) as part:
-            part.write_text("".join(_line(record) for record in kept))
+        files.write_text(self._path, "".join(_line(record) for record in kept))
         self._file = self._path.open("a", buffering=1)
         self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start_step + 1, write_to_disk=True)
 

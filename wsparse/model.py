@@ -142,11 +142,13 @@ def layer_attention(
 
     The layer is traced: one program serves all.
     """
-    q_BTHK, k_BTHK = (
-        jnp.reshape(y_LBTE[layer], (*y_LBTE.shape[1:3], config.n_head, config.d_head))
-        for y_LBTE in (q_LBTE, k_LBTE)
-    )
+    q_BTHK, k_BTHK = (split_heads(y_LBTE[layer], config) for y_LBTE in (q_LBTE, k_LBTE))
     return attention_pattern(q_BTHK, k_BTHK, None if sink_LH is None else sink_LH[layer])
+
+
+def split_heads(y: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns what heads have side by side, `(..., E)`, with an axis for each: `(..., H, K)`."""
+    return jnp.reshape(y, (*y.shape[:-1], config.n_head, config.d_head))
 
 
 def norm_scale(x: jax.Array, config: ModelConfig) -> jax.Array:
@@ -278,7 +280,7 @@ class Attention(nn.Module):
         for name, read_BTR in (("q", _take_positions(x_BTR, positions_BP)), ("k", x_BTR), ("v", x_BTR)):
             linear = Linear(config.attention_width, use_bias=config.bias, name=name)
             y_BTE = acts[f"attn.{name}"] = node(f"attn.{name}", linear(read_BTR))
-            heads.append(jnp.reshape(y_BTE, (*y_BTE.shape[:2], config.n_head, config.d_head)))
+            heads.append(split_heads(y_BTE, config))
         sink_H = self.param("sink", nn.initializers.zeros, (config.n_head,)) if config.sink else None
         q_BTHK, k_BTHK, v_BTHK = heads
         y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, sink_H, positions_BP)

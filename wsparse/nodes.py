@@ -73,6 +73,11 @@ OTHER_LOCATIONS = tuple(name for name in LOCATIONS if name not in NODES)
 NORMS = ("attn_norm", "mlp_norm", "final_norm")
 
 
+def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns `(n_layer, N)` for every node location."""
+    return {name: (config.n_layer, kind.width(config)) for name, kind in NODES.items()}
+
+
 class Connection(NamedTuple):
     """A weight matrix `(in, out)` of a block, between the node locations `source` and `target`.
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import files, hooks, model, runs, taps, trees
+from wsparse import files, hooks, model, runs, trees
 from wsparse.circuits import circuit as circuit_file
 from wsparse.circuits import masks
 from wsparse.circuits.audits import record
@@ -388,8 +388,8 @@ class Ablated:
     def logits(self, text: str | Sequence[str]) -> jax.Array:
         """Returns logits of the next token, `(T, V)` or `(N, V)`; see `Circuit.logits`."""
         circuit, found = self.circuit, self.circuit._in_model
-        ablation = found.ablation(circuit._without(self.names))
-        return _logits(circuit.run, text, found.params, found.scorer.config, ablation)
+        tap = found.ablation(circuit._without(self.names))
+        return _logits(circuit.run, text, found.params, found.scorer.config, tap)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -427,17 +427,17 @@ class Page:
             part.write_text(self.text, encoding="utf-8")
 
 
-def _logits(run: Run, text: str | Sequence[str], params, config: ModelConfig, ablation=None) -> jax.Array:
+def _logits(run: Run, text: str | Sequence[str], params, config: ModelConfig, tap=None) -> jax.Array:
     """Returns `(T, V)` of a text, or `(N, V)` of N."""
     if isinstance(text, str):
         tokens_1T = run.tokens(text)
-        return _forward(params, _padded(tokens_1T, config), ablation, config=config)[0, : tokens_1T.shape[1]]
+        return _forward(params, _padded(tokens_1T, config), tap, config=config)[0, : tokens_1T.shape[1]]
     if not text:
         raise UserError("logits needs at least one text")
     # One after the other: a batch of any size would be a shape to compile for.
     last = []
     for tokens_1T in map(run.tokens, text):
-        logits_1TV = _forward(params, _padded(tokens_1T, config), ablation, config=config)
+        logits_1TV = _forward(params, _padded(tokens_1T, config), tap, config=config)
         last.append(logits_1TV[0, tokens_1T.shape[1] - 1])
     return jnp.stack(last)
 
@@ -450,6 +450,5 @@ def _padded(tokens_1T: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _forward(params, tokens_BT, ablation, *, config: ModelConfig) -> jax.Array:
-    tap = None if ablation is None else taps.mask(*ablation)
+def _forward(params, tokens_BT, tap, *, config: ModelConfig) -> jax.Array:
     return model.forward(params, tokens_BT, config, tap=tap)[0]

@@ -125,14 +125,7 @@ def _jobs(
         log.info("%s: refused: %s%s", task, error, hint)
     if not pairs:
         raise UserError("no task is left: see the reasons above")
-    pruner = Pruner(
-        config,
-        steps=settings.steps,
-        pairs_per_step=settings.pairs_per_step,
-        tie_qk=settings.tie_qk,
-        objective=settings.objective,
-        parallel=min(settings.parallel, settings.trials),
-    )
+    pruner = Pruner(config, settings, parallel=min(settings.parallel, settings.trials))
     summaries = {task.name: task.summary for task in chosen}
     # Read when it is first needed: a sweep may find nothing.
     text = functools.cache(functools.partial(evidence.read_text, trained))

@@ -32,7 +32,7 @@ from typing import Any
 
 from absl import flags
 
-from wsparse import files, recipes, runs
+from wsparse import files, markdown, recipes, runs
 from wsparse.circuits import report
 from wsparse.circuits.audits.claims import CLAIMS
 from wsparse.circuits.circuit import FOUND, NOT_CONFIRMED, NOT_FOUND, Status, folder_of
@@ -146,8 +146,7 @@ def _key(run: Entry) -> tuple[str, int, str]:
 def write(path: pathlib.Path, entries: Sequence[Entry]) -> None:
     """Writes runs, one in a line, so that a change of one is a change of its line."""
     lines = ",\n".join(json.dumps(run) for run in entries)
-    with files.replacing(path) as part:
-        part.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+    files.write_text(path, f'{{"runs": [\n{lines}\n]}}\n')
 
 
 def run_folders(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -212,11 +211,6 @@ def _groups(given: Sequence[str], entries: Sequence[Entry], where: str) -> _Grou
     }
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def _models(groups: _Groups) -> str:
     header = ("recipe", "model", "held-out loss", f"tasks below {records.BAR}", "nonzero weights", "minutes")
     rows = []
@@ -232,7 +226,7 @@ def _models(groups: _Groups) -> str:
         ]
         columns[1] += f" of {n_tasks}"
         rows.append([_shown(wanted, entries), _shape(entries[0]["config"]), *columns, str(len(entries))])
-    return _table([*header, "seeds"], rows)
+    return markdown.table([*header, "seeds"], rows)
 
 
 def _shown(wanted: str, entries: Sequence[Entry]) -> str:
@@ -269,7 +263,7 @@ def _tasks(groups: _Groups) -> str:
             for entries in groups.values()
         ]
         rows.append([f"`{task}`", *(spread(values, ".3f") for values in losses)])
-    return _table(["task", *(_shown(*group) for group in groups.items())], rows)
+    return markdown.table(["task", *(_shown(*group) for group in groups.items())], rows)
 
 
 def _circuits(groups: _Groups) -> str:
@@ -297,7 +291,7 @@ def _circuits(groups: _Groups) -> str:
         for mean in means:
             row += ["", "", f"**{mean:,.1f}**", "", "", ""]
         rows.append([*row, *_ratio(means, groups)])
-    return _table([*header, *(["ratio of edges"] if len(groups) == 2 else [])], rows)
+    return markdown.table([*header, *(["ratio of edges"] if len(groups) == 2 else [])], rows)
 
 
 def _confirmed(groups: _Groups) -> str:
@@ -311,7 +305,7 @@ def _confirmed(groups: _Groups) -> str:
         cells = [str(len(circuits)), _share(tried, FOUND), _share(easy, FOUND), by_control]
         rows.append([_shown(wanted, entries), *cells, str(len(entries))])
     header = ["recipe", "tasks x seeds", "confirmed of those tried", f"where the model is below {_EASY}"]
-    return _table([*header, "a control reaches the target", "seeds"], rows)
+    return markdown.table([*header, "a control reaches the target", "seeds"], rows)
 
 
 def _by_control(circuit: Mapping[str, Any]) -> bool:
@@ -357,7 +351,7 @@ def _ratios(groups: _Groups) -> str:
             n_tasks = next((str(ratio.tasks) for ratio in ratios if ratio), "0")
             cells = [f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f})" if r else "-" for r in ratios]
             rows.append([title + condition, *cells, n_tasks, seeds, *losses])
-    return _table(["ratio of", *counts.values(), "tasks", "seeds", *held], rows)
+    return markdown.table(["ratio of", *counts.values(), "tasks", "seeds", *held], rows)
 
 
 def _conditions(entries: Sequence[Entry]) -> dict[str, _Keep]:
@@ -389,7 +383,7 @@ def _audits(groups: _Groups) -> str:
         if any(judged):
             cells = [f"{found.count('passed')} of {len(found)}" if found else "-" for found in judged]
             rows.append([claim.title, *cells])
-    return _table(["test", *columns], rows)
+    return markdown.table(["test", *columns], rows)
 
 
 _TABLES: dict[str, Callable[[_Groups], str]] = {
@@ -478,8 +472,7 @@ def main(argv: Sequence[str]) -> int:
         write(path, entries)
     for document, (before, after) in texts.items():
         if before != after:
-            with files.replacing(document) as part:
-                part.write_text(after, encoding="utf-8")
+            files.write_text(document, after)
             log.info("%s: written", document)
     return 0
 

@@ -16,7 +16,7 @@ from wsparse import checkpoint, files, model, sparsity
 from wsparse.config import TrainConfig, from_dict, to_dict
 from wsparse.data import batches, dataset, tokens
 from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.errors import UserError
+from wsparse.errors import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +62,7 @@ class Run:
             )
         if not folder.exists():
             log.info("%s keeps no text yet: reading %s", self.folder, config.data.source)
-        data = dataset.open_dataset(
-            folder,
-            config.data,
-            vocab_size=config.model.vocab_size,
-            context=config.model.context,
-            tokenizer=self.tokenizer,
-        )
+        data = dataset.open_dataset(folder, config, tokenizer=self.tokenizer)
         metadata = checkpoint.read_metadata(self.folder / "checkpoints", self.step)
         if metadata.get("data_digest", data.digest) != data.digest:
             log.warning(
@@ -120,10 +114,8 @@ def read_config(folder: str | os.PathLike[str]) -> TrainConfig:
             f"{folder} is a model in the layout of the Hugging Face Hub, not a run: "
             f"wsparse.load({str(folder)!r}) makes a run of it"
         )
-    try:
+    with located(f"{path}: "):
         return from_dict(TrainConfig, values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None) -> Run:

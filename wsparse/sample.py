@@ -18,14 +18,6 @@ from wsparse.config import ModelConfig
 from wsparse.errors import UserError
 from wsparse.ops import cpu
 
-# Least and largest values of flags: what memory and 64 bits hold.
-_LIMITS = {
-    "tokens": (1, 1_000_000),
-    "samples": (1, 10_000),
-    "top_k": (0, 2**31 - 1),
-    "temperature": (0, 1e6),
-    "seed": (-(2**63), 2**63 - 1),
-}
 # Over a smaller temperature logits may be infinite.
 _COLDEST = 1e-6
 
@@ -91,12 +83,6 @@ def generate(
 def main(argv: Sequence[str]) -> None:
     """The command; see the module's docstring."""
     options: Any = flags.FLAGS
-    if options.run is None or options.prompt is None:
-        raise UserError("give --run=FOLDER and --prompt='...'")
-    for name, (smallest, largest) in _LIMITS.items():
-        value = getattr(options, name)
-        if not smallest <= value <= largest:
-            raise UserError(f"--{name} must be at least {smallest} and at most {largest}, got {value}")
     if 0 < options.temperature < _COLDEST:
         raise UserError(
             f"--temperature must be 0, which takes the most likely token, or at least {_COLDEST}, "
@@ -132,13 +118,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("run", None, "The run's folder.")
-    flags.DEFINE_string("prompt", None, "Text to continue.")
-    flags.DEFINE_integer("tokens", 64, "Tokens to draw; a sample ends early at the end of its document.")
-    flags.DEFINE_integer("samples", 1, "Continuations to print.")
-    flags.DEFINE_float("temperature", 0.8, "0 always takes the most likely token.")
-    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens only; 0 is all of them.")
-    flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+    flags.DEFINE_string("run", None, "The run's folder.", required=True)
+    flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
+    # The bounds are what memory and 64 bits hold.
+    tokens = "Tokens to draw; a sample ends early at the end of its document."
+    flags.DEFINE_integer("tokens", 64, tokens, lower_bound=1, upper_bound=1_000_000)
+    flags.DEFINE_integer("samples", 1, "Continuations to print.", lower_bound=1, upper_bound=10_000)
+    temperature = "0 always takes the most likely token."
+    flags.DEFINE_float("temperature", 0.8, temperature, lower_bound=0, upper_bound=1e6)
+    top_k = "Draw from the k most likely tokens only; 0 is all of them."
+    flags.DEFINE_integer("top_k", 0, top_k, lower_bound=0, upper_bound=2**31 - 1)
+    flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=-(2**63), upper_bound=2**63 - 1)
 
 
 if __name__ == "__main__":

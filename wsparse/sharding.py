@@ -93,14 +93,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules: trees.Rules[P] = RULES) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns a `NamedSharding` for each leaf of a tree of arrays or shapes; strict like `trees.match`.
 
     A mesh axis that does not divide a leaf's dimension is dropped from that dimension, which is logged once.
     """
 
     def place(path, leaf):
-        return NamedSharding(mesh, _divisible(path, leaf.shape, mesh, trees.match(rules, path)))
+        return NamedSharding(mesh, _divisible(path, leaf.shape, mesh, trees.match(RULES, path)))
 
     return trees.map_with_path(place, tree)
 

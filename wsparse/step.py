@@ -117,17 +117,12 @@ def train_step(
       for each projected parameter a bool per matrix, false where it holds NaN or infinity.
     """
 
-    gradients, value, kurtosis = _gradients(state.params, lambda params: params, batch_ABT, config, mesh)
+    gradients, report = _gradients(state.params, lambda params: params, batch_ABT, config, mesh)
     updates, optimizer = make_optimizer(config, mesh=mesh).update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     projection = sparsity.find_state(optimizer)
-    report = {
-        "loss": value,
-        "kurtosis": kurtosis,
-        "gradient_rms": sparsity.gradient_rms(gradients),
-        "finite": projection.finite,
-        "turnover": _turnover(state, updates, projection.nonzeros, config),
-    }
+    turnover = _turnover(state, updates, projection.nonzeros, config)
+    report |= {"finite": projection.finite, "turnover": turnover}
     return TrainState(state.step + 1, params, optimizer), report
 
 
@@ -144,18 +139,12 @@ def frozen_step(
     """
     packed = frozen.pack(state.params, places)
     assemble = lambda packed: frozen.for_model(packed, state.params, places)
-    gradients, value, kurtosis = _gradients(packed, assemble, batch_ABT, config, None)
+    gradients, report = _gradients(packed, assemble, batch_ABT, config, None)
     moments = frozen.pack_moments(state.optimizer, places)
     optimizer: Any = make_optimizer(config)
     updates, moments = optimizer.update(gradients, moments, packed, frozen=True)
     packed = optax.apply_updates(packed, updates)
-    report = {
-        "loss": value,
-        "kurtosis": kurtosis,
-        "gradient_rms": sparsity.gradient_rms(gradients),
-        "finite": sparsity.find_state(moments).finite,
-        "turnover": jnp.float32(0),
-    }
+    report |= {"finite": sparsity.find_state(moments).finite, "turnover": jnp.float32(0)}
     params = frozen.unpack(packed, state.params, places)
     optimizer_state = frozen.unpack_moments(moments, state.optimizer, places)
     return TrainState(state.step + 1, params, optimizer_state), report
@@ -167,8 +156,8 @@ def _gradients(
     batch_ABT: jax.Array,
     config: TrainConfig,
     mesh: Mesh | None,
-) -> tuple[Any, jax.Array, jax.Array]:
-    """Returns the gradients of what `assemble` makes parameters of, and the mean loss and kurtosis."""
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the gradients of what `assemble` makes parameters of, and what a step reports of them."""
 
     def microbatch(gradients, window_BT):
         def objective(trained):
@@ -181,10 +170,11 @@ def _gradients(
     if config.accumulate == 1:
         zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), trained)
         gradients, (value, kurtosis) = microbatch(zeros, batch_ABT[0])
-        return gradients, value, kurtosis
-    total, (value, kurtosis) = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, trained), batch_ABT)
-    gradients = jax.tree.map(lambda g: g / config.accumulate, total)
-    return gradients, jnp.mean(value), jnp.mean(kurtosis)
+    else:
+        total, means = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, trained), batch_ABT)
+        gradients = jax.tree.map(lambda g: g / config.accumulate, total)
+        value, kurtosis = map(jnp.mean, means)
+    return gradients, {"loss": value, "kurtosis": kurtosis, "gradient_rms": sparsity.gradient_rms(gradients)}
 
 
 def _turnover(

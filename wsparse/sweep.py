@@ -112,8 +112,7 @@ def _begin(folder: pathlib.Path, cell: Cell, cells: Sequence[Cell]) -> int:
         lines = (own / _LOG).read_text(encoding="utf-8", errors="replace").split("\n")
         said = next((line for line in reversed(lines) if line.strip()), "").removeprefix("error: ")
         reason = f"killed by {signal.Signals(-status).name}" if status < 0 else said
-        with files.replacing(own / _FAILURE) as part:
-            part.write_text(f"{reason}\n", encoding="utf-8")
+        files.write_text(own / _FAILURE, f"{reason}\n")
         log.info("  failed: %s", reason)
     return status
 

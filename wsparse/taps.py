@@ -99,9 +99,10 @@ def compose(*taps: Tap) -> Tap:
     return _Composition(taps)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NodeAblation:
-    """The tap of ablation, `gate * value + (1 - gate) * constant` (Gao et al. 2025, pruning).
+    """The tap of ablation, `gate * value + (1 - gate) * constant` (Gao et al. 2025, pruning); a pytree.
 
     Attributes:
       gates: Location -> `(n_layer, N)`, or `(n_layer, B, N)` with a set of gates for every row; locations

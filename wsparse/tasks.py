@@ -13,12 +13,11 @@ import functools
 import sys
 
 from absl import flags
-import jax
 import numpy as np
 
 from wsparse import model, runs
 from wsparse.circuits import pairs, probe, tasks
-from wsparse.circuits.ablation import answer_logits
+from wsparse.circuits.ablation import answer_margins
 from wsparse.command import run_command
 from wsparse.config import ModelConfig
 from wsparse.data import tokenizer as tokenizer_lib
@@ -148,7 +147,8 @@ def _batch_margins(params: model.Params, config: ModelConfig, batch: pairs.TaskB
     n_rows, margins = len(batch.position), []
     for start in range(0, n_rows, _ROWS):
         rows = np.arange(start, start + _ROWS) % n_rows
-        group_B = _margins(params, pairs.PairArrays(*(column[rows] for column in columns)), config=config)
+        group = pairs.PairArrays(*(column[rows] for column in columns))
+        group_B = answer_margins(params, group, config=config)
         margins.append(np.asarray(group_B)[: n_rows - start])
     return np.concatenate(margins)
 
@@ -156,11 +156,6 @@ def _batch_margins(params: model.Params, config: ModelConfig, batch: pairs.TaskB
 def _means(margins: np.ndarray) -> tuple[float, float]:
     """Returns the loss and the accuracy of rows with these margins."""
     return float(np.logaddexp(0, -margins).mean()), float((margins > 0).mean())
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _margins(params, rows: pairs.PairArrays, *, config: ModelConfig) -> jax.Array:
-    return pairs.margins(answer_logits(params, config, rows), rows.answer, rows.other)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -168,13 +168,7 @@ def _open_data(config: TrainConfig, workdir: pathlib.Path) -> Dataset:
 
     def opened() -> Dataset:
         path = workdir / "tokenizer.json"
-        return open_dataset(
-            folder,
-            config.data,
-            vocab_size=config.model.vocab_size,
-            context=config.model.context,
-            tokenizer=tokenizer_lib.load(path) if path.exists() else None,
-        )
+        return open_dataset(folder, config, tokenizer=tokenizer_lib.load(path) if path.exists() else None)
 
     try:
         # The others open the folder only when process 0 has made it.

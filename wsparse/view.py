@@ -36,8 +36,7 @@ def write(
     data = several.read([folder, *others], options)
     names = [each["run"]["name"] for each in (data, *data["others"])]
     text = page.render(data, title=f"{', '.join(names)}: circuits")
-    with files.replacing(out) as part:
-        part.write_text(text, encoding="utf-8")
+    files.write_text(out, text)
     log.info("written to %s (%.1f MB): open it in a browser", out, out.stat().st_size / 1e6)
     return out
 

@@ -26,8 +26,8 @@ import optax
 
 from wsparse import model, taps
 from wsparse.circuits import graph, masks
-from wsparse.circuits.pairs import PairArrays, inside, pairs_loss
-from wsparse.config import ModelConfig, check, setting
+from wsparse.circuits.pairs import PairArrays, inside, margins, pairs_loss
+from wsparse.config import ModelConfig
 from wsparse.nodes import NODES
 
 Constants = Literal["mean", "zero", "task mean", "optimal", "resample", "partner"]
@@ -59,13 +59,10 @@ class Ablation:
       contenders: Whether AbsTopK chooses among "all" nodes or among the "kept" ones.
     """
 
-    constants: Constants = setting("mean", "Values of closed nodes.")  # noqa: RUF009
-    norm: Norms = setting("live", "Scales of norms.")  # noqa: RUF009
-    edges: Edges = setting("loose", "Weights that carry what varies.")  # noqa: RUF009
-    contenders: Contenders = setting("all", "Nodes that compete in AbsTopK.")  # noqa: RUF009
-
-    def __post_init__(self):
-        check(self)
+    constants: Constants = "mean"
+    norm: Norms = "live"
+    edges: Edges = "loose"
+    contenders: Contenders = "all"
 
     def __str__(self) -> str:
         differing = [
@@ -133,6 +130,14 @@ def answer_logits(
         params, pairs.tokens, config, tap=tap, positions_BP=pairs.position[:, None], record=False
     )
     return logits_BPV[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def answer_margins(
+    params: model.Params, pairs: PairArrays, tap: taps.NodeAblation | None = None, *, config: ModelConfig
+) -> jax.Array:
+    """Returns `(B,)`: the logit of the answer after each prompt less that of the other candidate."""
+    return margins(answer_logits(params, config, pairs, tap), pairs.answer, pairs.other)
 
 
 def make_background(

@@ -3,7 +3,7 @@
 A closed node of strength r has the value `(1 - r) mean + r value`; an adversary chooses r in [0, 1] for every
 closed node, the same for all prompts. It is a search: that it fails does not say that every adversary does.
 
-Shapes: U nodes of the model in one vector, B rows of pairs, S steps.
+Shapes: U nodes of the model in one vector, D draws, S steps.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model
-from wsparse.circuits import graph
 from wsparse.circuits.ablation import Background, circuit_logits
 from wsparse.circuits.pairs import PairArrays, pairs_loss
-from wsparse.config import ModelConfig
+from wsparse.circuits.subnetwork import Subnetwork
 
 STEPS, STEP_SIZE = 20, 0.1
 
@@ -44,41 +42,22 @@ class Attack(NamedTuple):
         return float(np.max(self.losses))
 
 
-def ascend(
-    params: model.Params,
-    config: ModelConfig,
-    pairs: PairArrays,
-    nodes_U: np.ndarray,
-    edges: graph.EdgeMask,
-    background: Background,
-    *,
-    seed: int = 0,
-    steps: int = STEPS,
-) -> Attack:
+def ascend(found: Subnetwork, pairs: PairArrays, *, seed: int = 0, steps: int = STEPS) -> Attack:
     """Returns the result of sign-gradient ascent from random strengths, in steps of 0.1.
 
     Args:
-      params: Parameters; with biases if edges are cut, see `scoring.with_biases`.
-      nodes_U: Nodes of the circuit.
-      edges: Weights that stay, see `ablation.circuit_logits`.
-      background: From `ablation.make_background`.
       seed: Seed of the first strengths.
       steps: Number of steps.
     """
-    kept_U = jnp.asarray(nodes_U, jnp.float32)
-    start_U = np.random.default_rng(seed).random(kept_U.size, np.float32)
-    edges = jax.tree.map(jnp.asarray, edges)
-    strengths_U, losses_S = _ascend(
-        params, pairs, kept_U, edges, background, start_U, config=config, steps=steps
-    )
+    start_U = np.random.default_rng(seed).random(found.nodes_U.size, np.float32)
+    config = found.scorer.config
+    strengths_U, losses_S = _ascend(*_arrays(found, pairs), start_U, config=config, steps=steps)
     return Attack(np.asarray(strengths_U), np.asarray(losses_S))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))
 def _ascend(params, pairs, kept_U, edges, background, start_U, *, config, steps):
-    def loss(strengths_U):
-        logits_BV = circuit_logits(params, config, pairs, kept_U, edges, background, strengths=strengths_U)
-        return pairs_loss(logits_BV, pairs)
+    loss = functools.partial(_loss, params, pairs, kept_U, edges, background, config=config)
 
     def step(carry, _):
         strengths_U, best, best_U = carry
@@ -92,17 +71,7 @@ def _ascend(params, pairs, kept_U, edges, background, start_U, *, config, steps)
     return best_U * (1 - kept_U), losses_S
 
 
-def ablate_few(
-    params: model.Params,
-    config: ModelConfig,
-    pairs: PairArrays,
-    nodes_U: np.ndarray,
-    edges: graph.EdgeMask,
-    background: Background,
-    *,
-    budget: int,
-    steps: int = STEPS,
-) -> Attack:
+def ablate_few(found: Subnetwork, pairs: PairArrays, *, budget: int, steps: int = STEPS) -> Attack:
     """Returns the attack that leaves everything but `budget` closed nodes as it is, and ablates those.
 
     A step estimates, to first order at the ablation of the last, how much each closed node's ablation adds to
@@ -112,19 +81,15 @@ def ablate_few(
       budget: Number of nodes outside the circuit that may be ablated.
       steps: Number of sets that are tried.
     """
-    kept_U = jnp.asarray(nodes_U, jnp.float32)
-    edges = jax.tree.map(jnp.asarray, edges)
-    ablated_U, losses_S = _ablate_few(
-        params, pairs, kept_U, edges, background, jnp.int32(budget), config=config, steps=steps
-    )
-    return Attack(np.asarray((1 - ablated_U) * (1 - kept_U)), np.asarray(losses_S))
+    config = found.scorer.config
+    ablated_U, losses_S = _ablate_few(*_arrays(found, pairs), jnp.int32(budget), config=config, steps=steps)
+    return Attack(np.asarray((1 - ablated_U) * ~found.nodes_U), np.asarray(losses_S))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))
 def _ablate_few(params, pairs, kept_U, edges, background, budget, *, config, steps):
     def loss(ablated_U):
-        logits_BV = circuit_logits(params, config, pairs, kept_U, edges, background, strengths=1 - ablated_U)
-        return pairs_loss(logits_BV, pairs)
+        return _loss(params, pairs, kept_U, edges, background, 1 - ablated_U, config=config)
 
     def step(carry, _):
         ablated_U, summed_U, best, best_U = carry
@@ -140,3 +105,23 @@ def _ablate_few(params, pairs, kept_U, edges, background, budget, *, config, ste
     first = (none_U, none_U, -jnp.inf, none_U)
     (_, _, _, best_U), losses_S = lax.scan(step, first, length=steps + 1)
     return best_U, losses_S
+
+
+def losses(found: Subnetwork, pairs: PairArrays, strengths_DU: np.ndarray) -> np.ndarray:
+    """Returns the task loss under given strengths, `(D,)`."""
+    arrays = _arrays(found, pairs)
+    losses_D = [_loss(*arrays, strengths_U, config=found.scorer.config) for strengths_U in strengths_DU]
+    return np.asarray(losses_D)
+
+
+def _arrays(found: Subnetwork, pairs: PairArrays) -> tuple[Any, ...]:
+    """Returns what the compiled functions are given of a circuit."""
+    scorer, kept_U = found.scorer, jnp.asarray(found.nodes_U, jnp.float32)
+    edges = jax.tree.map(jnp.asarray, found.remaining)
+    return scorer.params, pairs, kept_U, edges, Background(scorer.means, scorer.means)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _loss(params, pairs, kept_U, edges, background, strengths_U, *, config) -> jax.Array:
+    logits_BV = circuit_logits(params, config, pairs, kept_U, edges, background, strengths=strengths_U)
+    return pairs_loss(logits_BV, pairs)

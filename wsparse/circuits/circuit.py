@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsparse import files
+from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, from_dict, to_dict
 from wsparse.errors import UserError, quoted
-from wsparse.nodes import CONNECTIONS, NODES, Node
+from wsparse.nodes import CONNECTIONS, Node, shapes
 
 if TYPE_CHECKING:
     from wsparse import model
@@ -329,6 +330,11 @@ class Circuit:
         return ""
 
     @property
+    def settings(self) -> Settings:
+        """Settings of the procedure that found it, with today's defaults for those that it does not name."""
+        return from_dict(Settings, self.hyperparameters.get("settings", {}))
+
+    @property
     def digest(self) -> str:
         """Digest of the circuit itself: its task, its model, its nodes and its edges."""
         names = [node.name for node in self.nodes]
@@ -338,7 +344,7 @@ class Circuit:
 
     def mask(self) -> dict[str, np.ndarray]:
         """Returns location -> bool `(L, N)`: which nodes are kept."""
-        mask = {name: np.zeros(shape, bool) for name, shape in _shapes(self.config).items()}
+        mask = {name: np.zeros(shape, bool) for name, shape in shapes(self.config).items()}
         for kept in self.nodes:
             node = Node.parse(kept.name)
             mask[node.location][node.layer, node.channel] = True
@@ -418,10 +424,6 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path.name} cannot be read: {quoted(error)}") from error
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    return {name: (config.n_layer, kind.width(config)) for name, kind in NODES.items()}
-
-
 def _check(circuit: Circuit) -> None:
     """Refuse a circuit that cannot be of the model that it names."""
     kept = {node.name for node in circuit.nodes}
@@ -430,14 +432,14 @@ def _check(circuit: Circuit) -> None:
     ends = {end for edge in circuit.edges for end in (edge.source, edge.target)}
     if loose := ends - kept:
         raise UserError(f"an edge ends at {min(loose)!r:.80}, which is not among its nodes")
-    shapes = _shapes(circuit.config)
-    for name, shape in shapes.items():
+    widths = shapes(circuit.config)
+    for name, shape in widths.items():
         if name not in circuit.means or circuit.means[name].shape != shape:
             raise UserError(f"the means of {name} must have shape {shape}")
         if name in circuit.tau and circuit.tau[name].shape != shape:
             raise UserError(f"the tau of {name} must have shape {shape}")
     for connection in CONNECTIONS:
-        shape = (*shapes[connection.source], shapes[connection.target][1])
+        shape = (*widths[connection.source], widths[connection.target][1])
         removed = circuit.removed.get(connection.kernel)
         if removed is None or removed.shape != shape or removed.dtype != bool:
             raise UserError(f"the removed weights of {connection.kernel} must be bool of shape {shape}")

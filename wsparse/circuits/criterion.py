@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse.circuits import adversary
-from wsparse.circuits.ablation import Background
 from wsparse.circuits.discretize import Subgraph
 from wsparse.circuits.pairs import PairArrays
 from wsparse.circuits.scoring import Bank, Scorer
 from wsparse.circuits.settings import Objective
+from wsparse.circuits.subnetwork import Subnetwork
 
 # Groups of the bank: one of drawn strengths, the others of the latest adversaries.
 _GROUPS = 4
@@ -106,15 +106,8 @@ class Criterion:
         """Returns whether an adversary breaks a candidate; it joins the bank then."""
         if not self.is_adversarial:
             return False
-        attack = adversary.ascend(
-            self._plain.params,
-            self._plain.config,
-            self._attacked,
-            candidate.nodes,
-            candidate.remaining(self._plain),
-            Background(self._plain.means, self._plain.means),
-            seed=int(self._rng.integers(2**31)),
-        )
+        found = Subnetwork(self._plain, candidate.nodes, candidate.remaining(self._plain))
+        attack = adversary.ascend(found, self._attacked, seed=int(self._rng.integers(2**31)))
         if self._weight * attack.loss <= goal:
             return False
         # No loss under the bank is asked to be lower than that without it, or than the model's own.

@@ -32,9 +32,8 @@ from wsparse.circuits import (
 from wsparse.circuits.circuit import Circuit, folder_of, split
 from wsparse.circuits.evidence_file import PATTERN_TOKENS, TOP_TOKENS, Evidence
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, arrays, first, margins
-from wsparse.circuits.settings import Settings
 from wsparse.circuits.subnetwork import Subnetwork
-from wsparse.config import ModelConfig, check, from_dict, setting
+from wsparse.config import ModelConfig, check, setting
 from wsparse.errors import UserError
 from wsparse.nodes import NODES, Node
 from wsparse.progress import progress
@@ -197,12 +196,18 @@ def opened(
     return run, [(circuit, known[circuit.task]) for circuit in circuits]
 
 
-def report_pairs(run: runs.Run, circuit: Circuit, task: Task) -> TaskBatch:
-    """Returns the pairs that a circuit's numbers were reported on."""
-    settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
-    max_tokens = min(settings.max_tokens, run.config.model.context)
+def report_pairs(
+    run: runs.Run, circuit: Circuit, task: Task, *, n_pairs: int | None = None, longest: int | None = None
+) -> TaskBatch:
+    """Returns the pairs that a circuit's numbers were reported on: `n_pairs`, of `longest` tokens at most."""
+    settings, context = circuit.settings, run.config.model.context
     return tasks.build(
-        task, run.tokenizer, settings.report_pairs, settings.seed, split="report", max_tokens=max_tokens
+        task,
+        run.tokenizer,
+        n_pairs or settings.report_pairs,
+        settings.seed,
+        split="report",
+        max_tokens=min(settings.max_tokens, context, longest or context),
     )
 
 

@@ -70,15 +70,14 @@ def recorded(
     params: model.Params,
     tokens_WT: jax.Array,
     position_W: jax.Array,
-    ablation: tuple[dict[str, Any], dict[str, Any]] | None = None,
+    tap: taps.NodeAblation | None = None,
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the logits `(W, V)` at one position of each window, and every node's value.
 
-    Values are location -> float32 `(L, W, T, N)`; `ablation` are gates and means of `taps.mask`, if any.
+    Values are location -> float32 `(L, W, T, N)`.
     """
-    tap = taps.identity if ablation is None else taps.mask(*ablation)
     logits_W1V, acts = model.forward(params, tokens_WT, config, tap=tap, positions_BP=position_W[:, None])
     return logits_W1V[:, 0], {name: acts[name].astype(jnp.float32) for name in NODES}
 

@@ -14,14 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse.config import ModelConfig
-from wsparse.nodes import NODES, Node
+from wsparse.nodes import NODES, Node, shapes
 
 Mask = dict[str, Any]
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns `(n_layer, N)` for every node location."""
-    return {name: (config.n_layer, kind.width(config)) for name, kind in NODES.items()}
 
 
 def n_nodes(config: ModelConfig) -> int:
@@ -57,6 +52,12 @@ def names(config: ModelConfig) -> list[str]:
 def from_names(node_names: Sequence[str], config: ModelConfig) -> np.ndarray:
     """Returns bool `(U,)`: which nodes are in the list."""
     return np.isin(names(config), node_names)
+
+
+def heads(kept_LE: Any, config: ModelConfig) -> list[tuple[int, int]]:
+    """Returns the heads of which a channel is kept, in order, as layer and head."""
+    kept_LHK = np.asarray(kept_LE).reshape(config.n_layer, config.n_head, config.d_head)
+    return [(int(layer), int(head)) for layer, head in np.argwhere(kept_LHK.any(axis=2))]
 
 
 @jax.custom_jvp

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from scipy import optimize
 
 from wsparse.circuits import adversary, excerpts, masks
-from wsparse.circuits.ablation import Background
 from wsparse.circuits.circuit import Baseline, Calibration, CircuitNode, Control, CurvePoint
 from wsparse.circuits.clean_up import Advance, clean_up
 from wsparse.circuits.criterion import Criterion
@@ -36,7 +34,7 @@ def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any
     return {
         "model": subject.score(pairs.report),
         "sufficiency": sufficiency,
-        "calibrated": Calibration(**fit, loss=float(calibrated_loss(margins, **fit))),
+        "calibrated": Calibration(**fit, loss=calibrated_loss(margins, **fit)),
         "necessity": scorer.mask(pairs.report, ~subgraph.nodes),
         "strict": scorer.mask(pairs.report, subgraph.nodes, subgraph.edges),
     }
@@ -44,12 +42,8 @@ def measure(subject: Subject, pairs: Pairs, subgraph: Subgraph) -> dict[str, Any
 
 def attacked(subject: Subject, pairs: PairArrays, subgraph: Subgraph, seed: int) -> float:
     """Returns the largest loss of a circuit that an adversary finds, see `adversary.ascend`."""
-    scorer = subject.scorer
-    background = Background(scorer.means, scorer.means)
-    remaining = subgraph.remaining(scorer)
-    return adversary.ascend(
-        scorer.params, scorer.config, pairs, subgraph.nodes, remaining, background, seed=seed
-    ).loss
+    found = Subnetwork(subject.scorer, subgraph.nodes, subgraph.remaining(subject.scorer))
+    return adversary.ascend(found, pairs, seed=seed).loss
 
 
 def constants(subject: Subject, pairs: PairArrays, subgraph: Subgraph) -> int:
@@ -67,14 +61,14 @@ def constants(subject: Subject, pairs: PairArrays, subgraph: Subgraph) -> int:
     return int(subgraph.nodes.sum() - np.concatenate(varies).sum())
 
 
-def calibrated_loss(margins_B: Any, *, scale: Any, shift: Any) -> jax.Array:
+def calibrated_loss(margins_B: np.ndarray, *, scale: float, shift: float) -> float:
     """Returns the task loss after a scale and a shift of the logits; see `calibrate`."""
-    margins = jnp.asarray(margins_B, jnp.float32)
-    sides = jnp.where(jnp.arange(margins.size) % 2 == 0, 1.0, -1.0)
-    return jnp.mean(jax.nn.softplus(-(scale * margins + shift * sides)))
+    margins_B = np.asarray(margins_B, np.float64)
+    sides_B = np.where(np.arange(margins_B.size) % 2 == 0, 1.0, -1.0)
+    return float(np.mean(np.logaddexp(0.0, -(scale * margins_B + shift * sides_B))))
 
 
-def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
+def calibrate(margins_B: np.ndarray) -> dict[str, float]:
     """Returns the scale and the shift of the logits that L-BFGS fits to margins (Gao et al. 2025).
 
     With two candidates only their difference matters: the margin of the first side's answer is scaled and
@@ -83,28 +77,11 @@ def calibrate(margins_B: np.ndarray, *, steps: int = 16) -> dict[str, float]:
     loss falls for ever as the scale grows, and other pairs pay for it.
     """
 
-    def loss(fit):
-        penalty = _PENALTY * (fit["log_scale"] ** 2 + fit["shift"] ** 2)
-        scale = jnp.exp(fit["log_scale"])
-        return calibrated_loss(margins_B, scale=scale, shift=fit["shift"]) + penalty
+    def penalized(fit: np.ndarray) -> float:
+        return calibrated_loss(margins_B, scale=np.exp(fit[0]), shift=fit[1]) + _PENALTY * float(fit @ fit)
 
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    @jax.jit
-    def fitted():
-        start = {"log_scale": jnp.zeros(()), "shift": jnp.zeros(())}
-
-        def step(carry, _):
-            fit, state = carry
-            value, gradient = value_and_grad(fit, state=state)
-            updates, state = solver.update(gradient, state, fit, value=value, grad=gradient, value_fn=loss)
-            return (optax.apply_updates(fit, updates), state), None
-
-        (fit, _), _ = jax.lax.scan(step, (start, solver.init(start)), None, length=steps)
-        return {"scale": jnp.exp(fit["log_scale"]), "shift": fit["shift"]}
-
-    return {name: float(value) for name, value in fitted().items()}
+    log_scale, shift = optimize.minimize(penalized, np.zeros(2), method="L-BFGS-B").x
+    return {"scale": float(np.exp(log_scale)), "shift": float(shift)}
 
 
 def attribution_baseline(subject: Subject, pairs: Pairs, goal: float) -> Baseline:

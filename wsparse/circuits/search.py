@@ -22,7 +22,7 @@ from wsparse import files, model
 from wsparse.circuits import masks
 from wsparse.circuits.mask_learning import HParams, prune
 from wsparse.circuits.pairs import PairArrays
-from wsparse.circuits.settings import Objective, Sampler
+from wsparse.circuits.settings import Sampler, Settings
 from wsparse.circuits.workers import WorkItems, WorkPending
 from wsparse.config import ModelConfig
 from wsparse.errors import UserError
@@ -77,23 +77,22 @@ class Pruner:
     def __init__(
         self,
         config: ModelConfig,
+        settings: Settings,
         *,
-        steps: int,
-        pairs_per_step: int,
-        tie_qk: bool = True,
-        objective: Objective = "mean",
-        parallel: int = 4,
+        parallel: int,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Make a pruner with the settings of `prune`; `devices` are all by default."""
+        """Make a pruner of the settings' masks; `devices` are all by default."""
         self.parallel = parallel
         self._n_nodes = masks.n_nodes(config)
-        settings: dict[str, Any] = {"steps": steps, "pairs_per_step": pairs_per_step}
-        settings |= {"tie_qk": tie_qk, "objective": objective}
 
         def trials(params, pairs, means, forbidden_U, hparams, keys):
             def trial(hparams, key):
-                found = prune(params, config, pairs, means, hparams, key, forbidden_U=forbidden_U, **settings)
+                found = prune(
+                    params, config, pairs, means, hparams, key, steps=settings.steps,
+                    pairs_per_step=settings.pairs_per_step, tie_qk=settings.tie_qk,
+                    objective=settings.objective, forbidden_U=forbidden_U,
+                )  # fmt: skip
                 return masks.flatten(found.tau)
 
             return jax.vmap(trial)(hparams, keys)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model
+from wsparse import model, taps
 from wsparse.circuits import graph, masks
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.scoring import Scorer
@@ -45,7 +45,8 @@ class Subnetwork:
         """Parameters without the weights that are cut, and with biases that carry their means."""
         return graph.cut(self.scorer.params, jax.tree.map(jnp.asarray, self.remaining), self.scorer.means)
 
-    def ablation(self, nodes_U: np.ndarray | None = None) -> tuple[masks.Mask, dict[str, jax.Array]]:
-        """Returns arguments of `taps.mask` under which only some nodes vary, by default the circuit's."""
+    def ablation(self, nodes_U: np.ndarray | None = None) -> taps.NodeAblation:
+        """Returns the tap under which only some nodes vary, by default the circuit's."""
         nodes_U = self.nodes_U if nodes_U is None else nodes_U
-        return masks.unflatten(jnp.asarray(nodes_U, jnp.float32), self.scorer.config), self.scorer.means
+        gates = masks.unflatten(jnp.asarray(nodes_U, jnp.float32), self.scorer.config)
+        return taps.NodeAblation(gates, self.scorer.means)

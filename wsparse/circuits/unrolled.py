@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import model, taps, trees
+from wsparse import model, trees
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig
@@ -127,9 +127,9 @@ def unroll(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _run(params, tokens_BT, ablation, *, config: ModelConfig):
+def _run(params, tokens_BT, tap, *, config: ModelConfig):
     """Returns logits, and the values of locations, attention patterns and norm scales of one row."""
-    logits_BTV, acts = model.forward(params, tokens_BT, config, tap=taps.mask(*ablation))
+    logits_BTV, acts = model.forward(params, tokens_BT, config, tap=tap)
     patterns = [
         model.layer_attention(acts["attn.q"], acts["attn.k"], model.sinks(params), i, config=config)
         for i in range(config.n_layer)

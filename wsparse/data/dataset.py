@@ -21,12 +21,12 @@ from typing import Any
 
 from wsparse import config as config_lib
 from wsparse import files
-from wsparse.config import DataConfig
+from wsparse.config import DataConfig, TrainConfig
 from wsparse.data import encode, sources, tokens
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.data.batches import window_count
 from wsparse.data.tokens import Components
-from wsparse.errors import UserError
+from wsparse.errors import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +95,8 @@ class Dataset:
 
 def open_dataset(
     folder: pathlib.Path,
-    data: DataConfig,
+    config: TrainConfig,
     *,
-    vocab_size: int,
-    context: int,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> Dataset:
     """Opens the data of a run; where `folder` does not exist, it is made from the sources first.
@@ -110,25 +108,22 @@ def open_dataset(
 
     Args:
       folder: `RUN/data`. It appears complete or not at all.
-      data: The `data` group of a config.
-      vocab_size: Vocabulary of the model V.
-      context: Context of the model T; each side of each source must fill a window.
+      config: Config of the run. Each side of each source must fill a window of `config.model.context`.
       tokenizer: Tokenizer of the run, where it has one.
 
     Raises:
       UserError: A bad source, a tokenizer of another size, too little text on either side, or data that is
         not what it was when the folder was made.
     """
+    data, vocab_size, context = config.data, config.model.vocab_size, config.model.context
     names = ("source", "megabytes", "tokenizer", "validation_fraction", "seed")
     options: dict[str, Any] = {name: getattr(data, name) for name in names} | {"vocab_size": vocab_size}
     if folder.exists():
         path = folder / PROVENANCE
         if not path.exists():
             raise UserError(f"{folder} is not the data of a run (no {PROVENANCE}): move it away")
-        try:
+        with located(f"{path} is malformed: "):
             provenance = config_lib.from_dict(Provenance, files.read_json(path))
-        except UserError as error:
-            raise UserError(f"{path} is malformed: {error}") from error
         changed = config_lib.differences(provenance.options, options)
         if not changed:
             return _reopen(folder, provenance, context, tokenizer)

@@ -46,27 +46,26 @@ class Options:
     vocab_size: int | None = setting(None, "Tokens of the tokenizer that is trained; by default 2048.")
     tokenizer: str = setting("", "A tokenizer.json to use instead of training one.")
     megabytes: float | None = setting(
-        None, "Text to take, in units of 10^6 bytes, divided by weight; by default all."
+        None,
+        "Text to take, in units of 10^6 bytes, divided by weight; by default all.",
+        "positive and finite",
     )
     validation_fraction: float = setting(
-        0.02, "Fraction of documents held out, by the hash of their content."
+        0.02, "Fraction of documents held out, by the hash of their content.", "in (0, 1)"
     )
-    shard_megabytes: float = setting(64.0, "Text behind one shard, in units of 10^6 bytes.")
+    shard_megabytes: float = setting(
+        64.0, "Text behind one shard, in units of 10^6 bytes.", "positive and finite"
+    )
     tokens_per_record: int = setting(
         4096,
         "Tokens in a record; at least the context of the models to be trained, so that a window reads few "
         "records.",
+        "at least 1",
     )
-    seed: int = setting(0, "Seed of generated documents.")
+    seed: int = setting(0, "Seed of generated documents.", "at least 0")
 
     def __post_init__(self):
-        for name in ("megabytes", "shard_megabytes", "tokens_per_record"):
-            value = getattr(self, name)
-            valid = value is None or (value > 0 and math.isfinite(value))
-            config_lib.require(valid, f"{name} must be positive and finite", value)
-        fraction = self.validation_fraction
-        config_lib.require(0 < fraction < 1, "validation_fraction must be in (0, 1)", fraction)
-        config_lib.require(self.seed >= 0, "seed must not be negative", self.seed)
+        config_lib.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,8 +242,7 @@ def _plan(
         log.info("training a tokenizer of %d tokens", vocab_size)
         tokenizer = tokenizer_lib.train(scan.sample, vocab_size)
     temporary = out / _PROGRESS / "tokenizer.part"
-    with files.replacing(out / tokens.TOKENIZER, durable=True, part=temporary) as part:
-        part.write_text(tokenizer.to_json(), encoding="utf-8")
+    files.write_text(out / tokens.TOKENIZER, tokenizer.to_json(), durable=True, part=temporary)
     return _Plan(
         schema=tokens.SCHEMA,
         tokenizer_sha256=tokenizer.digest,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import os
 from typing import Any, NamedTuple
 
-from wsparse.errors import UserError, closest, missing_extra, reason
+from wsparse.errors import UserError, closest, optional, reason
 
 _SPLIT, _COLUMN = "train", "text"
 
@@ -38,10 +38,7 @@ def open_dataset(source: str, name: Name) -> Iterable[Mapping[str, Any]]:
       UserError: `datasets` is not installed, the data set or the split does not exist or cannot be reached,
         or there is no such column.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra("datasets", "datasets", f"the source {source!r}") from error
+    datasets = optional("datasets", "datasets", f"the source {source!r}")
     folder = os.path.expanduser(name.dataset)
     # A path that does not exist would be looked for on the Hub.
     if folder.startswith(("/", ".")) and not os.path.isdir(folder):

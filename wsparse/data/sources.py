@@ -39,7 +39,7 @@ import urllib.parse
 
 from wsparse import files
 from wsparse.data import hub_datasets
-from wsparse.errors import UserError, closest, missing_extra, quoted, reason
+from wsparse.errors import UserError, closest, missing_extra, optional, quoted, reason
 from wsparse.pytext.documents import documents as python_documents
 from wsparse.stories.documents import documents as story_documents
 
@@ -367,10 +367,7 @@ def _read_parquet(paths: list[pathlib.Path], field: str) -> Iterator[str | bytes
 
 
 def _open_tfds(name: str, dataset: str, split: str, data_dir: str) -> Any:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise missing_extra("tensorflow_datasets", "tfds", f"the source {name!r}") from error
+    tfds = optional("tensorflow_datasets", "tfds", f"the source {name!r}")
     folder = os.path.expanduser(data_dir) if data_dir else None
     if folder and not os.path.isdir(folder):
         raise UserError(f"the source {name!r}: the folder {os.path.abspath(folder)} does not exist")

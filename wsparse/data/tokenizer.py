@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wsparse import files
-from wsparse.errors import UserError, quoted, reason
+from wsparse.errors import UserError, located, quoted, reason
 
 END_OF_TEXT = "<|endoftext|>"
 # What ends a text in tokenizers from elsewhere.
@@ -94,8 +94,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json` to a file, which is replaced when the write is complete."""
-        with files.replacing(path) as part:
-            part.write_text(self.to_json(), encoding="utf-8")
+        files.write_text(path, self.to_json())
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
@@ -108,12 +107,11 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: give the path of a tokenizer.json")
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        with located(f"{path}: "):
+            return from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{path} cannot be read: {why}") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def from_json(text: str) -> Tokenizer:

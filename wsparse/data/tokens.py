@@ -25,7 +25,7 @@ from wsparse import config as config_lib
 from wsparse import files
 from wsparse.data import sources
 from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.errors import UserError
+from wsparse.errors import UserError, located
 
 log = logging.getLogger(__name__)
 
@@ -235,10 +235,8 @@ def _read_manifest(folder: pathlib.Path) -> Manifest:
         raise UserError(
             f"{path} has schema {schema!r}, this version reads 1 to {SCHEMA}: prepare the data again"
         )
-    try:
+    with located(f"{path} is malformed: "):
         return config_lib.from_dict(Manifest, values)
-    except UserError as error:
-        raise UserError(f"{path} is malformed: {error}") from error
 
 
 def open_folder(folder: str | os.PathLike[str]) -> TokenFolder:

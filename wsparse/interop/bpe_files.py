@@ -57,8 +57,7 @@ def save(folder: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
     ids = {**model["vocab"], END_OF_TEXT: tokenizer.end_of_text}
     files.write_json(folder / ENCODER_FILE, ids)
     lines = [_VERSION_LINE, *(" ".join(merge) for merge in model["merges"])]
-    with files.replacing(folder / MERGES_FILE) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write_text(folder / MERGES_FILE, "\n".join(lines) + "\n")
 
 
 def check(tokenizer: Tokenizer) -> None:

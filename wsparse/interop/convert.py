@@ -15,8 +15,10 @@ from typing import Any
 
 from absl import flags
 
+from wsparse import files, runs
 from wsparse.command import run_command
-from wsparse.config import TrainConfig
+from wsparse.config import DataConfig, TrainConfig
+from wsparse.data import sources
 from wsparse.errors import UserError
 from wsparse.interop import openai, sparse_pretrain
 
@@ -37,23 +39,38 @@ def import_run(
       folder: The checkpoint.
       out: The run folder, which must not exist or be empty.
       tokenizer: Where its tokenizer is, if not in `folder`: a folder, or a `tokenizer.json`.
-      source: Source of the run's text, as `config.data.source` in training; None is that of the format.
+      source: Source of the run's text, as `config.data.source` in training; None is that of the format. It is
+        read when it is first needed.
 
     Returns:
-      The config of the run.
+      The config of the run, with defaults for the training (sparsity, optimizer, steps), which is unknown.
 
     Raises:
-      UserError: There is no checkpoint, or as the `import_run` of its format.
+      UserError: There is no checkpoint, or as its format's `load`; there is no tokenizer, or it does not fit
+        the model; `out` exists.
     """
-    given: dict[str, Any] = {} if source is None else {"source": source}
     if (folder / openai.CONFIG_FILE).is_file():
-        return openai.import_run(folder, out, tokenizer_folder=tokenizer, **given)
-    if any((folder / name).is_file() for name in sparse_pretrain.WEIGHTS_FILES):
-        return sparse_pretrain.import_run(folder, out, tokenizer_file=tokenizer, **given)
-    raise UserError(
-        f"{folder} is not a published checkpoint: it has neither {openai.CONFIG_FILE} nor "
-        f"{' nor '.join(sparse_pretrain.WEIGHTS_FILES)}"
-    )
+        layout = openai
+    elif any((folder / name).is_file() for name in sparse_pretrain.WEIGHTS_FILES):
+        layout = sparse_pretrain
+    else:
+        raise UserError(
+            f"{folder} is not a published checkpoint: it has neither {openai.CONFIG_FILE} nor "
+            f"{' nor '.join(sparse_pretrain.WEIGHTS_FILES)}"
+        )
+    files.check_new_folder(out)
+    source = layout.SOURCE if source is None else source
+    sources.parse_mix(source)
+    config, params = layout.load(folder)
+    loaded = layout.load_tokenizer(tokenizer or folder)
+    if loaded.vocab_size != config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {loaded.vocab_size} tokens, the model {config.vocab_size}: "
+            "give the model's own tokenizer with --tokenizer"
+        )
+    run = TrainConfig(model=config, data=DataConfig(source=source, domain=layout.DOMAIN))
+    runs.create(out, run, params, loaded, summary={"imported_from": str(folder)})
+    return run
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 
 from absl import flags
 
-from wsparse import files, runs
+from wsparse import files, markdown, runs
 from wsparse.circuits import report
 from wsparse.circuits.audits.record import Audit
 from wsparse.circuits.circuit import FOLDER, Circuit, folder_of
 from wsparse.command import run_command
-from wsparse.errors import UserError, missing_extra, quoted
+from wsparse.errors import UserError, optional, quoted, reason
 from wsparse.interop import pretrained
 
 log = logging.getLogger(__name__)
@@ -118,28 +118,24 @@ def _about(folder: pathlib.Path) -> str:
     found = report.read(folder_of(folder))
     if not found:
         return ""
-    lines = [
-        "## Circuits",
-        "",
-        "Losses are on held-out pairs of prompts, in nats; chance is ln 2 = 0.693. The circuit's is that of",
-        "the circuit alone, everything else at its mean.",
-        "",
-        "| task | status | nodes | edges | loss of the circuit | of the model | audit |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ("task", "status", "nodes", "edges", "loss of the circuit", "of the model", "audit")
+    rows = []
     for row, circuit in found:
         loss = f"{row['sufficiency']:.3f}" if "sufficiency" in row else ""
         cells = [
             row["task"], row["status"], row.get("nodes", ""), row.get("edges", ""), loss,
             f"{row['model_loss']:.3f}", _verdicts(folder, circuit),
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
+        rows.append([str(cell).replace("|", "/") for cell in cells])
+    text = f"""## Circuits
+
+Losses are on held-out pairs of prompts, in nats; chance is ln 2 = 0.693. The circuit's is that of
+the circuit alone, everything else at its mean.
+
+{markdown.table(header, rows)}"""
     if (folder / _PAGE).is_file():
-        lines += [
-            "",
-            f"`{_PAGE}` shows each circuit and what its nodes do: download it and open it in a browser.",
-        ]
-    return "\n".join(lines)
+        text += f"\n`{_PAGE}` shows each circuit and what its nodes do: download it and open it in a browser."
+    return text.rstrip("\n")
 
 
 def _verdicts(folder: pathlib.Path, circuit: Circuit | None) -> str:
@@ -152,12 +148,8 @@ def _verdicts(folder: pathlib.Path, circuit: Circuit | None) -> str:
 
 
 def _upload(stage: pathlib.Path, push: Push, *, private: bool) -> Push:
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-    except ImportError as error:
-        raise missing_extra("huggingface_hub", "hub", f"publishing {push.repository}") from error
     repository = push.repository
+    huggingface_hub = optional("huggingface_hub", "hub", f"publishing {repository}")
     with _told(repository):
         if huggingface_hub.get_token() is None:
             raise UserError(
@@ -263,16 +255,14 @@ def _told(repository: str) -> Iterator[None]:
         raise
     except Exception as error:  # HTTP, name resolution, storage and cache errors of several libraries.
         status = getattr(getattr(error, "response", None), "status_code", None)
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = reason(error)
         if status in (401, 403):
-            reason = "the token may not write to it: use one that may, `hf auth login`"
+            why = "the token may not write to it: use one that may, `hf auth login`"
         elif status == 412:
-            reason = "it was changed meanwhile: run the same command again"
+            why = "it was changed meanwhile: run the same command again"
         elif status is None and any(word in type(error).__name__ for word in ("Connect", "Timeout")):
-            reason = f"the Hugging Face Hub does not answer: is there a network? ({lines[0]})"
-        else:
-            reason = lines[0]
-        raise UserError(f"{repository} could not be published: {reason}") from error
+            why = f"the Hugging Face Hub does not answer: is there a network? ({why})"
+        raise UserError(f"{repository} could not be published: {why}") from error
 
 
 def main(argv: Sequence[str]) -> None:

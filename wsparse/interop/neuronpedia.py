@@ -259,8 +259,7 @@ def export(
     found = graph(
         run, circuit, tokens, answers, notes=notes or beside(place), model_name=model_name, slug=slug
     )
-    with files.replacing(out) as part:
-        part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
+    files.write_text(out, json.dumps(found, allow_nan=False))
     return found
 
 

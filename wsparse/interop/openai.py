@@ -23,14 +23,16 @@ import jax
 import numpy as np
 
 from wsparse import files, model, runs, trees
-from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
-from wsparse.data import sources
+from wsparse.config import ModelConfig, from_dict, require
+from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError
-from wsparse.interop import bpe_files, imported, state_dict, torch_file
+from wsparse.interop import bpe_files, state_dict, torch_file
 from wsparse.interop.fields import Fields
 
 CONFIG_FILE = "beeg_config.json"
 WEIGHTS_FILE = "final_model.pt"
+# Of the text of an imported run.
+SOURCE, DOMAIN = "stdlib", "python"
 
 # Fields of the published config that do not change inference.
 _IGNORED_FIELDS = frozenset([
@@ -237,39 +239,15 @@ def save(folder: str | os.PathLike[str], config: ModelConfig, params: model.Para
 # Runs ----------------------------------------------------------------------------------------------
 
 
-def import_run(
-    folder: pathlib.Path,
-    out: pathlib.Path,
-    *,
-    tokenizer_folder: pathlib.Path | None = None,
-    source: str = "stdlib",
-) -> TrainConfig:
-    """Makes a run folder of a published checkpoint.
-
-    Args:
-      folder: The checkpoint.
-      out: The run folder, which must not exist or be empty.
-      tokenizer_folder: Folder of `encoder.json` and `vocab.bpe`; None is `folder`.
-      source: Source of the run's text, as `config.data.source` in training. It is read when it is first
-        needed.
-
-    Returns:
-      The config of the run, with defaults for the training (sparsity, optimizer, steps), which is unknown.
-
-    Raises:
-      UserError: As `load`; there is no tokenizer, or it does not fit the model; `out` exists.
-    """
-    imported.check_out(out)
-    sources.parse_mix(source)
-    config, params = load(folder)
+def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
+    """Returns the tokenizer of a folder's `encoder.json` and `vocab.bpe`."""
     try:
-        tokenizer = bpe_files.load(tokenizer_folder or folder)
+        return bpe_files.load(folder)
     except bpe_files.NoTokenizerError as error:
         raise UserError(
             f"{error}: say where they are with --tokenizer=FOLDER. Without a tokenizer there is no run for "
             "prune and sample, but wsparse.interop.openai.load works from Python"
         ) from error
-    return imported.write(out, config, params, tokenizer, DataConfig(source=source), folder)
 
 
 def export_run(folder: pathlib.Path, out: pathlib.Path) -> ModelConfig:
@@ -282,7 +260,7 @@ def export_run(folder: pathlib.Path, out: pathlib.Path) -> ModelConfig:
       UserError: `folder` is not a run, its tokenizer is not of the published kind, `out` is not empty, or as
         `save`.
     """
-    imported.check_out(out)
+    files.check_new_folder(out)
     run = runs.load(folder)
     bpe_files.check(run.tokenizer)
     with files.new_folder(out) as part:

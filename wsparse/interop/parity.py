@@ -15,7 +15,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from wsparse import model, nodes
+from wsparse import markdown, model, nodes
 from wsparse.command import run_command
 from wsparse.errors import UserError
 from wsparse.interop import openai, sparse_pretrain
@@ -83,15 +83,10 @@ def _loss(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> np.floating:
 
 def table(errors: Mapping[str, Mapping[str, Error]]) -> str:
     """Returns a Markdown table: a row per activation, the largest and the mean error per model."""
-    models = list(errors)
-    rows = [
-        f"| activation | {' | '.join(f'{name}: max | mean' for name in models)} |",
-        f"|---|{'---|---|' * len(models)}",
-    ]
-    for name in errors[models[0]]:
-        cells = [f"{value:.1e}" for column in models for value in errors[column][name]]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    columns = list(errors.values())
+    header = ["activation", *(cell for name in errors for cell in (f"{name}: max", "mean"))]
+    rows = [[name, *(f"{value:.1e}" for column in columns for value in column[name])] for name in columns[0]]
+    return markdown.table(header, rows)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     errors = {path.name: measure(path) for path in models}
     print(table(errors))
     worst = max(error.max for column in errors.values() for error in column.values())
-    print(f"\nlargest: {worst:.1e}; allowed: {TOLERANCE:.0e}")
+    print(f"largest: {worst:.1e}; allowed: {TOLERANCE:.0e}")
     return 0 if worst <= TOLERANCE else 1
 
 

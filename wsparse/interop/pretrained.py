@@ -19,10 +19,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from wsparse import files, model, runs, trees
+from wsparse import files, markdown, model, runs, trees
 from wsparse.config import DataConfig, ModelConfig, from_dict, to_dict
 from wsparse.data import tokenizer as tokenizer_lib
-from wsparse.errors import UserError, missing_extra, quoted
+from wsparse.errors import UserError, optional, quoted, reason
 
 _CONFIG, _WEIGHTS, _TOKENIZER, _README = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MODEL_FILES = (_CONFIG, _WEIGHTS, _TOKENIZER)
@@ -82,9 +82,8 @@ def save_pretrained(
     tokenizer.save(folder / _TOKENIZER)
     of_text = {} if data is None else {"data": {key: getattr(data, key) for key in _OF_TEXT}}
     files.write_json(folder / _CONFIG, {"model_type": MODEL_TYPE, "model": to_dict(config)} | of_text)
-    with files.replacing(folder / _README) as part:
-        title = name or folder.absolute().name
-        part.write_text(_card(title, config, params, val_loss, repository, about), encoding="utf-8")
+    title = name or folder.absolute().name
+    files.write_text(folder / _README, _card(title, config, params, val_loss, repository, about))
 
 
 def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = None) -> Pretrained:
@@ -189,11 +188,8 @@ def download(repository: str, revision: str | None, *, more: Sequence[str] = ())
         raise UserError(
             f"{repository} is neither a folder nor a repository id of the Hugging Face Hub (owner/name)"
         )
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        purpose = f"{repository} is not a folder here, and loading it from the Hub"
-        raise missing_extra("huggingface_hub", "hub", purpose) from error
+    purpose = f"{repository} is not a folder here, and loading it from the Hub"
+    huggingface_hub = optional("huggingface_hub", "hub", purpose)
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
@@ -201,12 +197,12 @@ def download(repository: str, revision: str | None, *, more: Sequence[str] = ())
             )
         )
     except Exception as error:  # HTTP, name resolution and cache errors of several libraries.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        failure = f"and could not be loaded from the Hugging Face Hub: {reason}"
+        why = reason(error)
+        failure = f"and could not be loaded from the Hugging Face Hub: {why}"
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
             failure = (
                 "was not downloaded before, and the Hugging Face Hub does not answer: is there a network? "
-                f"({reason.removeprefix('Got: ')})"
+                f"({why.removeprefix('Got: ')})"
             )
         raise UserError(f"{repository} is not a folder here, {failure}") from error
 
@@ -228,7 +224,6 @@ def _card(
     }
     if val_loss is not None:
         rows["held-out loss"] = f"{val_loss:.4f} nats per token"
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: wsparse
 pipeline_tag: text-generation
@@ -240,10 +235,7 @@ tags:{f"{chr(10)}- weight-sparse" if sparse else ""}
 
 {_SPARSE if sparse else _DENSE}
 
-| | |
-|---|---|
-{table}
-{f"{chr(10)}{about}{chr(10)}" if about else ""}
+{markdown.table(("", ""), rows.items())}{f"{chr(10)}{about}{chr(10)}" if about else ""}
 ## Load it
 
 ```python

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsparse import files, locks, model, runs, taps, trees
+from wsparse import files, locks, markdown, model, runs, taps, trees
 from wsparse.circuits import graph, masks, scoring
 from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.circuit import (
@@ -105,11 +105,12 @@ class Replay:
         return Score(float(np.mean(losses_B)), float(np.mean(right_B)))
 
     def activations(self, gates: Tree) -> Iterator[tuple[np.ndarray, Tree]]:
-        """Yields rows of the file, and what is recorded on them: location -> `(L, B, T, N)`."""
+        """Yields rows of the file, and what is recorded on them first: location -> `(L, B, T, N)`."""
         for start in range(0, len(self.order_B), _ROWS):
             rows = np.arange(start, start + _ROWS) % len(self.order_B)
             acts = _recorded(self.params, self.pairs.tokens[rows], gates, self.means, config=self.config)
-            yield self.order_B[rows], acts
+            # The last batch is filled up with rows from the start.
+            yield self.order_B[start : start + _ROWS], acts
 
 
 def _place(name: str) -> tuple[int | None, str]:
@@ -256,14 +257,10 @@ def _activation_row(name: str, published: VizData, replay: Replay, gates: Tree) 
     """Returns the line of activations in the circuit, of the tokens inside prompts."""
     stored_sum = recomputed_sum = difference = 0.0
     numbers = 0
-    seen: set[int] = set()
     for rows, acts in replay.activations(gates):
         acts = jax.device_get(acts)
         for i, row_of_file in enumerate(rows.tolist()):
             length = int(published.length_B[row_of_file])
-            if row_of_file in seen:
-                continue
-            seen.add(row_of_file)
             for place, channels in published.activations.items():
                 layer, location = _place(place)
                 if location not in acts:
@@ -296,16 +293,9 @@ def _weights_of(weights: viz_data.Weights, replay: Replay) -> tuple[np.ndarray, 
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the table in Markdown."""
-    lines = [
-        "| circuit | quantity | stored | recomputed | largest difference | numbers |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.circuit} | {row.quantity} | {row.stored:.6g} | {row.recomputed:.6g} "
-            f"| {row.difference:.1e} | {row.numbers} |"
-        )
-    return "\n".join(lines) + "\n"
+    header = ("circuit", "quantity", "stored", "recomputed", "largest difference", "numbers")
+    forms = ("", "", ".6g", ".6g", ".1e", "")
+    return markdown.table(header, [map(format, row, forms) for row in rows])
 
 
 # ---- Circuit folders ----
@@ -416,8 +406,7 @@ def import_circuits(
             own = compare(name, circuit, replay, max_nodes=max_nodes)
             _store(folder / joined(task, names[name]), as_circuit(task, answers, circuit, replay), own)
             rows += own
-        with files.replacing(folder / f"{task}@published.md") as part:
-            part.write_text(table(rows), encoding="utf-8")
+        files.write_text(folder / f"{task}@published.md", table(rows))
     return rows
 
 

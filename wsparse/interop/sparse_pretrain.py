@@ -13,6 +13,7 @@ A run folder that `prune`, `sample` and the other commands accept like one that 
 from __future__ import annotations
 
 from collections.abc import Mapping
+import functools
 import logging
 import os
 import pathlib
@@ -20,18 +21,18 @@ import re
 from typing import Any
 
 from wsparse import model
-from wsparse.config import DataConfig, ModelConfig, TrainConfig, from_dict, require
-from wsparse.data import sources
+from wsparse.config import ModelConfig, from_dict, require
 from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.errors import UserError, closest, quoted
-from wsparse.interop import imported, state_dict
+from wsparse.interop import state_dict
 from wsparse.interop.fields import Fields
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILES = ("pytorch_model.bin", "sparse_model.bin")
-SOURCE = "hf:SimpleStories/SimpleStories:train:story"
+# Of the text of an imported run.
+SOURCE, DOMAIN = "hf:SimpleStories/SimpleStories:train:story", "stories"
 _TRAINING_FILE, _TOKENIZER_FILE = "training_config.yaml", "tokenizer.json"
 
 _KEYS = state_dict.Keys(
@@ -40,6 +41,8 @@ _KEYS = state_dict.Keys(
     sink="attn.attn_fn.sink_logit",
     causal_mask=r"blocks\.\d+\.attn\.causal_mask",
 )
+params_from_state = functools.partial(state_dict.params_from_state, keys=_KEYS)
+
 # The AbsTopK sites of a config that does not list them, and ours by their names.
 _DEFAULT_SITES = "attn_in,attn_out,mlp_in,mlp_out,mlp_neuron,attn_v,attn_k,attn_q"
 _SITES = {site: site for site in _DEFAULT_SITES.split(",")} | {"resid_mid": "resid_post_attn"}
@@ -128,17 +131,6 @@ def _abs_top_k(of_sparsity: Fields) -> dict[str, Any]:
     return {"abs_top_k_fraction": fraction, "abs_top_k_sites": [_SITES[site] for site in theirs]}
 
 
-def params_from_state(config: ModelConfig, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters of a published state dict of arrays.
-
-    Every key must be used or be a causal-mask buffer.
-
-    Raises:
-      UserError: A key is missing or unknown, or the shape of an array does not fit the config.
-    """
-    return state_dict.params_from_state(config, state, _KEYS)
-
-
 def load(folder: str | os.PathLike[str]) -> tuple[ModelConfig, model.Params]:
     """Reads a published checkpoint; PyTorch is not needed.
 
@@ -182,37 +174,12 @@ def _trained_sites(folder: pathlib.Path) -> list[str] | None:
     return listed and [site.strip() for site in listed[1].split(",")]
 
 
-def import_run(
-    folder: pathlib.Path,
-    out: pathlib.Path,
-    *,
-    tokenizer_file: pathlib.Path | None = None,
-    source: str = SOURCE,
-) -> TrainConfig:
-    """Makes a run folder of a published checkpoint.
-
-    Args:
-      folder: The checkpoint.
-      out: The run folder, which must not exist or be empty.
-      tokenizer_file: A `tokenizer.json`, or a folder that has one; None is `folder`.
-      source: Source of the run's text, as `config.data.source` in training. It is read when it is first
-        needed.
-
-    Returns:
-      The config of the run, with defaults for the training (sparsity, optimizer, steps).
-
-    Raises:
-      UserError: As `load`; there is no tokenizer, or it does not fit the model; `out` exists.
-    """
-    imported.check_out(out)
-    sources.parse_mix(source)
-    config, params = load(folder)
-    path = tokenizer_file or folder
+def load_tokenizer(path: pathlib.Path) -> tokenizer_lib.Tokenizer:
+    """Returns the tokenizer of a `tokenizer.json`, or of a folder that has one."""
     path = path / _TOKENIZER_FILE if path.is_dir() else path
     if not path.is_file():
         raise UserError(
             f"no tokenizer at {path}: give the tokenizer.json of the tokenizer that config.json names with "
             "--tokenizer=FILE. Without one there is no run, but the module's load works from Python"
         )
-    data = DataConfig(source=source, domain="stories")
-    return imported.write(out, config, params, tokenizer_lib.load(path), data, folder)
+    return tokenizer_lib.load(path)

@@ -18,7 +18,7 @@ import numpy as np
 
 from wsparse import files, model, trees
 from wsparse.config import ModelConfig
-from wsparse.errors import UserError, closest, quoted
+from wsparse.errors import UserError, closest, located, quoted
 from wsparse.interop import torch_file
 
 UNEMBED = "lm_head.weight"
@@ -164,10 +164,8 @@ def read_config(path: pathlib.Path, convert: Callable[[Mapping[str, Any]], Model
     if not path.is_file():
         raise UserError(f"{path.parent} is not a published checkpoint: it has no {path.name}")
     fields = files.read_json(path)
-    try:
+    with located(f"{path}: "):
         return convert(fields)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def read_params(
@@ -183,14 +181,12 @@ def read_params(
         refused.
     """
     state = torch_file.read(path)
-    try:
+    with located(f"{path}: "):
         for key, array in state.items():
             if array.dtype not in _WEIGHT_TYPES and not keys.is_mask(key):
                 raise UserError(
                     f"{quoted(key)} is of type {array.dtype}; weights must be float32, float16 or bfloat16"
                 )
         params = convert(config, state)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     # Copies, since the arrays of the state are views of the file.
     return jax.tree.map(lambda leaf: jnp.array(np.array(leaf, np.float32)), params)

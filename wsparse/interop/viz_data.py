@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from wsparse.config import ModelConfig
-from wsparse.errors import UserError, quoted
+from wsparse.errors import UserError, located, quoted
 from wsparse.interop import torch_file
 from wsparse.nodes import CONNECTIONS, NODES
 
@@ -104,10 +104,8 @@ def read(path: str | os.PathLike[str], config: ModelConfig) -> VizData:
       UserError: The file is damaged, has not this layout, or is of another model.
     """
     tree = torch_file.read_tree(path)
-    try:
+    with located(f"{path}: "):
         return _parsed(_typed(tree, dict, "the file"), config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def read_means(path: str | os.PathLike[str], config: ModelConfig) -> dict[str, np.ndarray]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from wsparse.ops import cpu
-from wsparse.ops.derivatives import differentiable, linear_map
+from wsparse.ops.derivatives import Function, differentiable
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +58,6 @@ def matmul(x: jax.Array, kernel: jax.Array | SupportedMatrix, dtype: Any = None)
     return jnp.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def product(x_RI: jax.Array, w_IO: jax.Array, transposed: bool = False) -> jax.Array:
     """`x @ w`, or `x @ w.T`, float32: over the nonzeros of `w` where they are few, else a dense product.
 
@@ -67,41 +65,27 @@ def product(x_RI: jax.Array, w_IO: jax.Array, transposed: bool = False) -> jax.A
     found likewise, that of `w` is dense. Where the product is over the nonzeros, a NaN or infinity in `x`
     spoils only results that a nonzero weight brings it to; a dense one spoils the whole row.
     """
+    return _PRODUCTS[transposed](x_RI, w_IO)
 
+
+def _make_product(transposed: bool) -> Function:
     def dense(x_RI, w_IO):
         return jnp.matmul(x_RI, w_IO.T if transposed else w_IO)
 
-    sparse = cpu.sparse_product_transposed if transposed else cpu.sparse_product
-    few = jnp.sum(w_IO != 0, dtype=jnp.int32) < cpu.DENSITY_LIMIT * w_IO.size
-    return lax.cond(few, sparse, dense, x_RI, w_IO)
+    def forward(x_RI, w_IO):
+        sparse = cpu.sparse_product_transposed if transposed else cpu.sparse_product
+        few = jnp.sum(w_IO != 0, dtype=jnp.int32) < cpu.DENSITY_LIMIT * w_IO.size
+        return lax.cond(few, sparse, dense, x_RI, w_IO), ()
+
+    def backward(operands, _, dy_RO):
+        x_RI, w_IO = operands
+        dw_IO = jnp.matmul(dy_RO.T, x_RI) if transposed else jnp.matmul(x_RI.T, dy_RO)
+        return product(dy_RO, w_IO, not transposed), dw_IO
+
+    return differentiable(dense, forward, backward)
 
 
-def _product_jvp(transposed, primals, tangents):
-    varied = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
-
-    def push(primals, *directions):
-        x_RI, w_IO = primals
-        dx, dw = (next(rest) if v else None for rest in [iter(directions)] for v in varied)
-        terms = []
-        if dx is not None:
-            terms.append(product(dx, w_IO, transposed))
-        if dw is not None:
-            terms.append(jnp.matmul(x_RI, dw.T if transposed else dw))
-        return (sum(terms[1:], terms[0]),)
-
-    def pull(primals, dy_RO):
-        x_RI, w_IO = primals
-        gradients = (
-            lambda: product(dy_RO, w_IO, not transposed),
-            lambda: jnp.matmul(dy_RO.T, x_RI) if transposed else jnp.matmul(x_RI.T, dy_RO),
-        )
-        return tuple(gradient() for gradient, v in zip(gradients, varied, strict=True) if v)
-
-    directions = [tangent for tangent, v in zip(tangents, varied, strict=True) if v]
-    return product(*primals, transposed), linear_map(push, pull, primals, *directions)[0]
-
-
-product.defjvp(_product_jvp, symbolic_zeros=True)
+_PRODUCTS = {transposed: _make_product(transposed) for transposed in (False, True)}
 
 
 @jax.custom_vjp

@@ -7,28 +7,19 @@ the others what small programs have besides. Every document parses; in one of tw
 
 Every string draws its own quote style, so that the opening quote, not the habit of the file, decides how it
 closes; only one document in five keeps to a single style, as people do.
-
-    python -m wsparse.pytext.documents --megabytes=5     # bytes per second and distinct documents
-    python -m wsparse.pytext.documents --examples=3      # three documents
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-import hashlib
 import itertools
-import math
 import random
-import time
 
-from absl import flags
-
-from wsparse.command import run_command
 from wsparse.errors import UserError
 from wsparse.pytext import words
 from wsparse.pytext.contrasts import CONTRASTS
-from wsparse.pytext.draw import Draw, Kind, Snippet, imports, indented, joined
+from wsparse.pytext.draw import Draw, Kind, Snippet, imports, indented, joined, seed_of
 from wsparse.pytext.fillers import FILLERS
 
 SMALLEST, ENOUGH = 300, 800
@@ -51,8 +42,7 @@ def document(seed: int, index: int) -> str:
     if index < 0:
         raise UserError(f"a document's index must be 0 or more, got {index}")
     # `Random` ignores the sign of a seed and takes one number: derive it from both arguments.
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    d = Draw(random.Random(int.from_bytes(digest, "big")))
+    d = Draw(random.Random(seed_of(f"{seed}/{index}")))
 
     enough = d.between(SMALLEST, ENOUGH)
     blocks: list[list[str]] = []
@@ -154,38 +144,3 @@ def _one_style(lines: list[str], quote: str) -> list[str]:
     """Returns the lines with the strings in one quote style, but for docstrings and lines with both."""
     other = "'" if quote == '"' else '"'
     return [line if '"""' in line or quote in line else line.replace(other, quote) for line in lines]
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prints documents, or measures how fast they are made."""
-    del argv
-    options = flags.FLAGS
-    if not (options.megabytes > 0 and math.isfinite(options.megabytes)):
-        raise UserError(f"--megabytes must be a size above 0, got {options.megabytes}")
-    if options.examples:
-        for index in range(options.examples):
-            print(f"{'=' * 20} seed {options.seed}, document {index}")
-            print(document(options.seed, index))
-        return
-    texts, size, start = [], 0, time.perf_counter()
-    for text in documents(options.seed):
-        texts.append(text)
-        size += len(text)
-        if size >= options.megabytes * 1e6:
-            break
-    seconds = time.perf_counter() - start
-    print(
-        f"{len(texts)} documents ({len(set(texts))} distinct, {size / len(texts):.0f} bytes on average), "
-        f"{size / 1e6:.2f} MB in {seconds:.2f} s: {size / 1e6 / seconds:.2f} MB/s"
-    )
-
-
-def _define_flags() -> None:
-    flags.DEFINE_integer("seed", 0, "Names the stream of documents.")
-    flags.DEFINE_integer("examples", 0, "Only print so many documents.", lower_bound=0)
-    flags.DEFINE_float("megabytes", 5.0, "How much text to time.")
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_command(main)

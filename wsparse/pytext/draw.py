@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
 import itertools
 import random
 from typing import Literal, TypeVar
@@ -34,6 +35,11 @@ Kind = Literal["number", "numbers", "words", "text", "flag", "path", "call"]
 
 # What decides is further from the decision than a few tokens, but for some prompts that show what that does.
 _WORDS_OF_NAME = (1, 2, *(3,) * 10)
+
+
+def seed_of(text: str) -> int:
+    """Returns the seed of the draws that a text names."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

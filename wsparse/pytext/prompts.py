@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
-import hashlib
 import itertools
 import random
 import re
@@ -16,7 +15,7 @@ import re
 from wsparse.errors import UserError, closest
 from wsparse.pytext import words
 from wsparse.pytext.contrasts import CONTRASTS, Place
-from wsparse.pytext.draw import Draw, Kind, imports, indented, joined
+from wsparse.pytext.draw import Draw, Kind, imports, indented, joined, seed_of
 from wsparse.pytext.words import Split
 
 CUT = "¦"
@@ -76,8 +75,7 @@ def pairs(name: str, seed: int, split: Split, *, knobs: Mapping[str, int] | None
 def keys(name: str, split: Split, seed: int) -> Iterator[int]:
     """Yields the seeds of a stream's draws."""
     for index in itertools.count():
-        key = hashlib.blake2b(f"{name}/{split}/{seed}/{index}".encode(), digest_size=8).digest()
-        yield int.from_bytes(key, "big")
+        yield seed_of(f"{name}/{split}/{seed}/{index}")
 
 
 def with_knobs(name: str, drawn: Iterable[Pair], fixed: Mapping[str, int]) -> Iterator[Pair]:
@@ -109,8 +107,7 @@ def statements(name: str, side: int | None, seed: int, split: Split) -> Iterator
     They are what may stand before a prompt. Where `side` is None they show no contrast: numbers are assigned
     to names.
     """
-    key = hashlib.blake2b(f"{name}/{split}/{seed}/{side}/statements".encode(), digest_size=8).digest()
-    rng = random.Random(int.from_bytes(key, "big"))
+    rng = random.Random(seed_of(f"{name}/{split}/{seed}/{side}/statements"))
     while True:
         d = Draw(rng, split)
         lines = [f"{d.new()} = {d.number()}"] if side is None else CONTRASTS[name].write(d, side).lines

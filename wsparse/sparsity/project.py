@@ -269,12 +269,10 @@ def _matrix_path(path: str, layer: int, rule: Any) -> str:
     return f"{root}/{layer}/{name}"
 
 
-def nonfinite_matrices(
-    finite: dict[str, Any], rules: trees.Rules[Sparse | Dense] = DEFAULT_RULES
-) -> list[str]:
+def nonfinite_matrices(finite: dict[str, Any]) -> list[str]:
     """Returns the names of the matrices whose flag in `ProjectTopKState.finite` is false."""
     return [
-        _matrix_path(path, int(i), trees.match(rules, path))
+        _matrix_path(path, int(i), trees.match(DEFAULT_RULES, path))
         for path, flags in finite.items()
         for i in np.flatnonzero(~np.asarray(flags))
     ]

@@ -7,11 +7,11 @@ the tasks from without a network.
 from __future__ import annotations
 
 from collections.abc import Iterator
-import hashlib
 import itertools
 import random
 
 from wsparse.errors import UserError
+from wsparse.pytext.draw import seed_of
 from wsparse.stories.contrasts import CONTRASTS, Draw
 from wsparse.stories.prompts import opening
 
@@ -31,8 +31,7 @@ def document(seed: int, index: int) -> str:
     """
     if index < 0:
         raise UserError(f"a document's index must be 0 or more, got {index}")
-    digest = hashlib.blake2b(f"stories/{seed}/{index}".encode(), digest_size=8).digest()
-    d = Draw(random.Random(int.from_bytes(digest, "big")))
+    d = Draw(random.Random(seed_of(f"stories/{seed}/{index}")))
     name, text = d.either(*CONTRASTS), opening(d)
     for _ in range(d.between(FEWEST, MOST)):
         # What one passage says must not foretell the next, and prompts have several of one contrast.

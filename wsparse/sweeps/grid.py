@@ -11,7 +11,7 @@ from wsparse import recipes
 from wsparse.circuits import tasks as task_lib
 from wsparse.circuits.settings import Settings
 from wsparse.config import TrainConfig, check, from_dict, require, setting
-from wsparse.errors import UserError, closest
+from wsparse.errors import UserError, closest, located
 from wsparse.sweeps.records import METRICS
 
 
@@ -111,10 +111,8 @@ def cells(sweep: Sweep) -> list[Cell]:
             name = f"{name}_seed={seed}"
             if name in found:
                 raise UserError(f"two points of the sweep are {name}: give each its own values on the axes")
-            try:
+            with located(f"{name}: "):
                 config = _config(point.recipe or sweep.recipe, {**point.overrides, "seed": seed})
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
             found[name] = Cell(
                 name=name, axes=dict(point.axes), seed=seed, config=config, pairs=sweep.pairs,
                 tasks=_tasks(sweep, config), settings=settings,

@@ -135,20 +135,13 @@ class Ratio(NamedTuple):
     tasks: int
 
 
-def ratio(
-    small: Iterable[Mapping[str, Any]],
-    large: Iterable[Mapping[str, Any]],
-    key: str,
-    *,
-    resamples: int = 2000,
-) -> Ratio | None:
+def ratio(small: Iterable[Mapping[str, Any]], large: Iterable[Mapping[str, Any]], key: str) -> Ratio | None:
     """Returns how many times as large the circuits of the records `large` are; None without a shared task.
 
     Args:
       small: Records of one kind of model, one for each seed.
       large: Records of the other.
       key: What is counted: "nodes", "edges" or "edges_between_nodes".
-      resamples: Bootstrap resamples.
     """
     kinds = [[found(record) for record in records] for records in (small, large)]
     tasks = sorted(set.intersection(*(set().union(*circuits) for circuits in kinds)))
@@ -166,7 +159,7 @@ def ratio(
         columns = rng.integers(len(tasks), size=len(tasks))
         return log_ratio([log_RT[rng.integers(len(log_RT), size=len(log_RT))][:, columns] for log_RT in logs])
 
-    low, high = np.nanquantile([drawn() for _ in range(resamples)], (0.025, 0.975))
+    low, high = np.nanquantile([drawn() for _ in range(2000)], (0.025, 0.975))
     return Ratio(math.exp(log_ratio(logs)), math.exp(low), math.exp(high), len(tasks))
 
 

@@ -71,8 +71,7 @@ def write(folder: pathlib.Path, sweep: Sweep, results: Results) -> str:
     for row, (cell, _) in zip(rows, results, strict=True):
         groups.setdefault(tuple(cell.axes.values()), Group(cell.axes, [])).seeds.append(row)
     text = table(list(groups.values()), shared)
-    with files.replacing(folder / "table.txt") as part:
-        part.write_text(f"{text}\n", encoding="utf-8")
+    files.write_text(folder / "table.txt", f"{text}\n")
     for plot in sweep.plots:
         draw(plot, list(groups.values()), folder / f"{plot.y}_by_{plot.x}.png")
     return text

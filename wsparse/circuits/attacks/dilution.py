@@ -19,27 +19,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from wsparse import model, taps
-from wsparse.circuits.ablation import answer_logits
 from wsparse.circuits.pairs import PairArrays, margins
 from wsparse.config import ModelConfig
-
-# Gates and constants of `taps.mask`; None ablates nothing.
-Ablated = tuple[dict[str, Any], dict[str, Any]] | None
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def measured_margins(
-    params: model.Params, pairs: PairArrays, ablated: Ablated, *, config: ModelConfig
-) -> jax.Array:
-    """Returns `(B,)` how much the answer's logit exceeds the other candidate's."""
-    return margins(answer_logits(params, config, pairs, _tap(ablated)), pairs.answer, pairs.other)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -49,7 +36,7 @@ def predicted_margins(
     text_C: jax.Array,
     n_text: jax.Array,
     reading_LH: jax.Array,
-    ablated: Ablated,
+    tap: taps.NodeAblation | None,
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
@@ -61,12 +48,12 @@ def predicted_margins(
       text_C: Tokens of the text, padded.
       n_text: How many tokens it has.
       reading_LH: 1 for heads whose reading the text joins, 0 for others.
-      ablated: The circuit; None for the whole model.
+      tap: That of the circuit; None for the whole model.
 
     Returns:
       `(margins_B, shares_LBH)`: the share of its attention that each head gives to the text.
     """
-    tap, rows = _tap(ablated), jnp.arange(len(prompts.position))
+    rows = jnp.arange(len(prompts.position))
     _, of_text = model.forward(params, text_C[None], config, tap=tap)
     inside_C = jnp.arange(text_C.size) < n_text
     params = _moved(params, n_text)
@@ -75,7 +62,7 @@ def predicted_margins(
         replaced_LE = jnp.broadcast_to(
             (jnp.arange(config.n_layer) < n_layers)[:, None], (config.n_layer, y_LBTE.shape[-1])
         )
-        patched = taps.compose(tap, taps.patch({"attn.y": y_LBTE}, {"attn.y": replaced_LE}))
+        patched = taps.compose(tap or taps.identity, taps.patch({"attn.y": y_LBTE}, {"attn.y": replaced_LE}))
         logits_B1V, acts = model.forward(
             params, prompts.tokens, config, tap=patched, positions_BP=prompts.position[:, None]
         )
@@ -84,8 +71,10 @@ def predicted_margins(
     def read(layer: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y_LBTE, shares_LBH = carry
         _, acts = run(y_LBTE, layer)
-        heads = {name: _heads(acts[name][layer], config) for name in ("attn.q", "attn.k", "attn.y")}
-        text = {name: _heads(of_text[name][layer], config)[0] for name in ("attn.k", "attn.v")}
+        heads = {
+            name: model.split_heads(acts[name][layer], config) for name in ("attn.q", "attn.k", "attn.y")
+        }
+        text = {name: model.split_heads(of_text[name][layer], config)[0] for name in ("attn.k", "attn.v")}
         q_BHK, y_BHK = (heads[name][rows, prompts.position] for name in ("attn.q", "attn.y"))
         sink_H = params["blocks"]["attn"]["sink"][layer] if config.sink else None
         share_BH, y_text_BHK = _joined(
@@ -105,14 +94,6 @@ def predicted_margins(
     )
     y_LBTE, shares_LBH = lax.fori_loop(0, config.n_layer, read, start)
     return run(y_LBTE, jnp.int32(config.n_layer))[0], shares_LBH
-
-
-def _tap(ablated: Ablated) -> taps.Tap:
-    return taps.identity if ablated is None else taps.mask(*ablated)
-
-
-def _heads(value_BTE: jax.Array, config: ModelConfig) -> jax.Array:
-    return jnp.reshape(value_BTE, (*value_BTE.shape[:-1], config.n_head, config.d_head))
 
 
 def _moved(params: model.Params, n_tokens: jax.Array) -> model.Params:

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import runs
-from wsparse.circuits import tasks
+from wsparse.circuits import evidence, masks
+from wsparse.circuits.ablation import answer_margins
 from wsparse.circuits.attacks import dilution
 from wsparse.circuits.attacks.record import KINDS, Agreement, Attack, Head, Kind, Point
 from wsparse.circuits.attacks.texts import Text, make_texts
 from wsparse.circuits.circuit import Circuit
 from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, TooFewPairs, arrays
-from wsparse.circuits.settings import Settings
 from wsparse.circuits.subnetwork import Subnetwork
-from wsparse.config import ModelConfig, check, from_dict, setting
+from wsparse.config import ModelConfig, check, setting
 from wsparse.progress import progress
 
 
@@ -63,16 +63,8 @@ def attack(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Att
         prompts.
     """
     circuit.check(run.params)
-    settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
     try:
-        batch = tasks.build(
-            task,
-            run.tokenizer,
-            options.pairs,
-            settings.seed,
-            split="report",
-            max_tokens=min(options.max_tokens, settings.max_tokens, run.config.model.context),
-        )
+        batch = evidence.report_pairs(run, circuit, task, n_pairs=options.pairs, longest=options.max_tokens)
     except TooFewPairs as error:
         raise error.with_hint("--pairs") from error
     texts = make_texts(
@@ -132,14 +124,9 @@ class _Circuit:
 
     def measured(self, pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
         """Returns the margins `(B,)` of the circuit and of the model."""
-        circuit_B = dilution.measured_margins(self.params, pairs, self.ablation, config=self.config)
-        model_B = dilution.measured_margins(self.model_params, pairs, None, config=self.config)
+        circuit_B = answer_margins(self.params, pairs, self.ablation, config=self.config)
+        model_B = answer_margins(self.model_params, pairs, config=self.config)
         return np.asarray(circuit_B), np.asarray(model_B)
-
-    def heads(self) -> list[tuple[int, int]]:
-        """Returns the heads of which a value is kept, as layer and head."""
-        kept_LHK = np.asarray(self.ablation[0]["attn.v"]).reshape(self.config.n_layer, self.config.n_head, -1)
-        return [(int(layer), int(head)) for layer, head in np.argwhere(kept_LHK.any(axis=2))]
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -255,7 +242,8 @@ def _heads(subject: _Circuit, batch: TaskBatch, texts: Sequence[Text], margins: 
     prompts, room = arrays(batch), max(len(text.ids) for text in texts)
     longest = {text.side: i for i, text in sorted(enumerate(texts), key=lambda item: item[1].statements)}
     measured = []
-    for (layer, head), index in itertools.product(subject.heads(), longest.values()):
+    heads = masks.heads(subject.ablation.gates["attn.v"], subject.config)
+    for (layer, head), index in itertools.product(heads, longest.values()):
         reading_LH = np.zeros((subject.config.n_layer, subject.config.n_head))
         reading_LH[layer, head] = 1
         margins_B, shares_LBH = subject.predicted(prompts, texts[index], room, reading_LH)
@@ -265,8 +253,8 @@ def _heads(subject: _Circuit, batch: TaskBatch, texts: Sequence[Text], margins: 
                 change = _loss(margins_B[rows]) - _loss(margins.moved_XB[index, rows])
                 share = float(shares_LBH[layer, rows, head].mean())
                 measured.append((kind, layer, head, share, change))
-    heads = []
+    effects = []
     for (kind, layer, head), group in itertools.groupby(sorted(measured), key=lambda row: row[:3]):
         share, change = np.mean([row[3:] for row in group], axis=0).tolist()
-        heads.append(Head(kind=kind, layer=layer, head=head, share=share, change=change))
-    return heads
+        effects.append(Head(kind=kind, layer=layer, head=head, share=share, change=change))
+    return effects

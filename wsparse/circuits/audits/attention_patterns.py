@@ -66,13 +66,8 @@ def attention_patterns(context: Context) -> TestResult:
 def _used_heads(context: Context) -> tuple[list[tuple[int, int]], set[tuple[int, int]]]:
     """Returns the heads with a kept value channel, and those of them without a kept query or key."""
     mask, config = masks.unflatten(context.nodes_U, context.config), context.config
-
-    def heads(name: str) -> set[tuple[int, int]]:
-        by_head_LHK = mask[name].reshape(config.n_layer, config.n_head, config.d_head)
-        return {(int(layer), int(head)) for layer, head in np.argwhere(by_head_LHK.any(axis=2))}
-
-    used = heads("attn.v")
-    return sorted(used), used - (heads("attn.q") | heads("attn.k"))
+    used, *looking = (masks.heads(mask[name], config) for name in ("attn.v", "attn.q", "attn.k"))
+    return used, set(used).difference(*looking)
 
 
 def _pattern(acts: dict[str, Any], context: Context, layer: int) -> np.ndarray:

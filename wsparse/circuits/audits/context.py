@@ -25,7 +25,7 @@ from wsparse.circuits.pairs import PairArrays, Task, TaskBatch, TooFewPairs, arr
 from wsparse.circuits.settings import Settings
 from wsparse.circuits.subject import N_WINDOWS, Pairs, Subject, build_pairs
 from wsparse.circuits.subnetwork import Subnetwork
-from wsparse.config import ModelConfig, check, from_dict, setting
+from wsparse.config import ModelConfig, check, setting
 from wsparse.nodes import NODES
 
 # Pairs that constants are fitted on: of the split that circuits are chosen on.
@@ -226,8 +226,7 @@ def make(run: runs.Run, circuit: Circuit, task: Task, options: Options) -> Conte
     """
     circuit.check(run.params)
     config = run.config.model
-    settings = from_dict(Settings, circuit.hyperparameters.get("settings", {}))
-    subject = _subject(run)
+    settings, subject = circuit.settings, _subject(run)
     # The pairs that a circuit was tried on say nothing of others.
     wanted = dataclasses.replace(settings, report_pairs=options.pairs, confirm_pairs=0)
     built, refused = build_pairs([task], run.tokenizer, wanted, context=config.context)

@@ -117,12 +117,5 @@ def subgraphs(
 
 @functools.lru_cache(maxsize=1)
 def _pruner(context: Context) -> Pruner:
-    settings = context.settings
-    return Pruner(
-        context.subject.config,
-        steps=settings.steps,
-        pairs_per_step=settings.pairs_per_step,
-        tie_qk=settings.tie_qk,
-        objective=settings.objective,
-        parallel=min(_PARALLEL, context.options.seeds),
-    )
+    parallel = min(_PARALLEL, context.options.seeds)
+    return Pruner(context.subject.config, context.settings, parallel=parallel)

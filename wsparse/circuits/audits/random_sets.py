@@ -1,14 +1,19 @@
 """Random node sets of the sizes of a circuit: what its nodes are compared with.
 
-Shapes: U nodes of the model in one vector.
+Shapes: U nodes of the model in one vector, N nodes of a location and layer.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
 from wsparse.circuits import masks
 from wsparse.config import ModelConfig
+
+# Nodes about as active as one, among which its counterpart is drawn.
+_NEAREST = 8
 
 
 def same_sizes(nodes_U: np.ndarray, config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
@@ -33,9 +38,9 @@ def matched(
       activity_U: Mean absolute value of every node, floats.
     """
     drawn_U = np.zeros(nodes_U.size, bool)
-    for layer_U in _layers(config):
-        members = np.flatnonzero(nodes_U & layer_U)
-        others = np.flatnonzero(~nodes_U & layer_U)
+    index = masks.unflatten(np.arange(nodes_U.size), config)
+    for index_N in itertools.chain(*index.values()):
+        members, others = index_N[nodes_U[index_N]], index_N[~nodes_U[index_N]]
         for member in rng.permutation(members):
             free = others[~drawn_U[others]]
             if not free.size:
@@ -44,16 +49,3 @@ def matched(
             distance = np.abs(activity_U[free] - activity_U[member])
             drawn_U[rng.choice(free[np.argsort(distance, kind="stable")[:_NEAREST]])] = True
     return drawn_U
-
-
-_NEAREST = 8
-
-
-def _layers(config: ModelConfig) -> np.ndarray:
-    """Returns bool `(locations * layers, U)`: the nodes of each location and layer."""
-    sizes = [width for layers, width in masks.shapes(config).values() for _ in range(layers)]
-    ends = np.cumsum(sizes)
-    index_U = np.arange(ends[-1])
-    return np.stack(
-        [(index_U >= end - size) & (index_U < end) for size, end in zip(sizes, ends, strict=True)]
-    )

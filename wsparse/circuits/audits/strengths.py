@@ -1,24 +1,18 @@
 """Does the circuit hold when closed nodes are let through in part, at random or by an adversary?
 
-Shapes: U nodes of the model in one vector, D draws, B rows of pairs.
+Shapes: U nodes of the model in one vector, D draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-import functools
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from wsparse.circuits import ablation, adversary
-from wsparse.circuits.ablation import Ablation, Background
+from wsparse.circuits import adversary
 from wsparse.circuits.audits import random_sets
 from wsparse.circuits.audits.context import Context
 from wsparse.circuits.audits.record import Curve, Measurement, TestResult
-from wsparse.circuits.pairs import first, pairs_loss
+from wsparse.circuits.pairs import first
+from wsparse.circuits.subnetwork import Subnetwork
 
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = (5, 10, 20, 40)
@@ -34,11 +28,13 @@ def partial_ablation(context: Context) -> TestResult:
     nodes_U, n_draws, n_pairs = context.nodes_U, context.options.draws, min(_DRAWN_PAIRS, context.n_pairs)
     rng = context.rng("partial_ablation")
     random_U = random_sets.same_sizes(nodes_U, context.config, rng)
+    scorer, pairs = context.subject.scorer, first(context.pairs.report, n_pairs)
+    found, control = (Subnetwork(scorer, kept_U, context.remaining) for kept_U in (nodes_U, random_U))
     measurements, means, controls = [], [], []
     for strength in _STRENGTHS:
         drawn_DU = strength * rng.random((n_draws, nodes_U.size), np.float32)
-        losses_D = _drawn_losses(context, nodes_U, drawn_DU, n_pairs)
-        control_D = _drawn_losses(context, random_U, drawn_DU[:_CONTROL_DRAWS], n_pairs)
+        losses_D = adversary.losses(found, pairs, drawn_DU)
+        control_D = adversary.losses(control, pairs, drawn_DU[:_CONTROL_DRAWS])
         means.append(float(losses_D.mean()))
         controls.append(float(control_D.mean()))
         worst, worst_control = (_worst(losses) for losses in (losses_D, control_D))
@@ -65,11 +61,12 @@ def partial_ablation(context: Context) -> TestResult:
 
 def adversarial_steps(context: Context) -> TestResult:
     """Returns the largest loss that sign-gradient ascent finds in so many steps."""
-    rng = context.rng("adversarial_steps")
-    attack = _ascend(context, context.nodes_U, max(_STEPS))
+    rng, report = context.rng("adversarial_steps"), context.pairs.report
+    found = Subnetwork(context.subject.scorer, context.nodes_U, context.remaining)
+    attack = adversary.ascend(found, report, seed=context.options.seed, steps=max(_STEPS))
     # As many random guesses as the adversary has steps: what following the gradient adds.
     drawn_DU = rng.random((max(_STEPS), context.nodes_U.size), np.float32)
-    guessed = np.maximum.accumulate(_drawn_losses(context, context.nodes_U, drawn_DU, context.n_pairs))
+    guessed = np.maximum.accumulate(adversary.losses(found, report, drawn_DU))
     worst = attack.worst
     measurements = [
         Measurement(name=f"largest loss in {n} steps", value=float(worst[n]), control=float(guessed[n - 1]))
@@ -100,25 +97,15 @@ def adversarial_steps(context: Context) -> TestResult:
 def adversarial_budgets(context: Context) -> TestResult:
     """Returns the largest loss of the model when an adversary ablates a few nodes outside the circuit."""
     rng, scorer = context.rng("adversarial_budgets"), context.subject.scorer
-    nodes_U, background = context.nodes_U, context.background(Ablation())
-    outside = np.flatnonzero(~nodes_U)
+    nodes_U, report = context.nodes_U, context.pairs.report
+    found, outside = Subnetwork(scorer, nodes_U, scorer.weights), np.flatnonzero(~nodes_U)
     values, controls = [], []
     for budget in _BUDGETS:
-        attack = adversary.ablate_few(
-            scorer.params,
-            context.config,
-            context.pairs.report,
-            nodes_U,
-            scorer.weights,
-            background,
-            budget=budget,
-        )
-        values.append(attack.loss)
+        values.append(adversary.ablate_few(found, report, budget=budget).loss)
         strengths_DU = np.ones((_JUDGED, nodes_U.size), np.float32)
         for strengths_U in strengths_DU:
             strengths_U[rng.choice(outside, min(budget, outside.size), replace=False)] = 0
-        losses_D = _drawn_losses(context, nodes_U, strengths_DU, context.n_pairs, scorer.weights)
-        controls.append(float(losses_D.max()))
+        controls.append(float(adversary.losses(found, report, strengths_DU).max()))
     bound = context.settings.robust_target
     return TestResult(
         question="Does the model keep the task when a few chosen nodes outside the circuit are ablated?",
@@ -142,58 +129,6 @@ def adversarial_budgets(context: Context) -> TestResult:
             )
         ],
     )
-
-
-def _ascend(context: Context, nodes_U: np.ndarray, steps: int) -> adversary.Attack:
-    return adversary.ascend(
-        context.subject.scorer.params,
-        context.config,
-        context.pairs.report,
-        nodes_U,
-        context.remaining,
-        context.background(Ablation()),
-        seed=context.options.seed,
-        steps=steps,
-    )
-
-
-def _drawn_losses(
-    context: Context, nodes_U: np.ndarray, strengths_DU: np.ndarray, n_pairs: int, edges: Any = None
-) -> np.ndarray:
-    """Returns the loss of a node set on the first pairs under every draw of strengths, `(D,)`."""
-    edges = context.remaining if edges is None else edges
-    run = functools.partial(
-        _losses,
-        context.subject.scorer.params,
-        first(context.pairs.report, n_pairs),
-        jnp.asarray(nodes_U, jnp.float32),
-        jax.tree.map(jnp.asarray, edges),
-        context.background(Ablation()),
-        config=context.config,
-    )
-    # Of one size, so that one function is compiled.
-    chunks = _chunks(strengths_DU)
-    return np.concatenate([np.asarray(run(jnp.asarray(chunk)))[:size] for chunk, size in chunks])
-
-
-_CHUNK = 8
-
-
-def _chunks(strengths_DU: np.ndarray) -> Iterable[tuple[np.ndarray, int]]:
-    for start in range(0, len(strengths_DU), _CHUNK):
-        chunk = strengths_DU[start : start + _CHUNK]
-        yield np.resize(chunk, (_CHUNK, strengths_DU.shape[1])), len(chunk)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _losses(params, pairs, kept_U, edges, background: Background, strengths_DU, *, config) -> jax.Array:
-    def loss(strengths_U):
-        logits_BV = ablation.circuit_logits(
-            params, config, pairs, kept_U, edges, background, strengths=strengths_U
-        )
-        return pairs_loss(logits_BV, pairs)
-
-    return jax.lax.map(loss, strengths_DU)
 
 
 def _worst(losses_D: np.ndarray) -> float:

@@ -11,7 +11,7 @@ that lets closed nodes through refuses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 
@@ -20,7 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wsparse import model, trees
+from wsparse.circuits import adversary, masks
 from wsparse.circuits.pairs import PairArrays
+from wsparse.circuits.subject import Subject
+from wsparse.circuits.subnetwork import Subnetwork
 from wsparse.config import ModelConfig
 
 LEFT, RIGHT, ANSWER_LEFT, ANSWER_RIGHT = 1, 2, 3, 4
@@ -76,6 +79,20 @@ class Planted:
     def windows(self) -> np.ndarray:
         """Text that means are taken over, `(W, T)`."""
         return np.random.default_rng(7).integers(0, _VOCABULARY, (64, _CONTEXT))
+
+    @functools.cached_property
+    def subject(self) -> Subject:
+        """The model, to look for circuits in."""
+        return Subject(self.params, self.config, self.windows)
+
+    def chosen(self, nodes: Iterable[str]) -> np.ndarray:
+        """Returns a mask of nodes, bool `(U,)`."""
+        return masks.from_names(sorted(nodes), self.config)
+
+    def attacked(self, pairs: PairArrays, nodes_U: np.ndarray) -> float:
+        """Returns the largest loss of nodes, with all weights between them, that an adversary finds."""
+        scorer = self.subject.scorer
+        return adversary.ascend(Subnetwork(scorer, nodes_U, scorer.weights), pairs).loss
 
 
 class _Builder:
