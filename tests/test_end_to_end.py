@@ -103,8 +103,9 @@ def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
     assert out.startswith("--- sample 1\n" + prompt)
     assert "--- sample 2\n" + prompt in out
 
-    # Briefly trained, but enough to go through every stage of pruning, for a loss that takes some nodes.
-    arguments = ("--run=runs/tiny", "--task=indent_for,lambda_func", "--target=0.6", "--trials=2")
+    # Briefly trained, but enough to go through every stage of pruning, for a loss that takes a few nodes.
+    # These tasks are at 0.14 to 0.5 nats by now, however a processor rounds; most others are at chance.
+    arguments = ("--run=runs/tiny", "--task=var_if,final_kwarg", "--target=0.6", "--trials=2")
     quick = ("--steps=3", "--pairs_per_step=4", "--search_pairs=8", "--discretize_pairs=8")
     command = (*arguments, *quick, "--report_pairs=8", "--single_removals=16", "--sweep=0.6")
     status, out, err = finish(start("prune", *command))
