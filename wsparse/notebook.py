@@ -423,8 +423,7 @@ class Page:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the page to a file."""
-        with files.replacing(path) as part:
-            part.write_text(self.text, encoding="utf-8")
+        files.write_text(path, self.text)
 
 
 def _logits(run: Run, text: str | Sequence[str], params, config: ModelConfig, tap=None) -> jax.Array:

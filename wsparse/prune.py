@@ -253,8 +253,7 @@ class _Job:
             _set_aside(self.folder)
         if circuit is not None:
             circuit.save(self.folder)
-            with files.replacing(self.folder / "circuit.txt") as part:
-                part.write_text(report.text(circuit), encoding="utf-8")
+            files.write_text(self.folder / "circuit.txt", report.text(circuit))
             log.info("  %s", report.summary(circuit))
         Status(
             task=self.search.pairs.task,

@@ -22,7 +22,7 @@ import numpy as np
 from wsparse import files
 from wsparse.circuits.circuit import Circuit, read_arrays, write_arrays
 from wsparse.config import from_dict
-from wsparse.errors import UserError
+from wsparse.errors import UserError, located
 from wsparse.nodes import Node
 
 SCHEMA = 1
@@ -166,18 +166,14 @@ class Evidence:
         folder = pathlib.Path(folder)
         if not (folder / _JSON).exists():
             return None
-        try:
+        remedy = "; measure it again with python -m wsparse.prune --run=RUN --evidence"
+        with located(f"the evidence in {folder} is damaged: ", remedy):
             values = files.read_json(folder / _JSON)
             if values.pop("schema", None) != SCHEMA or values.get("circuit") != circuit.digest:
                 return None
             arrays = read_arrays(folder / _ARRAYS)
             evidence = from_dict(cls, values | {name: arrays[name] for name in ARRAYS if name in arrays})
             _check(evidence, circuit)
-        except UserError as error:
-            raise UserError(
-                f"the evidence in {folder} is damaged: {error}; measure it again with "
-                f"python -m wsparse.prune --run=RUN --evidence"
-            ) from error
         return evidence
 
 

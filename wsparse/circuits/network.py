@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wsparse.circuits.circuit import Circuit
-from wsparse.errors import missing_extra
+from wsparse.errors import optional
 from wsparse.nodes import NODES, Node
 
 if TYPE_CHECKING:
@@ -28,11 +28,7 @@ def to_networkx(circuit: Circuit, *, residual: bool = False) -> networkx.DiGraph
     Raises:
       UserError: networkx is not installed.
     """
-    try:
-        import networkx
-    except ImportError as error:
-        raise missing_extra("networkx", "networkx", "a graph of networkx") from error
-    graph = networkx.DiGraph(
+    graph = optional("networkx", "networkx", "a graph of networkx").DiGraph(
         task=circuit.task,
         form=circuit.form,
         loss=circuit.loss,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from wsparse import files
 from wsparse.circuits.circuit import Circuit, split
 from wsparse.config import from_dict, require, to_dict
-from wsparse.errors import UserError, closest, quoted
+from wsparse.errors import UserError, closest, located, quoted
 from wsparse.nodes import Node
 
 SCHEMA = 1
@@ -141,10 +141,8 @@ class Notes:
         schema = values.pop("schema", None)
         if schema != SCHEMA:
             raise UserError(f"{path}: notes must be of schema {SCHEMA}, got {quoted(schema)}")
-        try:
+        with located(f"{path}: "):
             return from_dict(cls, values)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
 
 
 def beside(folder: str | os.PathLike[str]) -> Notes | None:

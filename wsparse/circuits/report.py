@@ -214,8 +214,7 @@ where that is near it.
 
 def write(folder: pathlib.Path, rows: list[dict[str, Any]], *, title: str) -> None:
     """Write `table.txt`, `results.json` and `curves.png` into a run's `circuits` folder."""
-    with files.replacing(folder / "table.txt") as part:
-        part.write_text(f"{table(rows)}\n{LEGEND}", encoding="utf-8")
+    files.write_text(folder / "table.txt", f"{table(rows)}\n{LEGEND}")
     files.write_json(folder / "results.json", rows)
     if with_circuit := [r for r in rows if "edges" in r]:
         plot_curves({title: with_circuit}, folder / "curves.png")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from wsparse import files
 from wsparse.config import from_dict, to_dict
-from wsparse.errors import UserError
+from wsparse.errors import located
 
 SCHEMA = 1
 
@@ -144,10 +144,8 @@ class Audit:
         path = pathlib.Path(folder) / _JSON
         if not path.exists():
             return None
-        try:
+        with located(f"{path} is damaged: ", "; run python -m wsparse.audit again"):
             values = files.read_json(path)
             if values.pop("schema", None) != SCHEMA or circuit not in ("", values.get("circuit")):
                 return None
             return from_dict(cls, values)
-        except UserError as error:
-            raise UserError(f"{path} is damaged: {error}; run python -m wsparse.audit again") from error
