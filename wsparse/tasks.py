@@ -24,6 +24,7 @@ from wsparse.data import tokenizer as tokenizer_lib
 from wsparse.data.tokenizer import Tokenizer
 from wsparse.errors import UserError, closest, quoted
 from wsparse.ops import cpu
+from wsparse.progress import progress
 
 # Rows scored at once. The last group is padded, so that all tasks share one compiled function.
 _ROWS = 128
@@ -74,7 +75,8 @@ def report(
         for error in refused.values()
     ]
     kept = [task for task in chosen if task.name not in refused]
-    for task, batch, scored in zip(kept, batches, scores, strict=True):
+    # Where few prompts fit into a short context, pairs for the probes take minutes.
+    for task, batch, scored in progress(list(zip(kept, batches, scores, strict=True)), "probing"):
         probed, note = _probed(task, tokenizer, n_pairs, seed, context)
         n_tokens = f"{batch.position.min() + 1}-{batch.position.max() + 1}"
         lines.append(f"{batch.task:<28}{scored}{probed}{n_tokens:>9}  {batch.form}")
