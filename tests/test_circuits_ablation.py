@@ -216,6 +216,60 @@ def test_an_adversary_ascends_and_leaves_the_circuits_nodes_alone(scorer, pairs)
     assert attack.strengths[~NODES_U].std() > 0
 
 
+def test_ascents_start_at_the_model_and_at_random_and_each_step_sees_the_next_part(
+    scorer, pairs, monkeypatch
+):
+    n_pairs = len(pairs.position) // 2
+    monkeypatch.setattr(adversary, "_PAIRS_PER_STEP", n_pairs // 3)
+    found = Subnetwork(scorer, NODES_U, scorer.weights)
+    attack = adversary.ascend(found, pairs, seed=5, steps=10, starts=3)
+    given, nodes_U = background(scorer, pairs), NODES_U.astype(np.float32)
+
+    @jax.jit
+    def loss(strengths_U, rows):
+        logits_BV = run_circuit(
+            scorer.params, rows, nodes_U, scorer.weights, given, strengths_U, config=scorer.config
+        )
+        return jnp.mean(jax.nn.softplus(-margins(logits_BV, rows.answer, rows.other)))
+
+    slope = jax.jit(jax.grad(loss))
+    seen, rng = [], np.random.default_rng(5)
+    _, corners_U, between_U = (rng.random(NODES_U.size, np.float32) for _ in range(3))
+    for start_U in (np.ones_like(corners_U), corners_U > 0.5, between_U):
+        strengths_U = jnp.float32(start_U)
+        seen.append([(float(loss(strengths_U, pairs)), strengths_U)])
+        for step in range(10):
+            # Every third pair; those after the last whole three are in no part.
+            members = np.arange(step % 3, n_pairs // 3 * 3, 3)
+            rows = np.stack([2 * members, 2 * members + 1], axis=1).ravel()
+            part = jax.tree.map(lambda array, rows=rows: array[rows], pairs)
+            moved_U = strengths_U + adversary.STEP_SIZE * jnp.sign(slope(strengths_U, part))
+            strengths_U = jnp.clip(moved_U, 0, 1)
+            if step % 5 == 4:
+                seen[-1].append((float(loss(strengths_U, pairs)), strengths_U))
+    losses = np.array([[value for value, _ in ascent] for ascent in seen])
+    np.testing.assert_allclose(attack.losses, losses.max(axis=0), rtol=1e-4)
+    largest = max((each for ascent in seen for each in ascent), key=lambda each: each[0])
+    np.testing.assert_allclose(attack.strengths, largest[1] * ~NODES_U, atol=1e-6)
+
+
+def test_no_further_start_is_tried_once_one_has_refuted_a_circuit(scorer, pairs, monkeypatch):
+    tried, ascend = [], adversary._ascend
+
+    def counted(*arrays, **options):
+        tried.append(arrays[-1])
+        return ascend(*arrays, **options)
+
+    monkeypatch.setattr(adversary, "_ascend", counted)
+    found = Subnetwork(scorer, NODES_U, scorer.weights)
+    least = adversary.ascend(found, pairs, steps=10, starts=3).loss
+    assert len(tried) == 3
+    adversary.ascend(found, pairs, steps=10, starts=3, until=least)
+    assert len(tried) == 6
+    adversary.ascend(found, pairs, steps=10, starts=3, until=-1.0)
+    assert len(tried) == 7
+
+
 def test_an_adversary_with_a_budget_ablates_no_more_nodes_and_finds_the_planted_one(pairs):
     scorer = case.subject().scorer
     empty = Subnetwork(scorer, np.zeros_like(NODES_U), scorer.weights)

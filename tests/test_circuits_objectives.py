@@ -137,6 +137,15 @@ def test_a_scorer_with_a_bank_gives_the_largest_loss_of_its_groups():
     assert scorer.bank is None
     assert max(groups) > loss(0.0, slice(None))
 
+    # Where that is above what is asked for, the loss without the bank is not looked at.
+    def score(until):
+        return scorer.against(bank).without(report, nodes_U, None, np.zeros(0, int), [[0, 0]], until=until)
+
+    assert score(max(groups) / 2).loss[0] == pytest.approx(got) and np.isnan(
+        score(max(groups) / 2).accuracy[0]
+    )
+    assert score(2 * max(groups)).accuracy[0] == scorer.mask(report, nodes_U).accuracy
+
 
 def test_the_robust_procedure_finds_exactly_the_planted_circuit():
     settings = Settings(

@@ -21,7 +21,7 @@ import numpy as np
 from wsparse import files
 from wsparse.circuits.settings import Settings
 from wsparse.config import ModelConfig, from_dict, to_dict
-from wsparse.errors import UserError, quoted
+from wsparse.errors import UserError, located, quoted
 from wsparse.nodes import CONNECTIONS, Node, shapes
 
 if TYPE_CHECKING:
@@ -192,8 +192,8 @@ class Scores:
       discretize_loss: Loss on the pairs that the circuit was chosen on.
       sufficient: Size of the circuit before it was completed until it is necessary.
       strict: The circuit alone when nothing but its own edges carries what varies, see `ablation.Ablation`.
-      attacked: Largest loss that 20 steps of `adversary.ascend` find; only circuits of the objective "robust"
-        are held to it.
+      attacked: Largest loss that `adversary.ascend` finds, in 20 steps from each of its starts; only circuits
+        of the objective "robust" are held to it.
     """
 
     model: Score
@@ -255,15 +255,13 @@ class Status:
     def load(cls, folder: str | os.PathLike[str]) -> Status:
         """Returns the status of a circuit's folder."""
         path = pathlib.Path(folder) / _STATUS
-        try:
+        with located(f"{path} is damaged: ", "; remove it and prune the task again"):
             status = from_dict(cls, files.read_json(path))
             return dataclasses.replace(
                 status,
                 status=_FORMERLY.get(status.status, status.status),
                 name=_name_of(path.parent, status.task),
             )
-        except UserError as error:
-            raise UserError(f"{path} is damaged: {error}; remove it and prune the task again") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -376,8 +374,7 @@ class Circuit:
         # Hyperparameters may hold what JSON does not: nothing is written then.
         text = json.dumps({"schema": SCHEMA, **values, "model": model}, indent=2)
         write_arrays(folder / _ARRAYS, arrays)
-        with files.replacing(folder / _JSON) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        files.write_text(folder / _JSON, text + "\n")
 
     # Of this class for its subclasses too, which may have fields that are not in the folder.
     @staticmethod
@@ -389,7 +386,7 @@ class Circuit:
             raise UserError(
                 f"no circuit in {folder} ({missing[0]} is missing): python -m wsparse.prune makes one"
             )
-        try:
+        with located(f"the circuit in {folder} is damaged: ", "; prune the task again"):
             values = files.read_json(folder / _JSON)
             if values.pop("schema", None) != SCHEMA:
                 raise UserError(f"it is not of schema {SCHEMA}")
@@ -404,8 +401,6 @@ class Circuit:
             circuit = from_dict(Circuit, values | arrays)
             circuit = dataclasses.replace(circuit, name=_name_of(folder, circuit.task))
             _check(circuit)
-        except UserError as error:
-            raise UserError(f"the circuit in {folder} is damaged: {error}; prune the task again") from error
         return circuit
 
 

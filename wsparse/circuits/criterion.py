@@ -14,7 +14,6 @@ from collections.abc import Callable
 import functools
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,8 +26,8 @@ from wsparse.circuits.subnetwork import Subnetwork
 
 # Groups of the bank: one of drawn strengths, the others of the latest adversaries.
 _GROUPS = 4
-# Candidates that one stage may propose before it gives up; pairs that an adversary sees.
-_ROUNDS, _ATTACKED_PAIRS = 6, 32
+# Candidates that one stage may propose before it gives up; starts of an attack on one.
+_ROUNDS, _STARTS = 6, 4
 # What losses under the bank are multiplied by after each candidate that was refuted: a candidate at the very
 # edge of the bank is beyond that of the next adversary.
 _STRICTER = 1.3
@@ -66,11 +65,6 @@ class Criterion:
         self._rng = np.random.default_rng(seed)
         self._adversaries: list[np.ndarray] = []
         self._strictness = 1.0
-        n_pairs = len(pairs.position) // 2
-        step = max(1, n_pairs // _ATTACKED_PAIRS)
-        rows = np.arange(n_pairs)[::step][:_ATTACKED_PAIRS]
-        attacked = (2 * rows[:, None] + np.arange(2)).ravel()
-        self._attacked = jax.tree.map(lambda array: array[attacked], pairs)
         self.scorer = scorer.against(self._bank())
 
     def settle(
@@ -107,8 +101,9 @@ class Criterion:
         if not self.is_adversarial:
             return False
         found = Subnetwork(self._plain, candidate.nodes, candidate.remaining(self._plain))
-        attack = adversary.ascend(found, self._attacked, seed=int(self._rng.integers(2**31)))
-        if self._weight * attack.loss <= goal:
+        seed, bound = int(self._rng.integers(2**31)), goal / self._weight
+        attack = adversary.ascend(found, self._pairs, seed=seed, starts=_STARTS, until=bound)
+        if attack.loss <= bound:
             return False
         # No loss under the bank is asked to be lower than that without it, or than the model's own.
         self._strictness = min(self._strictness * _STRICTER, 1 / self._weight)

@@ -133,7 +133,8 @@ class Scorer:
           edges: Weights that stay likewise.
           order: Indices of nodes; with `of_edges`, indices into `graph.flatten_edges`.
           spans_M2: Begin and end, in the order, of what each of M masks lacks.
-          until: Loss; what follows the first mask that reaches it is not scored.
+          until: Loss; what follows the first mask that reaches it is not scored. Under a bank, of a mask that
+            is above it under the bank already, that loss alone is returned, and NaN as its accuracy.
 
         Returns:
           NumPy arrays `(M,)`; NaN for masks that were not scored.
@@ -253,14 +254,22 @@ def _score_spans(params, means, pairs, ranks: _Ranks, bank, spans_M2, n, until, 
         reached = (i > 0) & (scores.loss[i - 1] <= until)
         return (i < n) & ~reached
 
+    def plain(kept):
+        logits_BV = _logits(params, means, pairs, kept, config)
+        return MaskScores(pairs_loss(logits_BV, pairs), task_accuracy(logits_BV, pairs.answer, pairs.other))
+
+    def under_bank(kept):
+        loss = jnp.max(_bank_losses(params, means, pairs, kept, config, bank))
+        # Most masks of a search miss the target, and under the bank: half of the work is saved.
+        missed = (loss > until) & (until > -jnp.inf)
+        unknown = MaskScores(loss, jnp.full_like(loss, jnp.nan))
+        score = lax.cond(missed, lambda: unknown, lambda: plain(kept))
+        return score._replace(loss=jnp.maximum(loss, score.loss))
+
     def score(carry):
         i, scores = carry
         kept = _kept(ranks, spans_M2[i])
-        logits_BV = _logits(params, means, pairs, kept, config)
-        loss = pairs_loss(logits_BV, pairs)
-        if bank is not None:
-            loss = jnp.maximum(loss, jnp.max(_bank_losses(params, means, pairs, kept, config, bank)))
-        new = MaskScores(loss, task_accuracy(logits_BV, pairs.answer, pairs.other))
+        new = plain(kept) if bank is None else under_bank(kept)
         return i + 1, jax.tree.map(lambda all_M, value: all_M.at[i].set(value), scores, new)
 
     unscored = MaskScores(*[jnp.full(len(spans_M2), jnp.nan)] * 2)

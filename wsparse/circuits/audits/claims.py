@@ -73,7 +73,7 @@ CLAIMS: dict[str, Claim] = {
     "adversarial_steps": Claim(
         title="An adversary that chooses strengths",
         passed="The circuit's loss stays within the robust target against 20 steps of this adversary, from "
-        "one random start.",
+        "eight starts.",
         failed="There are strengths of ablation with which the circuit's loss leaves the robust target: "
         "nodes outside it can undo what it does.",
         never="That it holds against more steps, other starts or any other adversary: a search that finds "

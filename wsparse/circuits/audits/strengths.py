@@ -65,30 +65,32 @@ def adversarial_steps(context: Context) -> TestResult:
     found = Subnetwork(context.subject.scorer, context.nodes_U, context.remaining)
     attack = adversary.ascend(found, report, seed=context.options.seed, steps=max(_STEPS))
     # As many random guesses as the adversary has steps: what following the gradient adds.
-    drawn_DU = rng.random((max(_STEPS), context.nodes_U.size), np.float32)
+    drawn_DU = rng.random((adversary.STARTS * max(_STEPS), context.nodes_U.size), np.float32)
     guessed = np.maximum.accumulate(adversary.losses(found, report, drawn_DU))
-    worst = attack.worst
+    values = [float(attack.worst[n // adversary.INTERVAL]) for n in _STEPS]
+    controls = [float(guessed[adversary.STARTS * n - 1]) for n in _STEPS]
     measurements = [
-        Measurement(name=f"largest loss in {n} steps", value=float(worst[n]), control=float(guessed[n - 1]))
-        for n in _STEPS
+        Measurement(name=f"largest loss in {n} steps", value=value, control=control)
+        for n, value, control in zip(_STEPS, values, controls, strict=True)
     ]
     bound = context.settings.robust_target
     return TestResult(
         question="Can strengths of closed nodes be chosen with which the circuit fails?",
         procedure=f"{context.n_pairs} pairs of the report split. The adversary chooses a strength in [0, 1] "
         f"for every closed node, the same for all prompts, by steps of {adversary.STEP_SIZE:g} along the "
-        "sign of the gradient of the loss, from random ones.",
-        control="The largest loss of as many random draws of strengths.",
+        f"sign of the gradient of the loss, from {adversary.STARTS} starts: the whole model, and random "
+        "strengths, by turns of zeros and ones and of numbers between them.",
+        control="The largest loss of as many random draws of strengths as all starts have steps.",
         criterion=f"At most {bound:g} nats after {_JUDGED} steps.",
-        verdict="passed" if worst[_JUDGED] <= bound else "failed",
+        verdict="passed" if values[_STEPS.index(_JUDGED)] <= bound else "failed",
         measurements=measurements,
         curves=[
             Curve(
                 x_label="steps",
                 y_label="largest loss (nats)",
                 x=[float(n) for n in _STEPS],
-                y=[float(worst[n]) for n in _STEPS],
-                control=[float(guessed[n - 1]) for n in _STEPS],
+                y=values,
+                control=controls,
             )
         ],
     )
