@@ -4,7 +4,7 @@ Reproduces: sparse models beside their dense twins in docs/results.md. Smallest 
     is added to make them necessary. The variant `robust` holds them to an adversary, with fewer trials; the
     variants `model` and `vocabulary` to the model's own answers, or to its probabilities of all tokens.
 Hardware: 2 CPU cores.
-Minutes: 8 for all tasks of `tiny`, 18 for those of `small`, on one core; 1 to 5 for a task of `tiny` with
+Minutes: 8 for all tasks of `tiny`, 18 for those of `small`, on one core; several for a task of `tiny` with
     `robust`.
 Command: python -m wsparse.prune --run=RUN --task=all --config=results
 """
