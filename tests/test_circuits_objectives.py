@@ -141,9 +141,9 @@ def test_a_scorer_with_a_bank_gives_the_largest_loss_of_its_groups():
     def score(until):
         return scorer.against(bank).without(report, nodes_U, None, np.zeros(0, int), [[0, 0]], until=until)
 
-    assert score(max(groups) / 2).loss[0] == pytest.approx(got) and np.isnan(
-        score(max(groups) / 2).accuracy[0]
-    )
+    missed = score(max(groups) / 2)
+    assert missed.loss[0] == pytest.approx(got)
+    assert np.isnan(missed.accuracy[0])
     assert score(2 * max(groups)).accuracy[0] == scorer.mask(report, nodes_U).accuracy
 
 
