@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import math
-import pathlib
 import re
-import subprocess
-import sys
 import types
 
 from absl import flags
+from helpers import REPO, run_python
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -23,7 +21,6 @@ from wsparse.errors import UserError
 from wsparse.ops import selection
 from wsparse.step import init_state, make_program
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = [name for name in recipes.names() if name.startswith("gao:")]
 
 CONFIG = from_dict(
@@ -366,10 +363,7 @@ def test_what_does_not_fit_is_said_and_fails(libtpu, monkeypatch):
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "wsparse.aot", *arguments],
-        cwd=REPO, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_python("-m", "wsparse.aot", *arguments, cwd=REPO)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

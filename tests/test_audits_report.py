@@ -2,11 +2,11 @@
 
 import dataclasses
 import html.parser
-import pathlib
 import re
 
 import audit_case as case
 import browser_case
+from helpers import REPO
 import pytest
 
 from wsparse.circuits.audits import claims, report
@@ -14,7 +14,6 @@ from wsparse.circuits.audits.claims import CLAIMS
 from wsparse.circuits.audits.record import Audit, Curve, Measurement
 from wsparse.circuits.audits.tests import TESTS
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 HOSTILE = "<script>window.ran = 1</script>\"'&<img src=http://127.0.0.1:9/x onerror=window.ran=2>"
 
 

@@ -11,6 +11,7 @@ import resource
 import shutil
 
 from conftest import log_lines
+from helpers import assert_bitwise, assert_one_line
 import jax
 from jax.sharding import SingleDeviceSharding
 import numpy as np
@@ -58,20 +59,6 @@ def make_state(seed, mesh):
         return rng.standard_normal(leaf.shape).astype(leaf.dtype)
 
     return jax.device_put(jax.tree.map(fill, SHAPES), sharding.tree_shardings(SHAPES, mesh))
-
-
-def assert_bitwise(found, want):
-    assert jax.tree.structure(found) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        assert a.tobytes() == b.tobytes()
-
-
-def assert_one_line(error):
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) > 10
 
 
 def tree_hash(folder: pathlib.Path) -> dict[str, str]:

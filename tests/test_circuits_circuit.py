@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
+from helpers import run_python
 import numpy as np
 import pytest
 import viewer_case as case
@@ -190,4 +189,5 @@ def test_reading_a_circuit_imports_no_jax(saved):
         f"report.table(report.collect(__import__('pathlib').Path({str(saved.parent)!r})));"
         "sys.exit('jax' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from helpers import REPO
 import numpy as np
 import pytest
 
@@ -17,8 +18,6 @@ from wsparse.circuits.search import FAST, TrialStore, search
 from wsparse.circuits.workers import WorkItems, WorkPending, open_storage
 from wsparse.errors import UserError
 from wsparse.files import read_json
-
-REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=["journal", "sqlite"])

@@ -1,20 +1,16 @@
 """Commands end in one line, whatever happens to them and whenever it does."""
 
 import dataclasses
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 from absl import flags
+from helpers import run_python, start_python
 import pytest
 
 from wsparse import command
 from wsparse.config import setting
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 # A command whose `main` does what argv[1] says; no jax, so that it starts at once.
 COMMAND = """
 import errno, gc, logging, sys, time
@@ -59,18 +55,9 @@ run_command(main)
 """
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def finish(*arguments: str) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    done = run_python("-c", COMMAND, *arguments, timeout=60)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
@@ -143,7 +130,7 @@ def test_a_full_disk_is_one_line_that_says_where_and_what_is_free(tmp_path):
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly():
-    with start("--what=pipe") as process:
+    with start_python("-c", COMMAND, "--what=pipe") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "a line\n"
         process.stdout.close()
@@ -156,7 +143,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_a_signal_unwinds_and_ends_in_one_line(what, number):
     """Where Python would drop the exception as well: in a destructor."""
-    process = start(f"--what={what}")
+    process = start_python("-c", COMMAND, f"--what={what}")
     assert process.stdout is not None
     assert process.stdout.readline() == "deep\n"
     process.send_signal(number)
@@ -174,11 +161,7 @@ def test_a_signal_while_a_command_is_imported_ends_in_one_line(number, seconds):
         "import sys; sys.argv[0] = '-m'; import wsparse; print('in', flush=True); "
         "import wsparse.train, time; time.sleep(20)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_python("-c", program)
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"
     time.sleep(seconds)

@@ -7,12 +7,10 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 
-from helpers import check
+from helpers import check, run_python, start_python
 import numpy as np
 import pytest
 
@@ -226,9 +224,6 @@ def content_names(folder: pathlib.Path) -> list[str]:
 def command(source: str, out: pathlib.Path, *more: str) -> list[str]:
     given = options(source)
     return [
-        sys.executable,
-        "-m",
-        "wsparse.data.prepare",
         f"--source={source}",
         f"--out={out}",
         f"--vocab_size={given.vocab_size}",
@@ -252,10 +247,9 @@ runpy.run_module("wsparse.data.prepare", run_name="__main__")
 def test_a_killed_process_leaves_no_half_shard_and_the_same_command_finishes(source, finished, tmp_path):
     out = tmp_path / "out"
     expected = content(finished)
-    run = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         before = len(list(out.glob("*record")))
-        with subprocess.Popen([sys.executable, "-c", SLOW, *command(source, out)[3:]], **run) as process:
+        with start_python("-c", SLOW, *command(source, out)) as process:
             while process.poll() is None and len(list(out.glob("*record"))) < before + 2:
                 time.sleep(0.005)
             process.send_signal(sent)
@@ -266,12 +260,12 @@ def test_a_killed_process_leaves_no_half_shard_and_the_same_command_finishes(sou
             assert errors.endswith("stopped; run the same command again to go on\n")
         for path in out.glob("*record"):
             assert path.read_bytes() == expected[path.name]
-    last = subprocess.run(command(source, out, "--verify"), check=True, **run)
+    last = run_python("-m", "wsparse.data.prepare", *command(source, out, "--verify"))
     assert "arrayrecord:" in last.stdout
     assert content(out) == expected
-    again = subprocess.run(command(source, out), check=True, **run)
+    again = run_python("-m", "wsparse.data.prepare", *command(source, out))
     assert again.stdout.startswith(f"{out} is already finished: nothing to do\n")
-    other = subprocess.run(command(source, out, "--seed=9"), check=False, **run)
+    other = run_python("-m", "wsparse.data.prepare", *command(source, out, "--seed=9"))
     assert other.returncode == 2
     assert "seed: 0 -> 9" in other.stderr
     assert len(other.stderr.splitlines()) == 1
@@ -379,15 +373,7 @@ def test_bad_requests_are_one_line(source, finished, tmp_path):
 
 
 def test_help_names_every_option_and_importing_defines_no_flag():
-    environment = os.environ | {"COLUMNS": "100"}
-    shown = subprocess.run(
-        [sys.executable, "-m", "wsparse.data.prepare", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    shown = run_python("-m", "wsparse.data.prepare", "--help", COLUMNS="100")
     for name in (*(field.name for field in dataclasses.fields(prepare.Options)), "out", "[no]verify"):
         assert f"  --{name}: " in shown.stdout, name
     from absl import flags

@@ -2,13 +2,10 @@
 
 import collections
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import sysconfig
 
-from helpers import check, read
+from helpers import check, read, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
@@ -199,12 +196,10 @@ def tfds_folder(tmp_path_factory) -> pathlib.Path:
     """A dataset that TFDS itself wrote, by a builder that this process has never seen."""
     pytest.importorskip("tensorflow_datasets")
     folder = tmp_path_factory.mktemp("tfds")
-    environment = os.environ | {"NO_GCE_CHECK": "true"}
     script = folder / "tiny_code.py"
     script.write_text(TFDS_BUILDER)
-    subprocess.run(
-        [sys.executable, script, folder / "data"], check=True, capture_output=True, env=environment
-    )
+    done = run_python(script, folder / "data", NO_GCE_CHECK="true")
+    assert done.returncode == 0, done.stderr
     return folder / "data"
 
 

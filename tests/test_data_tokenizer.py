@@ -1,11 +1,8 @@
 """The tokenizer loses nothing, is reproducible, and agrees with another implementation."""
 
 import collections
-import pathlib
-import subprocess
-import sys
 
-from helpers import check
+from helpers import check, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
@@ -82,11 +79,8 @@ def test_training_is_reproducible_in_another_process_and_depends_on_the_text(tra
         "d = sources.documents(s, collections.Counter(), max_bytes=3e5);"
         f"print(tokenizer.train(d, {VOCAB}).digest)"
     )
-    root = pathlib.Path(tokenizer.__file__).parents[2]
-    printed = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert printed.stdout.strip() == trained.digest
+    printed = run_python("-c", script)
+    assert printed.stdout.strip() == trained.digest, printed.stderr
     assert tokenizer.train(texts(0.3)[:-1], VOCAB).digest != trained.digest
 
 

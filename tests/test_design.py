@@ -5,9 +5,9 @@ import graphlib
 import pathlib
 import re
 
+from helpers import REPO
 import pytest
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 DESIGN = (REPO / "docs" / "design.md").read_text()
 
 

@@ -1,18 +1,16 @@
 """The documentation: its site builds without a warning, its links lead somewhere, its commands exist."""
 
 import importlib
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
+from helpers import REPO, run_python
 import pytest
 
 from wsparse import cli, recipes
 from wsparse.config import TrainConfig, describe
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(REPO / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "launch/README.md")),
     *sorted((REPO / "docs").glob("*.md")),
@@ -123,10 +121,8 @@ def test_links_lead_to_pages_of_the_site(pages):
 def test_the_site_builds_without_a_warning_and_has_a_page_for_every_recipe(tmp_path):
     pytest.importorskip("sphinx")
     folder = tmp_path / "html"
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-d", tmp_path / "cache", "docs", folder],
-        cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    options = ("-W", "-q", "-b", "html", "-d", tmp_path / "cache")
+    done = run_python("-m", "sphinx", *options, "docs", folder, cwd=REPO)
     assert done.returncode == 0, done.stderr
     for kind in ("", "prune", "sweeps"):
         for name in recipes.names(kind):

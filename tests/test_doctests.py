@@ -2,11 +2,10 @@
 
 import doctest
 import importlib
-import pathlib
 
+from helpers import REPO
 import pytest
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 MODULES = [
     ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted((REPO / "wsparse").rglob("*.py"))

@@ -3,13 +3,13 @@
 import collections
 import importlib.metadata
 import os
-import pathlib
 import subprocess
 import sys
 import tomllib
 
 from conftest import log_lines
 from etils import epath
+from helpers import REPO
 import jax
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from wsparse import doctor, processes, sharding
 from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import UserError
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = {
     "model": {"vocab_size": 300, "context": 8, "n_layer": 1, "d_model": 16, "n_head": 2,
               "d_head": 8, "d_mlp": 32},

@@ -1,20 +1,16 @@
 """What the README tells a newcomer to type, from any folder: train, interrupt, resume, sample."""
 
 import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
+from helpers import REPO, start_python
 import numpy as np
 import pytest
 
 from wsparse import metrics, runs, sparsity
 from wsparse.circuits import Circuit
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 400
 # configs/tiny.py, small enough for a minute.
 SMALLER = (
@@ -37,20 +33,13 @@ SMALLER = (
 def test_train_interrupt_resume_and_sample_from_another_folder(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def start(module, *arguments):
-        return subprocess.Popen(
-            [sys.executable, "-m", f"wsparse.{module}", *arguments],
-            cwd=elsewhere, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return start_python("-m", f"wsparse.{module}", *arguments, cwd=elsewhere, **cache)
 
     def finish(process):
         out, err = process.communicate(timeout=600)

@@ -3,10 +3,9 @@
 import dataclasses
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import helpers
+from helpers import run_python
 import numpy as np
 import pytest
 from test_interop_openai import CONFIG, TEXT
@@ -99,9 +98,7 @@ def test_a_run_whose_tokenizer_the_format_cannot_express_is_not_exported(
 @pytest.mark.parametrize("module", ["convert", "openai"])
 def test_the_command_imports_and_exports_under_either_name(module, published, tmp_path):
     def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", f"wsparse.interop.{module}", *arguments], capture_output=True, text=True
-        )
+        done = run_python("-m", f"wsparse.interop.{module}", *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

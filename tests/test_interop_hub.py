@@ -6,10 +6,10 @@ The client is the real one; `hub_case` is the server.
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import audit_case
+from helpers import run_python
 from hub_case import TOKEN, Hub
 import huggingface_hub
 import huggingface_hub.constants
@@ -172,15 +172,7 @@ def test_no_network_is_told_in_one_line(run, monkeypatch, tmp_path):
 
 
 def test_the_command_of_a_dry_run_lists_what_would_be_published(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "wsparse.interop.hub",
-        f"--run={folder}",
-        "--to=someone/tiny",
-        "--dry_run",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-m", "wsparse.interop.hub", f"--run={folder}", "--to=someone/tiny", "--dry_run")
     assert (done.returncode, done.stderr) == (0, "")
     *listed, total = done.stdout.splitlines()
     assert {line.split()[-1] for line in listed} == MODEL | CIRCUITS | {"report.html"}

@@ -4,9 +4,8 @@ import copy
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
+from helpers import run_python
 import jsonschema
 import numpy as np
 import pytest
@@ -223,10 +222,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(task, options
 
 def test_the_command_runs_a_circuit_on_a_prompt_of_the_users(folder, tmp_path):
     out = tmp_path / "graph.json"
-    command = [sys.executable, "-m", "wsparse.interop.neuronpedia", f"--run={folder}", f"--task={case.TASK}"]
-    done = subprocess.run(
-        [*command, f"--out={out}", "--prompt=f('abc", "--slug=mine"], capture_output=True, text=True
-    )
+    arguments = (f"--run={folder}", f"--task={case.TASK}", f"--out={out}", "--prompt=f('abc", "--slug=mine")
+    done = run_python("-m", "wsparse.interop.neuronpedia", *arguments)
     assert done.returncode == 0, done.stderr
     made = json.loads(out.read_text())
     jsonschema.validate(made, SCHEMA)

@@ -45,14 +45,6 @@ def golden(name: str):
     return golden_config(name), torch_file.read(GOLDEN / name / "final_model.pt")
 
 
-def assert_same(got, want):
-    """Same paths, and the same bits."""
-    got, want = trees.flatten(got), trees.flatten(want)
-    assert sorted(got) == sorted(want)
-    for path in want:
-        assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes(), path
-
-
 # Recorded outputs ----------------------------------------------------------------------------------
 
 
@@ -270,7 +262,7 @@ def test_a_causal_mask_of_any_type_is_ignored(tmp_path):
     (tmp_path / "beeg_config.json").write_text(json.dumps(fields))
     mask = np.tril(np.ones((1, 1, 16, 16), bool))
     torch_file.write(tmp_path / "final_model.pt", state | {"transformer.h.0.attn.bias": mask})
-    assert_same(openai.load(tmp_path)[1], openai.load(GOLDEN / "rms_abstopk")[1])
+    helpers.assert_bitwise(openai.load(tmp_path)[1], openai.load(GOLDEN / "rms_abstopk")[1])
 
 
 # There and back ------------------------------------------------------------------------------------
@@ -298,7 +290,7 @@ def test_a_model_comes_back_from_the_published_format_bit_for_bit(name, tmp_path
     openai.save(tmp_path, config, params)
     got_config, got_params = openai.load(tmp_path)
     assert got_config == dataclasses.replace(config, d_mlp=config.mlp_width)
-    assert_same(got_params, params)
+    helpers.assert_bitwise(got_params, params)
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -306,7 +298,7 @@ def test_a_published_checkpoint_is_written_back_bit_for_bit(name, tmp_path):
     openai.save(tmp_path, *openai.load(GOLDEN / name))
     fields, state = golden(name)
     stored = {key: array for key, array in state.items() if not key.endswith(".attn.bias")}
-    assert_same(torch_file.read(tmp_path / "final_model.pt"), stored)
+    helpers.assert_bitwise(torch_file.read(tmp_path / "final_model.pt"), stored)
     written = json.loads((tmp_path / "beeg_config.json").read_text())
     unordered = {"afrac_loctypes": None, "flash": None}
     assert written | unordered == fields | unordered
@@ -446,7 +438,7 @@ def imported(published, tmp_path_factory):
 def test_an_imported_run_is_read_like_one_that_was_trained(imported, published, tokenizer):
     run = runs.load(imported)
     assert run.config.model == dataclasses.replace(CONFIG, d_mlp=64)
-    assert_same(run.params, published[1])
+    helpers.assert_bitwise(run.params, published[1])
     assert run.tokenizer.digest == tokenizer.digest
     summary = json.loads((imported / "summary.json").read_text())
     assert summary["parameters"] == model.count_parameters(published[1])

@@ -6,15 +6,14 @@ import functools
 import hashlib
 import http.server
 import json
-import os
 import re
 import struct
-import subprocess
 import sys
 import threading
 import urllib.parse
 
 import helpers
+from helpers import run_python
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -271,9 +270,7 @@ except UserError as error:
 """
     with hub(saved) as (address, asked):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True
-        )
+        done = run_python("-c", code, **settings)
     assert done.returncode == 0, done.stderr
     loaded, refused = done.stdout.splitlines()
     want = from_pretrained(saved)

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import zipfile
 
+from helpers import assert_bitwise
 import ml_dtypes
 import numpy as np
 import pytest
@@ -43,9 +44,7 @@ def state() -> dict[str, np.ndarray]:
 
 def assert_same(got, want):
     assert list(got) == list(want)
-    for name, array in want.items():
-        assert got[name].dtype == array.dtype and got[name].shape == array.shape, name
-        assert got[name].tobytes() == array.tobytes(), name
+    assert_bitwise(got, want)
 
 
 def archive(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:

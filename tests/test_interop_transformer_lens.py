@@ -1,9 +1,9 @@
 """A model in TransformerLens has our logits and our activations under its names; needs the extra `lens`."""
 
 import dataclasses
-import subprocess
 import sys
 
+from helpers import run_python
 import jax
 import model_case
 import numpy as np
@@ -181,7 +181,7 @@ def test_transformer_lens_finds_the_adapter_by_its_entry_point():
         "cfg = Config(d_model=8, d_head=4, n_layers=1, n_ctx=8, architecture='WsparseForCausalLM');"
         "print(type(Factory.select_architecture_adapter(cfg)).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     if "not installed" in done.stderr:
         pytest.skip("the package is not installed")
     assert done.stdout.strip() == "WsparseAdapter", done.stderr
@@ -208,7 +208,8 @@ def test_a_run_is_exported_with_one_command_and_the_module_needs_no_torch(tmp_pa
         "import sys, wsparse.interop.transformer_lens;"
         "assert not {'torch', 'transformers', 'transformer_lens', 'jax'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = run_python("-c", program)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_the_extra_and_for_another_folder_there_is_one_line(tmp_path, tokenizer, monkeypatch):

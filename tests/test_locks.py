@@ -3,20 +3,17 @@
 import errno
 import json
 import os
-import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
+from helpers import start_python
 import pytest
 
 from wsparse import locks
 from wsparse.errors import UserError
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 HOLDER = """
 import pathlib, sys, time
 from wsparse import locks
@@ -29,10 +26,7 @@ with locks.hold(pathlib.Path(sys.argv[1]), "training"):
 @pytest.fixture
 def other(tmp_path):
     """Another process that holds the lock of `tmp_path`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_python("-c", HOLDER, tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process

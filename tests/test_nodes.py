@@ -2,10 +2,8 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
-from helpers import shapes
+from helpers import run_python, shapes
 from model_case import SMALL, TOKENS, small_run
 import pytest
 
@@ -98,7 +96,7 @@ def test_reading_names_needs_no_jax():
     program = (
         "import sys; from wsparse.nodes import Node; Node.parse('0.attn.q.1'); print('jax' in sys.modules)"
     )
-    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+    assert run_python("-c", program).stdout.strip() == "False"
 
 
 def test_taps_are_still_found_where_they_were():

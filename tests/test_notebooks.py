@@ -3,18 +3,17 @@
 import ast
 import functools
 import os
-import pathlib
 import shutil
 import sys
 import tomllib
 
+from helpers import REPO
 import pytest
 
 import wsparse
 
 nbformat = pytest.importorskip("nbformat")
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = REPO / "notebooks"
 # The first one trains what the others use as well.
 NAMES = ("circuit.ipynb", "audit.ipynb", "published_model.ipynb")

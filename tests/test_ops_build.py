@@ -4,13 +4,11 @@ import logging
 import os
 import pathlib
 import subprocess
-import sys
 
+from helpers import run_python
 import pytest
 
 from wsparse.ops import build, cpu
-
-REPO = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -133,14 +131,8 @@ print(float(jnp.abs(fast - plain).max()) < 1e-5)
 
 
 def test_importing_the_model_and_calling_forward_change_nothing_in_the_process():
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "PYTHONPATH": str(REPO),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", FORWARD], env=environment, capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", FORWARD, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert done.returncode == 0, done.stderr
     before, after, equal = done.stdout.splitlines()
     assert before == "[]"
     # Two calls of mallopt; every kernel is looked up and registered.

@@ -1,12 +1,10 @@
 """The CPU kernels: selections equal NumPy's bit for bit, the others a float64 reference within rounding."""
 
 import os
-import pathlib
-import subprocess
-import sys
 import types
 
 from absl import flags
+from helpers import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,8 +20,6 @@ from wsparse.config import TrainConfig
 from wsparse.interop import parity, published_circuits
 from wsparse.ops import attention, cpu, linear, selection, top_k
 from wsparse.sparsity import abs_top_k
-
-REPO = pathlib.Path(__file__).parents[1]
 
 
 def brute_force(x: np.ndarray, k: int) -> np.ndarray:
@@ -341,9 +337,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for processors in (1, 2):
         # XLA makes a thread for every processor that it may use.
         choice = f"import os\nos.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{processors}])\n"
-        environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPO)}
-        command = [sys.executable, "-c", choice + DIGESTS]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = run_python("-c", choice + DIGESTS)
+        assert done.returncode == 0, done.stderr
         digests.append(done.stdout)
     assert digests[0] == digests[1]
 
@@ -394,15 +389,8 @@ def test_a_process_with_one_device_uses_the_kernel_and_gets_the_same_numbers():
     )
     outputs = []
     for switch in ("1", "0"):
-        environment = os.environ | {
-            "XLA_FLAGS": "",
-            "WSPARSE_CPU_KERNELS": switch,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "PYTHONPATH": str(REPO),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
+        done = run_python("-c", program, WSPARSE_CPU_KERNELS=switch, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        assert done.returncode == 0, done.stderr
         outputs.append(done.stdout.splitlines())
     assert outputs[0][0] == "True True"
     assert outputs[1][0] == "False False"

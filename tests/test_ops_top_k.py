@@ -2,6 +2,7 @@
 
 import functools
 
+from helpers import assert_bitwise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import jax
@@ -24,12 +25,6 @@ def bits(array) -> np.ndarray:
     """The array's bytes as integers: equal only for equal bit patterns, -0.0 and subnormals included."""
     array = np.asarray(array)
     return array.view(f"uint{8 * array.dtype.itemsize}")
-
-
-def assert_same_bits(got, want) -> None:
-    assert got.shape == want.shape
-    assert got.dtype == want.dtype
-    np.testing.assert_array_equal(bits(got), bits(want))
 
 
 @functools.cache
@@ -85,17 +80,17 @@ FLOORS = ((0, None), (1, 0), (3, 1), (9, -1))
 @example(np.full((4, 6), 1e-45, np.float32), 7, (9, -1))
 @settings(max_examples=60)
 def test_a_matrix_keeps_what_a_stable_sort_keeps(w, k, floor):
-    assert_same_bits(run_keep(w, k, *floor), reference.keep_top_k(w, k, *floor))
+    assert_bitwise(run_keep(w, k, *floor), reference.keep_top_k(w, k, *floor))
 
 
 @given(finite((9,)), st.integers(0, 10), st.sampled_from([(0, None), (1, 0)]))
 def test_a_vector_keeps_what_a_stable_sort_keeps(w, k, floor_and_axis):
-    assert_same_bits(run_keep(w, k, *floor_and_axis), reference.keep_top_k(w, k, *floor_and_axis))
+    assert_bitwise(run_keep(w, k, *floor_and_axis), reference.keep_top_k(w, k, *floor_and_axis))
 
 
 @given(finite((2, 3, 4)), st.integers(0, 25), st.sampled_from([None, 0, 1, 2]))
 def test_three_axes_keep_what_a_stable_sort_keeps(w, k, axis):
-    assert_same_bits(run_keep(w, k, 2, axis), reference.keep_top_k(w, k, 2, axis))
+    assert_bitwise(run_keep(w, k, 2, axis), reference.keep_top_k(w, k, 2, axis))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -103,7 +98,7 @@ def test_three_axes_keep_what_a_stable_sort_keeps(w, k, axis):
 def test_other_dtypes_keep_what_a_stable_sort_keeps(dtype, data, k, floored):
     w = data.draw(finite((3, 5), dtype))
     floor = (2, 1) if floored else (0, None)
-    assert_same_bits(run_keep(w, k, *floor), reference.keep_top_k(w, k, *floor))
+    assert_bitwise(run_keep(w, k, *floor), reference.keep_top_k(w, k, *floor))
 
 
 @given(finite((4, 6)), st.integers(0, 25), st.sampled_from([(0, None), (3, 1)]))
@@ -117,18 +112,18 @@ def test_the_count_is_the_budget_or_the_floor(w, k, floor):
 def test_subnormals_are_selected_by_their_bits():
     w = np.array([3, 0, -5, 1, 4], np.int32) * np.float32(1.4e-45)
     got = run_keep(w, 2)
-    assert_same_bits(got, np.where([False, False, True, False, True], w, np.float32(0)))
+    assert_bitwise(got, np.where([False, False, True, False, True], w, np.float32(0)))
     assert np.count_nonzero(got) == 2
 
 
 def test_dropped_and_negative_zeros_become_positive_zero():
-    assert_same_bits(run_keep(np.array([-0.0, -1.0, -2.0], np.float32), 1), np.array([0, 0, -2], np.float32))
+    assert_bitwise(run_keep(np.array([-0.0, -1.0, -2.0], np.float32), 1), np.array([0, 0, -2], np.float32))
 
 
 def test_k_may_be_static():
     w = seeded((5, 8))
     static = jax.jit(lambda w: keep_top_k(w, 9, min_per_neuron=1, neuron_axis=0))
-    assert_same_bits(static(w), reference.keep_top_k(w, 9, 1, 0))
+    assert_bitwise(static(w), reference.keep_top_k(w, 9, 1, 0))
 
 
 def test_one_compilation_serves_every_k(compilations):
@@ -145,7 +140,7 @@ def test_more_protected_entries_than_budget_keeps_exactly_the_protected(axis):
     w = seeded((6, 8), 3, levels=50)
     w[w == 0] = 1
     got = run_keep(w, 2, 2, axis)
-    assert_same_bits(got, reference.keep_top_k(w, 2, 2, axis))
+    assert_bitwise(got, reference.keep_top_k(w, 2, 2, axis))
     assert (np.count_nonzero(got, axis=1 - axis) == 2).all()
 
 
@@ -158,7 +153,7 @@ def test_a_neuron_with_few_nonzeros_keeps_them_and_gains_none(axis):
     w[2, 2] = 1e-3  # the smallest entry of the matrix, and all its neuron has
     for k in (0, 20, 40):
         got = run_keep(w, k, 3, axis)
-        assert_same_bits(got, reference.keep_top_k(w, k, 3, axis))
+        assert_bitwise(got, reference.keep_top_k(w, k, 3, axis))
         assert got[2, 2] == w[2, 2]
         assert np.count_nonzero(got[poor]) == 1
 
@@ -195,11 +190,11 @@ def test_under_vmap_every_matrix_has_its_own_budget():
     both = jax.jit(jax.vmap(functools.partial(keep_top_k, min_per_neuron=1, neuron_axis=1)))
     got = np.asarray(both(w, budgets))
     for i in range(3):
-        assert_same_bits(got[i], reference.keep_top_k(w[i], int(budgets[i]), 1, 1))
+        assert_bitwise(got[i], reference.keep_top_k(w[i], int(budgets[i]), 1, 1))
     assert np.isnan(got[3]).all()
     one_matrix = jax.jit(jax.vmap(keep_top_k, in_axes=(None, 0)))(w[0], budgets)
     for i, k in enumerate(budgets):
-        assert_same_bits(np.asarray(one_matrix)[i], reference.keep_top_k(w[0], int(k)))
+        assert_bitwise(np.asarray(one_matrix)[i], reference.keep_top_k(w[0], int(k)))
 
 
 @functools.cache
@@ -229,7 +224,7 @@ def test_a_sharded_matrix_keeps_the_same_bits_as_on_one_device(shape, spec, floo
     for k in (0, 5, 100):
         got = compiled_keep(*floor)(placed, np.int32(k))
         assert len(got.sharding.device_set) == 8
-        assert_same_bits(np.asarray(got), reference.keep_top_k(w, k, *floor))
+        assert_bitwise(np.asarray(got), reference.keep_top_k(w, k, *floor))
 
 
 def test_nan_on_one_device_poisons_the_matrix_on_all():
@@ -274,7 +269,7 @@ def check_abs(x: np.ndarray, k: int) -> None:
     with jax.enable_x64(x.dtype == np.float64):
         values, gradient = map(np.asarray, compiled_abs(k)(x))
     mask = reference_mask(x, k)
-    assert_same_bits(values, np.where(mask, x, np.zeros((), x.dtype)))
+    assert_bitwise(values, np.where(mask, x, np.zeros((), x.dtype)))
     np.testing.assert_array_equal(gradient.astype(np.float64), mask)
     assert (gradient != 0).sum(-1).tolist() == np.full(x.shape[:-1], k).tolist()
 
@@ -314,7 +309,7 @@ def test_zeros_are_kept_lowest_index_first_so_that_they_can_wake():
 def test_abs_top_k_under_vmap_is_abs_top_k_of_each_row():
     x = seeded((4, 5, 6), 2)
     got = np.asarray(jax.jit(jax.vmap(jax.vmap(lambda row: abs_top_k(row, 2))))(x))
-    assert_same_bits(got, np.where(reference_mask(x, 2), x, np.float32(0)))
+    assert_bitwise(got, np.where(reference_mask(x, 2), x, np.float32(0)))
 
 
 def test_gradient_through_a_scan_of_abs_top_k():
@@ -348,7 +343,7 @@ def test_abs_top_k_on_sharded_channels_is_bitwise_that_of_one_device():
     x = seeded((8, 16), 3)
     for spec in (P("x", "y"), P(None, ("x", "y"))):
         values, _ = compiled_abs(5)(jax.device_put(x, NamedSharding(mesh(2, 4), spec)))
-        assert_same_bits(np.asarray(values), np.where(reference_mask(x, 5), x, np.float32(0)))
+        assert_bitwise(np.asarray(values), np.where(reference_mask(x, 5), x, np.float32(0)))
 
 
 @pytest.mark.parametrize("k", [-1, 5])

@@ -8,22 +8,17 @@ import sys
 import tomllib
 
 from absl import app, flags
+from helpers import REPO, run_python
 import pytest
 
 import wsparse
 from wsparse import cli, command
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 
 
 def wsparse_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from wsparse import cli; cli.main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env={**os.environ, "PYTHONPATH": str(REPO), **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run_python("-c", "from wsparse import cli; cli.main()", *arguments, **environment)
 
 
 @pytest.mark.parametrize("name", wsparse.__all__)
@@ -42,7 +37,7 @@ def test_the_package_and_its_list_of_commands_load_no_jax():
         "import sys, wsparse.cli; print(wsparse.cli.usage()); "
         "assert not {'jax', 'numpy', 'flax', 'absl'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_python("-c", program)
     assert done.returncode == 0, done.stderr
     for name in cli.COMMANDS:
         assert f"\n  {name} " in done.stdout
@@ -86,9 +81,7 @@ def test_the_console_command_runs_modules_and_refuses_names_it_does_not_know():
 
 
 def test_the_module_of_the_console_command_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "wsparse.cli", "--version"], capture_output=True, text=True, check=False
-    )
+    done = run_python("-m", "wsparse.cli", "--version")
     assert done.stdout == f"wsparse {wsparse.__version__}\n"
 
 
@@ -123,16 +116,13 @@ def test_a_wheel_installs_the_command_and_everything_it_reads(tmp_path):
     assert sorted(found) == sorted(shipped)
     assert found == shipped
     program = "import wsparse.recipes; print(wsparse.__file__, wsparse.recipes.find('tiny'))"
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_python("-c", program, cwd=tmp_path, PYTHONPATH=str(target))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         str(target / "wsparse/__init__.py"),
         str(target / "wsparse/configs/tiny.py"),
     ]
+    environment = os.environ | {"PYTHONPATH": str(target)}
     done = subprocess.run(
         [target / "bin" / "wsparse", "--version"],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,

@@ -1,13 +1,11 @@
 """The prune command reads recipes and flags, and never overwrites a circuit of other settings."""
 
 import json
-import os
-import pathlib
 import subprocess
-import sys
 import types
 from typing import Any
 
+from helpers import run_python
 import pytest
 
 from wsparse import prune, recipes
@@ -16,7 +14,6 @@ from wsparse.circuits.settings import Settings
 from wsparse.config import from_dict
 from wsparse.errors import UserError
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 # Flags belong to a process: each command line is read in one of its own.
 READ = """
 from wsparse import prune
@@ -31,13 +28,7 @@ run_command(main)
 
 
 def read(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", READ, "--run=x", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
-        timeout=120,
-    )
+    return run_python("-c", READ, "--run=x", *arguments)
 
 
 def test_flags_override_the_recipe_and_the_old_spelling_works_with_a_note():

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import pathlib
 import re
 
+from helpers import REPO
 import pytest
 from train_case import finished, source  # noqa: F401
 
@@ -13,8 +13,6 @@ from wsparse.circuits.audits.claims import CLAIMS
 from wsparse.config import TrainConfig, from_dict
 from wsparse.errors import UserError
 from wsparse.sweeps import records
-
-REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 def tiny(**changes) -> TrainConfig:

@@ -1,12 +1,10 @@
 """Frozen steps over the nonzeros: kernels against NumPy, steps against those with masks, and resuming."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import types
 
+from helpers import assert_bitwise, run_python
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -76,13 +74,8 @@ else:
 
 def run(**job) -> dict:
     """Runs the program in a process with one device, where the kernels are on."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(job)],
-        env=os.environ | {"XLA_FLAGS": "", "WSPARSE_CPU_KERNELS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    settings = {"WSPARSE_CPU_KERNELS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = run_python("-c", PROGRAM, json.dumps(job), **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -159,7 +152,7 @@ def test_unpacked_trees_are_what_was_packed(source, one_device):
         leaf.size for leaf in jax.tree.leaves(params)
     )
     zeros = jax.tree.map(np.zeros_like, params)
-    case.assert_bitwise(frozen.unpack(packed, zeros, places), params)
+    assert_bitwise(frozen.unpack(packed, zeros, places), params)
 
 
 @pytest.mark.slow
@@ -183,7 +176,7 @@ def test_a_run_with_frozen_steps_resumes_bitwise_and_keeps_its_counts(source, tm
     for folder, stops in zip(folders, ([], [17, 22, 30]), strict=True):
         assert run(config=to_dict(config), stops=stops, folder=str(folder))["frozen"] > 10
     (_, whole), (_, parts) = (case.final_state(folder) for folder in folders)
-    case.assert_bitwise(parts, whole)
+    assert_bitwise(parts, whole)
     reported = sparsity.find_state(whole.optimizer).nonzeros
     counts = sparsity.l0(whole.params, sparsity.MODEL_RULES)
     assert sum(map(np.sum, reported.values())) == sum(nonzeros for nonzeros, _ in counts.values())

@@ -2,6 +2,7 @@
 
 import signal
 
+from helpers import assert_bitwise, assert_one_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ def test_an_override_of_no_projected_parameter_is_refused_before_anything_compil
     )
     with pytest.raises(UserError) as error:
         step.make_program(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-    case.assert_one_line(error, "no projected parameter", *words)
+    assert_one_line(error, "no projected parameter", *words)
 
 
 def test_every_parameters_density_anneals_to_its_own_target():
@@ -133,10 +134,10 @@ def test_a_run_with_overrides_is_exact_resumes_bitwise_and_refuses_others(source
     other = case.make_config(source, sparsity={**settings, "overrides": "embed/tokens=1/4"}, log_every=4)
     with pytest.raises(UserError) as error:
         train.run(other, tmp_path / "parts")
-    case.assert_one_line(error, "sparsity.overrides", overrides)
+    assert_one_line(error, "sparsity.overrides", overrides)
     assert train.run(config, tmp_path / "parts") == 0
     (_, found), (_, want) = (case.final_state(tmp_path / name) for name in ("parts", "whole"))
-    case.assert_bitwise(found, want)
+    assert_bitwise(found, want)
     for path, (nonzeros, size) in sparsity.l0(want.params).items():
         density = 0.25 if path == "embed/tokens" else 0.5 if "/mlp/" in path and "kernel" in path else 0.125
         assert path.endswith("bias") or nonzeros == round(density * size), path

@@ -3,6 +3,7 @@
 import signal
 
 from conftest import collect_compilations
+from helpers import assert_bitwise
 import jax
 import numpy as np
 import optax
@@ -131,7 +132,7 @@ def test_a_run_in_phases_is_exact_compiles_once_and_resumes_bitwise(source, tmp_
             assert train.run(config, tmp_path / "parts") == 128 + signal.SIGINT
     assert train.run(config, tmp_path / "parts") == 0
     (_, found), (_, want) = (case.final_state(tmp_path / name) for name in ("parts", "whole"))
-    case.assert_bitwise(found, want)
+    assert_bitwise(found, want)
     reported = sparsity.find_state(want.optimizer).nonzeros
     counts = sparsity.l0(want.params, sparsity.MODEL_RULES)
     assert sum(map(np.sum, reported.values())) == sum(nonzeros for nonzeros, _ in counts.values())

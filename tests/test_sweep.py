@@ -3,14 +3,11 @@
 import csv
 import errno
 import json
-import os
-import pathlib
 import signal
 import statistics
-import subprocess
-import sys
 import time
 
+from helpers import start_python
 import jax
 import pytest
 from train_case import one_device, source, stop_at  # noqa: F401
@@ -21,7 +18,6 @@ from wsparse.errors import UserError
 from wsparse.step import init_state
 from wsparse.sweeps import Plot, Point, Sweep, grid, records, report, worker
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 RECIPE = """
 from wsparse.config import recipe
 
@@ -328,11 +324,7 @@ def test_two_workers_share_a_sweep_and_one_that_is_interrupted_saves_its_cell(tm
     folder, limit = tmp_path / "runs/sweeps/mine", time.monotonic() + 500
 
     def start():
-        return subprocess.Popen(
-            [sys.executable, "-m", "wsparse.sweep", "--config=mine.py"], cwd=tmp_path, text=True,
-            env=os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return start_python("-m", "wsparse.sweep", "--config=mine.py", cwd=tmp_path)
 
     def wait_for(condition):
         while not condition():

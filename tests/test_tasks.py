@@ -7,11 +7,9 @@ import json
 import math
 import pathlib
 import re
-import subprocess
-import sys
 import types
 
-from helpers import OWN_TASK
+from helpers import OWN_TASK, run_python
 import jax
 import numpy as np
 import pytest
@@ -133,8 +131,7 @@ def test_a_knob_that_cannot_be_shown_is_refused_in_one_line(fresh_run):
 def test_command_line(tmp_path, module):
     # The task is read first: a user's `Task` is the same class whichever name the command has.
     task = written(tmp_path / "mine.py", OWN_TASK)
-    command = [sys.executable, "-m", module, "--run=no/such/run"]
-    done = subprocess.run([*command, f"--task={task}"], capture_output=True, text=True, check=False)
+    done = run_python("-m", module, "--run=no/such/run", f"--task={task}")
     assert done.returncode == 2
     notice, *_ = [*done.stderr.splitlines(), ""]
     assert notice.startswith("note: ") == (module == "wsparse.circuits.tasks")

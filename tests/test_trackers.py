@@ -1,11 +1,10 @@
 """Trackers get what the run's own files get, go on where they were, and never cost a run."""
 
 import json
-import os
-import subprocess
 import sys
 import types
 
+from helpers import run_python
 import jax
 import pytest
 import train_case
@@ -203,10 +202,7 @@ def test_the_real_library_records_offline_and_goes_on_in_the_same_run(name, tmp_
     settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
     workdir = tmp_path / "run"
     workdir.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", REAL, name, str(workdir)],
-        env=os.environ | settings, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_python("-c", REAL, name, workdir, **settings)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     found = [(row["step"], row["loss"], row["alive/0"], row["alive/1"]) for row in rows if "loss" in row]

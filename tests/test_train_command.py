@@ -1,12 +1,10 @@
 """The command fails in one line, and survives being killed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
+from helpers import assert_bitwise, run_python, start_python
 import pytest
 import train_case as case
 
@@ -34,14 +32,6 @@ def get_config():
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 
-def command(*arguments: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "wsparse.train", *arguments],
-        env={**os.environ, "PYTHONPATH": str(case.REPO), "XLA_FLAGS": "", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 # Importing takes seconds, a mistake none: every command is a fork of a process that has imported.
 MANY_COMMANDS = """
 import json, os, runpy, sys
@@ -49,7 +39,7 @@ import json, os, runpy, sys
 import wsparse.checkpoint, wsparse.circuits, wsparse.data.batches, wsparse.metrics, wsparse.sharding
 
 statuses = []
-for number, arguments in enumerate(json.load(sys.stdin)):
+for number, arguments in enumerate(json.loads(sys.argv[2])):
     if (child := os.fork()) == 0:
         output = os.open(f"{sys.argv[1]}/{number}.txt", os.O_CREAT | os.O_WRONLY)
         os.dup2(output, 1)
@@ -100,12 +90,8 @@ def test_mistakes_on_the_command_line_are_errors_of_one_line(recipe, tmp_path):
 
     outputs = tmp_path / "outputs"
     outputs.mkdir()
-    process = subprocess.run(
-        [sys.executable, "-c", MANY_COMMANDS, str(outputs)],
-        input=json.dumps([arguments for arguments, _ in cases.values()]),
-        env={**os.environ, "PYTHONPATH": str(case.REPO), "XLA_FLAGS": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    commands = json.dumps([arguments for arguments, _ in cases.values()])
+    process = run_python("-c", MANY_COMMANDS, outputs, commands)
     assert process.returncode == 0, process.stderr
     statuses = dict(zip(cases, json.loads(process.stdout), strict=True))
     for number, (name, (_, words)) in enumerate(cases.items()):
@@ -130,7 +116,7 @@ def test_a_killed_process_loses_only_what_came_after_its_last_checkpoint(source,
     }
 
     def go(workdir):
-        return command(f"--config={path}", f"--workdir={workdir}", **cache)
+        return start_python("-m", "wsparse.train", f"--config={path}", f"--workdir={workdir}", **cache)
 
     whole = go(tmp_path / "whole")
     _, err = whole.communicate(timeout=600)
@@ -151,7 +137,7 @@ def test_a_killed_process_loses_only_what_came_after_its_last_checkpoint(source,
     out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
     assert "resuming at step" in out
-    case.assert_bitwise(case.final_state(tmp_path / "killed")[1], case.final_state(tmp_path / "whole")[1])
+    assert_bitwise(case.final_state(tmp_path / "killed")[1], case.final_state(tmp_path / "whole")[1])
     steps = [record["step"] for record in case.train_records(tmp_path / "killed")]
     assert steps == list(range(5, 301, 5))
 
@@ -159,7 +145,7 @@ def test_a_killed_process_loses_only_what_came_after_its_last_checkpoint(source,
 @pytest.mark.slow
 def test_a_learning_rate_that_explodes_stops_with_a_name(recipe, tmp_path):
     arguments = [recipe, f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=1e30"]
-    process = command(*arguments, **QUICK)
+    process = start_python("-m", "wsparse.train", *arguments, **QUICK)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     (line,) = err.strip().splitlines()

@@ -9,6 +9,7 @@ import signal
 import sys
 import types
 
+from helpers import assert_bitwise, assert_one_line
 import jax
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ def test_a_run_that_is_interrupted_again_and_again_ends_bitwise_as_one_that_was_
     want_step, want = case.final_state(finished.workdir)
     step, state = case.final_state(workdir)
     assert step == want_step == case.STEPS
-    case.assert_bitwise(state, want)
+    assert_bitwise(state, want)
     # Negative control: a state of another step is not equal.
     with pytest.raises(AssertionError):
-        case.assert_bitwise(state, case.final_state(finished.workdir, step=30)[1])
+        assert_bitwise(state, case.final_state(finished.workdir, step=30)[1])
 
     key = lambda record: (record["step"], "val_loss" in record)
     found, wanted = metrics.read(workdir), metrics.read(finished.workdir)
@@ -109,7 +110,7 @@ def test_after_a_crash_training_goes_on_from_the_last_checkpoint(finished, tmp_p
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
     assert train.run(finished.config, workdir) == 0
-    case.assert_bitwise(case.final_state(workdir)[1], case.final_state(finished.workdir)[1])
+    assert_bitwise(case.final_state(workdir)[1], case.final_state(finished.workdir)[1])
     steps = [record["step"] for record in case.train_records(workdir)]
     assert steps == list(range(5, case.STEPS + 1, 5))
 
@@ -176,7 +177,7 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(finished, one_
     )
     with pytest.raises(UserError) as error:
         train.run(changed, finished.workdir)
-    case.assert_one_line(error, str(finished.workdir), "steps: 40 -> 41", "optimizer.b1: 0.9 -> 0.8")
+    assert_one_line(error, str(finished.workdir), "steps: 40 -> 41", "optimizer.b1: 0.9 -> 0.8")
     assert "seed" not in str(error.value)
 
 
@@ -195,7 +196,7 @@ def test_a_config_that_another_command_wrote_before_the_folder_was_locked_is_ref
     monkeypatch.setattr(locks, "hold", late)
     with pytest.raises(UserError) as error:
         train.run(case.make_config(source), workdir)
-    case.assert_one_line(error, str(workdir), "seed: 7 -> 0")
+    assert_one_line(error, str(workdir), "seed: 7 -> 0")
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
@@ -237,7 +238,7 @@ def test_changed_data_is_refused(tmp_path, one_device):
     shutil.rmtree(workdir / "data")
     with pytest.raises(UserError) as error:
         train.run(config, workdir)
-    case.assert_one_line(error, "data", "digest")
+    assert_one_line(error, "data", "digest")
     # Negative control: with the original file back it goes on.
     file.write_text(content)
     shutil.rmtree(workdir / "data")
@@ -294,7 +295,7 @@ def test_a_damaged_config_file_is_an_error_of_one_line(finished, tmp_path, one_d
     (tmp_path / "config.json").write_text('{"steps": ')
     with pytest.raises(UserError) as error:
         train.run(finished.config, tmp_path)
-    case.assert_one_line(error, "config.json")
+    assert_one_line(error, "config.json")
 
 
 # Numbers that are not finite --------------------------------------------------------------------------
@@ -329,7 +330,7 @@ def test_a_nan_stops_training_with_the_name_of_the_matrix_that_has_it(
 ):
     config = case.make_config(source, log_every=log_every, checkpoint_every=4)
     error = run_with_nan_at(7, config, tmp_path / "run")
-    case.assert_one_line(error, "step 7", CULPRIT, "checkpoint is step 4")
+    assert_one_line(error, "step 7", CULPRIT, "checkpoint is step 4")
     assert str(error.value).count("blocks/") == 1, error.value
 
 
@@ -346,7 +347,7 @@ def test_a_nan_never_reaches_a_checkpoint(finished, source, tmp_path, one_device
     assert "not used" not in " ".join(logged)
     # Once the cause is gone, the same command goes on from there.
     assert train.run(config, workdir) == 0
-    case.assert_bitwise(case.final_state(workdir)[1].params, case.final_state(finished.workdir)[1].params)
+    assert_bitwise(case.final_state(workdir)[1].params, case.final_state(finished.workdir)[1].params)
 
 
 def test_after_a_nan_another_run_goes_on_from_the_last_checkpoint_with_another_config(
@@ -354,14 +355,14 @@ def test_after_a_nan_another_run_goes_on_from_the_last_checkpoint_with_another_c
 ):
     config = case.make_config(source, log_every=5, checkpoint_every=4)
     error = run_with_nan_at(7, config, tmp_path / "run")
-    case.assert_one_line(error, "lower optimizer.learning_rate", f"--from={tmp_path / 'run'}@4")
+    assert_one_line(error, "lower optimizer.learning_rate", f"--from={tmp_path / 'run'}@4")
     lower = case.make_config(source, log_every=5, checkpoint_every=20, optimizer={"learning_rate": 0.01})
     other = tmp_path / "other"
     with pytest.MonkeyPatch.context() as monkeypatch:
         case.stop_at(monkeypatch, 6, signal.SIGTERM)
         assert train.run(lower, other, origin=f"{tmp_path / 'run'}@4") == 128 + signal.SIGTERM
     assert case.steps_on_disk(other) == [4, 6]
-    case.assert_bitwise(case.final_state(other, step=4)[1], case.final_state(tmp_path / "run", step=4)[1])
+    assert_bitwise(case.final_state(other, step=4)[1], case.final_state(tmp_path / "run", step=4)[1])
     # The folder stands on its own: it goes on without the first run.
     assert train.run(lower, other) == 0
     assert "resuming at step 6 of 40" in logged
@@ -376,13 +377,13 @@ def test_an_origin_that_cannot_be_used_is_an_error_of_one_line(finished, tmp_pat
     origin = origin.replace("full", str(finished.workdir))
     with pytest.raises(UserError) as error:
         train.run(finished.config, tmp_path / "run", origin=origin)
-    case.assert_one_line(error, *words)
+    assert_one_line(error, *words)
 
 
 def test_a_decay_that_overshoots_is_told_to_decay_less(source, tmp_path, one_device):
     config = case.make_config(source, optimizer={"weight_decay": 1e3})
     error = run_with_nan_at(3, config, tmp_path / "run")
-    case.assert_one_line(error, "lower optimizer.weight_decay", "none")
+    assert_one_line(error, "lower optimizer.weight_decay", "none")
     assert "learning_rate" not in str(error.value)
 
 
@@ -400,7 +401,7 @@ def test_a_second_run_in_a_folder_is_refused_with_who_holds_it(finished, tmp_pat
     with pytest.MonkeyPatch.context() as monkeypatch:
         case.before_step(monkeypatch, 2, try_again)
         assert train.run(finished.config, workdir) == 128 + signal.SIGTERM
-    case.assert_one_line(errors[0], str(workdir), f"process {os.getpid()}", "training")
+    assert_one_line(errors[0], str(workdir), f"process {os.getpid()}", "training")
     # The first one was not disturbed, and its lock went with it.
     assert case.steps_on_disk(workdir) == [2]
     assert not (workdir / ".lock").exists()
@@ -434,5 +435,5 @@ def test_a_failed_save_stops_training_with_one_line(finished, tmp_path, one_devi
     monkeypatch.setattr(checkpoint.files, "write_json", fail)
     with pytest.raises(UserError) as error:
         train.run(finished.config, workdir)
-    case.assert_one_line(error, "digests.json", "No space left on device", "MB free")
+    assert_one_line(error, "digests.json", "No space left on device", "MB free")
     assert [path.parent.name for path in saves] == ["15"]

@@ -9,11 +9,10 @@ import logging
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 from absl import flags
 import audit_case
+from helpers import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -364,7 +363,8 @@ def test_the_command_imports_no_jax_and_reads_neither_weights_nor_text(copied, d
         "command.run_command(lambda argv: view.main(argv) or sum(\n"
         "    name in sys.modules for name in ('jax', 'flax', 'wsparse.model')))\n"
     )
-    subprocess.run([sys.executable, "-c", code, f"--run={copied}"], check=True)
+    done = run_python("-c", code, f"--run={copied}")
+    assert done.returncode == 0, done.stderr
     text = (copied / "report.html").read_text()
     assert (
         json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])["circuits"]

@@ -5,11 +5,10 @@ import itertools
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import browser_case
 from browser_case import state
+from helpers import run_python
 import jax
 import numpy as np
 import pytest
@@ -182,9 +181,7 @@ def test_runs_of_one_name_are_told_apart_and_a_run_twice_is_refused(folder, sour
 def test_the_command_takes_further_runs_and_names_of_circuits(folder, other, tmp_path):
     out = tmp_path / "both.html"
     arguments = [f"--run={folder}", f"--with={other}", "--task=quotes", f"--out={out}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "wsparse.view", *arguments], capture_output=True, text=True, check=False
-    )
+    done = run_python("-m", "wsparse.view", *arguments)
     assert done.returncode == 0, done.stderr
     assert "<title>tiny, dense: circuits</title>" in out.read_text(encoding="utf-8")
     data = json.loads(re.findall(r'id="data">(.*?)</script>', out.read_text(encoding="utf-8"))[0])

@@ -8,10 +8,9 @@ import signal
 
 from conftest import collect_compilations, log_lines
 import jax
-import numpy as np
 import pytest
 
-from wsparse import checkpoint, metrics, runs, sharding, train, trees
+from wsparse import checkpoint, metrics, runs, sharding, train
 from wsparse.config import TrainConfig, from_dict
 from wsparse.step import init_state
 
@@ -123,28 +122,12 @@ def final_state(workdir: pathlib.Path, step: int | None = None):
     return found, jax.device_get(state)
 
 
-def assert_bitwise(found, want):
-    found, want = trees.flatten(found), trees.flatten(want)
-    assert set(found) == set(want)
-    for path, leaf in want.items():
-        a, b = np.asarray(found[path]), np.asarray(leaf)
-        assert a.dtype == b.dtype, path
-        assert a.tobytes() == b.tobytes(), path
-
-
 def steps_on_disk(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def train_records(workdir):
     return [record for record in metrics.read(workdir) if "loss" in record]
-
-
-def assert_one_line(error, *words):
-    text = str(error.value)
-    assert "\n" not in text, text
-    for word in words:
-        assert word in text, text
 
 
 @dataclasses.dataclass
