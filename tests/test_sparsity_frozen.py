@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import train_case as case
 
-from wsparse import sparsity, train
+from wsparse import sparsity
 from wsparse.config import SparsityConfig, to_dict
+from wsparse.loop import Loop
 from wsparse.ops import cpu
 from wsparse.sparsity import frozen
 from wsparse.step import init_state
@@ -29,13 +30,14 @@ import json, pathlib, signal, sys
 import jax, jax.numpy as jnp, numpy as np
 from wsparse import sharding, train, trees
 from wsparse.config import TrainConfig, from_dict
+from wsparse.loop import Loop
 from wsparse.ops import cpu
 from wsparse.step import make_program
 
 assert cpu.enable()
 job = json.loads(sys.argv[1])
 config, stops, calls = from_dict(TrainConfig, job["config"]), job["stops"], 0
-advance = train._Loop._advance
+advance = Loop._advance
 
 def stopping(loop, state, batch):
     global calls
@@ -45,7 +47,7 @@ def stopping(loop, state, batch):
     calls += loop.program.frozen_step is not None and bool(loop.frozen[loop.step])
     return advance(loop, state, batch)
 
-train._Loop._advance = stopping
+Loop._advance = stopping
 if job["folder"]:
     while train.run(config, pathlib.Path(job["folder"])) != 0:
         pass
@@ -131,7 +133,7 @@ def test_steps_that_have_no_room_for_the_nonzeros_are_dense_and_said_to_be_once(
     fits = iter([False, False, True, False])
     for _ in range(4):
         for _ in range(2):
-            train._Loop._advance(loop, state, None)
+            Loop._advance(loop, state, None)
         # An exploration.
         loop.places = None
     assert steps == ["dense"] * 4 + ["frozen"] * 2 + ["dense"] * 2

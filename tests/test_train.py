@@ -11,6 +11,7 @@ import train_case as case
 
 from wsparse import metrics, runs, sharding, sparsity, train, trees
 from wsparse.config import to_dict
+from wsparse.step import EVAL_BATCH
 
 finished, one_device, source = case.finished, case.one_device, case.source
 
@@ -140,7 +141,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished, one_device, logged):
 def test_evaluating_twice_gives_the_same_number_and_other_weights_another(finished):
     program = case.compiled_for(finished.config)
     window = np.random.default_rng(0).integers(0, 300, (8, 17)).astype(np.int32)
-    batch = sharding.put_batch(window, program.mesh, train.EVAL_BATCH)
+    batch = sharding.put_batch(window, program.mesh, EVAL_BATCH)
     values = []
     for step in (40, 40, 30):
         params = case.final_state(finished.workdir, step)[1].params

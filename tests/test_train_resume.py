@@ -18,6 +18,7 @@ import train_case as case
 from wsparse import checkpoint, files, locks, metrics, trackers, train, trees
 from wsparse.config import to_dict
 from wsparse.errors import UserError
+from wsparse.loop import Loop
 
 finished, one_device, source = case.finished, case.one_device, case.source
 
@@ -124,7 +125,7 @@ def test_a_run_that_died_after_its_last_step_writes_its_summary_when_run_again(
         raise RuntimeError("power cut")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train._Loop, "_summarize", crash)
+        monkeypatch.setattr(Loop, "_summarize", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             train.run(finished.config, workdir)
     assert not (workdir / "summary.json").exists()

@@ -1,6 +1,6 @@
 """One step of training, without input or output: the optimizer, the loss, the step, and all of it compiled.
 
-`make_program` jits pure functions over a mesh, `(state, batch) -> (state, metrics)`; `wsparse.train` loops
+`make_program` jits pure functions over a mesh, `(state, batch) -> (state, metrics)`; `wsparse.loop` loops
 over them. What an experiment changes (another loss, another optimizer) is changed here.
 """
 
